@@ -1,0 +1,42 @@
+"""YAML and environment, read in one place, become a frozen and validated Config."""
+
+from proxy.config.load import ConfigError, Loaded, load_config
+from proxy.config.model import (
+    LOOPBACK_NAMES,
+    REGIONS,
+    Account,
+    Address,
+    Application,
+    Config,
+    DataElement,
+    Environment,
+    Listener,
+    Region,
+    dump,
+    is_loopback,
+    parse_duration,
+)
+from proxy.config.read import KeyPath, Problem
+from proxy.config.secret import Secret
+
+__all__ = [
+    "LOOPBACK_NAMES",
+    "REGIONS",
+    "Account",
+    "Address",
+    "Application",
+    "Config",
+    "ConfigError",
+    "DataElement",
+    "Environment",
+    "KeyPath",
+    "Listener",
+    "Loaded",
+    "Problem",
+    "Region",
+    "Secret",
+    "dump",
+    "is_loopback",
+    "load_config",
+    "parse_duration",
+]

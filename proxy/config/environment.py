@@ -1,0 +1,179 @@
+"""Which settings does the environment give, under our own names and under those that people already have?
+
+`SP_API_PROXY_` plus the upper-case key overrides any setting. The names of the well-known client libraries fill in
+what the file leaves out, and never override it. Every name also exists with `_FILE`: the value is in that file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from proxy.config.model import REGIONS, Config, settings_in
+from proxy.config.read import KeyPath, Problem, Tree, read_yaml
+
+PREFIX = "SP_API_PROXY_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
+
+# Kubernetes sets these for every Service that happens to be called sp-api-proxy; they are not settings.
+_KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
+
+_CLIENT_ID = ("LWA_APP_ID", "LWA_CLIENT_ID", "SELLING_PARTNER_APP_CLIENT_ID", "SP_API_CLIENT_ID")
+_CLIENT_SECRET = ("LWA_CLIENT_SECRET", "SELLING_PARTNER_APP_CLIENT_SECRET", "SP_API_CLIENT_SECRET")  # noqa: S105 - names
+_REFRESH_TOKEN = "SP_API_REFRESH_TOKEN"  # noqa: S105 - a variable's name
+_REGION_NAMES = {
+    **{region: region for region in REGIONS},
+    **{"us-east-1": "na", "eu-west-1": "eu", "us-west-2": "fe"},
+}
+
+Found = tuple[KeyPath, Any, str]  # where it belongs, its value, the variable that said so
+
+
+def given(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
+    """Return the value and the variable's name of NAME or NAME_FILE (as a `{file: …}`), or None where neither is set."""
+    if environ.get(name):
+        return environ[name], name
+    if environ.get(f"{name}_FILE"):
+        return {"file": environ[f"{name}_FILE"]}, f"{name}_FILE"
+    return None
+
+
+def _first_given(environ: Mapping[str, str], names: tuple[str, ...], suffix: str = "") -> tuple[Any, str] | None:
+    return next((found for name in names if (found := given(environ, name + suffix))), None)
+
+
+# Our own names: SP_API_PROXY_ and the upper-case key.
+
+
+def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
+    """Return what the `SP_API_PROXY_…` variables set; `tree` tells which accounts and applications exist."""
+    found: list[Found] = []
+    problems: list[Problem] = []
+    for variable in sorted(environ):
+        if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or _KUBERNETES.fullmatch(variable):
+            continue
+        name = variable.removeprefix(PREFIX)
+        path = _find(Config, name, tree)
+        if path is None and name.endswith("_FILE") and (path := _find(Config, name.removesuffix("_FILE"), tree)):
+            found.append((path, {"file": environ[variable]}, variable))
+        elif path is None:
+            problems.append(Problem(variable, "names no setting", "environment"))
+        else:
+            found.append((path, _parse(path, environ[variable]), variable))
+    return found, problems
+
+
+def _find(kind: Any, name: str, tree: Any) -> KeyPath | None:
+    """Return the key path that the upper-case `name` stands for below a value of type `kind`."""
+    for field, below in _children(kind, name, tree):
+        upper = re.sub(r"[^A-Z0-9]", "_", field.upper())
+        if name == upper:
+            return (field,)
+        if name.startswith(f"{upper}_"):
+            rest = _find(below, name.removeprefix(f"{upper}_"), tree.get(field) if isinstance(tree, dict) else None)
+            if rest:
+                return (field, *rest)
+    return None
+
+
+def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    if get_origin(kind) is dict:
+        key_kind, value_kind = get_args(kind)
+        if get_origin(key_kind) is Literal:
+            yield from ((key, value_kind) for key in get_args(key_kind))
+            return
+        yield from ((key, value_kind) for key in (tree or {}))
+        # A name that the file does not have: the shortest one that leaves a known setting behind it.
+        words = name.lower().split("_")
+        yield from (("_".join(words[:count]), value_kind) for count in range(1, len(words)))
+    elif settings := settings_in(kind):
+        yield from ((field, info.annotation) for field, info in settings.model_fields.items())
+
+
+def _parse(path: KeyPath, text: str) -> Any:
+    """Return lists and mappings for values that are written as such (`[a, b]`, `{…}`, or `a,b` for a list)."""
+    if text.lstrip().startswith(("[", "{")):
+        document = read_yaml(f"value: {text}", "environment")
+        return text if document.problems else document.tree["value"]
+    if path in {("listen",), ("allowed_hosts",)} or path[-1] == "data_elements":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return None if text == "null" else text
+
+
+# Names that users of other libraries already have.
+
+
+def fill_in(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
+    """Return the application and the accounts that well-known variables describe, where `tree` has none."""
+    found = _applications(environ, tree)
+    if tree.get("accounts"):
+        return found, []
+    accounts, problems = _accounts(environ)
+    return found + accounts, problems
+
+
+def _applications(environ: Mapping[str, str], tree: Tree) -> list[Found]:
+    """Return id and secret for the one application that lacks them (`main` where there is none)."""
+    applications = tree.get("applications") or {}
+    if not isinstance(applications, dict) or len(applications) > 1:
+        return []
+    name, settings = next(iter(applications.items()), ("main", {}))
+    keys = (("client_id", _CLIENT_ID), ("client_secret", _CLIENT_SECRET))
+    found: list[Found] = []
+    for key, names in keys:
+        if isinstance(settings or {}, dict) and key not in (settings or {}) and (hit := _first_given(environ, names)):
+            found.append((("applications", name, key), *hit))
+    return found
+
+
+def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
+    found: list[Found] = []
+    problems: list[Problem] = []
+    for region in REGIONS:
+        if hit := given(environ, f"{_REFRESH_TOKEN}_{region.upper()}"):
+            found.append((("accounts", "default", "refresh_tokens", region), *hit))
+    if hit := given(environ, _REFRESH_TOKEN):
+        region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN)
+        if region_name:
+            found.append((("accounts", "default", "refresh_tokens", region_name), *hit))
+    for suffix in _account_suffixes(environ):
+        region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN + suffix)
+        found += _suffixed_account(environ, suffix, region_name)
+    return found, problems
+
+
+def _account_suffixes(environ: Mapping[str, str]) -> list[str]:
+    """Return `_ACME` for SP_API_REFRESH_TOKEN_ACME: python-amazon-sp-api puts the account there."""
+    reserved = {f"_{region.upper()}" for region in REGIONS}
+    suffixes = {
+        name.removeprefix(_REFRESH_TOKEN).removesuffix("_FILE")
+        for name in environ
+        if name.startswith(f"{_REFRESH_TOKEN}_") and environ[name]
+    }
+    return sorted(suffixes - reserved - {""})
+
+
+def _suffixed_account(environ: Mapping[str, str], suffix: str, region: str | None) -> list[Found]:
+    account = suffix.removeprefix("_").lower()
+    found: list[Found] = []
+    if region and (hit := given(environ, _REFRESH_TOKEN + suffix)):
+        found.append((("accounts", account, "refresh_tokens", region), *hit))
+    client_id = _first_given(environ, _CLIENT_ID, suffix)
+    client_secret = _first_given(environ, _CLIENT_SECRET, suffix)
+    if client_id and client_secret:
+        found.append((("applications", account, "client_id"), *client_id))
+        found.append((("applications", account, "client_secret"), *client_secret))
+        found.append((("accounts", account, "application"), account, client_id[1]))
+    elif _first_given(environ, _CLIENT_ID):
+        found.append((("accounts", account, "application"), "main", _REFRESH_TOKEN + suffix))
+    return found
+
+
+def _region(environ: Mapping[str, str], problems: list[Problem], needed_by: str) -> str | None:
+    text = environ.get("SP_API_REGION", "").strip().lower()
+    if text in _REGION_NAMES:
+        return _REGION_NAMES[text]
+    state = "is not set" if not text else "must be na, eu or fe"
+    problems.append(
+        Problem("SP_API_REGION", f"{state}: a refresh token is for one region, say which ({needed_by})", "environment")
+    )
+    return None

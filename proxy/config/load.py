@@ -1,0 +1,329 @@
+"""How do flags, environment, file and defaults become one frozen Config, or the list of everything wrong with them?
+
+Precedence is flag > environment > file > default. Nobody else reads `os.environ` or the configuration file.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from proxy.config import environment
+from proxy.config.model import Config, dump, is_loopback, settings_in
+from proxy.config.read import Document, KeyPath, Problem, Tree, read_yaml, show_key
+
+_VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
+_MAX_SECRET_FILE = 64 * 1024
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` holds every reason."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A Config and where each value came from, by its key path."""
+
+    config: Config
+    origins: Mapping[KeyPath, str]
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (key, value, origin) for every setting in force, secrets as `***`."""
+        yield from self._rows(dump(self.config), ())
+
+    def _rows(self, value: Any, path: KeyPath) -> Iterator[tuple[str, str, str]]:
+        if isinstance(value, dict) and value:
+            for key, below in value.items():
+                yield from self._rows(below, (*path, key))
+        elif isinstance(value, list) and value:
+            for index, below in enumerate(value):
+                yield from self._rows(below, (*path, index))
+        else:
+            yield show_key(path), "[]" if value in ([], {}) else str(value), self._origin(path)
+
+    def _origin(self, path: KeyPath) -> str:
+        if path[-1:] == ("address",) and path not in self.origins:
+            path = path[:-1]  # a listener that was written as a plain text
+        while path and path not in self.origins and isinstance(path[-1], int):
+            path = path[:-1]
+        return self.origins.get(path, "default")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The merged settings before they are checked."""
+
+    tree: Tree = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Set one value, making the mappings above it and forgetting what was below it."""
+        *above, last = path
+        here = self.tree
+        for key in above:
+            if not isinstance(here.get(key), dict):  # type: ignore[arg-type]  # only list items have a number
+                here[key] = {}  # type: ignore[index]
+            here = here[key]  # type: ignore[index]
+        here[last] = value  # type: ignore[index]
+        self.origins = {known: text for known, text in self.origins.items() if known[: len(path)] != path}
+        self.origins[path] = origin
+
+
+def load_config(
+    path: str | None,
+    environ: Mapping[str, str],
+    flags: Mapping[KeyPath, Any] | None = None,
+) -> Loaded:
+    """Return the Config in force; `path` is the YAML file, if any, and `flags` what the command line set.
+
+    Raises ConfigError with every problem there is.
+    """
+    draft = _Draft()
+    if path is not None:
+        _add_file(draft, path, environ)
+    _add_environment(draft, environ)
+    for key_path, value in (flags or {}).items():
+        draft.put(key_path, value, "command line")
+    config = _validated(draft)
+    _cross_check(draft)
+    if draft.problems or config is None:
+        raise ConfigError(_in_order(draft.problems))
+    return Loaded(config, draft.origins)
+
+
+def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError([Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)]) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError([Problem("", "is not UTF-8", path)]) from exc
+    document = read_yaml(text, path)
+    if document.problems and not document.tree:
+        # The text as a whole is not readable: what its settings might lack is noise.
+        raise ConfigError(document.problems)
+    draft.problems += document.problems
+    draft.origins = document.origins
+    folder = Path(path).resolve().parent
+    draft.tree = {
+        key: _resolved(value, (key,), document, draft, environ, folder) for key, value in document.tree.items()
+    }
+
+
+def _resolved(  # noqa: PLR0913 - one recursive walk; its state is what it reads
+    value: Any, path: KeyPath, document: Document, draft: _Draft, environ: Mapping[str, str], folder: Path
+) -> Any:
+    """Return `value` with every `${NAME}` and `{file: …}` below it replaced by what it stands for."""
+    if isinstance(value, dict) and set(value) == {"file"} and isinstance(value["file"], str):
+        name = _expanded(value["file"], path, document, draft, environ)
+        return _from_file(folder / name, path, draft)
+    if isinstance(value, dict):
+        return {key: _resolved(below, (*path, key), document, draft, environ, folder) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_resolved(below, (*path, index), document, draft, environ, folder) for index, below in enumerate(value)]
+    return _expanded(value, path, document, draft, environ) if isinstance(value, str) else value
+
+
+def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, environ: Mapping[str, str]) -> str:
+    """Return `text` with `${NAME}` replaced by the variable and `$$` by a dollar sign."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None:
+            return "$"
+        value = environ.get(name, "")
+        where = document.origins.get(path, document.name)
+        if not value:
+            state = "is empty" if name in environ else "is not set"
+            draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
+            return "unset"  # stands in, so that the type is not complained about as well
+        draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
+        return value
+
+    return _VARIABLE.sub(replace, text)
+
+
+def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
+    """Return a secret file's text without the white space around it."""
+    where = draft.origins.get(key_path, "")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_SECRET_FILE + 1)
+    except OSError as exc:
+        draft.problems.append(Problem(show_key(key_path), f"file {path}: {os.strerror(exc.errno or 0)}", where))
+        return "unset"
+    except UnicodeDecodeError:
+        draft.problems.append(Problem(show_key(key_path), f"file {path} is not UTF-8 text", where))
+        return "unset"
+    if not text.strip() or len(text) > _MAX_SECRET_FILE:
+        state = "is empty" if not text.strip() else f"is larger than {_MAX_SECRET_FILE // 1024} KiB"
+        draft.problems.append(Problem(show_key(key_path), f"file {path} {state}", where))
+        return "unset"
+    draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
+    return text.strip()
+
+
+def _add_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
+    found, problems = environment.overrides(environ, draft.tree)
+    filled, more = environment.fill_in(environ, draft.tree)
+    draft.problems += problems + more
+    for path, value, variable in [*filled, *found]:
+        draft.put(path, value, f"environment variable {variable}")
+        if isinstance(value, dict) and set(value) == {"file"}:
+            draft.put(path, _from_file(Path(value["file"]), path, draft), draft.origins[path])
+
+
+# Checking.
+
+
+def _validated(draft: _Draft) -> Config | None:
+    # A group that is written with nothing below it (`limits:`) means its defaults.
+    tree = {key: value for key, value in draft.tree.items() if value is not None or key in {"admin", "health"}}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False, include_input=False):
+            draft.problems.append(_problem(error["loc"], error["type"], error["msg"], draft))
+        return None
+
+
+def _problem(loc: KeyPath, kind: str, message: str, draft: _Draft) -> Problem:
+    path = tuple(part for part in loc if part != "[key]")
+    if kind == "missing":
+        message = "is missing"
+    elif kind == "extra_forbidden":
+        message = f"is no setting{_suggestion(path)}"
+    elif loc[-1:] == ("[key]",):
+        message = f"cannot be a name here: {_lower_first(message)}"
+    else:
+        message = _lower_first(message)
+    return Problem(show_key(path), message, _where(path, draft))
+
+
+def _lower_first(text: str) -> str:
+    return text.replace("Input should", "should")
+
+
+def _suggestion(path: KeyPath) -> str:
+    """Return `; did you mean …?` for a key that is close to one that exists at that place."""
+    kind: Any = Config
+    for part in path[:-1]:
+        kind = _kind_below(kind, part)
+    known = list(settings.model_fields) if (settings := settings_in(kind)) else []
+    close = difflib.get_close_matches(str(path[-1]), known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _kind_below(kind: Any, part: str | int) -> Any:
+    """Return the type of the value at `part` of a value of type `kind`."""
+    if get_origin(kind) in {dict, tuple}:
+        return get_args(kind)[0 if get_origin(kind) is tuple else 1]
+    settings = settings_in(kind)
+    field = settings.model_fields.get(str(part)) if settings else None
+    return field.annotation if field else None
+
+
+def _where(path: KeyPath, draft: _Draft) -> str:
+    """Return the place of the nearest key above `path` that was written somewhere."""
+    while path and path not in draft.origins:
+        path = path[:-1]
+    return draft.origins.get(path, "").partition(", from")[0]
+
+
+def _cross_check(draft: _Draft) -> None:
+    """Note the mistakes that no single setting shows; works on the raw tree, so that all problems come at once."""
+    tree = draft.tree
+    accounts, applications = _mapping(tree, "accounts"), _mapping(tree, "applications")
+    problems = [
+        *_missing_parts(accounts, applications),
+        *_wrong_applications(accounts, applications),
+        *_wrong_account_names(tree, accounts),
+        *_open_listeners(tree),
+    ]
+    draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
+
+
+Wrong = Iterator[tuple[KeyPath, str]]
+
+
+def _mapping(tree: Tree, key: str) -> dict[str, Any]:
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _missing_parts(accounts: Tree, applications: Tree) -> Wrong:
+    if not applications:
+        yield (
+            ("applications",),
+            "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET",
+        )
+    if not accounts:
+        yield ("accounts",), "is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN"
+
+
+def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
+    for name, account in accounts.items():
+        chosen = account.get("application") if isinstance(account, dict) else None
+        path: KeyPath = ("accounts", name, "application")
+        if chosen is None and len(applications) > 1:
+            yield path, f"is missing: there are several ({', '.join(applications)})"
+        elif isinstance(chosen, str) and applications and chosen not in applications:
+            yield path, f"names no application; there is {', '.join(applications)}"
+
+
+def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
+    named: list[tuple[KeyPath, Any]] = [(("default_account",), tree.get("default_account"))]
+    for index, listener in enumerate(_listeners(tree)):
+        named.append((("listen", index, "account"), listener.get("account")))
+    for path, name in named:
+        if isinstance(name, str) and accounts and name not in accounts:
+            yield path, "names no account"
+
+
+def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:
+    listen = tree.get("listen")
+    for listener in listen if isinstance(listen, list) else [listen]:
+        yield listener if isinstance(listener, dict) else {"address": listener}
+
+
+def _open_listeners(tree: Tree) -> Wrong:
+    """An address that other machines reach must be meant: whoever reaches the port acts as the seller."""
+    for index, listener in enumerate(_listeners(tree)):
+        address = listener.get("address")
+        host = address.rpartition(":")[0].strip("[]") if isinstance(address, str) else ""
+        meant = str(listener.get("insecure_network", "")).lower() in {"true", "yes", "on", "1"}
+        if host and not address.startswith("unix:") and not is_loopback(host) and not meant:
+            yield (
+                ("listen", index, "address"),
+                "can be reached by other machines, and whoever reaches it acts as the seller: use 127.0.0.1 or a Unix "
+                "socket, or write {address: …, insecure_network: true} if the network itself keeps others out",
+            )
+    admin = tree.get("admin")
+    if (
+        isinstance(admin, str)
+        and not admin.startswith("unix:")
+        and not is_loopback(admin.rpartition(":")[0].strip("[]"))
+    ):
+        yield ("admin",), "must be a loopback address; open `health` instead for probes and Prometheus"
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """Return each problem once, in the order of the file's lines."""
+
+    def line(problem: Problem) -> tuple[str, int, str]:
+        name, _, number = problem.where.rpartition(":")
+        return (name, int(number), problem.key) if number.isdigit() else (problem.where, 0, problem.key)
+
+    return sorted(dict.fromkeys(problems), key=line)

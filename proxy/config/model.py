@@ -1,0 +1,332 @@
+"""Which settings are there, of which kind, with which default, and what does each one mean?
+
+The field descriptions here are the single place where a setting is explained: the README's table and the JSON Schema
+are made from them.
+"""
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from proxy.config.secret import Secret
+
+Region = Literal["na", "eu", "fe"]
+Environment = Literal["production", "sandbox"]
+
+REGIONS: tuple[Region, ...] = ("na", "eu", "fe")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LONGEST_DURATION = 366 * 86400.0
+USER_AGENT_LIMIT = 500  # characters (DOC "Include a User-Agent Header in All Requests")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """Return a validation error whose text is `message` alone; it must hold no value, a value may be a secret."""
+    return PydanticCustomError("setting", message)  # type: ignore[arg-type]  # wants a literal for translation tools
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds for `10s`, `500ms`, `2m`, `1h`, `1d` or a plain number of seconds; raise a validation error."""
+    match = DURATION.fullmatch(str(value).strip()) if isinstance(value, (str, int, float)) else None
+    if match is None:
+        raise wrong("must be a duration such as 500ms, 10s, 2m or 1h")
+    seconds = float(match[1]) * DURATION_UNITS[match[2]]
+    if seconds > LONGEST_DURATION:
+        raise wrong("must not be longer than a year")
+    return seconds
+
+
+def show_duration(seconds: float) -> str:
+    """Return `seconds` in the unit a person would choose: `90.0` is `90s`, `3600.0` is `1h`."""
+    for unit, size in (("h", 3600.0), ("m", 60.0)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
+
+
+def _positive(seconds: float) -> float:
+    if seconds <= 0:
+        raise wrong("must be longer than 0s")
+    return seconds
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    PlainSerializer(show_duration),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["500ms", "10s", "2m"]}),
+]
+PositiveDuration = Annotated[Duration, BeforeValidator(lambda value: _positive(parse_duration(value)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a listener listens: a host and a port (0: any free one), or the path of a Unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return bool(self.path) or is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether `host` is `localhost` or a loopback address (127.0.0.0/8, ::1)."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_address(value: object) -> Address:
+    """Return the Address of `127.0.0.1:8080`, `[::1]:8080`, `localhost:8080` or `unix:/path`."""
+    if isinstance(value, Address):
+        return value
+    text = value if isinstance(value, str) else ""
+    if text.startswith("unix:"):
+        if not text.startswith("unix:/"):
+            raise wrong("a Unix socket needs an absolute path: unix:/run/sp-api-proxy.sock")
+        return Address(path=text.removeprefix("unix:"))
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise wrong("must be an address such as 127.0.0.1:8080, [::1]:8080 or unix:/run/sp-api-proxy.sock")
+    return Address(host=host, port=int(port))
+
+
+ListenAddress = Annotated[
+    Address,
+    BeforeValidator(parse_address),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["127.0.0.1:8080", "unix:/run/sp-api-proxy/acme.sock"]}),
+]
+
+
+def check_endpoint(value: str) -> str:
+    """Return the base URL without a trailing slash; plain http only to this machine, no user info, query or path."""
+    parts = urlsplit(value)
+    try:
+        port_is_fine = parts.port != 0
+    except ValueError:
+        port_is_fine = False
+    if parts.scheme not in {"https", "http"} or not parts.hostname or not port_is_fine:
+        raise wrong("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise wrong("must be https: a token is sent in the clear only to this machine's loopback")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise wrong("must have no user, query or fragment")
+    return value.rstrip("/")
+
+
+def _check_region_endpoint(value: str) -> str:
+    url = check_endpoint(value)
+    if urlsplit(url).path:
+        raise wrong("must have no path: the app's own path is sent as it is")
+    return url
+
+
+Endpoint = Annotated[str, Field(min_length=8), BeforeValidator(lambda value: check_endpoint(str(value)))]
+RegionEndpoint = Annotated[str, Field(min_length=8), BeforeValidator(lambda value: _check_region_endpoint(str(value)))]
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _address_alone(value: object) -> object:
+    return {"address": value} if isinstance(value, str) else value
+
+
+def _check_host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]|[0-9a-fA-F:.]+", value, re.ASCII):
+        raise wrong("must be a bare host name or address, without a port, scheme or wildcard")
+    return value.lower().removeprefix("[").removesuffix("]")
+
+
+HostName = Annotated[str, BeforeValidator(lambda value: _check_host_name(str(value)))]
+AccountName = Annotated[str, Field(pattern=f"^{NAME}$")]
+DataElement = Literal["buyerInfo", "shippingAddress", "buyerTaxInformation"]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; a key it does not know is an error."""
+
+    # `hide_input_in_errors`: a rejected value may be a secret in the wrong place.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+
+def settings_in(kind: Any) -> type[Settings] | None:
+    """Return the group of settings that a field of type `kind` holds (`Limits`, `Account | None`), or None."""
+    options = (kind, *get_args(kind))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Settings)), None)
+
+
+class Listener(Settings):
+    """One address that apps send their requests to."""
+
+    address: ListenAddress = Field(description="Where to listen: host:port, or unix:/path. Port 0 takes a free one.")
+    account: AccountName | None = Field(None, description="Every request here is for this account.")
+    region: Region | None = Field(None, description="Every request here is for this region.")
+    require_header: bool = Field(
+        False, description="Refuse requests without x-sp-account: apps that fetch URLs for others cannot set headers."
+    )
+    insecure_network: bool = Field(
+        False, description="Accept an address that other machines can reach: whoever reaches it acts as the seller."
+    )
+
+
+class UserAgent(Settings):
+    """What `user-agent` tells Amazon about the application."""
+
+    name: str = Field("sp-api-proxy", min_length=1, description="The application's name.")
+    version: str = Field("0.1", min_length=1, description="The application's version.")
+    language: str | None = Field(None, description="Left out: Python and its version.")
+    platform: str | None = Field(None, description="Left out: the operating system.")
+
+
+class Application(Settings):
+    """One application registered with Amazon."""
+
+    client_id: str = Field(min_length=1, description="The LWA client identifier.")
+    client_secret: Secret = Field(description="The LWA client secret.")
+    user_agent: UserAgent = Field(default_factory=UserAgent, description="What Amazon is told about the application.")
+
+
+class Account(Settings):
+    """One seller or vendor account."""
+
+    application: AccountName | None = Field(None, description="The application; may be left out when there is one.")
+    refresh_tokens: dict[Region, Secret] = Field(
+        default_factory=dict, description="A refresh token for each region (na, eu, fe)."
+    )
+    data_elements: tuple[DataElement, ...] = Field(
+        (),
+        description="Personal data to ask for where it is optional: buyerInfo, shippingAddress, buyerTaxInformation.",
+    )
+    environment: Environment | None = Field(None, description="production or sandbox, for this account alone.")
+
+
+class Endpoints(Settings):
+    """Other servers than Amazon's, for tests, simulators and private gateways."""
+
+    na: RegionEndpoint | None = Field(None, description="Base URL for North America.")
+    eu: RegionEndpoint | None = Field(None, description="Base URL for Europe.")
+    fe: RegionEndpoint | None = Field(None, description="Base URL for the Far East.")
+    lwa: Endpoint = Field("https://api.amazon.com/auth/o2/token", description="Login with Amazon's token address.")
+
+
+class Limits(Settings):
+    """How the proxy keeps to Amazon's usage plans."""
+
+    max_wait: Duration = Field(10.0, description="How long a call may wait for its place before it is refused.")
+    pace: bool = Field(True, description="false: send at once, and only learn the rates.")
+
+
+class Timeouts(Settings):
+    """How long each thing may take; each running out is an error of its own name."""
+
+    header: PositiveDuration = Field(10.0, description="A client's whole header block.")
+    body_idle: PositiveDuration = Field(30.0, description="A client that stops sending, or stops reading the answer.")
+    connect: PositiveDuration = Field(5.0, description="A connection to Amazon, its name and TLS included.")
+    upstream_idle: PositiveDuration = Field(60.0, description="Amazon silent: before the answer, or within its body.")
+    token: PositiveDuration = Field(10.0, description="One token exchange.")
+    total: PositiveDuration = Field(3600.0, description="A whole exchange, both bodies included.")
+    keep_alive: PositiveDuration = Field(75.0, description="An idle connection of a client.")
+    shutdown: PositiveDuration = Field(20.0, description="How long requests may go on after SIGTERM.")
+
+
+class Pool(Settings):
+    """The connections to Amazon."""
+
+    max_connections: int = Field(1000, ge=1, description="Connections to all of Amazon's hosts together.")
+    idle: PositiveDuration = Field(20.0, description="How long an unused connection is kept.")
+    ca_file: str | None = Field(None, description="A PEM file of certificates to trust instead of the system's.")
+
+
+class Log(Settings):
+    """What goes to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level that is written.")
+    format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise.")
+
+
+class MetricsSettings(Settings):
+    """What the Prometheus series carry."""
+
+    account_on_histograms: bool = Field(
+        False, description="Put the account on histograms too: accounts x operations x buckets series."
+    )
+
+
+class Config(Settings):
+    """Everything the proxy is told."""
+
+    listen: Annotated[
+        tuple[Annotated[Listener, BeforeValidator(_address_alone)], ...], BeforeValidator(_one_or_many)
+    ] = Field(
+        (Listener(address=Address("127.0.0.1", 8080)),),
+        min_length=1,
+        description="One or several addresses for the apps.",
+    )
+    admin: ListenAddress | None = Field(
+        Address("127.0.0.1", 9090), description="Metrics, health and status; this machine only. null: none."
+    )
+    health: ListenAddress | None = Field(
+        None, description="Health and metrics alone, at an address that may be opened to probes and Prometheus."
+    )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        (), description="Host names accepted besides loopback names and the listener's own address."
+    )
+    applications: dict[AccountName, Application] = Field(
+        default_factory=dict, description="The applications registered with Amazon, by a name of yours."
+    )
+    accounts: dict[AccountName, Account] = Field(
+        default_factory=dict, description="The seller and vendor accounts, by a name of yours."
+    )
+    default_account: AccountName | None = Field(
+        None, description="For requests that name none; may be left out when there is one account."
+    )
+    environment: Environment = Field("production", description="production or sandbox.")
+    endpoints: Endpoints = Field(default_factory=Endpoints, description="Other servers than Amazon's.")
+    marketplaces: dict[str, Region] = Field(
+        default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."
+    )
+    limits: Limits = Field(default_factory=Limits, description="Usage plans.")
+    timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
+    pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
+    store: Literal["memory"] = Field("memory", description="Where tokens are kept: memory, this process alone.")
+    warm_up: bool = Field(False, description="Fetch every account's tokens at start; ready once they are there.")
+    log: Log = Field(default_factory=Log, description="What goes to standard error.")
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="What the series carry.")
+
+    def application_of(self, account: Account) -> tuple[str, Application]:
+        """Return the name and the settings of the application that `account` belongs to."""
+        name = account.application or next(iter(self.applications))
+        return name, self.applications[name]
+
+    def environment_of(self, account: Account) -> Environment:
+        """Return `production` or `sandbox` for `account`."""
+        return account.environment or self.environment
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain values, every secret as `***`."""
+    return config.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,142 @@
+"""What does a YAML text say, key by key, and on which line does it say so?
+
+PyYAML's own loaders expand aliases without bound, take the last of two equal keys and turn `2.10` into `2.1`. Here
+the parser's events become plain values directly: every scalar stays the text that was written (the settings' types
+decide what it means), aliases and tags are refused, and size and depth are bounded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 4 * 1024 * 1024
+MAX_DEPTH = 12
+
+# libyaml's parser is some ten times faster: it matters with thousands of accounts.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+KeyPath = tuple[str | int, ...]
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: the full key, what is wrong with it, and where it was written (or nothing)."""
+
+    key: str
+    message: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.message) if part)
+
+
+def show_key(path: KeyPath) -> str:
+    """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+@dataclass(slots=True)
+class Document:
+    """The values of one YAML text, where each was written, and what was wrong with the text."""
+
+    name: str
+    tree: Tree = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_yaml(text: str, name: str) -> Document:
+    """Return the Document of `text`; every mistake is in its `problems`, none is raised."""
+    document = Document(name)
+    if len(text) > MAX_BYTES:
+        document.problems.append(Problem("", f"is larger than {MAX_BYTES // 1024 // 1024} MiB", name))
+        return document
+    try:
+        events = yaml.parse(text, Loader=_LOADER)
+        next(events)  # the start of the stream
+        _read_document(document, events)
+    except yaml.YAMLError as exc:
+        document.problems.append(_syntax_problem(name, exc))
+    return document
+
+
+def _syntax_problem(name: str, exc: yaml.YAMLError) -> Problem:
+    mark = getattr(exc, "problem_mark", None)
+    where = f"{name}:{mark.line + 1}" if mark else name
+    # Only the parser's own words: its full message quotes the line, which may hold a secret.
+    words = getattr(exc, "problem", None) or getattr(exc, "reason", None) or "cannot be read"
+    return Problem("", f"is not valid YAML: {words}", where)
+
+
+def _read_document(document: Document, events: Iterator[Any]) -> None:
+    if isinstance(next(events), yaml.StreamEndEvent):
+        return
+    value = _Builder(document, events).value((), next(events))
+    if isinstance(value, dict):
+        document.tree = value
+    elif value is not None:
+        document.problems.append(Problem("", "must be a mapping of settings", document.name))
+    next(events)  # the end of the document
+    if not isinstance(next(events), yaml.StreamEndEvent):
+        document.problems.append(Problem("", "must hold one YAML document, not several", document.name))
+
+
+class _Refused(yaml.YAMLError):
+    """A construct that is YAML and not accepted here."""
+
+    def __init__(self, problem: str, mark: Any) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.problem_mark = mark
+
+
+class _Builder:
+    """Turns the events of one document into values, noting the line of each."""
+
+    def __init__(self, document: Document, events: Iterator[Any]) -> None:
+        self.document = document
+        self.events = events
+
+    def value(self, path: KeyPath, event: Any) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused("aliases (*name) are not accepted; write the value out", event.start_mark)
+        if len(path) > MAX_DEPTH:
+            raise _Refused(f"more than {MAX_DEPTH} levels deep", event.start_mark)
+        if event.tag is not None and event.tag != "!":
+            raise _Refused("tags (!name) are not accepted", event.start_mark)
+        self.document.origins[path] = f"{self.document.name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.MappingStartEvent):
+            return self.mapping(path)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self.sequence(path)
+        is_null = event.style is None and event.value in {"", "~", "null"}
+        is_plain_null = event.style == "" and event.value in {"", "~", "null"}
+        return None if is_null or is_plain_null else event.value
+
+    def mapping(self, path: KeyPath) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _Refused("a key must be a plain text", event.start_mark)
+            key, here = event.value, (*path, event.value)
+            if key in found:
+                where = f"{self.document.name}:{event.start_mark.line + 1}"
+                first = self.document.origins[here].rpartition(":")[2]
+                self.document.problems.append(Problem(show_key(here), f"is given twice (first on line {first})", where))
+                self.value((*path, f"{key} (again)"), next(self.events))
+                continue
+            found[key] = self.value(here, next(self.events))
+            self.document.origins[here] = f"{self.document.name}:{event.start_mark.line + 1}"
+        return found
+
+    def sequence(self, path: KeyPath) -> list[Any]:
+        found: list[Any] = []
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            found.append(self.value((*path, len(found)), event))
+        return found
