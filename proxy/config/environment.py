@@ -18,18 +18,20 @@ CONFIG_VARIABLE = PREFIX + "CONFIG"
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
 
 _CLIENT_ID = ("LWA_APP_ID", "LWA_CLIENT_ID", "SELLING_PARTNER_APP_CLIENT_ID", "SP_API_CLIENT_ID")
-_CLIENT_SECRET = ("LWA_CLIENT_SECRET", "SELLING_PARTNER_APP_CLIENT_SECRET", "SP_API_CLIENT_SECRET")  # noqa: S105 - names
+_CLIENT_SECRET = ("LWA_CLIENT_SECRET", "SELLING_PARTNER_APP_CLIENT_SECRET", "SP_API_CLIENT_SECRET")
 _REFRESH_TOKEN = "SP_API_REFRESH_TOKEN"  # noqa: S105 - a variable's name
-_REGION_NAMES = {
-    **{region: region for region in REGIONS},
-    **{"us-east-1": "na", "eu-west-1": "eu", "us-west-2": "fe"},
+_REGION_NAMES: dict[str, str] = {
+    **{str(region): str(region) for region in REGIONS},
+    "us-east-1": "na",
+    "eu-west-1": "eu",
+    "us-west-2": "fe",
 }
 
 Found = tuple[KeyPath, Any, str]  # where it belongs, its value, the variable that said so
 
 
 def given(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
-    """Return the value and the variable's name of NAME or NAME_FILE (as a `{file: …}`), or None where neither is set."""
+    """Return the value and the variable of NAME or NAME_FILE (a `{file: …}`), or None where neither is set."""
     if environ.get(name):
         return environ[name], name
     if environ.get(f"{name}_FILE"):
@@ -128,9 +130,11 @@ def _applications(environ: Mapping[str, str], tree: Tree) -> list[Found]:
 def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     found: list[Found] = []
     problems: list[Problem] = []
-    for region in REGIONS:
-        if hit := given(environ, f"{_REFRESH_TOKEN}_{region.upper()}"):
-            found.append((("accounts", "default", "refresh_tokens", region), *hit))
+    found += [
+        (("accounts", "default", "refresh_tokens", region), *hit)
+        for region in REGIONS
+        if (hit := given(environ, f"{_REFRESH_TOKEN}_{region.upper()}"))
+    ]
     if hit := given(environ, _REFRESH_TOKEN):
         region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN)
         if region_name:

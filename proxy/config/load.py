@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from proxy.config import environment
-from proxy.config.model import Config, dump, is_loopback, settings_in
+from proxy.config.model import Config, dump, parse_address, settings_in
 from proxy.config.read import Document, KeyPath, Problem, Tree, read_yaml, show_key
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
@@ -120,7 +120,7 @@ def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
     }
 
 
-def _resolved(  # noqa: PLR0913 - one recursive walk; its state is what it reads
+def _resolved(
     value: Any, path: KeyPath, document: Document, draft: _Draft, environ: Mapping[str, str], folder: Path
 ) -> Any:
     """Return `value` with every `${NAME}` and `{file: …}` below it replaced by what it stands for."""
@@ -298,25 +298,27 @@ def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:
         yield listener if isinstance(listener, dict) else {"address": listener}
 
 
+_OPEN_LISTENER = (
+    "can be reached by other machines, and whoever reaches it acts as the seller: use 127.0.0.1 or a Unix socket, "
+    "or write {address: …, insecure_network: true} if the network itself keeps others out"
+)
+
+
 def _open_listeners(tree: Tree) -> Wrong:
     """An address that other machines reach must be meant: whoever reaches the port acts as the seller."""
     for index, listener in enumerate(_listeners(tree)):
-        address = listener.get("address")
-        host = address.rpartition(":")[0].strip("[]") if isinstance(address, str) else ""
         meant = str(listener.get("insecure_network", "")).lower() in {"true", "yes", "on", "1"}
-        if host and not address.startswith("unix:") and not is_loopback(host) and not meant:
-            yield (
-                ("listen", index, "address"),
-                "can be reached by other machines, and whoever reaches it acts as the seller: use 127.0.0.1 or a Unix "
-                "socket, or write {address: …, insecure_network: true} if the network itself keeps others out",
-            )
-    admin = tree.get("admin")
-    if (
-        isinstance(admin, str)
-        and not admin.startswith("unix:")
-        and not is_loopback(admin.rpartition(":")[0].strip("[]"))
-    ):
+        if _is_open(listener.get("address")) and not meant:
+            yield ("listen", index, "address"), _OPEN_LISTENER
+    if _is_open(tree.get("admin")):
         yield ("admin",), "must be a loopback address; open `health` instead for probes and Prometheus"
+
+
+def _is_open(address: object) -> bool:
+    try:
+        return not parse_address(address).is_local
+    except ValueError:
+        return False  # not an address at all, which is noted elsewhere
 
 
 def _in_order(problems: list[Problem]) -> list[Problem]:

@@ -24,13 +24,12 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_DURATION = 366 * 86400.0
-USER_AGENT_LIMIT = 500  # characters (DOC "Include a User-Agent Header in All Requests")
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 def wrong(message: str) -> PydanticCustomError:
     """Return a validation error whose text is `message` alone; it must hold no value, a value may be a secret."""
-    return PydanticCustomError("setting", message)  # type: ignore[arg-type]  # wants a literal for translation tools
+    return PydanticCustomError("setting", message)
 
 
 def parse_duration(value: object) -> float:
@@ -186,20 +185,35 @@ class Listener(Settings):
     account: AccountName | None = Field(None, description="Every request here is for this account.")
     region: Region | None = Field(None, description="Every request here is for this region.")
     require_header: bool = Field(
-        False, description="Refuse requests without x-sp-account: apps that fetch URLs for others cannot set headers."
+        default=False,
+        description="Refuse requests without x-sp-account: apps that fetch URLs for others cannot set headers.",
     )
     insecure_network: bool = Field(
-        False, description="Accept an address that other machines can reach: whoever reaches it acts as the seller."
+        default=False,
+        description="Accept an address that other machines can reach: whoever reaches it acts as the seller.",
     )
+
+
+def _printable(value: object) -> object:
+    if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+        raise wrong("must hold printable ASCII characters only")
+    return value
+
+
+# Together at most 440 characters even if every one is escaped: Amazon refuses a user agent of more than 500
+# (DOC "Include a User-Agent Header in All Requests").
+HeaderText = Annotated[str, Field(min_length=1, max_length=40), BeforeValidator(_printable)]
 
 
 class UserAgent(Settings):
     """What `user-agent` tells Amazon about the application."""
 
-    name: str = Field("sp-api-proxy", min_length=1, description="The application's name.")
-    version: str = Field("0.1", min_length=1, description="The application's version.")
-    language: str | None = Field(None, description="Left out: Python and its version.")
-    platform: str | None = Field(None, description="Left out: the operating system.")
+    name: Annotated[str, Field(min_length=1, max_length=100), BeforeValidator(_printable)] = Field(
+        "sp-api-proxy", description="The application's name."
+    )
+    version: HeaderText = Field("0.1", description="The application's version.")
+    language: HeaderText | None = Field(None, description="Left out: Python and its version.")
+    platform: HeaderText | None = Field(None, description="Left out: the operating system.")
 
 
 class Application(Settings):
@@ -237,7 +251,7 @@ class Limits(Settings):
     """How the proxy keeps to Amazon's usage plans."""
 
     max_wait: Duration = Field(10.0, description="How long a call may wait for its place before it is refused.")
-    pace: bool = Field(True, description="false: send at once, and only learn the rates.")
+    pace: bool = Field(default=True, description="false: send at once, and only learn the rates.")
 
 
 class Timeouts(Settings):
@@ -272,7 +286,7 @@ class MetricsSettings(Settings):
     """What the Prometheus series carry."""
 
     account_on_histograms: bool = Field(
-        False, description="Put the account on histograms too: accounts x operations x buckets series."
+        default=False, description="Put the account on histograms too: accounts x operations x buckets series."
     )
 
 
@@ -313,7 +327,9 @@ class Config(Settings):
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
     store: Literal["memory"] = Field("memory", description="Where tokens are kept: memory, this process alone.")
-    warm_up: bool = Field(False, description="Fetch every account's tokens at start; ready once they are there.")
+    warm_up: bool = Field(
+        default=False, description="Fetch every account's tokens at start; ready once they are there."
+    )
     log: Log = Field(default_factory=Log, description="What goes to standard error.")
     metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="What the series carry.")
 

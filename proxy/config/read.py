@@ -103,6 +103,9 @@ class _Builder:
         self.document = document
         self.events = events
 
+    def place(self, event: Any) -> str:
+        return f"{self.document.name}:{event.start_mark.line + 1}"
+
     def value(self, path: KeyPath, event: Any) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise _Refused("aliases (*name) are not accepted; write the value out", event.start_mark)
@@ -110,7 +113,7 @@ class _Builder:
             raise _Refused(f"more than {MAX_DEPTH} levels deep", event.start_mark)
         if event.tag is not None and event.tag != "!":
             raise _Refused("tags (!name) are not accepted", event.start_mark)
-        self.document.origins[path] = f"{self.document.name}:{event.start_mark.line + 1}"
+        self.document.origins[path] = self.place(event)
         if isinstance(event, yaml.MappingStartEvent):
             return self.mapping(path)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -126,13 +129,13 @@ class _Builder:
                 raise _Refused("a key must be a plain text", event.start_mark)
             key, here = event.value, (*path, event.value)
             if key in found:
-                where = f"{self.document.name}:{event.start_mark.line + 1}"
+                where = self.place(event)
                 first = self.document.origins[here].rpartition(":")[2]
                 self.document.problems.append(Problem(show_key(here), f"is given twice (first on line {first})", where))
                 self.value((*path, f"{key} (again)"), next(self.events))
                 continue
             found[key] = self.value(here, next(self.events))
-            self.document.origins[here] = f"{self.document.name}:{event.start_mark.line + 1}"
+            self.document.origins[here] = self.place(event)
         return found
 
     def sequence(self, path: KeyPath) -> list[Any]:

@@ -1,0 +1,46 @@
+"""Which headers does Amazon want on every call, and how are they written?"""
+
+import platform
+import re
+import time
+
+from proxy.config import Secret
+
+MAX_USER_AGENT = 500  # characters (DOC "Include a User-Agent Header in All Requests")
+
+ACCESS_TOKEN = "x-amz-access-token"  # noqa: S105 - a header's name
+DATE = "x-amz-date"
+USER_AGENT = "user-agent"
+
+
+def _escaped(text: str, characters: str) -> str:
+    return re.sub(f"([{re.escape(characters)}])", r"\\\1", text)
+
+
+def user_agent(name: str, version: str, language: str | None = None, system: str | None = None) -> str:
+    """Return `Name/Version (Language=…; Platform=…)`, escaped (DOC "Include a User-Agent Header in All Requests").
+
+    Backslashes are escaped everywhere, `/` in the name, `(` in the version, `)` and `;` in values. Raises ValueError
+    where it would be longer than Amazon takes or holds what no header may hold.
+    """
+    language = language or f"Python/{platform.python_version()}"
+    system = system or f"{platform.system()}/{platform.release()}"[:40]
+    text = (
+        f"{_escaped(name, chr(92) + '/')}/{_escaped(version, chr(92) + '(')} "
+        f"(Language={_escaped(language, chr(92) + ');')}; Platform={_escaped(system, chr(92) + ');')})"
+    )
+    if len(text) > MAX_USER_AGENT:
+        raise ValueError(f"is {len(text)} characters long; Amazon takes {MAX_USER_AGENT}")
+    if not text.isascii() or not text.isprintable():
+        raise ValueError("must hold printable ASCII characters only")
+    return text
+
+
+def amz_date(epoch: float) -> str:
+    """Return `x-amz-date` for a moment in seconds of the Unix epoch: UTC as `YYYYMMDDTHHMMSSZ` (SEED)."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(epoch))
+
+
+def credential_headers(token: Secret, agent: str, epoch: float) -> dict[str, str]:
+    """Return the headers that authenticate one call: the token, the date, the user agent."""
+    return {ACCESS_TOKEN: token.reveal(), DATE: amz_date(epoch), USER_AGENT: agent}

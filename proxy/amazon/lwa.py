@@ -1,0 +1,128 @@
+"""How is a token asked for at Login with Amazon, and what do its answers mean?
+
+One call, no clock and no state: keeping tokens is `request/tokens.py`'s work.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from proxy.config import Secret
+
+# An answer larger than this is not a token (an access token has 2048 bytes at most, LWA "Access Tokens").
+MAX_ANSWER = 64 * 1024
+MAX_TOKEN = 16 * 1024
+
+# What an exchange can be refused with for good: no later try will succeed until a person acts (LWA "Access Tokens").
+REFUSALS = frozenset(
+    {"invalid_grant", "invalid_client", "unauthorized_client", "invalid_scope", "invalid_request",
+     "unsupported_grant_type", "access_denied"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A token as it was granted; `expires_in` is the life in seconds that the answer named."""
+
+    value: Secret
+    expires_in: float
+
+
+class ExchangeRefused(Exception):
+    """The credentials are refused for good. `reason` is one of OAuth's error codes, `request_id` Amazon's own."""
+
+    def __init__(self, reason: str, request_id: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.request_id = request_id
+
+
+class ExchangeFailed(Exception):
+    """No token this time; a later try may succeed. `reason` is a short word for metrics and logs."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+async def refresh_token_grant(
+    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, refresh_token: Secret
+) -> Grant:
+    """Exchange a seller's refresh token for an access token (SEED "Request a Login with Amazon access token").
+
+    Raises ExchangeRefused, ExchangeFailed, and what the session raises (`aiohttp.ClientError`, `TimeoutError`).
+    """
+    form = {"grant_type": "refresh_token", "refresh_token": refresh_token.reveal()}
+    return await _exchange(session, url, client_id, client_secret, form)
+
+
+async def client_credentials_grant(
+    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, scope: str
+) -> Grant:
+    """Get a token for grantless operations of `scope` (DOC "Grantless Operations"); raises as `refresh_token_grant`."""
+    form = {"grant_type": "client_credentials", "scope": scope}
+    return await _exchange(session, url, client_id, client_secret, form)
+
+
+async def _exchange(
+    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
+) -> Grant:
+    form = {**grant, "client_id": client_id, "client_secret": client_secret.reveal()}
+    headers = {"Content-Type": "application/x-www-form-urlencoded;charset=UTF-8", "Accept": "application/json"}
+    # A redirect would carry the secrets to another address.
+    async with session.post(url, data=form, headers=headers, allow_redirects=False) as response:
+        body = await read_bounded(response, MAX_ANSWER)
+        return parse_answer(response.status, body)
+
+
+async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Return the body of `response`; raise ExchangeFailed where it is longer than `limit` bytes."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            response.close()
+            raise ExchangeFailed("answer_too_large")
+    return bytes(body)
+
+
+def parse_answer(status: int, body: bytes) -> Grant:
+    """Return the Grant that an answer of Login with Amazon holds; raise ExchangeRefused or ExchangeFailed."""
+    answer = parse_object(body)
+    if status == 200:
+        return parse_grant(answer.get("access_token"), answer.get("expires_in"))
+    reason = answer.get("error")
+    if 400 <= status < 500 and status != 429 and isinstance(reason, str) and reason in REFUSALS:
+        request_id = answer.get("request_id")
+        raise ExchangeRefused(reason, request_id if isinstance(request_id, str) else "")
+    raise ExchangeFailed(f"http_{status}")
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of `body`, or an empty one where it is anything else."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def parse_grant(value: object, expires_in: object) -> Grant:
+    """Return the Grant of a token and its life in seconds; raise ExchangeFailed where either makes no sense."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TOKEN:
+        raise ExchangeFailed("no_token")
+    if not (value.isascii() and value.isprintable()) or " " in value:
+        raise ExchangeFailed("malformed_token")  # it goes into a header: no line break may come with it
+    return Grant(Secret(value), parse_lifetime(expires_in))
+
+
+def parse_lifetime(expires_in: object) -> float:
+    """Return a usable life in seconds: 0 (use once) for nonsense, and never more than an hour (LWA "Access Tokens")."""
+    if isinstance(expires_in, str) and expires_in.isascii() and expires_in.isdigit() and len(expires_in) < 10:
+        expires_in = int(expires_in)
+    if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in > 0:
+        return 0.0
+    return float(min(expires_in, 3600))

@@ -1,0 +1,197 @@
+"""How are the parts built from a Config, started in order and stopped in reverse?"""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from proxy import __version__
+from proxy.amazon.headers import user_agent
+from proxy.amazon.operations import OperationTable, load_table
+from proxy.config import Address, Config, Listener
+from proxy.listener import Listening
+from proxy.logs import LOGGER, fields
+from proxy.metrics import Metrics
+from proxy.request.guard import Doorway
+from proxy.request.handler import Handler
+from proxy.request.limits import Limits
+from proxy.request.tokens import Tokens
+from proxy.request.upstream import Upstream, open_session
+from proxy.status import Readiness, admin_app, health_app
+from proxy.store import Store
+
+
+class CannotListen(Exception):
+    """An address cannot be listened on; the text says which setting to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A proxy that serves: the addresses it really listens on, and its parts."""
+
+    addresses: tuple[str, ...]
+    admin: str | None
+    health: str | None
+    readiness: Readiness
+    metrics: Metrics
+    tokens: Tokens
+    limits: Limits
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Running]:
+    """Start a proxy and yield it; stop it in reverse order, requests in flight first finished.
+
+    Raises CannotListen.
+    """
+    async with AsyncExitStack() as stack:
+        metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
+        readiness = Readiness()
+        agents = user_agents(config)
+        store = Store()
+        stack.push_async_callback(store.close)
+        session = await stack.enter_async_context(open_session(config))
+        fresh_session = await stack.enter_async_context(open_session(config, fresh=True))
+        lwa_session = await stack.enter_async_context(open_lwa_session(config))
+        tokens = Tokens(
+            config,
+            lwa_session=lwa_session,
+            amazon_session=session,
+            user_agents=agents,
+            store=store,
+            metrics=metrics,
+        )
+        stack.push_async_callback(tokens.close)
+        limits = Limits(metrics, pace=config.limits.pace)
+        upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents, metrics=metrics)
+        admin, health = await _start_status(stack, config, readiness, metrics)
+        table = load_table()
+        addresses = [
+            await _start_listener(stack, listener, index, config, table, limits, tokens, upstream, metrics)
+            for index, listener in enumerate(config.listen)
+        ]
+        stack.callback(_stopping, readiness)
+        warming = asyncio.create_task(_become_ready(config, readiness, tokens), name="become ready")
+        stack.callback(warming.cancel)
+        if not config.warm_up:
+            await warming
+        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits)
+
+
+def user_agents(config: Config) -> dict[str, str]:
+    """Return the `user-agent` of each application, built once."""
+    return {
+        name: user_agent(
+            application.user_agent.name,
+            application.user_agent.version,
+            application.user_agent.language,
+            application.user_agent.platform,
+        )
+        for name, application in config.applications.items()
+    }
+
+
+def open_lwa_session(config: Config) -> aiohttp.ClientSession:
+    """Return the session for token exchanges: connections of its own, so that no header of one strays to the other."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=32, keepalive_timeout=config.pool.idle, ttl_dns_cache=30),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": f"sp-api-proxy/{__version__}"},
+        timeout=aiohttp.ClientTimeout(total=config.timeouts.token),
+        trust_env=False,
+    )
+
+
+async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) -> None:
+    if config.warm_up:
+        readiness.waiting_for = "the tokens (warm_up)"
+        await tokens.warm_up()
+    readiness.state, readiness.waiting_for = "ready", ""
+    readiness.details = {"version": __version__, "accounts": str(len(config.accounts))}
+
+
+def _stopping(readiness: Readiness) -> None:
+    readiness.state, readiness.waiting_for = "stopping", "the process is shutting down"
+
+
+async def _start_status(
+    stack: AsyncExitStack, config: Config, readiness: Readiness, metrics: Metrics
+) -> tuple[str | None, str | None]:
+    admin = health = None
+    if config.admin is not None:
+        runner = web.AppRunner(admin_app(readiness, metrics, config, config.admin), access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        admin = await _listen(runner, config.admin, "admin")
+    if config.health is not None:
+        runner = web.AppRunner(health_app(readiness, metrics), access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        health = await _listen(runner, config.health, "health")
+    return admin, health
+
+
+async def _start_listener(
+    stack: AsyncExitStack,
+    listener: Listener,
+    index: int,
+    config: Config,
+    table: OperationTable,
+    limits: Limits,
+    tokens: Tokens,
+    upstream: Upstream,
+    metrics: Metrics,
+) -> str:
+    handler = Handler(config, listener, Doorway.of(listener, config), table, limits, tokens, upstream, metrics)
+    server = Listening(handler.handle, config, metrics)
+    runner = web.ServerRunner(server, shutdown_timeout=config.timeouts.shutdown)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    address = await _listen(runner, listener.address, f"listen[{index}]")
+    if not listener.address.is_local:
+        LOGGER.warning("other machines can reach this listener and act as the seller", extra=fields(address=address))
+    return address
+
+
+async def _listen(runner: web.BaseRunner, address: Address, setting: str) -> str:
+    """Listen on `address` and return it as it turned out (port 0 becomes a real one); raise CannotListen."""
+    try:
+        if address.path:
+            _clear_stale_socket(address.path)
+            before = os.umask(0o177)  # the socket is born with mode 0600: no moment in which others can connect
+            try:
+                await web.UnixSite(runner, address.path).start()
+            finally:
+                os.umask(before)
+            return str(address)
+        await web.TCPSite(runner, address.host, address.port).start()
+    except OSError as exc:
+        reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else "the name is not known"
+        raise CannotListen(f"cannot listen on {address}: {reason}; change {setting}, or end what uses it") from exc
+    port = next((name[1] for name in runner.addresses if isinstance(name, tuple)), address.port)
+    return str(Address(address.host, port))
+
+
+def _clear_stale_socket(path: str) -> None:
+    """Remove a socket file that nobody listens on any more; raise OSError where somebody does, or it is no socket."""
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(17, "exists and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            Path(path).unlink(missing_ok=True)
+            return
+    raise OSError(98, "Address already in use")

@@ -1,0 +1,448 @@
+"""What can be done from the command line, and with which exit codes?
+
+0: done. 1: a failure while running (an address in use). 2: wrong usage or configuration. 130 and 143: ended by a
+second signal before the requests in flight were finished.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, NoReturn
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from proxy import __version__, logs
+from proxy.amazon import rebuild
+from proxy.amazon.operations import Operation, load_table
+from proxy.app import CannotListen, Running, running
+from proxy.config import Config, ConfigError, KeyPath, Loaded, Problem, load_config
+from proxy.config.environment import CONFIG_VARIABLE
+from proxy.config.schema import json_schema
+from proxy.errors import ProxyError
+from proxy.request.guard import Doorway, admit
+from proxy.request.identify import describe, identify
+from proxy.request.upstream import check_body
+
+OK, FAILED, USAGE = 0, 1, 2
+
+_EXIT_CODES = "exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
+
+_CREDENTIAL_VARIABLES = ("SP_API_REFRESH_TOKEN", "LWA_APP_ID", "LWA_CLIENT_ID", "LWA_CLIENT_SECRET")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["simulate"]:
+        # Apart from the rest, and with options of its own: it shares no code with the proxy.
+        from proxy import simulator  # noqa: PLC0415 - only this command needs it
+
+        return simulator.main(arguments[1:])
+    if arguments[:2] == ["operations", "rebuild"]:
+        return rebuild.main(arguments[2:])
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ConfigError as exc:
+        _complain(f"{len(exc.problems)} problem{'s'[: len(exc.problems) != 1]} in the configuration:")
+        for problem in exc.problems:
+            _complain(f"  {problem}")
+        return USAGE
+    except BrokenPipeError:
+        # `sp-api-proxy operations | head`: nobody reads any more, which is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return code
+
+
+def _say(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends wrong usage with one line that says where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"sp-api-proxy: {message} (see {self.prog} --help)")
+        raise SystemExit(USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sp-api-proxy",
+        description="A local authenticating reverse proxy for Amazon's Selling Partner API.",
+        epilog=f"Try it without credentials: sp-api-proxy serve --demo. {_EXIT_CODES}.",
+    )
+    parser.add_argument("--version", action="version", version=f"sp-api-proxy {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_serve, _add_check, _add_explain, _add_operations, _add_schema, _add_simulate, _add_version):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "configuration", "A flag overrides the environment, which overrides the file, which overrides the default."
+    )
+    group.add_argument("--config", metavar="FILE", help=f"the YAML file (also ${CONFIG_VARIABLE})")
+    group.add_argument(
+        "--listen", metavar="ADDRESS", action="append", help="host:port or unix:/path for the apps; may be repeated"
+    )
+    group.add_argument(
+        "--admin", metavar="ADDRESS", help="host:port for metrics and health; none for no admin listener"
+    )
+    group.add_argument("--default-account", metavar="NAME", help="the account of requests that name none")
+    group.add_argument("--environment", choices=("production", "sandbox"), help="which of Amazon's environments")
+    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    group.add_argument("--log-format", choices=("auto", "text", "json"))
+    group.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="any other setting, such as limits.max_wait=30s"
+    )
+
+
+def _flags(options: argparse.Namespace) -> dict[KeyPath, Any]:
+    """Return what the command line set, by key path; raise ConfigError for a `--set` that is none."""
+    admin = None if options.admin == "none" else options.admin
+    given: dict[KeyPath, Any] = {
+        ("listen",): options.listen,
+        ("default_account",): options.default_account,
+        ("environment",): options.environment,
+        ("log", "level"): options.log_level,
+        ("log", "format"): options.log_format,
+    }
+    flags = {path: value for path, value in given.items() if value is not None}
+    if options.admin is not None:
+        flags[("admin",)] = admin
+    for setting in options.set:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError([Problem("--set", f"{key or setting}: must be KEY=VALUE", "command line")])
+        flags[tuple(key.split("."))] = value
+    return flags
+
+
+def _config_path(options: argparse.Namespace) -> str | None:
+    path: str | None = options.config or os.environ.get(CONFIG_VARIABLE)
+    return path
+
+
+def _load(options: argparse.Namespace) -> Loaded:
+    return load_config(_config_path(options), os.environ, _flags(options))
+
+
+# serve
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(commands, "serve", _serve, "run the proxy", "sp-api-proxy serve --config config.yaml")
+    _add_config_flags(parser)
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="where neither a file nor the environment gives credentials, run against the built-in simulator",
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if options.demo and _config_path(options) is None and not _has_credentials(os.environ):
+        return _run(_demo(options))
+    config = _load(options).config
+    logs.set_up(config.log.level, config.log.format)
+    return _run(_serve_until_told(config))
+
+
+def _has_credentials(environ: Mapping[str, str]) -> bool:
+    names = (*_CREDENTIAL_VARIABLES, "SP_API_PROXY_ACCOUNTS", "SP_API_PROXY_APPLICATIONS")
+    return any(value and name.startswith(names) for name, value in environ.items())
+
+
+def _run(main_task: Any) -> int:
+    """Run a coroutine on uvloop where it exists, and return the exit code it gives."""
+    try:
+        import uvloop  # noqa: PLC0415 - there is none on Windows
+    except ImportError:
+        return asyncio.run(main_task)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main_task)
+
+
+async def _serve_until_told(config: Config, after_start: Callable[[Running], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; a second signal ends it at once."""
+    told = _Told()
+    try:
+        async with running(config) as proxy:
+            logs.LOGGER.info(
+                "serving",
+                extra=logs.fields(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
+            )
+            if after_start:
+                after_start(proxy)
+            await told.once.wait()
+            logs.LOGGER.info("shutting down", extra=logs.fields(grace=config.timeouts.shutdown))
+    except CannotListen as exc:
+        _complain(f"sp-api-proxy: {exc}")
+        return FAILED
+    return OK
+
+
+class _Told:
+    """Waits for the first signal; the second one ends the process where it stands."""
+
+    def __init__(self) -> None:
+        self.once = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._hear, number)
+
+    def _hear(self, number: signal.Signals) -> None:
+        if self.once.is_set():
+            logs.LOGGER.warning("ended before the requests in flight were finished")
+            os._exit(128 + number)
+        self.once.set()
+
+
+# The demo: the proxy beside a simulator of Amazon.
+
+_DEMO_SELLER = "demo"
+
+
+async def _demo(options: argparse.Namespace) -> int:
+    from proxy.simulator import Simulator  # noqa: PLC0415 - only the demo needs it
+
+    async with AsyncExitStack() as stack:
+        simulator = await stack.enter_async_context(Simulator())
+        config = load_config(None, _without_settings(os.environ, simulator), _flags(options)).config
+        logs.set_up(config.log.level, config.log.format)
+        return await _serve_until_told(config, _welcome)
+
+
+def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
+    """Return the environment with the simulator's addresses and its made-up credentials added."""
+    endpoints = {f"SP_API_PROXY_ENDPOINTS_{name.upper()}": url for name, url in simulator.endpoints.items()}
+    account = f"SP_API_PROXY_ACCOUNTS_{_DEMO_SELLER.upper()}_REFRESH_TOKENS_"
+    tokens = {account + region.upper(): f"Atzr|demo-{region}" for region in ("na", "eu", "fe")}
+    application = {
+        "LWA_APP_ID": "amzn1.application-oa2-client.simulator",
+        "LWA_CLIENT_SECRET": "amzn1.oa2-cs.v1.simulator",
+    }
+    return {**environ, **endpoints, **tokens, **application}
+
+
+def _welcome(proxy: Running) -> None:
+    address = proxy.addresses[0]
+    curl = (
+        f"curl -si --unix-socket {address.removeprefix('unix:')} http://localhost"
+        if address.startswith("unix:")
+        else (f"curl -si http://{address}")
+    )
+    _say("No credentials were given, so the proxy runs against a simulator of Amazon on this machine. Try:")
+    _say()
+    _say("  # an ordinary call")
+    _say(f"  {curl}/sellers/v1/marketplaceParticipations -H 'x-sp-region: eu'")
+    _say("  # a grantless one")
+    _say(f"  {curl}/notifications/v1/destinations -H 'x-sp-region: eu'")
+    _say("  # one that needs a Restricted Data Token")
+    _say(f"  {curl}/orders/v0/orders/902-1845936-5435065/address -H 'x-sp-region: eu'")
+    _say()
+    if proxy.admin:
+        _say(f"Metrics are at http://{proxy.admin}/metrics. Ctrl-C ends both.")
+    sys.stdout.flush()
+
+
+# check, schema, explain
+
+
+def _add_check(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "check",
+        _check,
+        "check the configuration and show what is in force, secrets hidden",
+        "sp-api-proxy check --config config.yaml",
+    )
+    _add_config_flags(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _check(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    rows = list(loaded.rows())
+    if options.json:
+        _say(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
+        return OK
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, origin in rows:
+        _say(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    _say()
+    _say(f"The configuration is good: {_plural(len(loaded.config.accounts), 'account')}.")
+    return OK
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _add_schema(commands: Any) -> None:
+    _command(
+        commands,
+        "schema",
+        _schema,
+        "print the JSON Schema of the configuration, for editors",
+        "sp-api-proxy schema > schema.json",
+    )
+
+
+def _schema(_: argparse.Namespace) -> int:
+    _say(json.dumps(json_schema(), indent=2))
+    return OK
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "explain",
+        _explain,
+        "say what the proxy would do with a request and why, without sending it",
+        "sp-api-proxy explain GET '/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9' -H 'x-sp-account: acme'",
+    )
+    parser.add_argument("method", metavar="METHOD")
+    parser.add_argument("target", metavar="TARGET", help="path and query, as the app would send them")
+    parser.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[])
+    parser.add_argument(
+        "--listener", type=int, default=0, metavar="N", help="which listener it comes in by; 0 is the first"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    _add_config_flags(parser)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    config = _load(options).config
+    if not 0 <= options.listener < len(config.listen):
+        _complain(f"sp-api-proxy: --listener {options.listener}: there are {len(config.listen)}")
+        return USAGE
+    try:
+        decided = _decided(options, config)
+    except ProxyError as error:
+        decided = {"refused": f"{error.status} {error.code}", "because": error.message, "do": error.hint}
+    if options.json:
+        _say(json.dumps(decided, indent=2))
+    else:
+        width = max(map(len, decided))
+        for name, text in decided.items():
+            _say(f"{name:<{width}}  {text}")
+    return FAILED if "refused" in decided else OK
+
+
+def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
+    headers: CIMultiDict[str] = CIMultiDict()
+    for line in options.headers:
+        name, _, value = line.partition(":")
+        headers.add(name.strip(), value.strip())
+    headers.setdefault("Host", "localhost")
+    listener = config.listen[options.listener]
+    sent = CIMultiDictProxy(headers)
+    admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
+    check_body(options.method, sent)
+    return describe(identify(options.method, admitted, sent, listener, config, load_table()))
+
+
+# operations
+
+
+def _add_operations(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "operations",
+        _operations,
+        "list the operations the proxy knows",
+        "sp-api-proxy operations orders --restricted\n"
+        "maintainers: sp-api-proxy operations rebuild MODELS_DIR (see its --help)",
+    )
+    parser.add_argument("text", nargs="?", default="", help="part of a name or a path")
+    parser.add_argument("--restricted", action="store_true", help="only those that need a Restricted Data Token")
+    parser.add_argument("--grantless", action="store_true", help="only those without a selling partner")
+    parser.add_argument("--removed-by", metavar="YYYY-MM-DD", help="only those Amazon removes by that day")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _operations(options: argparse.Namespace) -> int:
+    chosen = list(_chosen(options))
+    if options.json:
+        _say(json.dumps([_as_dict(operation) for operation in chosen], indent=2))
+        return OK
+    for operation in chosen:
+        plan = f"{operation.rate:g}/s burst {operation.burst}" if operation.rate else "no known plan"
+        columns = f"{operation.name:<58} {operation.method:<6} {operation.template:<90} {plan:<22} {_marks(operation)}"
+        _say(columns.rstrip())
+    _complain(f"{len(chosen)} operations")
+    return OK
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[Operation]:
+    text = options.text.lower()
+    for operation in load_table():
+        if text not in operation.name.lower() and text not in operation.template.lower():
+            continue
+        if (options.restricted and not operation.restricted) or (options.grantless and not operation.scope):
+            continue
+        if options.removed_by and not (operation.removal_date and operation.removal_date <= options.removed_by):
+            continue
+        yield operation
+
+
+def _marks(operation: Operation) -> str:
+    marks = ["restricted"] * operation.restricted
+    marks += ["grantless"] * bool(operation.scope)
+    marks += [f"removed {operation.removal_date}"] * bool(operation.removal_date)
+    return ", ".join(marks)
+
+
+def _as_dict(operation: Operation) -> dict[str, Any]:
+    return {name: getattr(operation, name) for name in ("name", *operation.__dataclass_fields__) if name != "_"}
+
+
+# simulate (for --help alone; it runs before this parser), version
+
+
+def _add_simulate(commands: Any) -> None:
+    _command(
+        commands,
+        "simulate",
+        lambda _: OK,
+        "run a local SP-API and Login with Amazon for tests",
+        "sp-api-proxy simulate --help",
+    )
+
+
+def _add_version(commands: Any) -> None:
+    _command(commands, "version", _version, "print the version", "sp-api-proxy version")
+
+
+def _version(_: argparse.Namespace) -> int:
+    _say(f"sp-api-proxy {__version__}")
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""What does the configuration look like to an editor: its JSON Schema, with the forms that every value can take?"""
+
+from typing import Any
+
+from proxy.config.model import Config
+
+_FROM_FILE = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "description": "The value is this file's text."}},
+    "required": ["file"],
+    "additionalProperties": False,
+}
+_FROM_ENVIRONMENT = {"type": "string", "pattern": r"\$\{[^}]+\}", "description": "The value is in the environment."}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a configuration file."""
+    schema = Config.model_json_schema()
+    definitions = schema.get("$defs", {})
+    for group in (schema, *definitions.values()):
+        group["properties"] = {name: _open(value) for name, value in group.get("properties", {}).items()}
+    listen = schema["properties"]["listen"]
+    one: dict[str, Any] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Listener"}]}
+    schema["properties"]["listen"] = {
+        "description": listen.get("description", ""),
+        "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sp-api-proxy",
+        **_without(schema, "title"),
+    }
+
+
+def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name != key}
+
+
+def _open(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value, allowing `{file: …}` and `${NAME}` wherever a single value stands."""
+    extra = value.get("additionalProperties")
+    if isinstance(extra, dict) and "$ref" not in extra:
+        return {**value, "additionalProperties": _open(extra)}
+    if "$ref" in value or value.get("type") in {"array", "object"}:
+        return value
+    described: dict[str, Any] = {str(key): value[key] for key in ("description", "default") if key in value}
+    return {**described, "anyOf": [_without(value, "description"), _FROM_ENVIRONMENT, _FROM_FILE]}

@@ -1,0 +1,97 @@
+"""Which Prometheus series does the proxy export? All of them are in this list.
+
+Names follow Prometheus' own practice: one prefix, base units, `_total` for counters. Labels are bounded: accounts and
+applications come from the configuration, operations from the table (or `unknown`); no path, id or header of a caller
+ever becomes one.
+"""
+
+import platform
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import disable_created_metrics as _disable_created_metrics
+
+from proxy import __version__
+
+# From a local refusal (1 ms) to a slow report call (60 s).
+DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+# The `_created` series double the number of series and nobody asks them anything.
+_disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
+
+
+class Metrics:
+    """The series of one proxy, in a registry of their own."""
+
+    def __init__(self, *, account_on_histograms: bool = False) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.account_on_histograms = account_on_histograms
+        self._requests()
+        self._waiting()
+        self._tokens()
+        build = self._gauge("build_info", "Which version is running; always 1.", "version", "python")
+        build.labels(__version__, platform.python_version()).set(1)
+
+    def _requests(self) -> None:
+        by_operation = ("account", "region", "operation") if self.account_on_histograms else ("region", "operation")
+        self.requests = self._counter(
+            "requests_total",
+            "Requests answered, by what they were and who answered (source: amazon or proxy).",
+            *("account", "region", "operation", "method", "code", "token", "source"),
+        )
+        self.request_duration = self._histogram(
+            "request_duration_seconds", "From a request's head to the last byte of its answer.", *by_operation
+        )
+        self.upstream_duration = self._histogram(
+            "upstream_duration_seconds", "From sending to Amazon to the head of its answer.", *by_operation
+        )
+        self.in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
+        self.request_bytes = self._counter(
+            "request_body_bytes_total", "Body bytes sent to Amazon.", "account", "region", "operation"
+        )
+        self.response_bytes = self._counter(
+            "response_body_bytes_total", "Body bytes sent to apps.", "account", "region", "operation"
+        )
+        self.errors = self._counter(
+            "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
+        )
+        self.retries = self._counter("upstream_retries_total", "Calls sent to Amazon again, by reason.", "reason")
+        self.replaced_tokens = self._counter(
+            "client_tokens_replaced_total", "Requests that brought an x-amz-access-token of their own."
+        )
+
+    def _waiting(self) -> None:
+        self.limit_wait = self._histogram("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
+        self.limit_refused = self._counter(
+            "limit_refused_total", "Calls refused because no place came in time.", "account", "region", "operation"
+        )
+        self.throttled = self._counter(
+            "upstream_throttled_total", "429 answers received from Amazon.", "account", "region", "operation"
+        )
+        self.plan_rate = self._gauge(
+            "usage_plan_rate", "Calls per second that Amazon last said it allows.", "account", "region", "operation"
+        )
+
+    def _tokens(self) -> None:
+        self.token_refreshes = self._counter(
+            "token_refreshes_total",
+            "Token exchanges, by result (ok, refused, failed) and reason.",
+            *("kind", "account", "region", "result", "reason"),
+        )
+        self.token_refresh_duration = self._histogram(
+            "token_refresh_duration_seconds", "How long a token exchange took.", "kind"
+        )
+        self.token_wait = self._histogram("token_wait_seconds", "Time a request waited for its token.")
+        self.token_expiry = self._gauge(
+            "token_expiry_timestamp_seconds", "When the token in use expires.", "account", "region", "kind"
+        )
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"spapi_proxy_{name}", help_text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"spapi_proxy_{name}", help_text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, *labels: str) -> Histogram:
+        return Histogram(f"spapi_proxy_{name}", help_text, labels, buckets=DURATION_BUCKETS, registry=self.registry)

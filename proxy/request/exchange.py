@@ -1,0 +1,50 @@
+"""What happened to one request so far: for the `x-sp-proxy` header, the log line and the metrics."""
+
+from dataclasses import dataclass
+
+from proxy.errors import ProxyError
+from proxy.request.identify import Target
+
+
+@dataclass(slots=True)
+class Exchange:
+    """The record of one request; durations in seconds, `started` on the monotonic clock."""
+
+    method: str
+    started: float
+    target: Target | None = None
+    token: str = "none"  # noqa: S105 - a kind of token
+    attempts: int = 0
+    waited: float = 0.0
+    token_wait: float = 0.0
+    upstream_duration: float | None = None
+    request_bytes: int = 0
+    response_bytes: int = 0
+    status: int = 0
+    error: str = ""
+    amazon_request_id: str = ""
+    begun: bool = False  # the head of the answer is on its way to the app
+    broken: bool = False  # the answer was cut off
+    upload_error: ProxyError | None = None  # the app's body was not well-formed
+
+    @property
+    def account(self) -> str:
+        """The account's name, `-` where none was found."""
+        return self.target.account if self.target else "-"
+
+    @property
+    def region(self) -> str:
+        """The region, `-` where none was found."""
+        return self.target.region if self.target else "-"
+
+    @property
+    def operation(self) -> str:
+        """The operation's name, `unknown` where the table has none."""
+        return self.target.operation_name if self.target else "unknown"
+
+    def summary(self) -> str:
+        """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""
+        return (
+            f"account={self.account}; region={self.region}; operation={self.operation}; token={self.token}; "
+            f"attempts={self.attempts}; wait={self.waited:.3f}"
+        )

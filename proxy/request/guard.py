@@ -1,0 +1,158 @@
+"""May this request come in at all? Checked before anything is looked up, so that a refusal costs Amazon nothing.
+
+Whoever reaches the port acts as the seller, and a port on localhost can be reached by every web page in a browser on
+this machine: hence the checks of `Host` (DNS rebinding) and of the signs that browsers give.
+"""
+
+import re
+from dataclasses import dataclass
+
+from aiohttp import web
+from multidict import CIMultiDictProxy
+
+from proxy.amazon.marketplaces import HOST_MEANS
+from proxy.config import LOOPBACK_NAMES, Config, Environment, Listener, Region
+from proxy.errors import (
+    BadTarget,
+    BrowserRefused,
+    HeaderTooLarge,
+    HostRefused,
+    MalformedRequest,
+    MethodRefused,
+    VersionRefused,
+)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
+MAX_HEADER_BLOCK = 64 * 1024
+VERSION_REFUSED = "version refused"  # the listener's mark on a request of another HTTP version
+
+# Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
+# a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
+_UNFIT = re.compile(r"[^\x21-\x7e]|[\\#]")
+_DOT = r"(?:\.|%2[eE])"
+_DOT_SEGMENT = re.compile(rf"(?:^|/){_DOT}{{1,2}}(?:;[^/]*)?(?=/|$)")
+_ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used."""
+
+    target: str
+    host: str
+    amazon: tuple[Environment, Region] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Doorway:
+    """The names under which one listener answers; made once for each listener."""
+
+    hosts: frozenset[str]
+
+    @classmethod
+    def of(cls, listener: Listener, config: Config) -> "Doorway":
+        """Collect loopback names, the listener's own address and `allowed_hosts`."""
+        # 0.0.0.0 and :: are wildcards, not names: browsers reach them without any of their signs.
+        own = {listener.address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+        return cls(frozenset({*LOOPBACK_NAMES, *own, *config.allowed_hosts}))
+
+
+def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doorway) -> Admitted:
+    """Return what may come in; raise the error that says why not.
+
+    `target` is the request target as it came over the wire (RFC 9112 section 3.2).
+    """
+    _refuse_browsers(headers)
+    if method not in METHODS:
+        raise MethodRefused(f"{_shown(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
+    _refuse_unclear_framing(headers)
+    target, authority = _origin_form(target)
+    host = _host(headers, authority, doorway)
+    _check_path(target)
+    return Admitted(target, host, HOST_MEANS.get(host))
+
+
+def check_message(request: web.BaseRequest) -> None:
+    """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head over 64 KiB (RFC 6585)."""
+    if VERSION_REFUSED in request:
+        raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
+    size = len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+    if size > MAX_HEADER_BLOCK:
+        raise HeaderTooLarge(
+            f"the header block is larger than {MAX_HEADER_BLOCK // 1024} KiB", "Send fewer or shorter headers."
+        )
+
+
+def _shown(text: str) -> str:
+    """Return a short, printable form of what a caller sent."""
+    return "".join(c for c in text if c.isascii() and c.isprintable())[:20] or "that"
+
+
+def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
+    """Refuse what a web page causes, GET included: it would spend quota and touch the seller's data."""
+    site = headers.getall("Sec-Fetch-Site", ())
+    if "Origin" in headers or any(value not in {"none", "same-origin"} for value in site):
+        raise BrowserRefused(
+            "the request comes from a web page", "The proxy serves programs; call it from your server, not a browser."
+        )
+    if "Access-Control-Request-Method" in headers or "Access-Control-Request-Private-Network" in headers:
+        raise BrowserRefused("the request is a browser's preflight", "The proxy serves programs, not web pages.")
+
+
+def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
+    """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
+    codings = headers.getall("Transfer-Encoding", ())
+    if codings and (len(codings) > 1 or codings[0].strip(" \t").lower() != "chunked"):
+        raise MalformedRequest("Transfer-Encoding must be chunked, once", "Send a Content-Length, or chunked alone.")
+    if codings and "Content-Length" in headers:
+        raise MalformedRequest("both Content-Length and Transfer-Encoding are given", "Send one of them.")
+
+
+def _origin_form(target: str) -> tuple[str, str | None]:
+    """Return the target as a path with its query, and the authority of an absolute-form target."""
+    if target.startswith("/"):
+        return target, None
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
+        raise BadTarget(
+            "the request target is not a path", "Ask for a path of Amazon's API, such as /orders/v0/orders."
+        )
+    authority, rest = absolute[1], absolute[2]
+    return (rest if rest.startswith("/") else f"/{rest}"), authority
+
+
+def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorway) -> str:
+    """Return the host asked for; an absolute-form target decides over `Host` (RFC 9112 section 3.2.2)."""
+    given = headers.getall("Host", ())
+    if len(given) != 1:
+        raise MalformedRequest(f"there are {len(given)} Host headers", "Send one Host header.")
+    names = [_allowed(given[0], doorway)]
+    if authority is not None:
+        names.insert(0, _allowed(authority, doorway))
+    return names[0]
+
+
+def _allowed(authority: str, doorway: Doorway) -> str:
+    match = _AUTHORITY.fullmatch(authority)
+    host = match[1].lower().strip("[]") if match else ""
+    if host in doorway.hosts or host in HOST_MEANS:
+        return host
+    raise HostRefused(
+        "the Host is not one that this proxy answers to",
+        "Call it as 127.0.0.1 or localhost, or list the name under allowed_hosts.",
+    )
+
+
+def _check_path(target: str) -> None:
+    """Refuse what Amazon might read as another path than the one the token was chosen for."""
+    if _UNFIT.search(target):
+        raise BadTarget(
+            "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
+            "Percent-encode it.",
+        )
+    path = target.partition("?")[0]
+    if path.startswith("//"):
+        raise BadTarget("the request target begins with //", "Begin the path with a single slash.")
+    if _DOT_SEGMENT.search(path):
+        raise BadTarget("the path holds a dot segment", "Write the path without . and .. segments.")

@@ -1,0 +1,142 @@
+"""What happens to one request, from its head to the last byte of its answer?
+
+This is the only place that knows the order of the steps.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from proxy.amazon.operations import OperationTable
+from proxy.config import Config, Listener
+from proxy.errors import InternalError, ProxyError
+from proxy.logs import LOGGER, fields
+from proxy.metrics import Metrics
+from proxy.request.exchange import Exchange
+from proxy.request.guard import Doorway, admit, check_message
+from proxy.request.identify import identify
+from proxy.request.limits import MAX_WAIT_HEADER, RATE_HEADER, Limits, parse_max_wait
+from proxy.request.tokens import Tokens
+from proxy.request.upstream import Patience, Upstream, check_body
+
+CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """Serves the requests of one listener; `now` is a monotonic clock in seconds."""
+
+    config: Config
+    listener: Listener
+    doorway: Doorway
+    table: OperationTable
+    limits: Limits
+    tokens: Tokens
+    upstream: Upstream
+    metrics: Metrics
+    now: Callable[[], float] = time.monotonic
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; every outcome is counted and logged once."""
+        exchange = Exchange(request.method, self.now())
+        self.metrics.in_flight.inc()
+        try:
+            answer = await self._serve(request, exchange)
+            exchange.status = answer.status
+        except ProxyError as error:
+            if exchange.begun:
+                # Half an answer is out: a second one behind it would be taken for its end.
+                exchange.error, exchange.broken = error.code, True
+                raise ConnectionAbortedError(error.code) from error
+            answer = refusal(request, error, exchange)
+        except asyncio.CancelledError:
+            exchange.status, exchange.error = CLIENT_LEFT, "ClientLeft"
+            raise
+        except Exception as exc:  # noqa: BLE001 - the last net: the app gets an answer, the log the place
+            LOGGER.error("internal error", exc_info=exc)
+            answer = refusal(request, InternalError("the proxy failed", "Its log says more; try again."), exchange)
+        finally:
+            self.metrics.in_flight.dec()
+            self._record(exchange)
+        return answer
+
+    async def _serve(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        headers = request.headers
+        check_message(request)
+        admitted = admit(request.method, request.raw_path, headers, self.doorway)
+        check_body(request.method, headers)
+        if "x-amz-access-token" in headers:
+            self.metrics.replaced_tokens.inc()
+        exchange.target = target = identify(request.method, admitted, headers, self.listener, self.config, self.table)
+        max_wait = parse_max_wait(headers.get(MAX_WAIT_HEADER), self.config.limits.max_wait)
+        exchange.waited = await self.limits.admit(target, max_wait)
+        # Last, so that a token cannot age in the queue.
+        asked = self.now()
+        token = await self.tokens.get(target.credential)
+        exchange.token, exchange.token_wait = token.kind, self.now() - asked
+        async with Patience(self.config) as patience:
+            sent = self.now()
+            response = await self.upstream.send(request, target, token, exchange, patience)
+            exchange.upstream_duration = self.now() - sent
+            exchange.amazon_request_id = response.headers.get("x-amzn-RequestId", "")
+            self.limits.learn(target, response.status, response.headers.get(RATE_HEADER))
+            return await self.upstream.relay(request, response, exchange, patience)
+
+    def _record(self, exchange: Exchange) -> None:
+        """Count and log one finished request."""
+        duration = self.now() - exchange.started
+        metrics = self.metrics
+        account, region, operation = exchange.account, exchange.region, exchange.operation
+        source = "amazon" if not exchange.error else "client" if exchange.status == CLIENT_LEFT else "proxy"
+        by_operation = (account, region, operation) if metrics.account_on_histograms else (region, operation)
+        metrics.requests.labels(
+            account, region, operation, _label(exchange.method), exchange.status, exchange.token, source
+        ).inc()
+        metrics.request_duration.labels(*by_operation).observe(duration)
+        if exchange.target is not None:
+            metrics.limit_wait.observe(exchange.waited)
+        if exchange.upstream_duration is not None:
+            metrics.upstream_duration.labels(*by_operation).observe(exchange.upstream_duration)
+            metrics.token_wait.observe(exchange.token_wait)
+            metrics.request_bytes.labels(account, region, operation).inc(exchange.request_bytes)
+            metrics.response_bytes.labels(account, region, operation).inc(exchange.response_bytes)
+        if LOGGER.isEnabledFor(20):
+            LOGGER.info("request", extra=fields(**_line(exchange, duration)))
+
+
+def _label(method: str) -> str:
+    return method if method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} else "other"
+
+
+def _line(exchange: Exchange, duration: float) -> dict[str, object]:
+    """Return the fields of a request's log line: nothing in it comes from the app but the method."""
+    upstream = exchange.upstream_duration
+    return {
+        "code": exchange.status,
+        "method": _label(exchange.method),
+        "account": exchange.account,
+        "region": exchange.region,
+        "operation": exchange.operation,
+        "token": exchange.token,
+        "duration": round(duration, 4),
+        "upstream": None if upstream is None else round(upstream, 4),
+        "wait": round(exchange.waited, 3),
+        "attempts": exchange.attempts,
+        "amazon_request_id": exchange.amazon_request_id[:64],
+        "error": exchange.error,
+        "broken": exchange.broken or None,
+    }
+
+
+def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> web.Response:
+    """Return the answer for an error of ours, and note it in the exchange."""
+    exchange.status, exchange.error = error.status, error.code
+    body = b"" if request.method == "HEAD" else error.body()
+    answer = web.Response(status=error.status, body=body, headers=error.headers())
+    answer.headers["x-sp-proxy"] = exchange.summary()
+    if request.body_exists and not request.content.at_eof():
+        answer.force_close()  # what follows on this connection is the unread body, not a request
+    return answer

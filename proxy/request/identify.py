@@ -1,0 +1,406 @@
+"""Whose request is this, for which region, which operation, and with which kind of token?
+
+The answer is one immutable Target, made once; everything that follows (usage plan, token, address) comes from it, so
+that no two steps can disagree. Account and region each come from the first source that names them; two sources that
+disagree are refused, never guessed about.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import unquote_plus
+
+from multidict import CIMultiDictProxy
+
+from proxy.amazon.marketplaces import HOSTS, MARKETPLACE_PARAMETERS, MARKETPLACES
+from proxy.amazon.operations import Operation, OperationTable
+from proxy.amazon.rdt import METHODS as RDT_METHODS
+from proxy.config import REGIONS, Account, Config, DataElement, Environment, Listener, Region
+from proxy.errors import (
+    AccountRequired,
+    BadOption,
+    BadTarget,
+    ConflictingSources,
+    HeaderRequired,
+    MalformedRequest,
+    RegionNotConfigured,
+    RegionRequired,
+    UnknownAccount,
+    UnknownMarketplace,
+    UnknownRegion,
+)
+from proxy.request.guard import Admitted
+
+TokenKind = Literal["lwa", "grantless", "rdt"]
+
+ACCOUNT_HEADER = "x-sp-account"
+REGION_HEADER = "x-sp-region"
+ELEMENTS_HEADER = "x-sp-data-elements"
+
+# A restricted operation that answers without a Restricted Data Token too, only without the personal data.
+_OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
+_ALL_ELEMENTS = ("buyerInfo", "shippingAddress", "buyerTaxInformation")
+_MOST_MARKETPLACES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """Which token a request needs: everything that makes two tokens differ, so it is also the key they are kept by."""
+
+    kind: TokenKind
+    application: str
+    account: str
+    environment: Environment
+    region: Region
+    scope: str = ""
+    method: str = ""
+    path: str = ""
+    data_elements: tuple[str, ...] = ()
+    reusable: bool = True  # False where the path names one document: no other request will ask for this token
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the proxy decided about one request."""
+
+    account: str
+    account_source: str
+    region: Region
+    region_source: str
+    environment: Environment
+    application: str
+    operation: Operation | None
+    endpoint: str
+    path_and_query: str
+    credential: Credential
+    elements_source: str
+
+    @property
+    def operation_name(self) -> str:
+        """The operation's name in metrics, logs and `x-sp-proxy`; `unknown` outside the table."""
+        return self.operation.name if self.operation else "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A value and the words for where it came from."""
+
+    value: str
+    source: str
+
+
+def identify(
+    method: str,
+    admitted: Admitted,
+    headers: CIMultiDictProxy[str],
+    listener: Listener,
+    config: Config,
+    table: OperationTable,
+) -> Target:
+    """Return the Target of an admitted request; raise the error that says what is missing or contradictory."""
+    prefix_account, prefix_region, path_and_query = _split_prefix(admitted.target)
+    path, _, query = path_and_query.partition("?")
+    account = _account(prefix_account, headers, listener, config)
+    settings = config.accounts[account.value]
+    environment = config.environment_of(settings)
+    region = _region(prefix_region, headers, listener, admitted, query, account, settings, config)
+    operation = table.match(method, path)
+    _check_environment(admitted, environment, account)
+    application, _ = config.application_of(settings)
+    elements, elements_source = _elements(headers, settings, operation)
+    credential = _credential(method, path, operation, application, account.value, environment, _known(region), elements)
+    if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
+        raise _no_refresh_token(account, region, settings)
+    return Target(
+        account=account.value,
+        account_source=account.source,
+        region=_known(region),
+        region_source=region.source,
+        environment=environment,
+        application=application,
+        operation=operation,
+        endpoint=endpoint_of(config, environment, _known(region)),
+        path_and_query=path_and_query,
+        credential=credential,
+        elements_source=elements_source,
+    )
+
+
+def endpoint_of(config: Config, environment: Environment, region: Region) -> str:
+    """Return the base URL, without a trailing slash, of the region's host."""
+    return getattr(config.endpoints, region) or f"https://{HOSTS[environment, region]}"
+
+
+def ordinary_credential(application: str, account: str, environment: Environment, region: Region) -> Credential:
+    """Return the credential of an account's ordinary LWA token for a region."""
+    return Credential("lwa", application, account, environment, region)
+
+
+# Account.
+
+
+def _split_prefix(target: str) -> tuple[str | None, str | None, str]:
+    """Return account, region and the remaining target of `/@ACCOUNT/REGION/…` or `/@ACCOUNT/…`."""
+    if not target.startswith("/@"):
+        return None, None, target
+    account, slash, rest = target[2:].partition("/")
+    if not slash or not account:
+        raise BadTarget("nothing follows the account in the path", "Write /@ACCOUNT/ and then Amazon's own path.")
+    region, slash, behind = rest.partition("/")
+    if slash and region.lower() in REGIONS:
+        rest = behind
+    else:
+        region = ""
+    if rest.startswith("/"):
+        raise BadTarget("a double slash follows the prefix", "Write /@ACCOUNT/REGION/ and then Amazon's own path.")
+    return account, region.lower() or None, f"/{rest}"
+
+
+def _account(prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config) -> _Choice:
+    header = _single(headers, ACCOUNT_HEADER)
+    if listener.require_header and header is None:
+        raise HeaderRequired(
+            f"this listener takes only requests with {ACCOUNT_HEADER}", f"Add the header {ACCOUNT_HEADER}: ACCOUNT."
+        )
+    named = [
+        _Choice(name, source)
+        for name, source in (
+            (listener.account, f"listener {listener.address}"),
+            (prefix, "path prefix"),
+            (header, f"header {ACCOUNT_HEADER}"),
+        )
+        if name is not None
+    ]
+    for choice in named:
+        if choice.value not in config.accounts:
+            raise UnknownAccount(
+                f"the account that the {choice.source} names is not configured",
+                "Check its spelling, or add it under accounts; `sp-api-proxy check` lists them.",
+            )
+    return _agreed(named, "account") or _usual_account(config)
+
+
+def _usual_account(config: Config) -> _Choice:
+    if config.default_account is not None:
+        return _Choice(config.default_account, "default_account")
+    if len(config.accounts) == 1:
+        return _Choice(next(iter(config.accounts)), "the only account")
+    raise AccountRequired(
+        "there are several accounts and the request names none",
+        f"Add the header {ACCOUNT_HEADER}, or begin the path with /@ACCOUNT/, or set default_account.",
+    )
+
+
+def _single(headers: CIMultiDictProxy[str], name: str) -> str | None:
+    """Return the header's value, None where it is absent; raise where it is given more than once."""
+    values = headers.getall(name, ())
+    if len(values) > 1:
+        raise MalformedRequest(f"the header {name} is given {len(values)} times", "Send it once.")
+    return values[0].strip() if values else None
+
+
+def _agreed(choices: list[_Choice], what: str) -> _Choice | None:
+    """Return the first choice, None where there is none; raise where two differ."""
+    for other in choices[1:]:
+        if other.value != choices[0].value:
+            raise ConflictingSources(
+                f"two sources name different {what}s: the {choices[0].source} says {choices[0].value}, "
+                f"the {other.source} says {other.value}",
+                f"Name the {what} once, or the same one everywhere.",
+            )
+    return choices[0] if choices else None
+
+
+# Region.
+
+
+def _region(
+    prefix: str | None,
+    headers: CIMultiDictProxy[str],
+    listener: Listener,
+    admitted: Admitted,
+    query: str,
+    account: _Choice,
+    settings: Account,
+    config: Config,
+) -> _Choice:
+    header = _single(headers, REGION_HEADER)
+    if header is not None and header.lower() not in REGIONS:
+        raise UnknownRegion(f"the header {REGION_HEADER} names no region", f"Regions are {', '.join(REGIONS)}.")
+    named = [
+        _Choice(name, source)
+        for name, source in (
+            (listener.region, f"listener {listener.address}"),
+            (prefix, "path prefix"),
+            (header.lower() if header else None, f"header {REGION_HEADER}"),
+            (admitted.amazon[1] if admitted.amazon else None, "Host"),
+        )
+        if name is not None
+    ]
+    marketplaces = _marketplaces(query, config, named_otherwise=bool(named)) if query else []
+    chosen = _agreed(named + marketplaces, "region")
+    return chosen or _usual_region(account, settings)
+
+
+def _marketplaces(query: str, config: Config, *, named_otherwise: bool) -> list[_Choice]:
+    """Return the region of each marketplace id in the query.
+
+    An unknown id is refused where it alone would decide; where the region is named, Amazon judges it: it may have
+    opened that marketplace yesterday. The sandbox takes literal test values in its place.
+    """
+    found: list[_Choice] = []
+    for marketplace in _marketplace_ids(query):
+        region = MARKETPLACES.get(marketplace) or config.marketplaces.get(marketplace)
+        if region is not None:
+            found.append(_Choice(region, f"marketplace {marketplace} in the query"))
+        elif not named_otherwise and config.environment == "production":
+            raise UnknownMarketplace(
+                "the query names a marketplace that the proxy does not know",
+                f"Check its id; if Amazon opened it recently, add the header {REGION_HEADER} or list it under "
+                "marketplaces.",
+            )
+    return found
+
+
+def _marketplace_ids(query: str) -> Iterator[str]:
+    """Yield the ids of all four spellings of the parameter, whether repeated or joined by commas."""
+    if "arketplaceId" not in query and "%" not in query:
+        return
+    count = 0
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        if unquote_plus(name) not in MARKETPLACE_PARAMETERS:
+            continue
+        for marketplace in unquote_plus(value).split(","):
+            count += 1
+            if count > _MOST_MARKETPLACES:
+                raise BadTarget("the query names too many marketplaces", f"Name at most {_MOST_MARKETPLACES}.")
+            if marketplace.strip():
+                yield marketplace.strip()
+
+
+def _usual_region(account: _Choice, settings: Account) -> _Choice:
+    regions = list(settings.refresh_tokens)
+    if len(regions) == 1:
+        return _Choice(regions[0], f"the only region of {account.value}")
+    state = f"has several regions ({', '.join(regions)})" if regions else "has no refresh token for any region"
+    raise RegionRequired(
+        f"the account {account.value} {state} and the request names none",
+        f"Add the header {REGION_HEADER}, or begin the path with /@{account.value}/REGION/, or name a marketplace.",
+    )
+
+
+def _known(region: _Choice) -> Region:
+    return next(known for known in REGIONS if known == region.value)
+
+
+def _no_refresh_token(account: _Choice, region: _Choice, settings: Account) -> RegionNotConfigured:
+    have = ", ".join(settings.refresh_tokens) or "none"
+    return RegionNotConfigured(
+        f"the account {account.value} has no refresh token for {region.value}, which the {region.source} names; "
+        f"it has: {have}",
+        f"Add accounts.{account.value}.refresh_tokens.{region.value}, or ask for another region.",
+    )
+
+
+def _check_environment(admitted: Admitted, environment: Environment, account: _Choice) -> None:
+    if admitted.amazon and admitted.amazon[0] != environment:
+        raise ConflictingSources(
+            f"the Host is of the {admitted.amazon[0]} environment, the account {account.value} is set to {environment}",
+            "Use the other host name, or set environment for the account.",
+        )
+
+
+# Token.
+
+
+def _elements(
+    headers: CIMultiDictProxy[str], settings: Account, operation: Operation | None
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
+    header = _single(headers, ELEMENTS_HEADER)
+    if header is None:
+        return _in_order(settings.data_elements, operation), "accounts setting data_elements"
+    source = f"header {ELEMENTS_HEADER}"
+    asked = {element.strip() for element in header.split(",")} - {""}
+    if asked == {"none"}:
+        return None, source
+    if not asked <= set(_ALL_ELEMENTS):
+        raise BadOption(
+            f"the header {ELEMENTS_HEADER} names something unknown",
+            f"Elements are {', '.join(_ALL_ELEMENTS)}, or none alone.",
+        )
+    return _in_order(asked, operation), source
+
+
+def _in_order(
+    asked: Iterator[str] | set[str] | tuple[DataElement, ...], operation: Operation | None
+) -> tuple[str, ...]:
+    """Return what the operation knows of `asked`, always in one order, so that equal sets share one token."""
+    if operation is None:
+        return ()
+    wanted = set(asked)
+    return tuple(element for element in _ALL_ELEMENTS if element in wanted and element in operation.data_elements)
+
+
+def _credential(
+    method: str,
+    path: str,
+    operation: Operation | None,
+    application: str,
+    account: str,
+    environment: Environment,
+    region: Region,
+    elements: tuple[str, ...] | None,
+) -> Credential:
+    ordinary = ordinary_credential(application, account, environment, region)
+    if operation is None:
+        return ordinary
+    if operation.scope:
+        # A grantless token is the application's own: it names no account.
+        return Credential("grantless", application, "", environment, region, scope=operation.scope)
+    if not _wants_rdt(method, operation, environment, elements):
+        return ordinary
+    generic = operation.generic_path or "{" not in operation.template
+    return Credential(
+        kind="rdt",
+        application=application,
+        account=account,
+        environment=environment,
+        region=region,
+        method=method,
+        path=operation.template if generic else path,
+        data_elements=elements or (),
+        reusable=generic,
+    )
+
+
+def _wants_rdt(method: str, operation: Operation, environment: Environment, elements: tuple[str, ...] | None) -> bool:
+    """Return whether a Restricted Data Token is needed, or was asked for and can be had."""
+    if not operation.restricted or method not in RDT_METHODS or elements is None:
+        return False
+    if environment == "sandbox":
+        # The sandbox's data is invented and answers an ordinary token.
+        return False
+    return bool(elements) or operation.name not in _OPTIONAL
+
+
+def describe(target: Target) -> Mapping[str, str]:
+    """Return what was decided, in words for a person (`sp-api-proxy explain`)."""
+    operation = target.operation
+    token = {"lwa": "ordinary access token", "grantless": "grantless token", "rdt": "Restricted Data Token"}
+    credential = target.credential
+    why = {
+        "lwa": "nothing more is needed",
+        "grantless": f"the operation is grantless, scope {credential.scope}",
+        "rdt": f"for {credential.method} {credential.path} {list(credential.data_elements) or ''}".strip(),
+    }
+    return {
+        "account": f"{target.account} (from {target.account_source})",
+        "region": f"{target.region} (from {target.region_source})",
+        "environment": target.environment,
+        "application": target.application,
+        "operation": f"{operation.name} ({operation.template})" if operation else "unknown: forwarded as it is",
+        "token": f"{token[credential.kind]}: {why[credential.kind]}",
+        "sent to": target.endpoint + target.path_and_query.partition("?")[0],
+    }

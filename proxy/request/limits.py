@@ -1,0 +1,151 @@
+"""When may this call go out under Amazon's usage plan, and what do Amazon's answers teach about the plan?
+
+A plan is a token bucket: `rate` calls per second are added, up to `burst` (DOC "Usage Plans and Rate Limits"). A call
+takes its place at once and then sleeps until the place comes; so the order is first come, first served, and how long
+a call would wait is known before it waits.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxy.config import parse_duration
+from proxy.errors import BadOption, UsagePlanExhausted
+from proxy.metrics import Metrics
+from proxy.request.identify import Target
+
+MAX_WAIT_HEADER = "x-sp-max-wait"
+RATE_HEADER = "x-amzn-RateLimit-Limit"
+
+_LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
+_RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The arithmetic of one usage plan; times in seconds of any clock that the caller reads.
+
+    `tokens` below zero are places given to calls that still wait.
+    """
+
+    rate: float
+    burst: float
+    tokens: float
+    updated: float
+
+    @classmethod
+    def full(cls, rate: float, burst: float, now: float) -> "Bucket":
+        """Return a bucket nobody has used yet."""
+        return cls(rate, burst, burst, now)
+
+    def take(self, now: float) -> float:
+        """Take one place and return how long to wait for it, in seconds."""
+        self._refill(now)
+        self.tokens -= 1
+        return max(0.0, -self.tokens / self.rate)
+
+    def give_back(self) -> None:
+        """Return a place that was taken and not used."""
+        self.tokens = min(self.burst, self.tokens + 1)
+
+    def empty(self, now: float) -> None:
+        """Learn from a 429 that Amazon's bucket holds nothing."""
+        self._refill(now)
+        self.tokens = min(self.tokens, 0.0)
+
+    def _refill(self, now: float) -> None:
+        # A clock that goes backwards adds nothing and takes nothing.
+        self.tokens = min(self.burst, self.tokens + max(0.0, now - self.updated) * self.rate)
+        self.updated = max(self.updated, now)
+
+
+def parse_rate(text: str) -> float | None:
+    """Return calls per second of an `x-amzn-RateLimit-Limit`, or None for anything that is no plan's rate."""
+    if len(text) > 32:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        return None
+    return rate if math.isfinite(rate) and _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
+
+
+def parse_max_wait(text: str | None, default: float) -> float:
+    """Return how long this call may wait, in seconds: the header's value, or the setting's."""
+    if text is None:
+        return default
+    try:
+        seconds = parse_duration(text)
+    except ValueError as exc:
+        raise BadOption(f"the header {MAX_WAIT_HEADER} is no duration", "Write 500ms, 10s or 2m; 0 for none.") from exc
+    return min(seconds, _LONGEST_WAIT)
+
+
+class Limits:
+    """The usage plans of every application, account, region and operation that was called."""
+
+    def __init__(self, metrics: Metrics, *, pace: bool, now: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._pace = pace
+        self._now = now
+        self._buckets: dict[tuple[str, ...], Bucket] = {}
+
+    async def admit(self, target: Target, max_wait: float) -> float:
+        """Wait for a place in the usage plan and return the seconds waited.
+
+        Raises UsagePlanExhausted at once where no place comes within `max_wait` seconds. A caller who is cancelled
+        gives its place back.
+        """
+        bucket = self._bucket(target)
+        if bucket is None or not self._pace:
+            return 0.0
+        wait = bucket.take(self._now())
+        if wait == 0.0:
+            return 0.0
+        if wait > max_wait:
+            bucket.give_back()
+            raise self._exhausted(target, wait, max_wait)
+        try:
+            await asyncio.sleep(wait)
+        except asyncio.CancelledError:
+            bucket.give_back()
+            raise
+        return wait
+
+    def learn(self, target: Target, status: int, rate_header: str | None) -> None:
+        """Correct the plan by what Amazon's answer says; no header is normal (DOC "Parse SP-API Responses")."""
+        labels = (target.account, target.region, target.operation_name)
+        if status == 429:
+            self._metrics.throttled.labels(*labels).inc()
+        rate = parse_rate(rate_header) if rate_header is not None else None
+        bucket = self._bucket(target)
+        if rate is not None and target.operation is not None:
+            self._metrics.plan_rate.labels(*labels).set(rate)
+            if bucket is not None:
+                bucket.rate = rate
+        if status == 429 and bucket is not None:
+            bucket.empty(self._now())
+
+    def _bucket(self, target: Target) -> Bucket | None:
+        """Return the bucket of the target's plan, None where no plan is known."""
+        operation = target.operation
+        if operation is None or operation.rate is None:
+            return None
+        credential = target.credential
+        key = (target.application, credential.account, target.environment, target.region, operation.name)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = Bucket.full(operation.rate, float(operation.burst or 1), self._now())
+            self._buckets[key] = bucket
+        return bucket
+
+    def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:
+        self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()
+        return UsagePlanExhausted(
+            f"the usage plan of {target.operation_name} has its next place in {wait:.1f} s, "
+            f"and this call may wait {max_wait:g} s",
+            f"Come back after Retry-After, or let the call wait longer: {MAX_WAIT_HEADER}: {math.ceil(wait)}s.",
+            retry_after=wait,
+        )

@@ -1,0 +1,364 @@
+"""How does the request reach Amazon, and the answer the app, changed in nothing but what must change?
+
+Strip first, add last: what belongs to one hop, to the proxy or to the app's own credentials goes, then Amazon's
+headers are set. Bodies are streamed both ways as they are. aiohttp's client behaves like a browser unless it is told
+otherwise; everything it is told stands in `open_session` and `_send`.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Self
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from proxy.amazon.headers import credential_headers
+from proxy.config import Config
+from proxy.errors import (
+    BodyTimeout,
+    ConnectTimeout,
+    MalformedRequest,
+    ProxyError,
+    TotalTimeout,
+    UpstreamBroken,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from proxy.metrics import Metrics
+from proxy.request.exchange import Exchange
+from proxy.request.identify import Target
+from proxy.request.tokens import Token
+
+# Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "http2-settings",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+# What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
+# itself, and what names the hops and traces inside the user's network.
+PRIVATE = frozenset(
+    {
+        "authorization",
+        "baggage",
+        "cookie",
+        "expect",
+        "forwarded",
+        "host",
+        "traceparent",
+        "tracestate",
+        "user-agent",
+        "via",
+        "x-amz-access-token",
+        "x-amz-content-sha256",
+        "x-amz-date",
+        "x-amz-security-token",
+        "x-amz-signature",
+        "x-real-ip",
+        "x-request-id",
+    }
+)
+PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
+
+# Amazon's front end refuses these on GET and HEAD (DOC "API request validation for 400 errors with HTML response").
+BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
+BODILESS = frozenset({"GET", "HEAD"})
+
+MAX_RESPONSE_LINE = 16 * 1024
+MAX_RESPONSE_FIELD = 64 * 1024
+MAX_RESPONSE_FIELDS = 256
+
+
+def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
+    """Raise MalformedRequest for a body on GET or HEAD: Amazon answers that with a page of HTML."""
+    if method in BODILESS and ("Transfer-Encoding" in headers or headers.get("Content-Length", "0").strip("0")):
+        raise MalformedRequest(f"a {method} request has a body", "Send it without a body, or use POST.")
+
+
+def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
+    dropped = HOP_BY_HOP | _named_in_connection(headers)
+    if method in BODILESS:
+        dropped |= BODY_FIELDS
+    kept: CIMultiDict[str] = CIMultiDict()
+    for name, value in headers.items():
+        # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
+        lower = name.lower().replace("_", "-")
+        if lower in dropped or lower in PRIVATE or lower.startswith(PRIVATE_PREFIXES):
+            continue
+        if not value.isascii() and not _is_utf8(value):
+            raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
+        kept.add(name, value)
+    return kept
+
+
+def _named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
+    """Return the field names that `Connection` declares to be for this hop alone."""
+    values = headers.getall("Connection", None)
+    if not values:
+        return frozenset()
+    return frozenset(name.strip().lower().replace("_", "-") for value in values for name in value.split(","))
+
+
+def _is_utf8(value: str) -> bool:
+    # A byte that is not UTF-8 arrives as a lone surrogate, and would be left out without a word on the way on.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Patience:
+    """One timer for all the waits of one exchange: each phase sets how long it may take and what its end is called.
+
+    Use it as an asynchronous context manager; a phase that outlasts its time raises its error there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._timeouts = config.timeouts
+        self._loop = asyncio.get_running_loop()
+        self._ends_at = self._loop.time() + config.timeouts.total
+        self._timer = asyncio.timeout_at(self._ends_at)
+        self._error: ProxyError | None = None
+
+    def for_app(self) -> None:
+        """Wait for the app: to send more of its body, or to take more of the answer."""
+        self._wait(self._timeouts.body_idle, _APP_STALLED)
+
+    def for_amazon(self) -> None:
+        """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
+        self._wait(self._timeouts.upstream_idle, _AMAZON_SILENT)
+
+    def _wait(self, seconds: float, error: ProxyError) -> None:
+        end = self._loop.time() + seconds
+        self._error = error if end < self._ends_at else None
+        self._timer.reschedule(min(end, self._ends_at))
+
+    async def __aenter__(self) -> Self:
+        await self._timer.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        try:
+            await self._timer.__aexit__(*exc_info)  # type: ignore[arg-type]  # the same triple, passed on
+        except TimeoutError as exc:
+            raised = self._error or _TOO_LONG
+            raise type(raised)(raised.message, raised.hint) from exc
+
+
+_APP_STALLED = BodyTimeout(
+    "the app stopped sending its body, or reading the answer", "Send or read without long pauses (timeouts.body_idle)."
+)
+_AMAZON_SILENT = UpstreamTimeout(
+    "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
+)
+_TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
+
+
+def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:
+    """Return a session that does nothing of its own accord; `fresh` ones never reuse a connection."""
+    context = ssl.create_default_context(cafile=config.pool.ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    connector = aiohttp.TCPConnector(
+        limit=config.pool.max_connections,
+        ssl=context,
+        force_close=fresh,
+        ttl_dns_cache=30,
+        keepalive_timeout=None if fresh else config.pool.idle,
+    )
+    session = aiohttp.ClientSession(
+        connector=connector,
+        # With a real jar, one seller's cookie would go out with another seller's request.
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        timeout=aiohttp.ClientTimeout(total=None, connect=config.timeouts.connect),
+        trust_env=False,
+        max_line_size=MAX_RESPONSE_LINE,
+        max_field_size=MAX_RESPONSE_FIELD,
+        max_headers=MAX_RESPONSE_FIELDS,
+    )
+    # aiohttp repeats idempotent calls by itself, unseen; there is no public switch. Ours is counted, and once only.
+    session._retry_connection = False  # noqa: SLF001
+    return session
+
+
+class Upstream:
+    """Sends requests to Amazon and streams the answers back."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        session: aiohttp.ClientSession,
+        fresh_session: aiohttp.ClientSession,
+        user_agents: Mapping[str, str],
+        metrics: Metrics,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._session = session
+        self._fresh_session = fresh_session
+        self._user_agents = user_agents
+        self._metrics = metrics
+        self._wall = wall
+
+    async def send(
+        self, request: web.BaseRequest, target: Target, token: Token, exchange: Exchange, patience: Patience
+    ) -> aiohttp.ClientResponse:
+        """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
+
+        Raises an error of ours for everything that keeps an answer from coming.
+        """
+        exchange.attempts = 1
+        try:
+            return await self._send(self._session, request, target, token, exchange, patience)
+        except UpstreamBroken:
+            # An idle connection that Amazon closed just now. Nothing came back, and asking twice does no harm.
+            if request.method not in BODILESS:
+                raise
+        exchange.attempts = 2
+        self._metrics.retries.labels("connection").inc()
+        return await self._send(self._fresh_session, request, target, token, exchange, patience)
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        request: web.BaseRequest,
+        target: Target,
+        token: Token,
+        exchange: Exchange,
+        patience: Patience,
+    ) -> aiohttp.ClientResponse:
+        headers = cleaned(request.method, request.headers)
+        headers.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
+        patience.for_amazon()
+        try:
+            response = await session.request(
+                request.method,
+                # encoded: otherwise escapes are tidied on the way, and the path is another one than was decided on
+                URL(target.endpoint + target.path_and_query, encoded=True),
+                headers=headers,
+                data=_upload(request, exchange, patience) if request.body_exists else None,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            raise (exchange.upload_error or _translated(exc)) from exc
+        if response.status == 101:
+            response.close()
+            raise UpstreamBroken("Amazon switched protocols unasked", "Try again.")
+        return response
+
+    async def relay(
+        self, request: web.BaseRequest, response: aiohttp.ClientResponse, exchange: Exchange, patience: Patience
+    ) -> web.StreamResponse:
+        """Stream the answer to the app; break its connection where Amazon's answer breaks off.
+
+        A client must never take half an answer for a whole one.
+        """
+        answer = Answer(response, exchange)
+        if request.body_exists and not request.content.at_eof():
+            answer.force_close()  # answered before the upload ended: what still comes is not a request
+        try:
+            patience.for_app()
+            exchange.begun = True
+            await answer.prepare(request)
+            while True:
+                patience.for_amazon()
+                chunk = await response.content.readany()
+                if not chunk:
+                    break
+                patience.for_app()
+                await answer.write(chunk)
+                exchange.response_bytes += len(chunk)
+            await answer.write_eof()
+        except (aiohttp.ClientError, ConnectionError):
+            exchange.broken = True
+            _break(request)
+        except asyncio.CancelledError:
+            _break(request)
+            raise
+        finally:
+            if exchange.broken or not response.content.at_eof():
+                response.close()
+            else:
+                response.release()
+        return answer
+
+
+def _break(request: web.BaseRequest) -> None:
+    """End the app's connection without a proper end of the message."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+async def _upload(request: web.BaseRequest, exchange: Exchange, patience: Patience) -> AsyncIterator[bytes]:
+    """Yield the app's body as it comes."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        # The app waits for this before it sends its body (RFC 9110 section 10.1.1); everything is checked by now.
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    while True:
+        patience.for_app()
+        try:
+            chunk = await request.content.readany()
+        except (web.RequestPayloadError, aiohttp.ClientError, ValueError) as exc:
+            exchange.upload_error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
+            raise exchange.upload_error from exc
+        patience.for_amazon()
+        if not chunk:
+            return
+        exchange.request_bytes += len(chunk)
+        yield chunk
+
+
+class Answer(web.StreamResponse):
+    """Amazon's answer with one header more, and none that a server adds of its own accord."""
+
+    def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange) -> None:
+        super().__init__(status=response.status, reason=response.reason, headers=_answered(response.headers))
+        self.headers["x-sp-proxy"] = exchange.summary()
+        self._given = frozenset(name.lower() for name in self.headers)
+
+    async def _prepare_headers(self) -> None:
+        # Not public, but the only place between aiohttp's defaults and the wire; tests/test_upstream.py holds it.
+        await super()._prepare_headers()
+        for name in ("Content-Type", "Date", "Server"):
+            if name.lower() not in self._given:
+                self.headers.popall(name, None)
+
+
+def _answered(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """Return what of Amazon's headers goes to the app: all but those for one hop, and those that only we may send."""
+    dropped = HOP_BY_HOP | _named_in_connection(headers) | {"x-sp-proxy", "x-sp-proxy-error"}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+
+
+def _translated(exc: Exception) -> ProxyError:
+    """Return the error of ours for what aiohttp raised; its own text may quote the request, so none of it is kept."""
+    if isinstance(exc, (aiohttp.ConnectionTimeoutError, TimeoutError)):
+        return ConnectTimeout("no connection to Amazon in time", "Try again; check the network if it goes on.")
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return UpstreamUnreachable(
+            "Amazon's TLS certificate is not trusted", "Check pool.ca_file and what stands between here and Amazon."
+        )
+    if isinstance(exc, (aiohttp.ClientConnectorError, aiohttp.ClientSSLError)):
+        return UpstreamUnreachable("no connection to Amazon", "Check the network and the endpoints setting.")
+    return UpstreamBroken(
+        "Amazon ended the connection without a proper answer",
+        "A write may or may not have been done: look before you repeat it.",
+    )

@@ -1,0 +1,108 @@
+"""Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prometheus_client.exposition import choose_encoder
+
+from proxy.config import LOOPBACK_NAMES, Address, Config
+from proxy.metrics import Metrics
+
+State = Literal["starting", "ready", "stopping"]
+
+_FIRST_PAGE = """sp-api-proxy: this is the admin address; apps use the other one.
+
+/livez    200 while the process runs
+/readyz   200 while it serves requests (add ?verbose for the reason)
+/metrics  Prometheus
+"""
+
+
+@dataclass(slots=True)
+class Readiness:
+    """Whether the proxy serves; `waiting_for` says what keeps it from being ready."""
+
+    state: State = "starting"
+    waiting_for: str = "the listeners"
+    details: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self.state == "ready"
+
+
+def health_app(readiness: Readiness, metrics: Metrics) -> web.Application:
+    """Return health and metrics alone: an application that may be opened to probes and Prometheus."""
+    app = web.Application(middlewares=[_plain_answers])
+    _add_health(app, readiness, metrics)
+    return app
+
+
+def admin_app(readiness: Readiness, metrics: Metrics, config: Config, address: Address) -> web.Application:
+    """Return everything for this machine's eyes; answers only to loopback names, as the proxied port does."""
+    hosts = {*LOOPBACK_NAMES, address.host.lower(), *config.allowed_hosts} - {"", "0.0.0.0", "::"}  # noqa: S104
+
+    @web.middleware
+    async def local_names_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.getall("Host", ())
+        host = _host_of(given[0]) if len(given) == 1 else ""
+        if host not in hosts:
+            return web.Response(status=421, text="call the admin address as 127.0.0.1 or localhost\n")
+        if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}:
+            return web.Response(status=403, text="not for web pages\n")
+        return await handler(request)
+
+    app = web.Application(middlewares=[local_names_only, _plain_answers])
+    _add_health(app, readiness, metrics)
+
+    async def first_page(_: web.Request) -> web.Response:
+        return web.Response(text=_FIRST_PAGE)
+
+    app.router.add_get("/", first_page)
+    return app
+
+
+def _host_of(value: str) -> str:
+    name, colon, port = value.rpartition(":")
+    return (name if colon and port.isdigit() else value).lower().strip("[]")
+
+
+@web.middleware
+async def _plain_answers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        answer = await handler(request)
+    except web.HTTPException as exc:
+        answer = web.Response(status=exc.status, text=f"{exc.reason}\n")
+    answer.headers["X-Content-Type-Options"] = "nosniff"
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
+
+
+def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) -> None:
+    async def live(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def ready(request: web.Request) -> web.Response:
+        text = "ok\n" if readiness.is_ready else f"not ready: {readiness.waiting_for}\n"
+        if "verbose" in request.query:
+            text += "".join(f"{name}: {value}\n" for name, value in readiness.details.items())
+        return web.Response(status=200 if readiness.is_ready else 503, text=text)
+
+    async def started(_: web.Request) -> web.Response:
+        has_started = readiness.state != "starting"
+        return web.Response(status=200 if has_started else 503, text="ok\n" if has_started else "starting\n")
+
+    async def scrape(request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(metrics.registry), headers={"Content-Type": content_type})
+
+    for path in ("/livez", "/healthz", "/liveness"):
+        app.router.add_get(path, live)
+    for path in ("/readyz", "/readiness"):
+        app.router.add_get(path, ready)
+    for path in ("/startupz", "/startup"):
+        app.router.add_get(path, started)
+    app.router.add_get("/metrics", scrape)
