@@ -251,8 +251,9 @@ class Upstream:
         try:
             response = await session.request(
                 request.method,
-                # encoded: otherwise escapes are tidied on the way, and the path is another one than was decided on
-                URL(target.endpoint + target.path_and_query, encoded=True),
+                # As an encoded path, query and all: escapes are not tidied, and an empty query is kept. The path that
+                # Amazon sees is the one that was decided on.
+                URL(target.endpoint).with_path(target.path_and_query, encoded=True),
                 headers=headers,
                 data=_upload(request, exchange, patience) if request.body_exists else None,
                 allow_redirects=False,

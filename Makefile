@@ -1,0 +1,70 @@
+# Two commands do everything on a machine with python3, python3-venv and make: `make run` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The configuration to run with: `make run CONFIG=my.yaml`; config.yaml is taken where it exists.
+CONFIG ?= $(wildcard config.yaml)
+# More for the command line: `make run ARGS="--listen 127.0.0.1:9999"`, `make test ARGS="-k tokens"`.
+ARGS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
+
+.PHONY: run test lint types format wheel check coverage bench lock operations clean
+
+run: $(VENV)/.runtime
+	@exec $(BIN)/python -m proxy serve --demo $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy --strict proxy tests
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The wheel in an empty environment, in another folder: its version, and one request through it.
+wheel: $(VENV)/.dev
+	$(BIN)/python .ci/check_wheel.py
+
+check: test lint types wheel
+
+coverage: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.bench.compare $(ARGS)
+
+# Rebuild the operation table from a folder of Amazon's models: `make operations MODELS=…`.
+operations: $(VENV)/.runtime
+	$(BIN)/python -m proxy operations rebuild $(MODELS) $(ARGS)
+
+# Resolve the dependencies anew, for every Python and system, with hashes. Needs uv.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+		pyproject.toml -o requirements.lock $(ARGS)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+		pyproject.toml --group dev -o requirements-dev.lock $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.lock | $(VENV)/bin/python
+	@echo "Installing what the proxy needs into $(VENV) …"
+	@$(PIP_INSTALL) -r requirements.lock
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock | $(VENV)/bin/python
+	@echo "Installing what the tests need into $(VENV) …"
+	@$(PIP_INSTALL) -r requirements-dev.lock
+	@touch $@ $(VENV)/.runtime

@@ -1,0 +1,89 @@
+"""What the tests share: a proxy that really listens, a far side that can be scripted, and a raw client."""
+
+import asyncio
+import os
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import yaml
+
+from proxy.app import Running, running
+from proxy.config import Config, load_config
+from tests.far_side import FarSide, TokenHost
+
+MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
+
+
+class StartProxy(Protocol):
+    """Starts a proxy whose settings are the defaults of the tests, changed by keywords."""
+
+    def __call__(self, **settings: Any) -> Awaitable[Running]: ...
+
+
+def settings_for(far_side: FarSide, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
+    """Return the settings of a proxy between the test and its far side."""
+    endpoints: dict[str, str] = {region: far_side.url for region in ("na", "eu", "fe")}
+    return {
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "applications": {"main": {"client_id": "client", "client_secret": "client-secret"}},
+        "accounts": {"acme": {"refresh_tokens": {"eu": "Atzr|acme-eu"}}},
+        "endpoints": {**endpoints, "lwa": token_host.url},
+        **changed,
+    }
+
+
+def config_from(settings: dict[str, Any], folder: Path) -> Config:
+    """Return the Config of `settings`, by way of a real file, as a user's would come."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return load_config(str(path), {}).config
+
+
+@pytest.fixture
+async def far_side() -> AsyncIterator[FarSide]:
+    """Amazon's API, answering what the test scripts."""
+    async with FarSide() as server:
+        yield server
+
+
+@pytest.fixture
+async def token_host() -> AsyncIterator[TokenHost]:
+    """Login with Amazon, answering what the test scripts."""
+    async with TokenHost() as server:
+        yield server
+
+
+@pytest.fixture
+async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
+    """Starts proxies that are stopped, in reverse order, when the test ends."""
+    started: list[Any] = []
+
+    async def start(**settings: Any) -> Running:
+        context = running(config_from(settings_for(far_side, token_host, **settings), tmp_path))
+        proxy = await context.__aenter__()
+        started.append(context)
+        return proxy
+
+    yield start
+    for context in reversed(started):
+        await context.__aexit__(None, None, None)
+
+
+@pytest.fixture
+async def proxy(start_proxy: StartProxy) -> Running:
+    """A proxy with the tests' usual settings."""
+    return await start_proxy()
+
+
+def needs(available: bool, what: str) -> None:
+    """Skip the test where `what` is missing on this machine; in CI, fail."""
+    if available:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is missing, and CI must have it")
+    pytest.skip(f"{what} is missing")
