@@ -16,6 +16,8 @@ from aiohttp.web_protocol import RequestHandler
 from proxy.config import Config
 from proxy.errors import HeaderTimeout, HeaderTooLarge, InternalError, MalformedRequest, ProxyError
 from proxy.metrics import Metrics
+from proxy.request.answers import OwnAnswer
+from proxy.request.exchange import Exchange
 from proxy.request.guard import MAX_HEADER_BLOCK, VERSION_REFUSED
 
 MAX_LINE = 16 * 1024
@@ -26,7 +28,7 @@ LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the cli
 
 Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
-_NOTHING_KNOWN = "account=-; region=-; operation=unknown; token=none; attempts=0; wait=0.000"
+_NOTHING_KNOWN = Exchange("", 0.0).summary()
 
 
 class Connection(RequestHandler):
@@ -79,7 +81,7 @@ class Connection(RequestHandler):
         self._end_head_timer()
         if self.transport is not None:
             self._count(error)
-            self.transport.write(_raw(error))
+            self.transport.write(OwnAnswer(error, _NOTHING_KNOWN).as_bytes())
             self.force_close()
 
     def handle_error(
@@ -97,8 +99,7 @@ class Connection(RequestHandler):
             raise ConnectionError("the answer has begun") from exc
         error = _error_for(status, exc)
         self._count(error)
-        answer = web.Response(status=error.status, body=error.body(), headers=error.headers())
-        answer.headers["x-sp-proxy"] = _NOTHING_KNOWN
+        answer = OwnAnswer(error, _NOTHING_KNOWN)
         answer.force_close()
         return answer
 
@@ -112,16 +113,6 @@ def _error_for(status: int, exc: BaseException | None) -> ProxyError:
     if status < 500:
         return MalformedRequest("the request is not well-formed HTTP/1.1", "Check the client that sent it.")
     return InternalError("the proxy failed", "Its log says more; try again.")
-
-
-def _raw(error: ProxyError) -> bytes:
-    """Return an answer as bytes, for a request that has not become one."""
-    body = error.body()
-    fields = {**error.headers(), "x-sp-proxy": _NOTHING_KNOWN, "Content-Length": str(len(body)), "Connection": "close"}
-    head = f"HTTP/1.1 {error.status} {error.code}\r\n" + "".join(
-        f"{name}: {value}\r\n" for name, value in fields.items()
-    )
-    return head.encode() + b"\r\n" + body
 
 
 class Listening(web.Server):

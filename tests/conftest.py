@@ -1,10 +1,7 @@
 """What the tests share: a proxy that really listens, a far side that can be scripted, and a raw client."""
 
-import asyncio
 import os
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +23,7 @@ class StartProxy(Protocol):
 
 def settings_for(far_side: FarSide, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
     """Return the settings of a proxy between the test and its far side."""
-    endpoints: dict[str, str] = {region: far_side.url for region in ("na", "eu", "fe")}
+    endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), far_side.url)
     return {
         "listen": "127.0.0.1:0",
         "admin": "127.0.0.1:0",

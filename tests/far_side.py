@@ -159,7 +159,7 @@ class TokenHost(RawServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/auth/o2/token"
 
-    async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
+    async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:  # noqa: ARG002 - as the base
         if self.held is not None:
             await self.held.wait()
         grant = {

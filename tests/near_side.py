@@ -1,8 +1,8 @@
-"""The app's side of the proxy, by hand: a raw client that sends the very bytes given and sees the very bytes answered."""
+"""The app's side of the proxy, by hand: a raw client that sends the bytes given and sees the bytes answered."""
 
 import asyncio
-from contextlib import asynccontextmanager
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import gzip
+import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,11 @@ async def test_expect_continue_is_answered_here_once_everything_is_checked(proxy
 # Amazon's answer, on its way to the app.
 
 
+DECIDED = (
+    "account=acme; region=eu; operation=sellers.v1.getMarketplaceParticipations; token=lwa; attempts=1; wait=0.000"
+)
+
+
 async def test_status_reason_headers_and_bytes_are_amazons(proxy: Running, far_side: FarSide) -> None:
     packed = gzip.compress(b'{"payload":1}')
 
@@ -221,15 +228,11 @@ async def test_status_reason_headers_and_bytes_are_amazons(proxy: Running, far_s
         ("Set-Cookie", "a=1"),
         ("Set-Cookie", "b=2"),
         ("Content-Length", str(len(packed))),
-        (
-            "x-sp-proxy",
-            "account=acme; region=eu; operation=sellers.v1.getMarketplaceParticipations; token=lwa; attempts=1; "
-            "wait=0.000",
-        ),
+        ("x-sp-proxy", DECIDED),
     ]
 
 
-async def test_an_answer_without_type_date_or_server_gets_none(proxy: Running, far_side: FarSide) -> None:
+async def test_an_answer_without_type_date_or_server_gets_none(proxy: Running) -> None:
     got = await call(proxy.addresses[0], "POST", FEEDS, b"{}")
     assert {name.lower() for name, _ in got.fields} == {"content-type", "content-length", "x-sp-proxy"}
 
@@ -279,7 +282,9 @@ async def test_head_keeps_the_length_and_has_no_body(proxy: Running, far_side: F
 
 async def test_interim_answers_are_left_out(proxy: Running, far_side: FarSide) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + answer("200 OK", b"x"))
+        writer.write(
+            b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + answer("200 OK", b"x")
+        )
 
     far_side.script = script
     assert (await call(proxy.addresses[0], "GET", SELLERS)).body == b"x"
@@ -548,10 +553,8 @@ async def test_a_certificate_that_is_not_trusted_sees_no_request(
     assert not received
 
 
-def untrusted_context(folder: Path):  # type: ignore[no-untyped-def]
-    import ssl
-    import subprocess
-
+def untrusted_context(folder: Path) -> ssl.SSLContext:
+    """Return the server side of a certificate that nobody has signed but itself."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
     subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)

@@ -24,7 +24,7 @@ from proxy.errors import (
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 MAX_HEADER_BLOCK = 64 * 1024
-VERSION_REFUSED = "version refused"  # the listener's mark on a request of another HTTP version
+VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
 
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.

@@ -15,6 +15,7 @@ from proxy.config import Config, Listener
 from proxy.errors import InternalError, ProxyError
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
+from proxy.request.answers import OwnAnswer
 from proxy.request.exchange import Exchange
 from proxy.request.guard import Doorway, admit, check_message
 from proxy.request.identify import identify
@@ -131,12 +132,10 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
     }
 
 
-def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> web.Response:
+def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> OwnAnswer:
     """Return the answer for an error of ours, and note it in the exchange."""
     exchange.status, exchange.error = error.status, error.code
-    body = b"" if request.method == "HEAD" else error.body()
-    answer = web.Response(status=error.status, body=body, headers=error.headers())
-    answer.headers["x-sp-proxy"] = exchange.summary()
+    answer = OwnAnswer(error, exchange.summary(), with_body=request.method != "HEAD")
     if request.body_exists and not request.content.at_eof():
         answer.force_close()  # what follows on this connection is the unread body, not a request
     return answer

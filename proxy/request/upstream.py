@@ -29,25 +29,10 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.metrics import Metrics
+from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, named_in_connection
 from proxy.request.exchange import Exchange
 from proxy.request.identify import Target
 from proxy.request.tokens import Token
-
-# Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
-HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "http2-settings",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
 # itself, and what names the hops and traces inside the user's network.
@@ -91,7 +76,7 @@ def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
 
 def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
-    dropped = HOP_BY_HOP | _named_in_connection(headers)
+    dropped = HOP_BY_HOP | named_in_connection(headers)
     if method in BODILESS:
         dropped |= BODY_FIELDS
     kept: CIMultiDict[str] = CIMultiDict()
@@ -104,14 +89,6 @@ def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
             raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
         kept.add(name, value)
     return kept
-
-
-def _named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
-    """Return the field names that `Connection` declares to be for this hop alone."""
-    values = headers.getall("Connection", None)
-    if not values:
-        return frozenset()
-    return frozenset(name.strip().lower().replace("_", "-") for value in values for name in value.split(","))
 
 
 def _is_utf8(value: str) -> bool:
@@ -272,7 +249,7 @@ class Upstream:
 
         A client must never take half an answer for a whole one.
         """
-        answer = Answer(response, exchange)
+        answer = AmazonsAnswer(response, exchange)
         if request.body_exists and not request.content.at_eof():
             answer.force_close()  # answered before the upload ended: what still comes is not a request
         try:
@@ -325,28 +302,6 @@ async def _upload(request: web.BaseRequest, exchange: Exchange, patience: Patien
             return
         exchange.request_bytes += len(chunk)
         yield chunk
-
-
-class Answer(web.StreamResponse):
-    """Amazon's answer with one header more, and none that a server adds of its own accord."""
-
-    def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange) -> None:
-        super().__init__(status=response.status, reason=response.reason, headers=_answered(response.headers))
-        self.headers["x-sp-proxy"] = exchange.summary()
-        self._given = frozenset(name.lower() for name in self.headers)
-
-    async def _prepare_headers(self) -> None:
-        # Not public, but the only place between aiohttp's defaults and the wire; tests/test_upstream.py holds it.
-        await super()._prepare_headers()
-        for name in ("Content-Type", "Date", "Server"):
-            if name.lower() not in self._given:
-                self.headers.popall(name, None)
-
-
-def _answered(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """Return what of Amazon's headers goes to the app: all but those for one hop, and those that only we may send."""
-    dropped = HOP_BY_HOP | _named_in_connection(headers) | {"x-sp-proxy", "x-sp-proxy-error"}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
 
 
 def _translated(exc: Exception) -> ProxyError:
