@@ -1,0 +1,1 @@
+"""What Amazon publishes: its operations, marketplaces, the token exchange and the RDT call. No clock, no state."""
