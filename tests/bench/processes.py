@@ -1,0 +1,143 @@
+"""How are the benchmark's processes started, pinned to cores, watched from outside and ended?
+
+What they cost is read from the operating system (`/proc`), so it is Linux only and includes every child process.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "127.0.0.1"
+START_WITHIN = 15.0  # seconds
+MOST_SAID = 30  # lines
+END_WITHIN = 5.0  # seconds, then it is killed
+_TICKS = os.sysconf("SC_CLK_TCK")  # per second of CPU time
+_PRIVATE = ("SP_API_", "LWA_")  # the settings of whoever runs the benchmark are not for its proxy
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Where things run: the proxy under test has a core of its own, load and upstream share the others."""
+
+    proxy: frozenset[int]
+    others: frozenset[int]
+
+    @classmethod
+    def of_this_machine(cls) -> "Cores":
+        """Divide the cores this process may use; with a single one, all share it."""
+        first, *rest = sorted(os.sched_getaffinity(0))
+        return cls(frozenset({first}), frozenset(rest or {first}))
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process that was started here, with what it wrote."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def pid(self) -> int:
+        """The process's id; its children are in a process group of the same number."""
+        return self.popen.pid
+
+    def said(self) -> str:
+        """Return the end of what it wrote to standard output and error so far."""
+        return "\n".join(self.output.read_text(errors="replace").strip().splitlines()[-MOST_SAID:])
+
+
+@contextmanager
+def started(name: str, command: Sequence[str], port: int, cores: frozenset[int], folder: Path) -> Iterator[Started]:
+    """Run `command` on `cores` until the block ends; yield it once it listens on `port`. `folder` takes its output."""
+    output = folder / f"{name}.log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_PRIVATE)}
+    with output.open("wb") as log:
+        popen = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    process = Started(name, popen, output)
+    try:
+        os.sched_setaffinity(popen.pid, cores)
+        _wait_until_listening(process, port)
+        yield process
+    finally:
+        _end(popen)
+
+
+def python(module: str, *arguments: str | Path | int) -> list[str]:
+    """Return the command that runs `module` with this Python."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def end_on_signals() -> None:
+    """Make SIGTERM end this process as Ctrl-C does: through every `finally`, so that no process stays behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds (user and system) that `pid` and its children have used so far; exact to about 10 ms."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat(entry / "stat")
+            if fields and int(fields[2]) == pid:  # the process group, which is the children's too
+                total += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
+    return total / _TICKS
+
+
+def memory_kib(pid: int, field: str) -> int:
+    """Return a memory figure of `pid` in KiB: `VmRSS` is what is resident now, `VmHWM` the most that ever was."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0])
+    raise RuntimeError(f"process {pid} has no {field}: it has ended")
+
+
+def _stat(path: Path) -> list[str]:
+    """Return the fields of a /proc/PID/stat from the third on (the second may hold spaces); none once it has ended."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _wait_until_listening(process: Started, port: int) -> None:
+    end = time.monotonic() + START_WITHIN
+    while time.monotonic() < end and process.popen.poll() is None:
+        try:
+            socket.create_connection((HOST, port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise SystemExit(f"{process.name} did not start; it said:\n{process.said()}")
+
+
+def _end(popen: subprocess.Popen[bytes]) -> None:
+    """End a process and its children; the group is theirs alone."""
+    try:
+        os.killpg(popen.pid, signal.SIGTERM)
+        popen.wait(END_WITHIN)
+    except ProcessLookupError:
+        popen.wait()
+    except subprocess.TimeoutExpired:
+        os.killpg(popen.pid, signal.SIGKILL)
+        popen.wait()

@@ -1,0 +1,142 @@
+"""Who stands in for Amazon? Three servers in one process, on the loopback address.
+
+An API over TLS 1.3 that gives one small answer to everything, at as little CPU as Python allows: a protocol that looks
+for the end of a head and writes bytes made in advance. It is Python and not nginx so that the benchmark is the same on
+every machine. A token host over plain HTTP is the same thing with another answer. A third one, over TLS, takes and
+gives large bodies at constant memory.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import ssl
+from pathlib import Path
+from typing import cast
+
+import uvloop
+from aiohttp import web
+
+from tests.bench.payload import MIB, blocks
+from tests.bench.processes import HOST
+
+ANSWER_SIZE = 2048  # bytes of body
+
+_HEAD_END = b"\r\n\r\n"
+_LENGTH = b"\r\ncontent-length:"
+
+
+def api_answer() -> bytes:
+    """Return the body of the small answer: JSON of ANSWER_SIZE bytes."""
+    body = {"payload": {"Orders": [], "filler": ""}}
+    body["payload"]["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(body)))
+    return json.dumps(body).encode()
+
+
+def token_answer() -> bytes:
+    """Return what Login with Amazon answers to an exchange."""
+    return json.dumps({"access_token": "Atza|benchmark", "token_type": "bearer", "expires_in": 3600}).encode()
+
+
+def whole(body: bytes) -> bytes:
+    """Return the whole 200 answer around `body`, with the fields that Amazon's answers have."""
+    head = (
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nx-amzn-RequestId: 00000000-0000-4000-8000-000000000000\r\n"
+        "x-amzn-RateLimit-Limit: 0.0167\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class FixedAnswer(asyncio.Protocol):
+    """Gives the same answer to every request of a connection, once the request is complete."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self._buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport to answer on."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        """Answer each request that is complete."""
+        self._buffer += data
+        while (end := self._request_end()) is not None:
+            self._buffer = self._buffer[end:]
+            self._transport.write(self._answer)
+
+    def _request_end(self) -> int | None:
+        """Return the number of bytes of the first request, None where some are still to come."""
+        head = self._buffer.find(_HEAD_END)
+        if head < 0:
+            return None
+        end = head + len(_HEAD_END)
+        fields = self._buffer[:head].lower()
+        found = fields.find(_LENGTH)
+        if found >= 0:
+            end += int(fields[found + len(_LENGTH) :].split(b"\r\n", 1)[0])
+        return end if len(self._buffer) >= end else None
+
+
+async def large(request: web.BaseRequest) -> web.StreamResponse:
+    """Send `?mib=N` MiB, by `&framing=length` or `&framing=chunked`; hash uploads, `?rate=N` bytes a second."""
+    if request.method != "GET":
+        return await _take(request)
+    mib = int(request.query["mib"])
+    answer = web.StreamResponse()
+    if request.query["framing"] == "length":
+        answer.content_length = mib * MIB
+    else:
+        answer.enable_chunked_encoding()
+    await answer.prepare(request)
+    for block in blocks(mib):
+        await answer.write(block)
+    await answer.write_eof()
+    return answer
+
+
+async def _take(request: web.BaseRequest) -> web.Response:
+    digest, size, rate = hashlib.sha256(), 0, int(request.query["rate"])
+    async for chunk in request.content.iter_any():
+        digest.update(chunk)
+        size += len(chunk)
+        if rate:
+            await asyncio.sleep(len(chunk) / rate)
+    framing = "chunked" if "Transfer-Encoding" in request.headers else "length"
+    return web.json_response({"bytes": size, "sha256": digest.hexdigest(), "framing": framing})
+
+
+def tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    """Return a server's context for TLS 1.3 alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+async def serve(api_port: int, token_port: int, large_port: int, context: ssl.SSLContext) -> None:
+    """Serve until cancelled. The API's port is opened last: once it answers, all do."""
+    loop = asyncio.get_running_loop()
+    token, api = whole(token_answer()), whole(api_answer())
+    await loop.create_server(lambda: FixedAnswer(token), HOST, token_port)
+    await loop.create_server(web.Server(large, access_log=None), HOST, large_port, ssl=context)
+    await loop.create_server(lambda: FixedAnswer(api), HOST, api_port, ssl=context)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Serve on the ports that the command line names."""
+    parser = argparse.ArgumentParser(description="The benchmark's stand-in for Amazon.")
+    for name in ("api-port", "token-port", "large-port"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--certificate", type=Path, required=True)
+    parser.add_argument("--key", type=Path, required=True)
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        context = tls(options.certificate, options.key)
+        runner.run(serve(options.api_port, options.token_port, options.large_port, context))
+
+
+if __name__ == "__main__":
+    main()
