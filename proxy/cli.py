@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, NoReturn
 
@@ -177,7 +177,7 @@ def _has_credentials(environ: Mapping[str, str]) -> bool:
     return any(value and name.startswith(names) for name, value in environ.items())
 
 
-def _run(main_task: Any) -> int:
+def _run(main_task: Coroutine[Any, Any, int]) -> int:
     """Run a coroutine on uvloop where it exists, and return the exit code it gives."""
     try:
         import uvloop  # noqa: PLC0415 - there is none on Windows

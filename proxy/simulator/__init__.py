@@ -1,0 +1,15 @@
+"""A local Selling Partner API and Login with Amazon, for tests and for trying things out.
+
+It imports nothing from the rest of the package: a mistake of the proxy's must not be able to agree with itself.
+
+    async with Simulator(Settings(token_lifetime=60)) as simulator:
+        simulator.endpoints  # {"na": "http://127.0.0.1:…", "eu": …, "fe": …, "lwa": …, "control": …}
+        simulator.journal    # what came in, the newest last
+"""
+
+from proxy.simulator.command import main
+from proxy.simulator.models import Example, examples
+from proxy.simulator.server import Simulator
+from proxy.simulator.state import Fault, Recorded, Seller, Settings
+
+__all__ = ["Example", "Fault", "Recorded", "Seller", "Settings", "Simulator", "examples", "main"]

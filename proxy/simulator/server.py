@@ -1,0 +1,288 @@
+"""How do requests come in and answers go out: the token host, three regions and the control, each a listener."""
+
+import asyncio
+import hashlib
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from aiohttp import web
+
+from proxy.simulator import answers, control, gate, lwa, rdt
+from proxy.simulator.models import Models, read_models
+from proxy.simulator.plans import WELL_KNOWN, Plans, announced
+from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
+from proxy.simulator.state import REGIONS, Fault, Issued, Recorded, Settings, State
+
+MOST_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
+MOST_HEADER = 64 * 1024
+_CHUNK = bytes(64 * 1024)
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A request, read to its end."""
+
+    service: str
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    size: int
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """The raw path."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The raw query."""
+        return self.target.partition("?")[2]
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The headers by lower-case name, the first of each."""
+        return {name.lower(): value for name, value in reversed(self.headers)}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The answer to a request, and what the journal says of it."""
+
+    reply: Reply
+    token: Issued | None = None
+    operation: str = ""
+
+
+class Simulator:
+    """A running simulator; an asynchronous context manager. `now` and `wall` are clocks in seconds."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.state = State.of(self.settings, now, wall)
+        self.models = Models(read_models(self.settings.models)) if self.settings.models else None
+        self.plans = self._plans()
+        self.endpoints: dict[str, str] = {}
+        self._stack = AsyncExitStack()
+
+    @property
+    def journal(self) -> deque[Recorded]:
+        """What came in, the newest last."""
+        return self.state.journal
+
+    async def __aenter__(self) -> Self:
+        tls = None
+        if self.settings.tls:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(*self.settings.tls)
+        try:
+            for service, port in zip(("lwa", *REGIONS), self.settings.ports, strict=True):
+                address = await self._listen(service, port, None if service == "lwa" else tls)
+                self.endpoints[service] = address
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self.endpoints["control"] = self.endpoints["lwa"] + control.PATH
+        self.endpoints["lwa"] += lwa.PATH
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _listen(self, service: str, port: int, tls: ssl.SSLContext | None) -> str:
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            return await self._handle(service, request)
+
+        server = web.Server(
+            handle,
+            access_log=None,
+            auto_decompress=False,
+            handler_cancellation=True,
+            max_line_size=MOST_HEADER,
+            max_field_size=MOST_HEADER,
+        )
+        runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        await runner.setup()
+        self._stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, self.settings.host, port, ssl_context=tls).start()
+        name = runner.addresses[0]
+        host = "localhost" if tls else self.settings.host
+        return f"{'https' if tls else 'http'}://{host}:{name[1]}"
+
+    def _plans(self) -> Plans:
+        plans = Plans(self.settings.default_plan, self.settings.enforce_plans)
+        for method, template, rate, burst in WELL_KNOWN:
+            plans.add(method, template, rate, burst)
+        for operation in sorted(
+            self.models.operations if self.models else (), key=lambda one: one.template.count("{"), reverse=True
+        ):
+            if operation.plan:
+                plans.add(operation.method, operation.template, *operation.plan)
+        return plans
+
+    async def _handle(self, service: str, request: web.BaseRequest) -> web.StreamResponse:
+        incoming = await _read(service, request)
+        if service == "lwa" and incoming.path.startswith(control.PATH):
+            return await _send(request, control.answer(self, incoming.method, incoming.path, incoming.body))
+        fault = self.state.fault(service, incoming.method, incoming.path)
+        if fault is not None and fault.kind in {"latency", "hang"}:
+            await asyncio.sleep(fault.seconds)
+        outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._answer(incoming)
+        self._record(incoming, outcome)
+        if fault is not None and fault.kind in _BREAKS:
+            return await _BREAKS[fault.kind](request, fault, outcome.reply)
+        return await _send(request, outcome.reply)
+
+    def _answer(self, incoming: Incoming) -> Outcome:
+        if incoming.service == "lwa":
+            content_type = incoming.named.get("content-type", "")
+            return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
+        names = [name.lower() for name, _ in incoming.headers]
+        refused = gate.well_formed(incoming.method, names)
+        if refused is None:
+            token = gate.token_of(self.state, incoming.service, incoming.headers)
+            if isinstance(token, Issued):
+                return self._call(incoming, token)
+            refused = token
+        return Outcome(refused)
+
+    def _call(self, incoming: Incoming, token: Issued) -> Outcome:
+        """Answer a call whose token is good: the headers, what the token is for, the plan, then the answer itself."""
+        method, path = incoming.method, incoming.path
+        refused = gate.headers_in_order(self.state, incoming.named) or gate.permitted(token, method, path)
+        if refused is not None:
+            return Outcome(refused, token)
+        plan = self.plans.plan(method, path)
+        caller = (token.client_id, token.seller, incoming.service)
+        throttled = self.plans.take(caller, plan, self.state.now()) if self.plans.enforced else None
+        if throttled is not None:
+            return Outcome(throttled, token)
+        outcome = self._content(incoming, token)
+        outcome.reply.headers.update(announced(plan, outcome.reply.status))
+        return outcome
+
+    def _content(self, incoming: Incoming, token: Issued) -> Outcome:
+        method, path = incoming.method, incoming.path
+        if (method, path) == ("POST", rdt.PATH) and token.kind == "lwa":
+            return Outcome(rdt.create(self.state, token, incoming.body), token, "createRestrictedDataToken")
+        if self.models is None:
+            status, content = answers.answer(token, method, path, incoming.query)
+            return Outcome(_as_reply(status, content), token)
+        operation = self.models.find(method, path)
+        if operation is None:
+            return Outcome(forbidden(), token)
+        if not operation.statics:
+            status, content = answers.answer(token, method, path, incoming.query)
+            return Outcome(_as_reply(status, content), token, operation.name)
+        static = self.models.answer(operation, path, incoming.query, incoming.named, incoming.body)
+        if static is None:
+            return Outcome(invalid_input("Could not match input arguments"), token, operation.name)
+        return Outcome(_as_reply(static.status, static.content), token, operation.name)
+
+    def _record(self, incoming: Incoming, outcome: Outcome) -> None:
+        token, status = outcome.token, outcome.reply.status
+        self.state.count(f"answers.{incoming.service}.{status}")
+        self.state.journal.append(
+            Recorded(
+                incoming.service,
+                incoming.method,
+                incoming.target,
+                incoming.headers,
+                incoming.body,
+                incoming.size,
+                incoming.sha256,
+                token.seller if token else "",
+                token.kind if token else "",
+                outcome.operation,
+                status,
+            )
+        )
+
+
+def _as_reply(status: int, content: object) -> Reply:
+    if content is None:
+        reply = as_json(status, {})
+        return Reply(status, b"", {name: value for name, value in reply.headers.items() if name != "Content-Type"})
+    return as_json(status, content)
+
+
+def _made_up(fault: Fault) -> Reply:
+    return Reply(fault.status, fault.body.encode(), dict(fault.headers))
+
+
+async def _read(service: str, request: web.BaseRequest) -> Incoming:
+    """Read a request to its end, at constant memory."""
+    digest, size, kept = hashlib.sha256(), 0, b""
+    async for chunk in request.content.iter_any():
+        digest.update(chunk)
+        size += len(chunk)
+        if len(kept) < MOST_KEPT:
+            kept += chunk
+    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers)
+    body = kept if size <= MOST_KEPT else b""
+    return Incoming(service, request.method, request.raw_path, headers, body, size, digest.hexdigest())
+
+
+async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
+    answer = web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+    await answer.prepare(request)
+    await answer.write_eof()
+    return answer
+
+
+# Faults that break off, and large answers.
+
+
+async def _reset(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+async def _close(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()
+
+
+async def _truncate(request: web.BaseRequest, _: Fault, reply: Reply) -> web.StreamResponse:
+    answer = web.StreamResponse(status=reply.status, headers=reply.headers)
+    answer.content_length = len(reply.body) + 1
+    await answer.prepare(request)
+    await answer.write(reply.body)
+    if request.transport is not None:
+        request.transport.close()
+    return answer
+
+
+async def _large(request: web.BaseRequest, fault: Fault, reply: Reply) -> web.StreamResponse:
+    headers = {**reply.headers, "Content-Type": "application/octet-stream"}
+    answer = web.StreamResponse(status=200, headers=headers)
+    if not fault.chunked:
+        answer.content_length = fault.size
+    await answer.prepare(request)
+    async for chunk in _zeros(fault.size):
+        await answer.write(chunk)
+    await answer.write_eof()
+    return answer
+
+
+async def _zeros(size: int) -> AsyncIterator[bytes]:
+    while size > 0:
+        yield _CHUNK[: min(size, len(_CHUNK))]
+        size -= len(_CHUNK)
+
+
+_BREAKS = {"reset": _reset, "close": _close, "truncate": _truncate, "size": _large}

@@ -1,0 +1,367 @@
+"""Tokens: fetched once for a crowd, renewed before they expire, kept apart, and refused clearly."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.app import open_lwa_session, user_agents
+from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.metrics import Metrics
+from proxy.request import tokens as tokens_module
+from proxy.request.identify import Credential
+from proxy.request.tokens import Tokens
+from proxy.request.upstream import open_session
+from proxy.store import Store
+from tests.clock import FakeClock
+from tests.conftest import config_from, settings_for
+from tests.far_side import FarSide, TokenHost, answer
+
+ACME = Credential("lwa", "main", "acme", "production", "eu")
+GRANTLESS = Credential("grantless", "main", "", "production", "eu", scope="sellingpartnerapi::notifications")
+RDT = Credential("rdt", "main", "acme", "production", "eu", method="GET", path="/orders/v0/orders/{orderId}/address")
+DOCUMENT = replace(RDT, path="/reports/2021-06-30/documents/d1", reusable=False)
+
+
+@asynccontextmanager
+async def open_tokens(
+    far_side: FarSide, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
+) -> AsyncIterator[tuple[Tokens, Metrics]]:
+    config = config_from(settings_for(far_side, token_host, **settings), folder)
+    metrics, store = Metrics(), Store()
+    async with open_lwa_session(config) as lwa_session, open_session(config) as amazon_session:
+        tokens = Tokens(
+            config,
+            lwa_session=lwa_session,
+            amazon_session=amazon_session,
+            user_agents=user_agents(config),
+            store=store,
+            metrics=metrics,
+            now=clock,
+            wall=clock,
+        )
+        yield tokens, metrics
+        await tokens.close()
+        await store.close()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def tokens(far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Tokens]:
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (opened, _):
+        yield opened
+
+
+async def settle(tokens: Tokens) -> None:
+    """Wait until no exchange is under way."""
+    while tokens._pending:
+        await asyncio.gather(*tokens._pending.values(), return_exceptions=True)
+        await asyncio.sleep(0)
+
+
+def form(body: bytes) -> dict[str, str]:
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(body.decode()))
+
+
+async def test_an_exchange_says_exactly_what_login_with_amazon_asks_for(tokens: Tokens, token_host: TokenHost) -> None:
+    token = await tokens.get(ACME)
+    assert token.value.reveal() == "Atza|1"
+    (received,) = token_host.received
+    assert (received.method, received.target) == ("POST", "/auth/o2/token")
+    assert received.get("content-type") == "application/x-www-form-urlencoded;charset=UTF-8"
+    assert form(received.body) == {
+        "grant_type": "refresh_token",
+        "refresh_token": "Atzr|acme-eu",
+        "client_id": "client",
+        "client_secret": "client-secret",
+    }
+
+
+async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: Tokens, token_host: TokenHost) -> None:
+    await tokens.get(GRANTLESS)
+    assert form(token_host.received[0].body) == {
+        "grant_type": "client_credentials",
+        "scope": "sellingpartnerapi::notifications",
+        "client_id": "client",
+        "client_secret": "client-secret",
+    }
+
+
+async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: Tokens, far_side: FarSide) -> None:
+    token = await tokens.get(replace(RDT, data_elements=("buyerInfo",)))
+    assert (token.kind, token.value.reveal()) == ("rdt", "Atz.sprdt|1")
+    (minted,) = far_side.minted
+    assert minted.get("x-amz-access-token") == "Atza|1"
+    assert minted.get("content-type") == "application/json"
+    assert minted.get("x-amz-date")
+    resource = {"method": "GET", "path": "/orders/v0/orders/{orderId}/address", "dataElements": ["buyerInfo"]}
+    assert json.loads(minted.body) == {"restrictedResources": [resource]}
+
+
+async def test_a_burst_on_a_cold_cache_makes_one_exchange(tokens: Tokens, token_host: TokenHost) -> None:
+    token_host.held = asyncio.Event()
+    waiting = [asyncio.create_task(tokens.get(ACME)) for _ in range(100)]
+    await token_host.arrived.wait()
+    waiting[0].cancel()  # the first caller hangs up
+    token_host.held.set()
+    got = await asyncio.gather(*waiting[1:])
+    assert len({token.value.reveal() for token in got}) == 1
+    assert len(token_host.received) == 1
+
+
+async def test_an_exchange_outlives_everybody_who_waited_for_it(tokens: Tokens, token_host: TokenHost) -> None:
+    token_host.held = asyncio.Event()
+    waiting = [asyncio.create_task(tokens.get(ACME)) for _ in range(3)]
+    await token_host.arrived.wait()
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    token_host.held.set()
+    await settle(tokens)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|1"
+
+
+async def test_a_held_token_serves_until_it_is_due(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+    first = await tokens.get(ACME)
+    clock.advance(3600 * 0.79)
+    assert await tokens.get(ACME) is first
+    await settle(tokens)
+    assert len(token_host.received) == 1
+
+
+async def test_a_token_that_is_due_is_renewed_behind_the_callers_back(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    first = await tokens.get(ACME)
+    clock.advance(3600 * 0.91)
+    token_host.held = asyncio.Event()
+    assert await tokens.get(ACME) is first, "nobody waits while the old one is good"
+    token_host.held.set()
+    await settle(tokens)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+
+
+async def test_a_token_is_not_sent_in_its_last_seconds(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    await tokens.get(ACME)
+    clock.advance(3599)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+    assert len(token_host.received) == 2
+
+
+async def test_the_life_that_amazon_names_is_believed(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    token_host.expires_in = 60
+    await tokens.get(ACME)
+    clock.advance(59)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+
+
+@pytest.mark.parametrize("expires_in", [0, -5, "soon", None, True])
+async def test_a_life_that_makes_no_sense_serves_once(tokens: Tokens, token_host: TokenHost, expires_in: object) -> None:
+    token_host.expires_in = expires_in
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|1"
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+
+
+async def test_a_valid_token_serves_while_login_with_amazon_is_down(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    first = await tokens.get(ACME)
+    token_host.answers = [answer("500 Internal Server Error")] * 100
+    for _ in range(20):
+        clock.advance(3600 * 0.92 / 20)
+        assert await tokens.get(ACME) is first
+        await settle(tokens)
+    clock.advance(3600)
+    with pytest.raises(TokenUnavailable):
+        await tokens.get(ACME)
+
+
+async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    token_host.answers = [answer("503 Service Unavailable")]
+    for _ in range(10):
+        with pytest.raises(TokenUnavailable) as caught:
+            await tokens.get(ACME)
+        assert caught.value.retry_after is not None
+        assert 0 < caught.value.retry_after <= tokens_module.LONGEST_PAUSE
+    assert len(token_host.received) == 1
+    clock.advance(tokens_module.LONGEST_PAUSE)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        ("400 Bad Request", {"error": "invalid_grant"}, "invalid_grant"),
+        ("401 Unauthorized", {"error": "invalid_client", "request_id": "r-1"}, "invalid_client"),
+        ("400 Bad Request", {"error": "unauthorized_client"}, "unauthorized_client"),
+        ("400 Bad Request", {"error": "invalid_scope"}, "invalid_scope"),
+    ],
+)
+async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock, status: str, body: dict[str, str], reason: str
+) -> None:
+    refused = answer(status, json.dumps(body).encode(), content_type="application/json")
+    token_host.answers = [refused] * 100
+    for _ in range(30):
+        with pytest.raises(TokenRefused) as caught:
+            await tokens.get(ACME)
+        assert "account acme in eu" in caught.value.message
+        assert reason in caught.value.message
+        assert caught.value.hint
+        assert caught.value.retry_after is None
+        clock.advance(0.2)
+    assert len(token_host.received) <= 5
+
+
+async def test_one_accounts_trouble_is_not_anothers(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
+        with pytest.raises(TokenRefused):
+            await tokens.get(ACME)
+        assert (await tokens.get(replace(ACME, account="zeta"))).kind == "lwa"
+
+
+NONSENSE = {
+    "html": answer("200 OK", b"<html>busy</html>"),
+    "empty": answer("200 OK"),
+    "array": answer("200 OK", b"[]"),
+    "null": answer("200 OK", b"null"),
+    "no token": answer("200 OK", b'{"expires_in":3600}'),
+    "empty token": answer("200 OK", b'{"access_token":"","expires_in":3600}'),
+    "line break in the token": answer("200 OK", b'{"access_token":"a\\r\\nx: y","expires_in":3600}'),
+    "brackets": answer("200 OK", b"[" * 50_000),
+    "large": answer("200 OK", b"x" * 1_000_000),
+    "redirect": answer("307 Temporary Redirect", location="http://127.0.0.1:1/"),
+    "not http": b"220 smtp\r\n\r\n",
+    "error with 200": answer("200 OK", b'{"error":"server_error"}'),
+    "429": answer("429 Too Many Requests"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+async def test_nonsense_from_the_token_host_is_no_token(tokens: Tokens, token_host: TokenHost, case: str) -> None:
+    token_host.answers = [NONSENSE[case]]
+    with pytest.raises(TokenUnavailable) as caught:
+        await tokens.get(ACME)
+    assert caught.value.retry_after is not None
+    assert "smtp" not in caught.value.message
+
+
+async def test_a_silent_token_host_runs_out_of_time(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    token_host.held = asyncio.Event()
+    async with open_tokens(far_side, token_host, tmp_path, clock, timeouts={"token": "100ms"}) as (tokens, _):
+        with pytest.raises(TokenUnavailable, match="timeout"):
+            await tokens.get(ACME)
+
+
+async def test_a_refused_token_is_told_apart_from_its_successor(tokens: Tokens, token_host: TokenHost) -> None:
+    first = await tokens.get(ACME)
+    second = await tokens.get(ACME, rejected=first)
+    assert second.value.reveal() == "Atza|2"
+    assert await tokens.get(ACME, rejected=first) is second, "everybody who was refused shares the successor"
+    assert len(token_host.received) == 2
+
+
+async def test_tokens_of_different_credentials_are_kept_apart(tokens: Tokens) -> None:
+    credentials = [ACME, GRANTLESS, RDT, replace(RDT, data_elements=("buyerInfo",)), replace(RDT, method="DELETE")]
+    values = [(await tokens.get(credential)).value.reveal() for credential in credentials]
+    assert len(set(values)) == len(credentials)
+    assert [(await tokens.get(credential)).value.reveal() for credential in credentials] == values
+
+
+async def test_a_store_that_still_has_a_token_saves_an_exchange(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
+        first = await tokens.get(ACME)
+        tokens._held.clear()
+        assert (await tokens.get(ACME)).value == first.value
+        assert len(token_host.received) == 1
+
+
+async def test_an_unrestricted_document_gets_the_ordinary_token(tokens: Tokens, far_side: FarSide) -> None:
+    message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
+    far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    token = await tokens.get(DOCUMENT)
+    assert (token.kind, token.value.reveal()) == ("lwa", "Atza|1")
+
+
+async def test_a_refused_rdt_says_why_and_what_to_do(tokens: Tokens, far_side: FarSide) -> None:
+    message = "Application does not have access to one or more requested data elements: [shippingAddress]"
+    body = json.dumps({"errors": [{"code": "InvalidInput", "message": message}]}).encode()
+    far_side.rdt_answer = answer("400 Bad Request", body)
+    with pytest.raises(RestrictedDataRefused) as caught:
+        await tokens.get(RDT)
+    assert message in caught.value.message
+    assert "restricted role" in caught.value.hint
+
+
+async def test_what_is_held_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "MOST_HELD", 10)
+    for number in range(30):
+        await tokens.get(replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}"))
+    assert len(tokens._held) <= 10
+
+
+async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    accounts = {f"a{number}": {"refresh_tokens": {"eu": f"t{number}", "na": f"u{number}"}} for number in range(30)}
+    token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        await tokens.warm_up()
+        assert len(token_host.received) == 60
+        assert len(tokens._held) == 59
+
+
+async def test_exchanges_are_counted_by_kind_result_and_reason(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, metrics):
+        await tokens.get(ACME)
+        token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_scope"}')]
+        with pytest.raises(TokenRefused):
+            await tokens.get(GRANTLESS)
+        labels = {"account": "acme", "region": "eu", "kind": "lwa"}
+
+        def value(name: str, **labels: str) -> float | None:
+            return metrics.registry.get_sample_value(f"spapi_proxy_{name}", labels)
+
+        assert value("token_refreshes_total", **labels, result="ok", reason="") == 1
+        refused = {"account": "", "region": "eu", "kind": "grantless", "result": "refused", "reason": "invalid_scope"}
+        assert value("token_refreshes_total", **refused) == 1
+        expiry = value("token_expiry_timestamp_seconds", **labels)
+        assert expiry is not None
+        assert clock() + 3590 < expiry <= clock() + 3600
+        assert value("token_refresh_duration_seconds_count", kind="lwa") == 1
+
+
+def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
+    from proxy.config import Secret
+    from proxy.request.tokens import Token
+    from proxy.store import StoredToken
+
+    for shown in (Token(Secret("distinctive"), "lwa", 0, 0), StoredToken(Secret("distinctive"), 0)):
+        assert "distinctive" not in f"{shown} {shown!r}"
