@@ -20,7 +20,7 @@ from proxy import __version__, logs
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, load_table
 from proxy.app import CannotListen, Running, running
-from proxy.config import Config, ConfigError, KeyPath, Loaded, Problem, load_config
+from proxy.config import REGIONS, Config, ConfigError, KeyPath, Loaded, Problem, load_config
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
@@ -239,9 +239,10 @@ async def _demo(options: argparse.Namespace) -> int:
 
 def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
     """Return the environment with the simulator's addresses and its made-up credentials added."""
-    endpoints = {f"SP_API_PROXY_ENDPOINTS_{name.upper()}": url for name, url in simulator.endpoints.items()}
+    names = (*REGIONS, "lwa")
+    endpoints = {f"SP_API_PROXY_ENDPOINTS_{name.upper()}": simulator.endpoints[name] for name in names}
     account = f"SP_API_PROXY_ACCOUNTS_{_DEMO_SELLER.upper()}_REFRESH_TOKENS_"
-    tokens = {account + region.upper(): f"Atzr|demo-{region}" for region in ("na", "eu", "fe")}
+    tokens = {account + region.upper(): f"Atzr|demo-{region}" for region in REGIONS}
     application = {
         "LWA_APP_ID": "amzn1.application-oa2-client.simulator",
         "LWA_CLIENT_SECRET": "amzn1.oa2-cs.v1.simulator",
