@@ -16,6 +16,9 @@ from urllib.parse import unquote
 # The one path parameter that holds slashes (model uploads_2020-11-01: a resource is itself a path).
 GREEDY = frozenset({"/uploads/2020-11-01/uploadDestinations/{resource}"})
 
+# Characters of a segment that may still be a literal in escapes: three for each of the literal's own.
+_LONGEST_DECODED = 3 * 100
+
 COLUMNS = (
     "api",
     "version",
@@ -36,6 +39,7 @@ COLUMNS = (
     "fallback_rate",
     "fallback_burst",
     "app_rate",
+    "app_burst",
 )
 
 
@@ -43,9 +47,10 @@ COLUMNS = (
 class Operation:
     """One operation: how it is called, its usage plan, and which token it wants.
 
-    `rate` is in calls per second, `burst` in calls, both of one account and application; `app_rate` is the limit over
-    all accounts of an application. None where nothing is published. `rate_source` says whether the plan is the
-    model's or that of Amazon's SDK.
+    `rate` is in calls per second, `burst` in calls, both of one account and application; `app_rate` and `app_burst`
+    are the limit over all accounts of an application. None where nothing is published. `rate_source` says whether the
+    plan is the model's or that of Amazon's SDK. `generic_path`: a Restricted Data Token may name the template instead
+    of the real path. `scope` is that of a grantless operation. `removal_date` is YYYY-MM-DD or empty.
     """
 
     name: str
@@ -58,21 +63,20 @@ class Operation:
     burst: int | None
     rate_source: Literal["model", "sdk", ""]
     app_rate: float | None
+    app_burst: int | None
     restricted: bool
     restricted_certainty: str
     generic_path: bool
     data_elements: tuple[str, ...]
-    scope: str
+    scope: str | None
     deprecated: bool
     removal_date: str
-    sandbox: str
+    sandbox: Literal["static", "dynamic", ""]
     sandbox_only: bool
 
 
 def operation_of(row: Mapping[str, str]) -> Operation:
     """Return the Operation of one row of the table; raise ValueError or KeyError where it is no such row."""
-    source: Literal["model", "sdk", ""] = "model" if row["rate"] else "sdk" if row["fallback_rate"] else ""
-    burst = _number(row["burst"] or row["fallback_burst"])
     return Operation(
         name=f"{row['api']}.{row['version']}.{row['operationId']}",
         api=row["api"],
@@ -80,24 +84,29 @@ def operation_of(row: Mapping[str, str]) -> Operation:
         operation_id=row["operationId"],
         method=row["method"],
         template=row["path"],
-        rate=_number(row["rate"] or row["fallback_rate"]),
-        burst=None if burst is None else int(burst),
-        rate_source=source,
-        app_rate=_number(row["app_rate"]),
+        rate=_rate(row["rate"] or row["fallback_rate"]),
+        burst=_count(row["burst"] or row["fallback_burst"]),
+        rate_source="model" if row["rate"] else "sdk" if row["fallback_rate"] else "",
+        app_rate=_rate(row["app_rate"]),
+        app_burst=_count(row["app_burst"]),
         restricted=row["restricted"] == "yes",
         restricted_certainty=row["restricted_certainty"],
         generic_path=row["rdt_generic_path_ok"] == "yes",
         data_elements=tuple(element for element in row["data_elements"].split(";") if element),
-        scope=row["grantless_scope"],
+        scope=row["grantless_scope"] or None,
         deprecated=row["deprecated"] == "yes",
         removal_date=row["removal_date"],
-        sandbox=row["sandbox"],
+        sandbox="static" if row["sandbox"] == "static" else "dynamic" if row["sandbox"] == "dynamic" else "",
         sandbox_only=row["sandbox_only"] == "yes",
     )
 
 
-def _number(text: str) -> float | None:
+def _rate(text: str) -> float | None:
     return float(text) if text else None
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text else None
 
 
 @dataclass(slots=True)
@@ -130,7 +139,8 @@ class OperationTable:
         """Return the operation of a request, None where the table has none.
 
         `raw_path` is the path as it goes over the wire, without its query. It is split before it is decoded, so that
-        `%2F` stays inside its segment; literals win over parameters; a parameter takes one segment that is not empty.
+        `%2F` stays inside its segment. Literals win over parameters, and a parameter takes one segment, the greedy one
+        all that are left; no segment may be empty. Method and literals are compared with their case.
         """
         # No deeper than the table: a path of ten thousand slashes is one piece more, and matches nothing.
         segments = raw_path.split("/", self._deepest + 1)
@@ -152,18 +162,28 @@ class OperationTable:
 
 
 def _find(node: _Node, method: str, segments: list[str], index: int) -> Operation | None:
+    """Return the operation of the segments from `index` on; tries the literal branch first, and backtracks."""
     if index == len(segments):
         return node.operations.get(method)
     segment = segments[index]
     if not segment:
         return None
-    literal = node.literals.get(unquote(segment) if "%" in segment else segment)
+    literal = node.literals.get(_decoded(segment) if "%" in segment and node.literals else segment)
     found = _find(literal, method, segments, index + 1) if literal is not None else None
-    if found is None and node.parameter is not None and "/" not in segment:
+    if found is None and node.parameter is not None:
         found = _find(node.parameter, method, segments, index + 1)
-    if found is None and node.greedy is not None:
+    if found is None and node.greedy is not None and _has_no_empty("/".join(segments[index:])):
         found = node.greedy.operations.get(method)
     return found
+
+
+def _decoded(segment: str) -> str:
+    # No literal is that long: a segment of eight thousand escapes is not worth decoding.
+    return unquote(segment) if len(segment) <= _LONGEST_DECODED else segment
+
+
+def _has_no_empty(rest: str) -> bool:
+    return "//" not in rest and not rest.endswith("/")
 
 
 def read_rows(text: str) -> list[dict[str, str]]:

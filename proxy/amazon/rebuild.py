@@ -2,240 +2,170 @@
 
 The models say method, path, plan and sandbox; `facts.yaml`, kept by hand, says what they do not: restricted and
 grantless operations, limits over all accounts, removal dates, and plans that stand in Amazon's SDK alone. The same
-models and facts always give the same bytes.
+models and facts always give the same bytes, sorted by API, version, path and method.
 """
 
 import argparse
 import csv
 import io
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from proxy.amazon.facts import BadInput, Facts, load_facts
+from proxy.amazon.models import Row, model_of, rows_of_model
 from proxy.amazon.operations import COLUMNS, read_rows
-from proxy.amazon.usage_plans import UsagePlan, parse_usage_plan
 
 HERE = Path(__file__).parent
 TABLE = HERE / "operations.csv"
 FACTS = HERE / "facts.yaml"
 
-METHODS = frozenset({"get", "head", "post", "put", "patch", "delete"})
-
-Row = dict[str, str]
-Key = tuple[str, str, str]  # method, path, operationId
-
-# `ordersV0.json`, `orders_2026-01-01.json`, `replenishment-2022-11-07.json`, `InvoicesApiModel_2024-06-19.json`
-_FILE_NAME = re.compile(r"(?P<api>[A-Za-z]+?)(?:ApiModel|Api)?[_-]?(?P<version>[vV]?\d{4}-\d{2}-\d{2}|[vV]\d+)?")
-_DATE_OR_NUMBER = re.compile(r"v?\d{4}-\d{2}-\d{2}|v\d+", re.IGNORECASE)
+_NEEDED = ("api", "version", "operationId", "method", "path")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rebuild the table and say what changed; return 0, or 1 where a file could not be read or `--check` found news."""
+    """Rebuild the table and say what changed; return 0, or 1 where something could not be read or written.
+
+    With `--check`, 1 also says that the table would change.
+    """
     options = _parser().parse_args(argv)
-    before = read_rows(options.table.read_text(encoding="utf-8")) if options.table.exists() else []
-    facts = load_facts(options.facts)
-    warnings: list[str] = []
-    fresh = list(_rows_of_folder(options.models, facts, warnings))
-    after = merged([] if options.prune else before, fresh, facts, warnings)
-    news = list(changes(before, after))
-    for line in [*news, _summary(before, after, news)]:
-        sys.stdout.write(f"{line}\n")
-    for warning in warnings:
-        sys.stderr.write(f"warning: {warning}\n")
-    if not options.check:
-        (options.output or options.table).write_text(as_csv(after), encoding="utf-8")
-    unreadable = not fresh or any(warning.startswith("skipped ") for warning in warnings)
-    return 1 if unreadable or (options.check and news) else 0
+    try:
+        return _rebuild(options)
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sp-api-proxy operations rebuild",
-        description="Rebuild the operation table from a folder of Amazon's Swagger models, and say what changed.",
-        epilog="Models are at https://github.com/amzn/selling-partner-api-models. APIs without a model in the folder "
-        "keep their rows, unless --prune is given. Exit code 1: a file could not be read, or --check found changes.",
+        description="Rebuild the operation table from a folder of Amazon's Swagger models, and say what changed: "
+        "one line for each operation that is new (+), gone (-) or different (~).",
+        epilog="Models are at https://github.com/amzn/selling-partner-api-models, in its folder models. APIs without "
+        "a model in the folder keep their rows, unless --prune is given. Exit code 1: a file could not be read, or "
+        "--check found changes.",
     )
     parser.add_argument("models", type=Path, metavar="MODELS_DIR", help="searched for *.json, subfolders included")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the table to compare with and to replace")
-    parser.add_argument("--facts", type=Path, default=FACTS, help="what the models do not say")
-    parser.add_argument("--output", type=Path, help="write here instead of over the table")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--facts", type=Path, default=FACTS, metavar="FILE", help="what the models do not say; default: the package's"
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=TABLE,
+        metavar="FILE",
+        help="the table to compare with and to replace; default: the package's; one that does not exist is empty",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of over the table")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the table would change")
     parser.add_argument("--prune", action="store_true", help="drop the rows of APIs without a model in the folder")
     return parser
 
 
-# What the models say.
+def _rebuild(options: argparse.Namespace) -> int:
+    facts = load_facts(options.facts)
+    text = _read_table(options.table)
+    before = _rows_of_table(text, options.table)
+    warnings: list[str] = []
+    skipped: list[str] = []
+    fresh = list(_rows_of_folder(options.models, facts, warnings, skipped))
+    if not fresh:
+        _complain([*skipped, *warnings])
+        raise BadInput(f"{options.models}: no operation could be read from it, so nothing is written")
+    if options.prune and skipped:
+        warnings.append("--prune drops nothing while files are skipped: their APIs would be lost")
+    after = merged([] if options.prune and not skipped else before, fresh, facts, warnings)
+    would_change = as_csv(after) != text
+    _report(before, after, would_change=would_change)
+    _complain([*skipped, *warnings])
+    if not options.check:
+        _write(options.output or options.table, as_csv(after))
+    return 1 if skipped or (options.check and would_change) else 0
 
 
-def _rows_of_folder(folder: Path, facts: "Facts", warnings: list[str]) -> Iterator[Row]:
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        warnings.append(f"skipped {folder}: no *.json in it")
-    for path in files:
+def _complain(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+
+
+# Files.
+
+
+def _read_table(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as exc:
+        raise BadInput(f"{path}: not readable: {exc}") from exc
+
+
+def _rows_of_table(text: str, path: Path) -> list[Row]:
+    try:
+        rows = read_rows(text)
+    except csv.Error as exc:
+        raise BadInput(f"{path}: not readable as CSV: {exc}") from exc
+    if not all(row[column] for row in rows for column in _NEEDED):
+        raise BadInput(f"{path}: no operation table: a row lacks one of {', '.join(_NEEDED)}")
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as exc:
+        raise BadInput(f"{path}: cannot be written: {exc}") from exc
+
+
+def _rows_of_folder(folder: Path, facts: Facts, warnings: list[str], skipped: list[str]) -> Iterator[Row]:
+    for path in sorted(folder.rglob("*.json")):
+        file = path.relative_to(folder).as_posix()
         try:
-            model = json.loads(path.read_text(encoding="utf-8-sig"))
+            model = model_of(json.loads(path.read_text(encoding="utf-8-sig")), file, facts.names)
         except (OSError, ValueError, RecursionError) as exc:
-            warnings.append(f"skipped {path.name}: not readable as JSON ({type(exc).__name__})")
+            skipped.append(f"skipped {file}: not readable as JSON ({type(exc).__name__})")
             continue
-        if not isinstance(model, dict) or not isinstance(model.get("paths"), dict):
-            warnings.append(f"skipped {path.name}: no Swagger model")
+        if model is None:
+            skipped.append(f"skipped {file}: no Swagger model")
             continue
-        yield from rows_of_model(model, path.name, facts, warnings)
+        yield from rows_of_model(model, warnings)
 
 
-def rows_of_model(model: Mapping[str, Any], file_name: str, facts: "Facts", warnings: list[str]) -> Iterator[Row]:
-    """Yield a row for each operation of a Swagger 2 or OpenAPI 3 model; what cannot be read is warned about."""
-    api, version = api_and_version(model, file_name, facts)
-    for path, item in model["paths"].items():
-        if not isinstance(item, dict):
-            warnings.append(f"{file_name}: {path} is no path item")
-            continue
-        for method, operation in item.items():
-            if method.lower() in METHODS and isinstance(operation, dict):
-                yield _row(model, api, version, _joined(model, path), method.upper(), item, operation, warnings)
-
-
-def api_and_version(model: Mapping[str, Any], file_name: str, facts: "Facts") -> tuple[str, str]:
-    """Return `orders` and `v0` for `ordersV0.json`: the name from the file, the version from the model if it has one."""
-    stem = file_name.removesuffix(".json")
-    match = _FILE_NAME.fullmatch(stem)
-    name = match["api"] if match else re.sub(r"\W+", "", stem)
-    info = model.get("info")
-    stated = str(info.get("version") or "") if isinstance(info, dict) else ""
-    version = stated if _DATE_OR_NUMBER.fullmatch(stated) else (match and match["version"]) or stated or "v1"
-    api = name[:1].lower() + name[1:]
-    version = re.sub(r"(?i)^v(?=\d{4}-)", "", version)
-    return facts.names.get(api, api), version[:1].lower() + version[1:]
-
-
-def _joined(model: Mapping[str, Any], path: str) -> str:
-    base = str(model.get("basePath") or "").rstrip("/")
-    return path if not base or path == base or path.startswith(f"{base}/") else base + path
-
-
-def _row(
-    model: Mapping[str, Any],
-    api: str,
-    version: str,
-    path: str,
-    method: str,
-    item: Mapping[str, Any],
-    operation: Mapping[str, Any],
-    warnings: list[str],
-) -> Row:
-    name = operation.get("operationId")
-    if not isinstance(name, str) or not name:
-        name = _derived_name(method, path)
-        warnings.append(f"{api}.{version}: {method} {path} has no operationId, called {name}")
-    plan = _stated_plan(item, operation)
-    if plan is not None and not plan.stated:
-        warnings.append(f"{api}.{version}.{name}: its usage plan states no numbers")
-    row = dict.fromkeys(COLUMNS, "")
-    row.update(api=api, version=version, operationId=name, method=method, path=path)
-    row.update(rate=plan.rate if plan else "", burst=plan.burst if plan else "")
-    row.update(restricted="no", deprecated=_yes(operation.get("deprecated")), sandbox=_sandbox(item, operation))
-    row.update(sandbox_only=_yes(_is_sandbox_only(model, item, operation)))
-    return row
-
-
-def _derived_name(method: str, path: str) -> str:
-    words = re.findall(r"[A-Za-z0-9]+", path)
-    return method.lower() + "".join(word[:1].upper() + word[1:] for word in words[-3:])
-
-
-def _stated_plan(item: Mapping[str, Any], operation: Mapping[str, Any]) -> UsagePlan | None:
-    for place in (operation, item):
-        text = place.get("description")
-        if isinstance(text, str) and (plan := parse_usage_plan(text)):
-            return plan
-    return None
-
-
-def _yes(value: object) -> str:
-    return "yes" if value else "no"
-
-
-def _sandbox(item: Mapping[str, Any], operation: Mapping[str, Any]) -> str:
-    """Return `dynamic` where the operation or its path says so, `static` where a response has examples."""
-    responses = operation.get("responses")
-    answers = list(responses.values()) if isinstance(responses, dict) else []
-    forms = [_form(place) for place in (operation, item, *answers)]
-    return next((form for form in ("dynamic", "static") if form in forms), "")
-
-
-def _form(place: object) -> str:
-    sandbox = place.get("x-amzn-api-sandbox") if isinstance(place, dict) else None
-    if not isinstance(sandbox, dict):
-        return ""
-    return next((form for form in ("dynamic", "static") if form in sandbox), "")
-
-
-def _is_sandbox_only(model: Mapping[str, Any], item: Mapping[str, Any], operation: Mapping[str, Any]) -> bool:
-    only = operation.get("x-amzn-api-sandbox-only") or item.get("x-amzn-api-sandbox-only")
-    return bool(only) or "sandbox" in str(model.get("host") or "")
-
-
-# What the models do not say.
-
-
-class Facts:
-    """`facts.yaml`: names that the rule for file names gets wrong, and facts by operation."""
-
-    def __init__(self, tree: Mapping[str, Any]) -> None:
-        self.names: dict[str, str] = dict(tree.get("names") or {})
-        self.operations: dict[tuple[str, str, str], dict[str, Any]] = {
-            (*api.split(" "), operation): facts or {}
-            for api, operations in (tree.get("operations") or {}).items()
-            for operation, facts in operations.items()
-        }
-
-    def apply(self, row: Row) -> Row:
-        """Return the row with everything that is known besides its model."""
-        facts = self.operations.get((row["api"], row["version"], row["operationId"]), {})
-        rate, burst = facts.get("sdk_plan") or ("", "")
-        restricted = facts.get("restricted", "")
-        generic = "" if not restricted or "{" not in row["path"] else _yes(facts.get("generic_path", True))
-        known = {
-            "restricted": _yes(restricted),
-            "restricted_certainty": restricted,
-            "rdt_generic_path_ok": generic,
-            "data_elements": ";".join(facts.get("data_elements") or ()),
-            "grantless_scope": facts.get("scope", ""),
-            "removal_date": str(facts.get("removed", "")),
-            "deprecated": _yes(facts.get("removed") or row["deprecated"] == "yes"),
-            "fallback_rate": str(rate),
-            "fallback_burst": str(burst),
-            "app_rate": str(facts.get("app_rate", "")),
-        }
-        return {**row, **known}
-
-
-def load_facts(path: Path) -> Facts:
-    """Return the Facts of a file; raises what reading it raises: it is ours, and a mistake in it is ours to mend."""
-    return Facts(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+# The table.
 
 
 def merged(before: Iterable[Row], fresh: Iterable[Row], facts: Facts, warnings: list[str]) -> list[Row]:
     """Return the rows of the models, those kept of other APIs, and every fact, in the table's order."""
-    fresh = list(fresh)
+    fresh = list(_without_doubles(fresh, warnings))
     modelled = {(row["api"], row["version"]) for row in fresh}
     kept = [row for row in before if (row["api"], row["version"]) not in modelled]
     rows = sorted((facts.apply(row) for row in [*kept, *fresh]), key=_order)
-    known = {(row["api"], row["version"], row["operationId"]) for row in rows}
-    apis = {key[:2] for key in known}
-    for key in sorted(set(facts.operations) - known):
-        if key[:2] in apis:
-            warnings.append(f"the facts name {'.'.join(key)}, which no model has")
+    warnings.extend(_shadowed(rows))
+    warnings.extend(facts.unmatched(rows))
     return rows
 
 
 def _order(row: Row) -> tuple[str, ...]:
     return (row["api"], row["version"], row["path"], row["method"])
+
+
+def _without_doubles(rows: Iterable[Row], warnings: list[str]) -> Iterator[Row]:
+    """Yield the rows, of several for one operation of one API the first."""
+    seen: set[tuple[str, ...]] = set()
+    for row in rows:
+        if _order(row) in seen:
+            warnings.append(f"{_name(row)} {row['method']} {row['path']} is in two models; the first in order counts")
+            continue
+        seen.add(_order(row))
+        yield row
+
+
+def _shadowed(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield a sentence for each operation that OperationTable never finds, since another API has its path."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        other = first.setdefault((row["method"], row["path"]), row)
+        if other is not row:
+            yield f"{_name(row)} has the method and path of {_name(other)}, which is found in its place"
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -250,36 +180,43 @@ def as_csv(rows: Iterable[Row]) -> str:
 # What changed.
 
 
+def _report(before: list[Row], after: list[Row], *, would_change: bool) -> None:
+    news = list(changes(before, after))
+    for line in [*news, _summary(before, after, news, would_change=would_change)]:
+        sys.stdout.write(f"{line}\n")
+
+
 def changes(before: Iterable[Row], after: Iterable[Row]) -> Iterator[str]:
-    """Yield a line for each operation that is new, gone or different."""
-    old, new = _by_key(before), _by_key(after)
-    for key in sorted(old.keys() | new.keys(), key=lambda key: _order(new.get(key) or old[key])):
+    """Yield a line for each operation that is new or gone, and for each column that differs."""
+    old, new = ({_order(row): row for row in rows} for rows in (before, after))
+    for key in sorted(old.keys() | new.keys()):
         if key not in old:
-            yield f"+ {_name(new[key])} {key[0]} {key[1]}"
+            yield f"+ {_title(new[key])}"
         elif key not in new:
-            yield f"- {_name(old[key])} {key[0]} {key[1]}"
+            yield f"- {_title(old[key])}"
         else:
             yield from _differences(old[key], new[key])
-
-
-def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Row]:
-    return {(row["method"], row["path"], row["api"], row["version"]): row for row in rows}
 
 
 def _name(row: Row) -> str:
     return f"{row['api']}.{row['version']}.{row['operationId']}"
 
 
+def _title(row: Row) -> str:
+    return f"{_name(row)} {row['method']} {row['path']}"
+
+
 def _differences(old: Row, new: Row) -> Iterator[str]:
     for column in COLUMNS:
         if old[column] != new[column]:
-            yield f"~ {_name(new)} {column}: {old[column] or '(none)'} -> {new[column] or '(none)'}"
+            yield f"~ {_name(new)} {column} {old[column] or '(none)'} -> {new[column] or '(none)'}"
 
 
-def _summary(before: list[Row], after: list[Row], news: list[str]) -> str:
-    counts = {sign: sum(line.startswith(sign) for line in news) for sign in "+-~"}
+def _summary(before: list[Row], after: list[Row], news: list[str], *, would_change: bool) -> str:
     if not news:
-        return f"no change: {len(after)} operations"
+        same = "only order or form differ" if would_change else "no change"
+        return f"{same}: {len(after)} operations"
+    counts = {sign: sum(line.startswith(sign) for line in news) for sign in "+-~"}
     return f"{len(before)} -> {len(after)} operations: {counts['+']} new, {counts['-']} gone, {counts['~']} changes"
 
 

@@ -5,15 +5,24 @@ carries it. Most tables have a head, a rule and one row `| 0.5 | 30 |`. Some hav
 Default, line ends written as a backslash and an n, `n` for numbers that were never filled in, or `.5`.
 """
 
+import html
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-_LINE_ENDS = re.compile(r"\\r\\n|\\n|\r\n|\r|<br\s*/?>|</tr>")
-_CELL_TAGS = re.compile(r"</t[dh]>\s*<t[dh][^>]*>")
-_TAGS = re.compile(r"<[^>]+>")
-_RULE = re.compile(r"[\s|:+-]+")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+", re.ASCII)
-_PER = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
+_LINE_END = re.compile(r"\\r\\n|\\n|\r\n?")
+_HTML_ROW = re.compile(r"</?tr\b[^<>]*>", re.IGNORECASE)
+_HTML_BORDER = re.compile(r"\s*</t[dh]>\s*<t[dh]\b[^<>]*>\s*", re.IGNORECASE)
+_HTML_EDGE = re.compile(r"<t[dh]\b[^<>]*>\s*|\s*</t[dh]>", re.IGNORECASE)
+_HTML_TAG = re.compile(r"</?[a-z][^<>\n]*>", re.IGNORECASE)
+_RULE = re.compile(r"[\s|:+=-]+")
+_NUMBER = re.compile(r"\d{1,3}(?:[,\s]\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+", re.ASCII)
+_RATE = re.compile(r"\brate\b|\brequests (?:per|/)", re.IGNORECASE)
+_BURST = re.compile(r"\bburst\b", re.IGNORECASE)
+_UNIT = re.compile(r"(?:\bper|/)\s*(second|sec|minute|min|hour|day)", re.IGNORECASE)
+_SECONDS = {"second": 1, "sec": 1, "minute": 60, "min": 60, "hour": 3600, "day": 86400}
+
+Cells = list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,54 +35,78 @@ class UsagePlan:
 
 
 def parse_usage_plan(description: str) -> UsagePlan | None:
-    """Return the plan that a description states, None where it has no table of one."""
-    rows = [cells for line in _lines(description) if (cells := _cells(line))]
-    for index, head in enumerate(rows):
-        columns = _columns(head)
-        if columns is not None:
-            return _plan(rows[index + 1 :], head, columns)
-    return None
+    """Return the plan that a description states, None where it has no table of one.
+
+    Of several tables the first with numbers counts; of several rows the one called Default, or else the first.
+    """
+    plans = [_plan(table) for table in _plan_tables(description)]
+    return next((plan for plan in plans if plan.stated), plans[0] if plans else None)
+
+
+def _plan_tables(description: str) -> Iterator[list[Cells]]:
+    """Yield each table that has a column for the rate and one for the burst, its head first."""
+    table: list[Cells] = []
+    for line in _lines(description):
+        cells = _cells(line)
+        if cells and _columns(cells) is not None:
+            if table:
+                yield table
+            table = [cells]
+        elif cells and table:
+            table.append(cells)
+        elif line.strip() and not _RULE.fullmatch(line) and table:  # prose ends a table
+            yield table
+            table = []
+    if table:
+        yield table
 
 
 def _lines(description: str) -> list[str]:
-    text = _CELL_TAGS.sub(" | ", _LINE_ENDS.sub("\n", description))
-    return [_TAGS.sub("|", line) for line in text.split("\n")]
+    """Return the lines of a description, those of an HTML table in the form of a Markdown table."""
+    text = _HTML_ROW.sub("\n", _LINE_END.sub("\n", description))
+    text = _HTML_EDGE.sub("|", _HTML_BORDER.sub("|", text))
+    return html.unescape(_HTML_TAG.sub(" ", text)).split("\n")
 
 
-def _cells(line: str) -> list[str]:
-    """Return the cells of a table's line; nothing for prose and for rules (`| ---- | ---- |`)."""
+def _cells(line: str) -> Cells:
+    """Return the cells of a table's line, empty ones too; nothing for prose and for rules (`| ---- | ---- |`)."""
     if "|" not in line or _RULE.fullmatch(line):
         return []
-    cells = [cell.strip().strip("*_` ") for cell in line.strip().strip("|").split("|")]
-    return [cell for cell in cells if cell]
+    return [cell.strip("*_` \t\u00a0") for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
-def _columns(head: list[str]) -> tuple[int, int] | None:
-    """Return which columns hold rate and burst."""
-    lower = [cell.lower() for cell in head]
-    rate = next((index for index, cell in enumerate(lower) if cell.startswith("rate")), None)
-    burst = next((index for index, cell in enumerate(lower) if cell.startswith("burst")), None)
+def _columns(head: Cells) -> tuple[int, int] | None:
+    """Return which columns hold rate and burst; None where the line is no head of a usage plan."""
+    burst = next((index for index, cell in enumerate(head) if _BURST.search(cell)), None)
+    rate = next((index for index, cell in enumerate(head) if _RATE.search(cell) and index != burst), None)
     return None if rate is None or burst is None else (rate, burst)
 
 
-def _plan(rows: list[list[str]], head: list[str], columns: tuple[int, int]) -> UsagePlan:
-    """Return the plan of the default row; the first row where none is called so."""
-    body = [row for row in rows if _columns(row) is None]
-    row = next((row for row in body if row[0].lower() == "default"), body[0] if body else [])
-    if len(row) > max(columns):
-        rate, burst = (_NUMBER.fullmatch(row[column]) for column in columns)
-        if rate and burst:
-            return UsagePlan(_per_second(rate[0], head[columns[0]]), _plain(burst[0]))
-    return UsagePlan(stated=False)
+def _plan(table: list[Cells]) -> UsagePlan:
+    head, *body = table
+    columns = _columns(head)
+    row = next((row for row in body if row[0].lower().startswith("default")), body[0] if body else [])
+    if columns is None or len(row) <= max(columns):
+        return UsagePlan(stated=False)
+    rate, burst = _number(row[columns[0]]), _number(row[columns[1]])
+    # A plan of nothing, or of half a call, is no plan: nobody could wait for it.
+    if not rate or not burst or float(rate) == 0 or float(burst) < 1 or not float(burst).is_integer():
+        return UsagePlan(stated=False)
+    return UsagePlan(_per_second(rate, head[columns[0]]), f"{float(burst):.0f}")
+
+
+def _number(cell: str) -> str:
+    """Return a number without thousands separators and with a digit before its point; empty where it is none."""
+    if not _NUMBER.fullmatch(cell):
+        return ""
+    text = re.sub(r"[,\s]", "", cell)
+    return f"0{text}" if text.startswith(".") else text
 
 
 def _per_second(rate: str, heading: str) -> str:
     """Return the rate as the model writes it, or converted where its heading speaks of another unit of time."""
-    unit = next((seconds for word, seconds in _PER.items() if f"per {word}" in heading.lower()), 1.0)
-    return _plain(rate) if unit == 1.0 else f"{float(rate.replace(',', '')) / unit:.4g}"
-
-
-def _plain(number: str) -> str:
-    """Return a number without thousands separators, and with a digit before its point."""
-    text = number.replace(",", "")
-    return f"0{text}" if text.startswith(".") else text
+    unit = _UNIT.search(heading)
+    seconds = _SECONDS[unit[1].lower()] if unit else 1
+    if seconds == 1:
+        return rate
+    return f"{float(f'{float(rate) / seconds:.4g}'):.12f}".rstrip("0").rstrip(".")
