@@ -51,6 +51,8 @@ class Operation:
     are the limit over all accounts of an application. None where nothing is published. `rate_source` says whether the
     plan is the model's or that of Amazon's SDK. `generic_path`: a Restricted Data Token may name the template instead
     of the real path. `scope` is that of a grantless operation. `removal_date` is YYYY-MM-DD or empty.
+
+    `name` is unique together with `method` only: the model shippingV2 has linkCarrierAccount twice, with two plans.
     """
 
     name: str
