@@ -26,7 +26,7 @@ class Certificates:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Write an authority and a certificate for `localhost`, good for a day, into `folder`; ECDSA P-256, as Amazon's."""
+    """Write an authority and a certificate for `localhost`, good for a day, into `folder`; ECDSA P-256."""
     if shutil.which("openssl") is None:
         raise SystemExit("The benchmark makes its certificates with the openssl program: install the package openssl.")
     authority, authority_key = folder / "authority.pem", folder / "authority.key"
