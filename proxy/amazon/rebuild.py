@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 TABLE = HERE / "operations.csv"
 FACTS = HERE / "facts.yaml"
 
-_NEEDED = ("api", "version", "operationId", "method", "path")
+_NEEDED = {"api", "version", "operationId", "method", "path"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +104,9 @@ def _rows_of_table(text: str, path: Path) -> list[Row]:
         rows = read_rows(text)
     except csv.Error as exc:
         raise BadInput(f"{path}: not readable as CSV: {exc}") from exc
-    if not all(row[column] for row in rows for column in _NEEDED):
-        raise BadInput(f"{path}: no operation table: a row lacks one of {', '.join(_NEEDED)}")
+    header = text.partition("\n")[0].split(",")
+    if text.strip() and not (set(header) >= _NEEDED and all(row[column] for row in rows for column in _NEEDED)):
+        raise BadInput(f"{path}: no operation table: its head or a row lacks one of {', '.join(sorted(_NEEDED))}")
     return rows
 
 

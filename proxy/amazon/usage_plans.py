@@ -63,9 +63,10 @@ def _plan_tables(description: str) -> Iterator[list[Cells]]:
 
 def _lines(description: str) -> list[str]:
     """Return the lines of a description, those of an HTML table in the form of a Markdown table."""
-    text = _HTML_ROW.sub("\n", _LINE_END.sub("\n", description))
+    # A row's end is no white space until its cells are joined: the line ends between them are.
+    text = _HTML_ROW.sub("\0", _LINE_END.sub("\n", description))
     text = _HTML_EDGE.sub("|", _HTML_BORDER.sub("|", text))
-    return html.unescape(_HTML_TAG.sub(" ", text)).split("\n")
+    return html.unescape(_HTML_TAG.sub(" ", text)).replace("\0", "\n").split("\n")
 
 
 def _cells(line: str) -> Cells:
