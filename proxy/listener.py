@@ -104,6 +104,7 @@ class Connection(RequestHandler):
         return answer
 
     def _count(self, error: ProxyError) -> None:
+        self._metrics.errors.labels(error.code, error.fault).inc()
         self._metrics.requests.labels("-", "-", "unknown", "other", error.status, "none", "proxy").inc()
 
 

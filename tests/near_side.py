@@ -47,7 +47,7 @@ class Client:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def request(self, method: str, target: str, body: bytes | None = None, **fields: str) -> Answer:
+    async def request(self, method: str, target: str, body: bytes | None = None, /, **fields: str) -> Answer:
         """Send a request with a Host and the given fields (`x_sp_region=` is `x-sp-region:`); return its answer."""
         await self.send(request(method, target, body, **fields))
         return await self.answer(method)
@@ -91,7 +91,7 @@ class Client:
             return True
 
 
-def request(method: str, target: str, body: bytes | None = None, **fields: str) -> bytes:
+def request(method: str, target: str, body: bytes | None = None, /, **fields: str) -> bytes:
     """Return the bytes of a request with `Host: localhost`, the fields, and the body with its length."""
     given = {"host": "localhost", **{name.replace("_", "-"): value for name, value in fields.items()}}
     if body is not None and "transfer-encoding" not in given:
@@ -114,7 +114,7 @@ async def connect(address: str) -> AsyncIterator[Client]:
         writer.close()
 
 
-async def call(address: str, method: str, target: str, body: bytes | None = None, **fields: str) -> Answer:
+async def call(address: str, method: str, target: str, body: bytes | None = None, /, **fields: str) -> Answer:
     """Send one request on a connection of its own."""
     async with connect(address) as client:
         return await client.request(method, target, body, **fields)

@@ -58,9 +58,7 @@ def decide(
 
 
 def fixed(account: str | None = None, region: Any = None, *, require_header: bool = False) -> Listener:
-    return Listener(
-        address=Address("127.0.0.1", 8080), account=account, region=region, require_header=require_header
-    )
+    return Listener(address=Address("127.0.0.1", 8080), account=account, region=region, require_header=require_header)
 
 
 ACME = ("x-sp-account", "acme")
@@ -90,7 +88,11 @@ EU = ("x-sp-region", "eu")
     ],
 )
 def test_account_and_region_come_from_the_first_source_that_names_them(
-    tmp_path: Path, target: str, fields: tuple[tuple[str, str], ...], listener: Listener | None, expected: tuple[str, str]
+    tmp_path: Path,
+    target: str,
+    fields: tuple[tuple[str, str], ...],
+    listener: Listener | None,
+    expected: tuple[str, str],
 ) -> None:
     decided = decide(config(tmp_path), target, *fields, listener=listener)
     assert (decided.account, decided.region) == expected
@@ -113,7 +115,11 @@ def test_account_and_region_come_from_the_first_source_that_names_them(
     ],
 )
 def test_sources_that_disagree_are_refused_and_both_named(
-    tmp_path: Path, target: str, fields: tuple[tuple[str, str], ...], listener: Listener | None, sources: tuple[str, str]
+    tmp_path: Path,
+    target: str,
+    fields: tuple[tuple[str, str], ...],
+    listener: Listener | None,
+    sources: tuple[str, str],
 ) -> None:
     with pytest.raises(ConflictingSources) as caught:
         decide(config(tmp_path), target, *fields, listener=listener)
@@ -189,13 +195,27 @@ def test_a_listener_that_demands_the_header_takes_no_bare_request(tmp_path: Path
         ("GET", ORDERS, "shippingAddress, buyerInfo", "rdt", ORDERS, ("buyerInfo", "shippingAddress")),
         ("GET", f"{ORDERS}/1-2", "buyerInfo", "rdt", f"{ORDERS}/{{orderId}}", ("buyerInfo",)),
         ("GET", f"{ORDERS}/1-2/orderItems", "shippingAddress", "lwa", "", ()),
-        ("GET", f"{ORDERS}/1-2/orderItems", "buyerInfo,shippingAddress", "rdt", f"{ORDERS}/{{orderId}}/orderItems", ("buyerInfo",)),
+        (
+            "GET",
+            f"{ORDERS}/1-2/orderItems",
+            "buyerInfo,shippingAddress",
+            "rdt",
+            f"{ORDERS}/{{orderId}}/orderItems",
+            ("buyerInfo",),
+        ),
         ("GET", f"{ORDERS}/1-2/address", None, "rdt", f"{ORDERS}/{{orderId}}/address", ()),
         ("GET", f"{ORDERS}/1-2/address", "buyerInfo", "rdt", f"{ORDERS}/{{orderId}}/address", ()),
         ("GET", f"{ORDERS}/1-2/address", "none", "lwa", "", ()),
         ("POST", "/mfn/v0/shipments", None, "rdt", "/mfn/v0/shipments", ()),
         ("DELETE", "/mfn/v0/shipments/x", None, "rdt", "/mfn/v0/shipments/{shipmentId}", ()),
-        ("GET", "/reports/2021-06-30/documents/amzn1.x%2Fy", None, "rdt", "/reports/2021-06-30/documents/amzn1.x%2Fy", ()),
+        (
+            "GET",
+            "/reports/2021-06-30/documents/amzn1.x%2Fy",
+            None,
+            "rdt",
+            "/reports/2021-06-30/documents/amzn1.x%2Fy",
+            (),
+        ),
         ("HEAD", f"{ORDERS}/1-2/address", None, "lwa", "", ()),
         ("GET", f"{ORDERS}/1-2/address/", None, "lwa", "", ()),
         ("GET", "/notifications/v1/destinations", None, "grantless", "", ()),

@@ -117,7 +117,7 @@ def is_the_answer(got: Answer, example: Example) -> bool:
     content = json.loads(got.body)
     if example.operation == "createRestrictedDataToken":
         # The simulator really mints a token, or refuses with Amazon's own words; the examples' texts are made up.
-        return content.keys() == example.content.keys()
+        return bool(content.keys() == example.content.keys())
     return bool(content == example.content)
 
 

@@ -152,18 +152,14 @@ async def test_a_token_that_is_due_is_renewed_behind_the_callers_back(
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
 
 
-async def test_a_token_is_not_sent_in_its_last_seconds(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
-) -> None:
+async def test_a_token_is_not_sent_in_its_last_seconds(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
     await tokens.get(ACME)
     clock.advance(3599)
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
     assert len(token_host.received) == 2
 
 
-async def test_the_life_that_amazon_names_is_believed(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
-) -> None:
+async def test_the_life_that_amazon_names_is_believed(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
     token_host.expires_in = 60
     await tokens.get(ACME)
     clock.advance(59)
@@ -171,7 +167,9 @@ async def test_the_life_that_amazon_names_is_believed(
 
 
 @pytest.mark.parametrize("expires_in", [0, -5, "soon", None, True])
-async def test_a_life_that_makes_no_sense_serves_once(tokens: Tokens, token_host: TokenHost, expires_in: object) -> None:
+async def test_a_life_that_makes_no_sense_serves_once(
+    tokens: Tokens, token_host: TokenHost, expires_in: object
+) -> None:
     token_host.expires_in = expires_in
     assert (await tokens.get(ACME)).value.reveal() == "Atza|1"
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"

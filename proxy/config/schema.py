@@ -41,7 +41,7 @@ def _open(value: dict[str, Any]) -> dict[str, Any]:
     extra = value.get("additionalProperties")
     if isinstance(extra, dict) and "$ref" not in extra:
         return {**value, "additionalProperties": _open(extra)}
-    if "$ref" in value or value.get("type") in {"array", "object"}:
+    if "$ref" in value or value.get("type") in ("array", "object"):
         return value
     described: dict[str, Any] = {str(key): value[key] for key in ("description", "default") if key in value}
     return {**described, "anyOf": [_without(value, "description"), _FROM_ENVIRONMENT, _FROM_FILE]}

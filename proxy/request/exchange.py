@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from proxy.errors import ProxyError
+from proxy.errors import Fault, ProxyError
 from proxy.request.identify import Target
 
 
@@ -22,6 +22,7 @@ class Exchange:
     response_bytes: int = 0
     status: int = 0
     error: str = ""
+    fault: Fault | None = None
     amazon_request_id: str = ""
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off

@@ -50,7 +50,7 @@ class Handler:
         except ProxyError as error:
             if exchange.begun:
                 # Half an answer is out: a second one behind it would be taken for its end.
-                exchange.error, exchange.broken = error.code, True
+                exchange.error, exchange.fault, exchange.broken = error.code, error.fault, True
                 raise ConnectionAbortedError(error.code) from error
             answer = refusal(request, error, exchange)
         except asyncio.CancelledError:
@@ -88,6 +88,8 @@ class Handler:
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log one finished request."""
+        if exchange.fault is not None:
+            self.metrics.errors.labels(exchange.error, exchange.fault).inc()
         duration = self.now() - exchange.started
         metrics = self.metrics
         account, region, operation = exchange.account, exchange.region, exchange.operation
@@ -134,7 +136,7 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
 
 def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> OwnAnswer:
     """Return the answer for an error of ours, and note it in the exchange."""
-    exchange.status, exchange.error = error.status, error.code
+    exchange.status, exchange.error, exchange.fault = error.status, error.code, error.fault
     answer = OwnAnswer(error, exchange.summary(), with_body=request.method != "HEAD")
     if request.body_exists and not request.content.at_eof():
         answer.force_close()  # what follows on this connection is the unread body, not a request

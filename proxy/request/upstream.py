@@ -100,44 +100,6 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-class Patience:
-    """One timer for all the waits of one exchange: each phase sets how long it may take and what its end is called.
-
-    Use it as an asynchronous context manager; a phase that outlasts its time raises its error there.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._timeouts = config.timeouts
-        self._loop = asyncio.get_running_loop()
-        self._ends_at = self._loop.time() + config.timeouts.total
-        self._timer = asyncio.timeout_at(self._ends_at)
-        self._error: ProxyError | None = None
-
-    def for_app(self) -> None:
-        """Wait for the app: to send more of its body, or to take more of the answer."""
-        self._wait(self._timeouts.body_idle, _APP_STALLED)
-
-    def for_amazon(self) -> None:
-        """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        self._wait(self._timeouts.upstream_idle, _AMAZON_SILENT)
-
-    def _wait(self, seconds: float, error: ProxyError) -> None:
-        end = self._loop.time() + seconds
-        self._error = error if end < self._ends_at else None
-        self._timer.reschedule(min(end, self._ends_at))
-
-    async def __aenter__(self) -> Self:
-        await self._timer.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        try:
-            await self._timer.__aexit__(*exc_info)  # type: ignore[arg-type]  # the same triple, passed on
-        except TimeoutError as exc:
-            raised = self._error or _TOO_LONG
-            raise type(raised)(raised.message, raised.hint) from exc
-
-
 _APP_STALLED = BodyTimeout(
     "the app stopped sending its body, or reading the answer", "Send or read without long pauses (timeouts.body_idle)."
 )
@@ -145,6 +107,57 @@ _AMAZON_SILENT = UpstreamTimeout(
     "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
 )
 _TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
+
+
+class Patience:
+    """One bound for all the waits of one exchange: each phase sets how long it may take and what its end is called.
+
+    Use it as an asynchronous context manager; a phase that outlasts its time raises its error there. A phase only
+    notes its end; the timer looks at it no more often than the shortest phase is long, so that no end is missed and
+    a phase costs next to nothing.
+    """
+
+    def __init__(self, config: Config) -> None:
+        timeouts = config.timeouts
+        self._body_idle, self._upstream_idle = timeouts.body_idle, timeouts.upstream_idle
+        self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, timeouts.total)
+        self._loop = asyncio.get_running_loop()
+        self._ends_at = self._deadline = self._loop.time() + timeouts.total
+        self._error = _TOO_LONG
+        self._expiry = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def for_app(self) -> None:
+        """Wait for the app: to send more of its body, or to take more of the answer."""
+        self._wait(self._body_idle, _APP_STALLED)
+
+    def for_amazon(self) -> None:
+        """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
+        self._wait(self._upstream_idle, _AMAZON_SILENT)
+
+    def _wait(self, seconds: float, error: ProxyError) -> None:
+        end = self._loop.time() + seconds
+        self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, _TOO_LONG)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now >= self._deadline:
+            self._expiry.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(min(self._deadline, now + self._shortest), self._look)
+
+    async def __aenter__(self) -> Self:
+        await self._expiry.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._expiry.__aexit__(*exc_info)  # type: ignore[arg-type]  # the same triple, passed on
+        except TimeoutError as exc:
+            raise type(self._error)(self._error.message, self._error.hint) from exc
 
 
 def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:

@@ -1,0 +1,234 @@
+"""The commands, as users run them: real processes, their output, their exit codes, their signals."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxy import __version__
+from tests.conftest import settings_for
+from tests.far_side import FarSide, Received, TokenHost, answer
+from tests.near_side import call, connect, request
+from tests.proxy_process import command, serving, started
+
+SELLERS = "/sellers/v1/marketplaceParticipations"
+ENVIRONMENT = {
+    "LWA_APP_ID": "amzn1.application-oa2-client.x",
+    "LWA_CLIENT_SECRET": "distinctive-secret",
+    "SP_API_REFRESH_TOKEN": "Atzr|distinctive-token",
+    "SP_API_REGION": "eu",
+}
+
+
+async def test_the_version_is_printed() -> None:
+    assert await command("--version") == (0, f"sp-api-proxy {__version__}\n", "")
+    assert await command("version") == (0, f"sp-api-proxy {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("serve", "check", "schema", "explain", "operations", "simulate"))],
+)
+async def test_help_explains_every_command_with_an_example(arguments: list[str]) -> None:
+    code, printed, complained = await command(*arguments)
+    assert (code, complained) == (0, "")
+    assert "sp-api-proxy" in printed
+    assert "example" in printed or "commands" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "--nonsense"], ["explain"], ["serve", "--set", "x"]])
+async def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    code, printed, complained = await command(*arguments, environment=ENVIRONMENT)
+    assert (code, printed) == (2, "")
+    assert "Traceback" not in complained
+    assert complained
+
+
+async def test_check_shows_what_is_in_force_and_hides_secrets() -> None:
+    code, printed, complained = await command("check", "--set", "limits.max_wait=3s", environment=ENVIRONMENT)
+    assert (code, complained) == (0, "")
+    rows = {line.split()[0]: line for line in printed.splitlines() if line}
+    assert rows["applications.main.client_secret"].split()[1] == "***"
+    assert "environment variable LWA_CLIENT_SECRET" in rows["applications.main.client_secret"]
+    assert rows["limits.max_wait"].split()[1:] == ["3s", "command", "line"]
+    assert rows["timeouts.connect"].split()[1:] == ["5s", "default"]
+    assert "distinctive" not in printed
+
+
+async def test_check_names_every_problem_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "limits: {max_wait: soon}\naplications: {}\naccounts: {acme: {refresh_tokens: {xx: distinctive}}}\n"
+    )
+    code, printed, complained = await command("check", "--config", str(path))
+    assert (code, printed) == (2, "")
+    for words in ("limits.max_wait", "did you mean applications?", "accounts.acme.refresh_tokens.xx", f"{path}:1"):
+        assert words in complained
+    assert "distinctive" not in complained
+
+
+async def test_a_missing_file_is_said_plainly() -> None:
+    code, _, complained = await command("serve", "--config", "/nonexistent/config.yaml")
+    assert code == 2
+    assert "/nonexistent/config.yaml: cannot be read: No such file or directory" in complained
+
+
+async def test_the_schema_is_json() -> None:
+    code, printed, _ = await command("schema")
+    assert code == 0
+    schema = json.loads(printed)
+    assert schema["properties"]["limits"]
+
+
+async def test_explain_says_what_would_be_done_and_sends_nothing() -> None:
+    code, printed, _ = await command("explain", "GET", "/orders/v0/orders/1/address?x=1", environment=ENVIRONMENT)
+    assert code == 0
+    assert "Restricted Data Token: for GET /orders/v0/orders/{orderId}/address" in printed
+    assert "eu (from the only region of default)" in printed
+    assert "distinctive" not in printed
+
+
+async def test_explain_says_why_a_request_is_refused() -> None:
+    arguments = ("explain", "GET", "/orders/v0/orders", "-H", "x-sp-account: nobody", "--json")
+    code, printed, _ = await command(*arguments, environment=ENVIRONMENT)
+    assert code == 1
+    decided = json.loads(printed)
+    assert decided["refused"] == "400 UnknownAccount"
+    assert decided["do"]
+
+
+async def test_operations_are_listed_and_filtered() -> None:
+    code, printed, complained = await command("operations")
+    assert (code, len(printed.splitlines()), complained) == (0, 370, "370 operations\n")
+    _, printed, _ = await command("operations", "--restricted")
+    assert len(printed.splitlines()) == 31
+    _, printed, _ = await command("operations", "getOrderAddress", "--json")
+    (operation,) = json.loads(printed)
+    assert (operation["name"], operation["restricted"]) == ("orders.v0.getOrderAddress", True)
+    _, printed, _ = await command("operations", "--removed-by", "2027-03-31")
+    assert "orders.v0.getOrders" in printed
+
+
+async def test_serve_with_the_environment_alone(far_side: FarSide, token_host: TokenHost) -> None:
+    endpoints = {"SP_API_PROXY_ENDPOINTS_EU": far_side.url, "SP_API_PROXY_ENDPOINTS_LWA": token_host.url}
+    arguments = ("serve", "--listen", "127.0.0.1:0", "--admin", "none", "--log-format", "json")
+    async with started(*arguments, environment={**ENVIRONMENT, **endpoints}) as proxy:
+        got = await call(proxy.addresses[0], "GET", SELLERS)
+        assert got.status == 200
+        assert proxy.admin is None
+        assert await proxy.stop() == 0
+    assert b"refresh_token=Atzr%7Cdistinctive-token" in token_host.received[0].body
+    assert "distinctive" not in "".join(proxy.log)
+
+
+async def test_the_demo_serves_its_three_calls_without_credentials() -> None:
+    arguments = ("serve", "--demo", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json")
+    async with started(*arguments) as proxy:
+        assert proxy.process.stdout is not None
+        welcome = (await proxy.process.stdout.readuntil(b"Ctrl-C ends both.")).decode()
+        lines = [line.strip() for line in welcome.splitlines() if line.strip().startswith("curl")]
+        assert len(lines) == 3
+        kinds = []
+        for line in lines:
+            process = await asyncio.create_subprocess_shell(line, stdout=asyncio.subprocess.PIPE)
+            printed = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
+            assert printed.startswith("HTTP/1.1 200"), printed
+            kinds.append(printed.partition("token=")[2].partition(";")[0])
+        assert kinds == ["lwa", "grantless", "rdt"]
+        assert await proxy.stop(signal.SIGINT) == 0
+
+
+async def test_the_demo_is_not_taken_where_credentials_are_given() -> None:
+    partly = {"LWA_APP_ID": "amzn1.application-oa2-client.x"}
+    code, _, complained = await command("serve", "--demo", environment=partly)
+    assert code == 2
+    assert "applications.main.client_secret: is missing" in complained
+
+
+async def test_a_port_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, _, complained = await command("serve", "--listen", address, "--admin", "none", environment=ENVIRONMENT)
+    assert code == 1
+    (line,) = [line for line in complained.splitlines() if not line.startswith("{")]
+    assert f"cannot listen on {address}: Address already in use; change listen[0]" in line
+    assert "Traceback" not in complained
+
+
+async def test_sigterm_lets_requests_finish_and_takes_no_more(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    release = asyncio.Event()
+
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(answer("200 OK", b"late"))
+
+    far_side.script = script
+    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+        async with connect(proxy.addresses[0]) as client:
+            await client.send(request("GET", SELLERS))
+            await far_side.arrived.wait()
+            proxy.process.send_signal(signal.SIGTERM)
+            await refuses(proxy.addresses[0])
+            release.set()
+            got = await client.answer()
+            assert (got.status, got.body) == (200, b"late")
+        assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
+
+
+async def refuses(address: str) -> None:
+    """Wait until nobody listens on the address any more."""
+    while True:
+        try:
+            async with connect(address):
+                pass
+        except OSError:
+            return
+        await asyncio.sleep(0)
+
+
+async def test_a_second_signal_ends_at_once(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
+    never = asyncio.Event()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    far_side.script = script
+    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+        async with connect(proxy.addresses[0]) as client:
+            await client.send(request("GET", SELLERS))
+            await far_side.arrived.wait()
+            proxy.process.send_signal(signal.SIGTERM)
+            await refuses(proxy.addresses[0])
+            assert await proxy.stop(signal.SIGTERM) == 143
+
+
+async def test_a_crowd_of_idle_connections_does_not_delay_the_end(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    async with serving(settings_for(far_side, token_host), tmp_path) as proxy, contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            client = await stack.enter_async_context(connect(proxy.addresses[0]))
+            assert (await client.request("GET", SELLERS)).status == 200
+        assert await proxy.stop() == 0
+
+
+async def test_rebuild_runs_as_a_command(tmp_path: Path) -> None:
+    code, _, complained = await command("operations", "rebuild", str(tmp_path), "--output", str(tmp_path / "x.csv"))
+    assert code == 1
+    assert complained
+
+
+def test_the_example_of_the_simulators_settings_is_a_configuration() -> None:
+    from proxy.simulator.command import _for_people
+
+    said = _for_people({name: f"http://127.0.0.1/{name}" for name in ("na", "eu", "fe", "lwa", "control")})
+    tree: Any = yaml.safe_load(said.partition("\n\n")[2].rpartition("Control:")[0])
+    assert set(tree) == {"endpoints", "applications", "accounts"}

@@ -1,0 +1,246 @@
+"""One request from end to end: app, proxy, Login with Amazon and Amazon, and what is said about it afterwards."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncIterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import logs
+from proxy.app import Running, running
+from proxy.config import Config
+from proxy.simulator import Fault, Seller, Simulator
+from tests.conftest import StartProxy, config_from
+from tests.far_side import FarSide, Received, TokenHost, answer
+from tests.near_side import call, connect, request
+
+SELLERS = "/sellers/v1/marketplaceParticipations"
+ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
+DESTINATIONS = "/notifications/v1/destinations"
+CLIENT = {"client_id": "amzn1.application-oa2-client.simulator", "client_secret": "amzn1.oa2-cs.v1.simulator"}
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator() as started:
+        yield started
+
+
+def settings(simulator: Simulator, folder: Path, **changed: Any) -> Config:
+    regions = ("na", "eu", "fe")
+    return config_from(
+        {
+            "listen": "127.0.0.1:0",
+            "admin": "127.0.0.1:0",
+            "applications": {"main": CLIENT},
+            "accounts": {"demo": {"refresh_tokens": {region: f"Atzr|demo-{region}" for region in regions}}},
+            "endpoints": {name: simulator.endpoints[name] for name in (*regions, "lwa")},
+            **changed,
+        },
+        folder,
+    )
+
+
+@pytest.fixture
+async def simulated(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(settings(simulator, tmp_path)) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    ("target", "token"), [(SELLERS, "lwa"), (DESTINATIONS, "grantless"), (ADDRESS, "rdt"), ("/brand/new", "lwa")]
+)
+async def test_each_kind_of_call_brings_the_token_that_amazon_wants(
+    simulated: Running, simulator: Simulator, target: str, token: str
+) -> None:
+    got = await call(simulated.addresses[0], "GET", target, x_sp_region="eu")
+    assert got.status == 200, got.body
+    assert got.decided["token"] == token
+    entry = simulator.journal[-1]
+    assert (entry.service, entry.target, entry.token_kind) == ("eu", target, token)
+
+
+async def test_personal_data_comes_when_it_is_asked_for(simulated: Running) -> None:
+    plain = await call(simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na")
+    asked = await call(
+        simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na", x_sp_data_elements="buyerInfo"
+    )
+    assert b"BuyerEmail" not in plain.body
+    assert b"BuyerEmail" in asked.body
+
+
+async def test_five_hundred_orders_cost_one_restricted_data_token(simulated: Running, simulator: Simulator) -> None:
+    async with connect(simulated.addresses[0]) as client:
+        for number in range(20):
+            got = await client.request("GET", f"/orders/v0/orders/{number}/address", x_sp_region="eu")
+            assert got.status == 200
+    minted = [entry for entry in simulator.journal if entry.target.endswith("/restrictedDataToken")]
+    assert len(minted) == 1
+
+
+async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator, tmp_path: Path) -> None:
+    accounts = {f"s{number}": {"refresh_tokens": {"eu": f"Atzr|s{number}"}} for number in range(20)}
+    for name in accounts:
+        simulator.state.sellers[f"Atzr|{name}"] = Seller(name, "eu", f"Atzr|{name}")
+    config = settings(simulator, tmp_path, accounts=accounts, limits={"pace": False})
+    async with running(config) as proxy:
+
+        async def one(name: str, number: int) -> None:
+            target = f"/orders/v0/orders/{name}-{number}/address" if number % 2 else f"/x/{name}"
+            got = await call(proxy.addresses[0], "GET", target, x_sp_account=name)
+            assert got.status == 200
+            assert got.decided["account"] == name
+            assert name.encode() in got.body
+
+        await asyncio.gather(*(one(name, number) for number in range(10) for name in accounts))
+    for entry in simulator.journal:
+        if entry.service == "eu" and "restrictedDataToken" not in entry.target:
+            assert entry.seller in re.split(r"[/-]", entry.target), entry.target
+
+
+async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: Running, simulator: Simulator) -> None:
+    simulator.state.faults.append(Fault("status", service="lwa", status=500))
+    got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
+    assert (got.status, got.error) == (503, "TokenUnavailable")
+    assert int(got.get("retry-after") or 0) >= 1
+    assert not [entry for entry in simulator.journal if entry.service == "eu"], "nothing was sent to Amazon"
+
+
+async def test_a_refresh_token_that_amazon_refuses_names_the_account(simulated: Running, simulator: Simulator) -> None:
+    simulator.state.revoked_sellers.add("Atzr|demo-eu")
+    got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
+    assert (got.status, got.error) == (502, "TokenRefused")
+    error = json.loads(got.body)["errors"][0]
+    assert "account demo in eu" in error["message"]
+    assert "authorise" in error["details"]
+    other = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="na")
+    assert other.status == 200, "other regions go on"
+
+
+async def test_amazons_own_errors_pass_unchanged(simulated: Running, simulator: Simulator) -> None:
+    body = '{"errors":[{"code":"InternalFailure","message":"We encountered an internal error.","details":""}]}'
+    simulator.state.faults.append(Fault("status", service="eu", status=500, body=body, times=1))
+    got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
+    assert (got.status, got.body.decode(), got.error) == (500, body, None)
+    assert got.decided["attempts"] == "1"
+
+
+# Usage plans.
+
+
+async def test_a_call_waits_for_its_place_and_says_how_long(start_proxy: StartProxy, far_side: FarSide) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("200 OK", b"{}", x_amzn_ratelimit_limit="20"))
+
+    far_side.script = script
+    proxy = await start_proxy()
+    path = "/mfn/v0/shipments/1"  # 1 call per second, burst 1
+    first = await call(proxy.addresses[0], "GET", path)
+    second = await call(proxy.addresses[0], "GET", path)
+    assert first.decided["wait"] == "0.000"
+    assert 0 < float(second.decided["wait"]) <= 0.06, "the rate that Amazon's answer named is believed"
+
+
+async def test_a_call_without_a_place_in_time_is_refused_at_once(start_proxy: StartProxy, far_side: FarSide) -> None:
+    proxy = await start_proxy()
+    path = "/mfn/v0/shipments/1"
+    await call(proxy.addresses[0], "GET", path)
+    got = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="0")
+    assert (got.status, got.error, got.get("retry-after")) == (429, "UsagePlanExhausted", "1")
+    assert len(far_side.received) == 1
+    bad = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="soon")
+    assert (bad.status, bad.error) == (400, "BadOption")
+
+
+async def test_pace_false_sends_at_once_and_passes_amazons_429_on(start_proxy: StartProxy, far_side: FarSide) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("429 Too Many Requests", b'{"errors":[{"code":"QuotaExceeded"}]}'))
+
+    far_side.script = script
+    proxy = await start_proxy(limits={"pace": False})
+    got = [await call(proxy.addresses[0], "GET", "/mfn/v0/shipments/1") for _ in range(3)]
+    assert [(one.status, one.error) for one in got] == [(429, None)] * 3
+
+
+# What is said afterwards.
+
+
+@pytest.fixture
+def log() -> Any:
+    """What goes to the log while a test runs."""
+    root, stream = logging.getLogger(), StringIO()
+    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
+    logs.set_up("debug", "json", stream)
+    yield stream
+    root.handlers[:] = before
+    root.setLevel(levels[0])
+    logs.LOGGER.setLevel(levels[1])
+
+
+async def test_a_request_leaves_one_line_without_its_query_body_or_token(
+    simulated: Running, log: StringIO, simulator: Simulator
+) -> None:
+    target = "/orders/v0/orders/1/address?BuyerEmail=distinctive@example.com"
+    await call(simulated.addresses[0], "GET", target, x_sp_region="eu")
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    (line,) = [line for line in lines if line["message"] == "request"]
+    assert {name: line[name] for name in ("code", "method", "account", "region", "operation", "token", "attempts")} == {
+        "code": 200,
+        "method": "GET",
+        "account": "demo",
+        "region": "eu",
+        "operation": "orders.v0.getOrderAddress",
+        "token": "rdt",
+        "attempts": 1,
+    }
+    assert line["duration"] >= line["upstream"] > 0
+    assert line["amazon_request_id"]
+    secrets = ["distinctive", "Atza|", "Atzr|", "sprdt", CLIENT["client_secret"], *simulator.state.tokens]
+    assert not [secret for secret in secrets if secret in log.getvalue()]
+
+
+async def test_what_was_seen_is_counted(simulated: Running) -> None:
+    await call(simulated.addresses[0], "GET", ADDRESS, x_sp_region="eu")
+    await call(simulated.addresses[0], "GET", "/x", x_sp_account="nobody")
+    await call(simulated.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"12345", x_sp_region="eu")
+
+    def value(name: str, **labels: str) -> float | None:
+        return simulated.metrics.registry.get_sample_value(f"spapi_proxy_{name}", labels)
+
+    labels = {"account": "demo", "region": "eu", "operation": "orders.v0.getOrderAddress"}
+    assert value("requests_total", **labels, method="GET", code="200", token="rdt", source="amazon") == 1
+    unknown = {"account": "-", "region": "-", "operation": "unknown"}
+    assert value("requests_total", **unknown, method="GET", code="400", token="none", source="proxy") == 1
+    assert value("errors_total", code="UnknownAccount", fault="client") == 1
+    by_operation = {"region": "eu", "operation": "orders.v0.getOrderAddress"}
+    assert value("request_duration_seconds_count", **by_operation) == 1
+    assert value("upstream_duration_seconds_count", **by_operation) == 1
+    assert value("requests_in_flight") == 0
+    feeds = {"account": "demo", "region": "eu", "operation": "feeds.2021-06-30.createFeed"}
+    assert value("request_body_bytes_total", **feeds) == 5
+    assert (value("response_body_bytes_total", **feeds) or 0) > 0
+    assert value("usage_plan_rate", **labels) == 0.5
+
+
+async def test_histograms_carry_the_account_only_where_it_is_wanted(simulator: Simulator, tmp_path: Path) -> None:
+    config = settings(simulator, tmp_path, metrics={"account_on_histograms": True})
+    async with running(config) as proxy:
+        await call(proxy.addresses[0], "GET", SELLERS, x_sp_region="eu")
+        labels = {"account": "demo", "region": "eu", "operation": "sellers.v1.getMarketplaceParticipations"}
+        count = proxy.metrics.registry.get_sample_value("spapi_proxy_request_duration_seconds_count", labels)
+    assert count == 1
+
+
+async def test_paths_never_become_labels(simulated: Running) -> None:
+    async with connect(simulated.addresses[0]) as client:
+        for number in range(50):
+            await client.request("GET", f"/unknown/{number}", x_sp_region="eu")
+            await client.request("OPTIONS", f"/x/{number}")
+    series = [sample for metric in simulated.metrics.registry.collect() for sample in metric.samples]
+    assert len(series) < 400
+    assert not [sample for sample in series if any("/unknown" in value for value in sample.labels.values())]

@@ -1,0 +1,90 @@
+"""Health, readiness and metrics: what a probe and a scrape see, and who may ask."""
+
+import asyncio
+import shutil
+import subprocess
+
+import pytest
+
+from proxy.app import Running
+from tests.conftest import StartProxy, needs
+from tests.far_side import TokenHost, answer
+from tests.near_side import call
+
+SELLERS = "/sellers/v1/marketplaceParticipations"
+
+
+def admin(proxy: Running) -> str:
+    assert proxy.admin is not None
+    return proxy.admin
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/healthz", "/liveness", "/readyz", "/readiness", "/startupz", "/startup", "/metrics", "/"]
+)
+async def test_a_healthy_proxy_says_so(proxy: Running, path: str) -> None:
+    got = await call(admin(proxy), "GET", path)
+    assert got.status == 200
+    assert (got.get("content-type") or "").startswith("text/plain")
+
+
+async def test_the_proxied_port_has_none_of_it(proxy: Running) -> None:
+    assert (await call(proxy.addresses[0], "GET", "/metrics")).decided["operation"] == "unknown"
+
+
+async def test_readiness_waits_for_the_tokens_where_warm_up_is_set(
+    start_proxy: StartProxy, token_host: TokenHost
+) -> None:
+    token_host.held = asyncio.Event()
+    proxy = await start_proxy(warm_up=True)
+    got = await call(admin(proxy), "GET", "/readyz")
+    assert (got.status, got.body) == (503, b"not ready: the tokens (warm_up)\n")
+    assert (await call(admin(proxy), "GET", "/livez")).status == 200
+    assert (await call(admin(proxy), "GET", "/startupz")).status == 503
+    token_host.held.set()
+    while (await call(admin(proxy), "GET", "/readyz")).status != 200:
+        await asyncio.sleep(0)
+    assert len(token_host.received) == 1
+
+
+async def test_a_probe_makes_no_call(proxy: Running, token_host: TokenHost) -> None:
+    await call(admin(proxy), "GET", "/readyz?verbose")
+    assert not token_host.received
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "0.0.0.0", ""])
+async def test_the_admin_address_answers_to_local_names_alone(proxy: Running, host: str) -> None:
+    assert (await call(admin(proxy), "GET", "/metrics", host=host)).status == 421
+
+
+async def test_the_admin_address_answers_no_web_page(proxy: Running) -> None:
+    for fields in ({"origin": "https://evil.example"}, {"sec_fetch_site": "cross-site"}):
+        got = await call(admin(proxy), "GET", "/metrics", **fields)
+        assert got.status == 403
+        assert not [name for name, _ in got.fields if name.lower().startswith("access-control")]
+
+
+async def test_the_health_address_may_be_opened_and_has_nothing_else(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(health="127.0.0.1:0")
+    assert proxy.health is not None
+    assert (await call(proxy.health, "GET", "/readyz", host="10.1.2.3")).status == 200
+    assert (await call(proxy.health, "GET", "/metrics", host="10.1.2.3")).status == 200
+    assert (await call(proxy.health, "GET", "/", host="10.1.2.3")).status == 404
+    assert (await call(proxy.health, "POST", "/metrics", b"", host="10.1.2.3")).status == 405
+
+
+async def test_openmetrics_is_given_to_those_who_ask(proxy: Running) -> None:
+    got = await call(admin(proxy), "GET", "/metrics", accept="application/openmetrics-text; version=1.0.0")
+    assert (got.get("content-type") or "").startswith("application/openmetrics-text")
+    assert got.body.endswith(b"# EOF\n")
+
+
+async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: Running, token_host: TokenHost) -> None:
+    needs(shutil.which("promtool") is not None, "promtool (Debian's package prometheus)")
+    token_host.answers = [answer("503 Service Unavailable")]
+    await call(proxy.addresses[0], "GET", SELLERS)
+    await call(proxy.addresses[0], "GET", "/mfn/v0/shipments/1")
+    await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}")
+    text = (await call(admin(proxy), "GET", "/metrics")).body
+    result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
