@@ -23,7 +23,7 @@ class ProxyProcess:
 
     process: asyncio.subprocess.Process
     addresses: list[str] = field(default_factory=list)
-    admin: str = ""
+    admin: str | None = None
     log: list[str] = field(default_factory=list)
 
     def lines(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from proxy import __version__
+from proxy.simulator.command import _for_people
 from tests.conftest import settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call, connect, request
@@ -151,7 +152,7 @@ async def test_the_demo_is_not_taken_where_credentials_are_given() -> None:
     assert "applications.main.client_secret: is missing" in complained
 
 
-async def test_a_port_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+async def test_a_port_in_use_is_one_line_and_exit_code_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, _, complained = await command("serve", "--listen", address, "--admin", "none", environment=ENVIRONMENT)
@@ -201,13 +202,15 @@ async def test_a_second_signal_ends_at_once(far_side: FarSide, token_host: Token
         await never.wait()
 
     far_side.script = script
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
-        async with connect(proxy.addresses[0]) as client:
-            await client.send(request("GET", SELLERS))
-            await far_side.arrived.wait()
-            proxy.process.send_signal(signal.SIGTERM)
-            await refuses(proxy.addresses[0])
-            assert await proxy.stop(signal.SIGTERM) == 143
+    async with (
+        serving(settings_for(far_side, token_host), tmp_path) as proxy,
+        connect(proxy.addresses[0]) as client,
+    ):
+        await client.send(request("GET", SELLERS))
+        await far_side.arrived.wait()
+        proxy.process.send_signal(signal.SIGTERM)
+        await refuses(proxy.addresses[0])
+        assert await proxy.stop(signal.SIGTERM) == 143
 
 
 async def test_a_crowd_of_idle_connections_does_not_delay_the_end(
@@ -227,8 +230,6 @@ async def test_rebuild_runs_as_a_command(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_simulators_settings_is_a_configuration() -> None:
-    from proxy.simulator.command import _for_people
-
     said = _for_people({name: f"http://127.0.0.1/{name}" for name in ("na", "eu", "fe", "lwa", "control")})
     tree: Any = yaml.safe_load(said.partition("\n\n")[2].rpartition("Control:")[0])
     assert set(tree) == {"endpoints", "applications", "accounts"}

@@ -7,17 +7,19 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
 
 from proxy.app import open_lwa_session, user_agents
+from proxy.config import Secret
 from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable
 from proxy.metrics import Metrics
 from proxy.request import tokens as tokens_module
 from proxy.request.identify import Credential
-from proxy.request.tokens import Tokens
+from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import open_session
-from proxy.store import Store
+from proxy.store import Store, StoredToken
 from tests.clock import FakeClock
 from tests.conftest import config_from, settings_for
 from tests.far_side import FarSide, TokenHost, answer
@@ -69,8 +71,6 @@ async def settle(tokens: Tokens) -> None:
 
 
 def form(body: bytes) -> dict[str, str]:
-    from urllib.parse import parse_qsl
-
     return dict(parse_qsl(body.decode()))
 
 
@@ -357,9 +357,5 @@ async def test_exchanges_are_counted_by_kind_result_and_reason(
 
 
 def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
-    from proxy.config import Secret
-    from proxy.request.tokens import Token
-    from proxy.store import StoredToken
-
     for shown in (Token(Secret("distinctive"), "lwa", 0, 0), StoredToken(Secret("distinctive"), 0)):
         assert "distinctive" not in f"{shown} {shown!r}"

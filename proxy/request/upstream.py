@@ -123,7 +123,7 @@ class Patience:
         self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, timeouts.total)
         self._loop = asyncio.get_running_loop()
         self._ends_at = self._deadline = self._loop.time() + timeouts.total
-        self._error = _TOO_LONG
+        self._error: ProxyError = _TOO_LONG
         self._expiry = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
 
