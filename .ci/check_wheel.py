@@ -14,7 +14,7 @@ TIMEOUT = 300
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command to its end and return what it printed."""
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+    return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT).stdout
 
 
 def install(folder: Path) -> Path:
@@ -22,7 +22,14 @@ def install(folder: Path) -> Path:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", cwd=ROOT)
     (wheel,) = (folder / "dist").glob("*.whl")
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    pip = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        folder / "venv/bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     run(*pip, "--require-hashes", "-r", ROOT / "requirements.lock", cwd=folder)
     run(*pip, "--no-deps", "--no-index", wheel, cwd=folder)
     return folder / "venv/bin/sp-api-proxy"
@@ -30,7 +37,7 @@ def install(folder: Path) -> Path:
 
 def one_request(command: Path, folder: Path) -> None:
     """Start the proxy on a free port against its own simulator, and send one request through it."""
-    arguments = [command, "serve", "--demo", "--listen", "127.0.0.1:0", "--admin", "none", "--log-format", "json"]
+    arguments = [str(command), "serve", "--demo", "--listen", "127.0.0.1:0", "--admin", "none", "--log-format", "json"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     with subprocess.Popen(arguments, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -43,7 +50,7 @@ def one_request(command: Path, folder: Path) -> None:
                 sys.stdout.write(f"{answer.status} {answer.headers['x-sp-proxy']}\n")
         finally:
             process.terminate()
-            process.stderr.read()
+            process.communicate(timeout=30)
     assert process.returncode == 0, f"ended with {process.returncode}"
 
 

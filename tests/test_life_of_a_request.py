@@ -16,8 +16,8 @@ from proxy.app import Running, running
 from proxy.config import Config
 from proxy.simulator import Fault, Seller, Simulator
 from tests.conftest import StartProxy, config_from
-from tests.far_side import FarSide, Received, TokenHost, answer
-from tests.near_side import call, connect, request
+from tests.far_side import FarSide, Received, answer
+from tests.near_side import call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
@@ -186,7 +186,7 @@ async def test_a_request_leaves_one_line_without_its_query_body_or_token(
     simulated: Running, log: StringIO, simulator: Simulator
 ) -> None:
     target = "/orders/v0/orders/1/address?BuyerEmail=distinctive@example.com"
-    await call(simulated.addresses[0], "GET", target, x_sp_region="eu")
+    await call(simulated.addresses[0], "GET", target, x_sp_region="eu", x_request_id="app-1")
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     (line,) = [line for line in lines if line["message"] == "request"]
     assert {name: line[name] for name in ("code", "method", "account", "region", "operation", "token", "attempts")} == {
@@ -200,6 +200,7 @@ async def test_a_request_leaves_one_line_without_its_query_body_or_token(
     }
     assert line["duration"] >= line["upstream"] > 0
     assert line["amazon_request_id"]
+    assert line["request_id"] == "app-1"
     secrets = ["distinctive", "Atza|", "Atzr|", "sprdt", CLIENT["client_secret"], *simulator.state.tokens]
     assert not [secret for secret in secrets if secret in log.getvalue()]
 

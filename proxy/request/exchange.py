@@ -24,6 +24,7 @@ class Exchange:
     error: str = ""
     fault: Fault | None = None
     amazon_request_id: str = ""
+    request_id: str = ""  # the app's own, where it is well-formed
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off
     upload_error: ProxyError | None = None  # the app's body was not well-formed

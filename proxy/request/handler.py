@@ -4,6 +4,7 @@ This is the only place that knows the order of the steps.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from proxy.request.identify import identify
 from proxy.request.limits import MAX_WAIT_HEADER, RATE_HEADER, Limits, parse_max_wait
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Patience, Upstream, check_body
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
 
@@ -66,6 +69,7 @@ class Handler:
 
     async def _serve(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = request.headers
+        exchange.request_id = _well_formed_id(headers.get("x-request-id"))
         check_message(request)
         admitted = admit(request.method, request.raw_path, headers, self.doorway)
         check_body(request.method, headers)
@@ -82,7 +86,7 @@ class Handler:
             sent = self.now()
             response = await self.upstream.send(request, target, token, exchange, patience)
             exchange.upstream_duration = self.now() - sent
-            exchange.amazon_request_id = response.headers.get("x-amzn-RequestId", "")
+            exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
             self.limits.learn(target, response.status, response.headers.get(RATE_HEADER))
             return await self.upstream.relay(request, response, exchange, patience)
 
@@ -114,8 +118,13 @@ def _label(method: str) -> str:
     return method if method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} else "other"
 
 
+def _well_formed_id(text: str | None) -> str:
+    """Return an id of the app's or of Amazon's for the log; nothing where it is more than an id."""
+    return text if text is not None and _ID.fullmatch(text) else ""
+
+
 def _line(exchange: Exchange, duration: float) -> dict[str, object]:
-    """Return the fields of a request's log line: nothing in it comes from the app but the method."""
+    """Return the fields of a request's log line: nothing in it comes from the app but the method and a plain id."""
     upstream = exchange.upstream_duration
     return {
         "code": exchange.status,
@@ -128,7 +137,8 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
         "upstream": None if upstream is None else round(upstream, 4),
         "wait": round(exchange.waited, 3),
         "attempts": exchange.attempts,
-        "amazon_request_id": exchange.amazon_request_id[:64],
+        "amazon_request_id": exchange.amazon_request_id,
+        "request_id": exchange.request_id,
         "error": exchange.error,
         "broken": exchange.broken or None,
     }
