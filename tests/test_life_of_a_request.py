@@ -167,6 +167,14 @@ async def test_pace_false_sends_at_once_and_passes_amazons_429_on(start_proxy: S
     assert [(one.status, one.error) for one in got] == [(429, None)] * 3
 
 
+async def test_the_sandbox_has_one_plan_for_everything(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(environment="sandbox")
+    paths = ["/mfn/v0/shipments/1", SELLERS, "/brand/new"]
+    async with connect(proxy.addresses[0]) as client:
+        statuses = [(await client.request("GET", paths[number % 3], x_sp_max_wait="0")).status for number in range(16)]
+    assert statuses == [200] * 15 + [429]
+
+
 # What is said afterwards.
 
 

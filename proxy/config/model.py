@@ -165,6 +165,15 @@ AccountName = Annotated[str, Field(pattern=f"^{NAME}$")]
 DataElement = Literal["buyerInfo", "shippingAddress", "buyerTaxInformation"]
 
 
+def _check_store(value: object) -> object:
+    if isinstance(value, str) and value != "memory":
+        raise wrong("must be memory: tokens shared through Redis come with a later version")
+    return value
+
+
+StoreName = Annotated[Literal["memory"], BeforeValidator(_check_store)]
+
+
 class Settings(BaseModel):
     """A frozen group of settings; a key it does not know is an error."""
 
@@ -326,7 +335,7 @@ class Config(Settings):
     limits: Limits = Field(default_factory=Limits, description="Usage plans.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
-    store: Literal["memory"] = Field("memory", description="Where tokens are kept: memory, this process alone.")
+    store: StoreName = Field("memory", description="Where tokens are kept: memory, this process alone.")
     warm_up: bool = Field(
         default=False, description="Fetch every account's tokens at start; ready once they are there."
     )

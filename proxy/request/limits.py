@@ -19,6 +19,9 @@ from proxy.request.identify import Target
 MAX_WAIT_HEADER = "x-sp-max-wait"
 RATE_HEADER = "x-amzn-RateLimit-Limit"
 
+# The sandbox has one plan for everything (DOC "Selling Partner API Sandbox").
+SANDBOX_PLAN = ("sandbox", 5.0, 15.0)
+
 _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
 
@@ -83,6 +86,16 @@ def parse_max_wait(text: str | None, default: float) -> float:
     return min(seconds, _LONGEST_WAIT)
 
 
+def _plan(target: Target) -> tuple[str, float, float] | None:
+    """Return name, rate and burst of the plan that a call falls under, None where none is known."""
+    if target.environment == "sandbox":
+        return SANDBOX_PLAN
+    operation = target.operation
+    if operation is None or operation.rate is None:
+        return None
+    return operation.name, operation.rate, float(operation.burst or 1)
+
+
 class Limits:
     """The usage plans of every application, account, region and operation that was called."""
 
@@ -123,22 +136,21 @@ class Limits:
         bucket = self._bucket(target)
         if rate is not None and target.operation is not None:
             self._metrics.plan_rate.labels(*labels).set(rate)
-            if bucket is not None:
+            if bucket is not None and target.environment == "production":
                 bucket.rate = rate
         if status == 429 and bucket is not None:
             bucket.empty(self._now())
 
     def _bucket(self, target: Target) -> Bucket | None:
         """Return the bucket of the target's plan, None where no plan is known."""
-        operation = target.operation
-        if operation is None or operation.rate is None:
+        plan = _plan(target)
+        if plan is None:
             return None
-        credential = target.credential
-        key = (target.application, credential.account, target.environment, target.region, operation.name)
+        name, rate, burst = plan
+        key = (target.application, target.credential.account, target.environment, target.region, name)
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = Bucket.full(operation.rate, float(operation.burst or 1), self._now())
-            self._buckets[key] = bucket
+            bucket = self._buckets[key] = Bucket.full(rate, burst, self._now())
         return bucket
 
     def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:
