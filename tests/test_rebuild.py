@@ -167,6 +167,7 @@ def test_a_name_the_rule_gets_wrong_is_corrected_by_the_facts(shop: Workshop) ->
         ("| Plan type | Rate | Burst |\n|--|--|--|\n| Special | 9 | 9 |\n| **Default** | 5 | 10 |", "5", "10"),
         ("| | Rate | Burst |\n|--|--|--|\n| | 5 | 10 |", "5", "10"),
         ("| Burst | Rate |\n|--|--|\n| 10 | 5 |", "5", "10"),
+        ("| Burst rate | Rate |\n|--|--|\n| 10 | 5 |", "5", "10"),
         ("  |   **Rate** (requests  per second)|Burst|\n  |:--|--:|\n  |  **0.25**  |`7`|", "0.25", "7"),
         ("Rate (requests per second) | Burst\n--- | ---\n2 | 3", "2", "3"),
         ("| Rate (requests per second) | Burst\n| ---- | ----\n| 2 | 3", "2", "3"),
@@ -188,6 +189,7 @@ def test_a_name_the_rule_gets_wrong_is_corrected_by_the_facts(shop: Workshop) ->
         (PLAN + "\n\n| Rate | Burst |\n|--|--|\n| 9 | 9 |", "0.5", "30"),
         (PLAN + "\n\n| Plan | Rate | Burst |\n|--|--|--|\n| Default | 9 | 9 |", "0.5", "30"),
         (PLAN + "\n\n| Default | 7 |\n", "0.5", "30"),
+        ("| Rate | Burst |\n|--|--|\n| 2 | 3 |\n\n| Plan | Rate | Burst |\n|--|--|--|\n| Default | 9 | 9 |", "2", "3"),
         ("| Rate | Burst |\n|--|--|\n| n | n |\n\nor\n\n| Rate | Burst |\n|--|--|\n| 9 | 9 |", "9", "9"),
     ],
 )
@@ -240,6 +242,7 @@ def test_a_plan_at_the_path_counts_for_operations_that_state_none(shop: Workshop
         ({"basePath": "/"}, "/a/v0/x"),
         ({"basePath": "/base/"}, "/base/a/v0/x"),
         ({"basePath": "/a/v0"}, "/a/v0/x"),
+        ({"basePath": "/a/v0/x"}, "/a/v0/x"),
         ({"basePath": "/a/v"}, "/a/v/a/v0/x"),
         ({"basePath": None}, "/a/v0/x"),
         ({"servers": [{"url": "https://sellingpartnerapi-na.amazon.com"}]}, "/a/v0/x"),
@@ -278,7 +281,7 @@ def test_where_a_model_tells_of_the_sandbox(shop: Workshop) -> None:
 
 
 def test_deprecated_operations_are_told_from_others(shop: Workshop) -> None:
-    shop.model("aV0.json", {"/a/v0/x": {"get": operation("old", deprecated=True), "put": operation("new")}})
+    shop.model("aV0.json", {"/a/v0/x": {"GET": operation("old", deprecated=True), "put": operation("new")}})
     shop.run()
     assert {name: row["deprecated"] for name, row in shop.rows().items()} == {"a.v0.old": "yes", "a.v0.new": "no"}
 
@@ -350,7 +353,11 @@ def test_a_folder_without_models_changes_nothing_even_when_pruned(shop: Workshop
     assert rebuild.main([str(shop.models / "missing"), "--table", str(shop.table)]) == 1
 
 
-@pytest.mark.parametrize("content", ["api,version\norders,v0\n", "just\ntext\n", 'api,"\0'])
+@pytest.mark.parametrize(
+    "content",
+    ["api,version\norders,v0\n", "just\ntext\n", 'api,"\0', "x" * 200_000],
+    ids=lambda content: repr(content[:12]),
+)
 def test_a_table_that_is_none_is_refused_and_left_alone(shop: Workshop, content: str) -> None:
     shop.model("ordersV0.json", orders())
     shop.table.write_text(content, encoding="utf-8")
@@ -358,6 +365,14 @@ def test_a_table_that_is_none_is_refused_and_left_alone(shop: Workshop, content:
     assert said.code == 1
     assert said.err.startswith(f"error: {shop.table}: no")
     assert shop.table.read_text(encoding="utf-8") == content
+
+
+def test_a_table_that_cannot_be_read_is_an_error_that_names_it(shop: Workshop) -> None:
+    shop.model("ordersV0.json", orders())
+    shop.table.mkdir()
+    said = shop.run()
+    assert said.code == 1
+    assert said.err.startswith(f"error: {shop.table}: not readable")
 
 
 def test_a_table_that_cannot_be_written_is_an_error_that_names_it(shop: Workshop) -> None:
