@@ -93,7 +93,8 @@ def _plan(target: Target) -> tuple[str, float, float] | None:
     operation = target.operation
     if operation is None or operation.rate is None:
         return None
-    return operation.name, operation.rate, float(operation.burst or 1)
+    # With the method: one name stands for two operations with plans of their own (shipping v2 linkCarrierAccount).
+    return f"{operation.method} {operation.name}", operation.rate, float(operation.burst or 1)
 
 
 class Limits:
