@@ -131,7 +131,7 @@ async def test_an_endless_head_is_cut_off_early(proxy: Running) -> None:
                 sent += 1010
         except ConnectionError:
             pass
-    assert sent < 4 * 1024 * 1024
+    assert sent < 16 * 1024 * 1024, "what is beyond a few socket buffers was not taken"
 
 
 async def test_a_head_that_drips_runs_out_of_time(start_proxy: StartProxy) -> None:
