@@ -6,6 +6,7 @@ ever becomes one.
 """
 
 import platform
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
@@ -19,6 +20,17 @@ DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
 
 
+@dataclass(frozen=True, slots=True)
+class RequestSeries:
+    """The series that one finished request counts in; found once for each combination of labels."""
+
+    requests: Counter
+    duration: Histogram
+    upstream_duration: Histogram
+    sent_bytes: Counter
+    received_bytes: Counter
+
+
 class Metrics:
     """The series of one proxy, in a registry of their own."""
 
@@ -27,6 +39,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.account_on_histograms = account_on_histograms
+        self._series: dict[tuple[str, ...], RequestSeries] = {}
         self._requests()
         self._waiting()
         self._tokens()
@@ -56,10 +69,29 @@ class Metrics:
         self.errors = self._counter(
             "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
         )
+        self.cut_off = self._counter(
+            "answers_cut_off_total",
+            "Answers whose connection to the app was broken because they could not be completed.",
+        )
         self.retries = self._counter("upstream_retries_total", "Calls sent to Amazon again, by reason.", "reason")
         self.replaced_tokens = self._counter(
             "client_tokens_replaced_total", "Requests that brought an x-amz-access-token of their own."
         )
+
+    def series_of(self, *labels: str) -> RequestSeries:
+        """Return the series of a request by the labels of `requests_total`, looked up once for each combination."""
+        found = self._series.get(labels)
+        if found is None:
+            account, region, operation = where = labels[:3]
+            by_operation = where if self.account_on_histograms else (region, operation)
+            found = self._series[labels] = RequestSeries(
+                self.requests.labels(*labels),
+                self.request_duration.labels(*by_operation),
+                self.upstream_duration.labels(*by_operation),
+                self.request_bytes.labels(account, region, operation),
+                self.response_bytes.labels(account, region, operation),
+            )
+        return found
 
     def _waiting(self) -> None:
         self.limit_wait = self._histogram("limit_wait_seconds", "Time a call waited for its place in a usage plan.")

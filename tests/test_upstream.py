@@ -348,6 +348,7 @@ async def test_an_answer_cut_off_looks_cut_off(proxy: Running, far_side: FarSide
         got = await client.request("GET", SELLERS)
         assert (got.body, got.complete) == (b"half", False)
         assert await client.at_end()
+    assert proxy.metrics.registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 1
 
 
 async def test_a_get_on_a_connection_that_amazon_just_closed_is_asked_again_once(

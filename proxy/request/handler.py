@@ -49,7 +49,6 @@ class Handler:
         self.metrics.in_flight.inc()
         try:
             answer = await self._serve(request, exchange)
-            exchange.status = answer.status
         except ProxyError as error:
             if exchange.begun:
                 # Half an answer is out: a second one behind it would be taken for its end.
@@ -85,31 +84,37 @@ class Handler:
         async with Patience(self.config) as patience:
             sent = self.now()
             response = await self.upstream.send(request, target, token, exchange, patience)
-            exchange.upstream_duration = self.now() - sent
+            exchange.status, exchange.upstream_duration = response.status, self.now() - sent
             exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
             self.limits.learn(target, response.status, response.headers.get(RATE_HEADER))
             return await self.upstream.relay(request, response, exchange, patience)
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log one finished request."""
+        if exchange.broken:
+            self.metrics.cut_off.inc()
         if exchange.fault is not None:
             self.metrics.errors.labels(exchange.error, exchange.fault).inc()
         duration = self.now() - exchange.started
-        metrics = self.metrics
-        account, region, operation = exchange.account, exchange.region, exchange.operation
         source = "amazon" if not exchange.error else "client" if exchange.status == CLIENT_LEFT else "proxy"
-        by_operation = (account, region, operation) if metrics.account_on_histograms else (region, operation)
-        metrics.requests.labels(
-            account, region, operation, _label(exchange.method), exchange.status, exchange.token, source
-        ).inc()
-        metrics.request_duration.labels(*by_operation).observe(duration)
+        series = self.metrics.series_of(
+            exchange.account,
+            exchange.region,
+            exchange.operation,
+            _label(exchange.method),
+            str(exchange.status),
+            exchange.token,
+            source,
+        )
+        series.requests.inc()
+        series.duration.observe(duration)
         if exchange.target is not None:
-            metrics.limit_wait.observe(exchange.waited)
+            self.metrics.limit_wait.observe(exchange.waited)
         if exchange.upstream_duration is not None:
-            metrics.upstream_duration.labels(*by_operation).observe(exchange.upstream_duration)
-            metrics.token_wait.observe(exchange.token_wait)
-            metrics.request_bytes.labels(account, region, operation).inc(exchange.request_bytes)
-            metrics.response_bytes.labels(account, region, operation).inc(exchange.response_bytes)
+            series.upstream_duration.observe(exchange.upstream_duration)
+            self.metrics.token_wait.observe(exchange.token_wait)
+            series.sent_bytes.inc(exchange.request_bytes)
+            series.received_bytes.inc(exchange.response_bytes)
         if LOGGER.isEnabledFor(20):
             LOGGER.info("request", extra=fields(**_line(exchange, duration)))
 
