@@ -26,11 +26,11 @@ from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import describe, identify
-from proxy.request.upstream import check_body
+from proxy.request.upstream import check_body, cleaned
 
 OK, FAILED, USAGE = 0, 1, 2
 
-_EXIT_CODES = "exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
+_EXIT_CODES = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
 
 _CREDENTIAL_VARIABLES = ("SP_API_REFRESH_TOKEN", "LWA_APP_ID", "LWA_CLIENT_ID", "LWA_CLIENT_SECRET")
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sp-api-proxy",
         description="A local authenticating reverse proxy for Amazon's Selling Partner API.",
         epilog=f"Try it without credentials: sp-api-proxy serve --demo. {_EXIT_CODES}.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sp-api-proxy {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -365,7 +366,10 @@ def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     sent = CIMultiDictProxy(headers)
     admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
     check_body(options.method, sent)
-    return describe(identify(options.method, admitted, sent, listener, config, load_table()))
+    decided = describe(identify(options.method, admitted, sent, listener, config, load_table()))
+    kept = cleaned(options.method, sent)
+    dropped = [name for name in sent if name not in kept]
+    return {**decided, "headers kept": ", ".join(kept) or "none", "headers dropped": ", ".join(dropped)}
 
 
 # operations

@@ -5,7 +5,7 @@ that no two steps can disagree. Account and region each come from the first sour
 disagree are refused, never guessed about.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote_plus
@@ -320,7 +320,7 @@ def _elements(
     """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
     header = _single(headers, ELEMENTS_HEADER)
     if header is None:
-        return _in_order(settings.data_elements, operation), "accounts setting data_elements"
+        return _in_order(settings.data_elements, operation), "the setting data_elements"
     source = f"header {ELEMENTS_HEADER}"
     asked = {element.strip() for element in header.split(",")} - {""}
     if asked == {"none"}:
@@ -385,22 +385,39 @@ def _wants_rdt(method: str, operation: Operation, environment: Environment, elem
     return bool(elements) or operation.name not in _OPTIONAL
 
 
-def describe(target: Target) -> Mapping[str, str]:
+def describe(target: Target) -> dict[str, str]:
     """Return what was decided, in words for a person (`sp-api-proxy explain`)."""
     operation = target.operation
-    token = {"lwa": "ordinary access token", "grantless": "grantless token", "rdt": "Restricted Data Token"}
-    credential = target.credential
-    why = {
-        "lwa": "nothing more is needed",
-        "grantless": f"the operation is grantless, scope {credential.scope}",
-        "rdt": f"for {credential.method} {credential.path} {list(credential.data_elements) or ''}".strip(),
-    }
     return {
         "account": f"{target.account} (from {target.account_source})",
         "region": f"{target.region} (from {target.region_source})",
         "environment": target.environment,
         "application": target.application,
         "operation": f"{operation.name} ({operation.template})" if operation else "unknown: forwarded as it is",
-        "token": f"{token[credential.kind]}: {why[credential.kind]}",
-        "sent to": target.endpoint + target.path_and_query.partition("?")[0],
+        "usage plan": _described_plan(operation),
+        "token": _described_token(target),
+        "sent to": target.endpoint + target.path_and_query,
     }
+
+
+def _described_plan(operation: Operation | None) -> str:
+    if operation is None or operation.rate is None:
+        return "none known: sent at once"
+    return f"{operation.rate:g} calls per second, {operation.burst} at once, until Amazon's answers say otherwise"
+
+
+def _described_token(target: Target) -> str:
+    credential, operation = target.credential, target.operation
+    if credential.kind == "grantless":
+        return f"grantless token, scope {credential.scope}: the operation is the application's own"
+    if credential.kind == "rdt":
+        elements = f" with {', '.join(credential.data_elements)}" if credential.data_elements else ""
+        return f"Restricted Data Token: for {credential.method} {credential.path}{elements}"
+    if operation is not None and operation.restricted:
+        why = (
+            "the sandbox takes it"
+            if target.environment == "sandbox"
+            else f"no personal data by {target.elements_source}"
+        )
+        return f"ordinary access token: {why}"
+    return "ordinary access token: nothing more is needed"
