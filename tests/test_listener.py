@@ -134,6 +134,14 @@ async def test_an_endless_head_is_cut_off_early(proxy: Running) -> None:
     assert sent < 16 * 1024 * 1024, "what is beyond a few socket buffers was not taken"
 
 
+async def test_a_head_over_64_kib_is_refused_before_it_ends(proxy: Running) -> None:
+    async with connect(proxy.addresses[0]) as client:
+        await client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        for number in range(3):
+            await client.send(b"x-%d: %s\r\n" % (number, b"a" * 30_000))
+        assert (await client.answer()).error == "HeaderTooLarge"
+
+
 async def test_a_head_that_drips_runs_out_of_time(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(timeouts={"header": "200ms"})
     async with connect(proxy.addresses[0]) as client:

@@ -248,8 +248,7 @@ NONSENSE = {
     "empty token": answer("200 OK", b'{"access_token":"","expires_in":3600}'),
     "line break in the token": answer("200 OK", b'{"access_token":"a\\r\\nx: y","expires_in":3600}'),
     "brackets": answer("200 OK", b"[" * 50_000),
-    "large": answer("200 OK", b"x" * 1_000_000),
-    "redirect": answer("307 Temporary Redirect", location="http://127.0.0.1:1/"),
+    "large": answer("200 OK", b'{"access_token":"a","expires_in":3600}' + b" " * 1_000_000),
     "not http": b"220 smtp\r\n\r\n",
     "error with 200": answer("200 OK", b'{"error":"server_error"}'),
     "429": answer("429 Too Many Requests"),
@@ -263,6 +262,17 @@ async def test_nonsense_from_the_token_host_is_no_token(tokens: Tokens, token_ho
         await tokens.get(ACME)
     assert caught.value.retry_after is not None
     assert "smtp" not in caught.value.message
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
+async def test_a_redirect_of_the_token_host_is_no_way_to_the_secret(
+    tokens: Tokens, token_host: TokenHost, status: str
+) -> None:
+    async with TokenHost() as elsewhere:
+        token_host.answers = [answer(status, location=elsewhere.url)]
+        with pytest.raises(TokenUnavailable):
+            await tokens.get(ACME)
+        assert not elsewhere.received
 
 
 async def test_a_silent_token_host_runs_out_of_time(

@@ -434,6 +434,10 @@ async def test_amazon_silent_within_its_answer_breaks_the_answer(start_proxy: St
         got = await client.request("GET", SELLERS)
         assert (got.body, got.complete) == (b"half", False)
         assert await client.at_end(), "no second answer may follow the half one"
+    registry = proxy.metrics.registry
+    labels = {"code": "UpstreamTimeout", "fault": "amazon"}
+    assert registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 1
+    assert registry.get_sample_value("spapi_proxy_errors_total", labels) == 1
 
 
 async def test_the_whole_exchange_has_a_bound_of_its_own(start_proxy: StartProxy, far_side: FarSide) -> None:
