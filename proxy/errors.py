@@ -173,12 +173,6 @@ class UsagePlanExhausted(ProxyError):
     status, code, fault, retryable = 429, "UsagePlanExhausted", "client", True
 
 
-class ShuttingDown(ProxyError):
-    """The proxy is going down and takes no new work."""
-
-    status, code, retryable = 503, "ShuttingDown", True
-
-
 class InternalError(ProxyError):
     """A fault of the proxy; its log says more."""
 

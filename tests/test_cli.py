@@ -178,6 +178,8 @@ async def test_sigterm_lets_requests_finish_and_takes_no_more(
             await far_side.arrived.wait()
             proxy.process.send_signal(signal.SIGTERM)
             await refuses(proxy.addresses[0])
+            assert proxy.admin is not None
+            assert (await call(proxy.admin, "GET", "/readyz")).status == 503
             release.set()
             got = await client.answer()
             assert (got.status, got.body) == (200, b"late")
