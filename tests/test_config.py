@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -24,8 +24,9 @@ from proxy.config import (
     load_config,
     parse_duration,
 )
-from proxy.config.model import check_endpoint, parse_address, show_duration
+from proxy.config.model import Settings, check_endpoint, parse_address, settings_in, show_duration
 from proxy.config.read import MAX_BYTES, read_yaml
+from proxy.config.schema import json_schema
 
 APPLICATIONS = "applications: {main: {client_id: client, client_secret: hush}}\n"
 ACCOUNTS = "accounts: {acme: {refresh_tokens: {eu: token-eu}}}\n"
@@ -550,8 +551,8 @@ def test_a_duration_is_a_number_with_a_unit(text: object, seconds: float) -> Non
 @pytest.mark.parametrize(
     "text",
     ["-1s", "-0", "+1s", "1 s", "1S", "1min", "s", "", " ", "1e3", "NaN", "nan", "inf", "Infinity", "٣s", "１０s",
-     "1,5s", ".5s", "5.s", "1_000", "0x10", "1s1s", "1s\n2s", "367d", "9" * 400, "9" * 5000, True, None, [], {}, float("nan"),
-     float("inf"), -1, b"1s"],
+     "1,5s", ".5s", "5.s", "1_000", "0x10", "1s1s", "1s\n2s", "367d", "9" * 400, "9" * 5000, True, None, [], {},
+     float("nan"), float("inf"), -1, b"1s"],
 )  # fmt: skip
 def test_anything_else_is_no_duration(text: object) -> None:
     with pytest.raises(ValueError, match="must"):
@@ -777,6 +778,7 @@ def test_an_open_admin_address_is_refused_and_an_open_health_address_is_not(tmp_
     assert load(tmp_path, f"{BASE}health: {address}\n").config.health is not None
 
 
+NO_APPLICATION = "give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
 SEVERAL = "applications: {a: {client_id: a, client_secret: a}, b: {client_id: b, client_secret: b}}\n"
 
 
@@ -819,8 +821,7 @@ def test_an_account_may_have_an_environment_of_its_own(tmp_path: Path) -> None:
         ),
         (
             ACCOUNTS,
-            "config.yaml:1: applications: is missing: give a client_id and client_secret, "
-            + "or set LWA_APP_ID and LWA_CLIENT_SECRET",
+            f"config.yaml:1: applications: is missing: {NO_APPLICATION}",
         ),
     ],
 )
@@ -975,6 +976,139 @@ def test_no_error_quotes_a_value_from_the_environment(tmp_path: Path, place: str
     name = f"SP_API_PROXY_{place.replace('.', '_').upper()}"
     for value in (SECRET, f"[{SECRET}", f"{{{SECRET}", f"[{SECRET}]", f"https://[{SECRET}]", f"{{a: {SECRET}}}"):
         assert SECRET not in said_about(BASE, tmp_path, {name: value}).replace(name, "")
+
+
+# What editors and documents are told.
+
+
+def groups(kind: Any = Config) -> dict[str, type[Settings]]:
+    """Return every group of settings by its name, found by walking the types of the fields."""
+    found: dict[str, type[Settings]] = {}
+    if group := settings_in(kind):
+        found[group.__name__] = group
+        for field in group.model_fields.values():
+            found |= groups(field.annotation)
+    for below in get_args(kind):
+        found |= groups(below)
+    return found
+
+
+def test_every_setting_has_a_description_that_ends_as_a_sentence() -> None:
+    assert len(groups()) >= 12
+    lacking = [
+        f"{name}.{field}"
+        for name, group in groups().items()
+        for field, info in group.model_fields.items()
+        if not (info.description or "").endswith((".", ")"))
+    ]
+    assert lacking == []
+
+
+def test_the_json_schema_is_json_and_holds_every_setting_with_its_description() -> None:
+    schema = json.loads(json.dumps(json_schema(), allow_nan=False))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    for name, group in groups().items():
+        described = schema if group is Config else schema["$defs"][name]
+        assert described["additionalProperties"] is False
+        for field, info in group.model_fields.items():
+            assert described["properties"][field]["description"] == info.description
+
+
+def allowed(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """Return whether `schema` allows a value, by the few words of JSON Schema that ours uses."""
+    if "$ref" in schema:
+        return allowed(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root)
+    if "anyOf" in schema:
+        return any(allowed(one, value, root) for one in schema["anyOf"])
+    if "const" in schema or "enum" in schema:
+        return value in schema.get("enum", [schema.get("const")])
+    kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+    if isinstance(value, dict):
+        below, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+        names = schema.get("propertyNames", {}).get("enum", value)
+        return (
+            schema.get("type") == "object"
+            and all(key in value for key in schema.get("required", ()))
+            and all(key in names for key in value)
+            and all(
+                allowed(below[key], item, root)
+                if key in below
+                else isinstance(rest, dict) and allowed(rest, item, root)
+                for key, item in value.items()
+            )
+        )
+    if isinstance(value, list):
+        return schema.get("type") == "array" and all(allowed(schema["items"], item, root) for item in value)
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    return (
+        any(isinstance(value, kinds[kind]) for kind in types if kind in kinds)
+        and not (isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value))
+        and not (isinstance(value, str) and len(value) < schema.get("minLength", 0))
+        and not (isinstance(value, int) and value < schema.get("minimum", value))
+    )
+
+
+EXAMPLE = """\
+listen: [127.0.0.1:8080, {address: unix:/run/sp-api-proxy/acme.sock, account: acme, region: eu}]
+admin: 127.0.0.1:9090
+allowed_hosts: []
+applications:
+  main:
+    client_id: ${LWA_CLIENT_ID}
+    client_secret: {file: /run/secrets/lwa_client_secret}
+    user_agent: {name: My Selling Tool, version: "2.0"}
+accounts:
+  acme:
+    application: main
+    refresh_tokens: {na: "${ACME_NA}", eu: {file: /run/secrets/acme_eu}}
+    data_elements: [buyerInfo, shippingAddress]
+default_account: acme
+environment: production
+endpoints: {na: "https://sellingpartnerapi-na.amazon.com", lwa: "https://api.amazon.com/auth/o2/token"}
+limits: {max_wait: 10s, pace: true}
+timeouts: {header: 10s, body_idle: 30s, connect: 5s, upstream_idle: 60s, token: 10}
+store: memory
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "is_allowed"),
+    [
+        ({}, True),
+        ({"listen": "127.0.0.1:1"}, True),
+        ({"listen": {"address": "127.0.0.1:1", "region": "eu"}}, True),
+        ({"admin": None}, True),
+        ({"limits": {"pace": "${PACE}"}}, True),
+        ({"limits": {"max_wait": {"file": "wait"}}}, True),
+        ({"marketplaces": {"A1": "eu"}}, True),
+        ({"pool": {"max_connections": 7}}, True),
+        ({"limtis": {}}, False),
+        ({"limits": {"max_wiat": "1s"}}, False),
+        ({"limits": {"pace": "perhaps"}}, False),
+        ({"limits": {"max_wait": {"path": "wait"}}}, False),
+        ({"listen": [{"account": "acme"}]}, False),
+        ({"listen": 8080}, False),
+        ({"environment": "prod"}, False),
+        ({"accounts": {"acme": {"refresh_tokens": {"uk": "t"}}}}, False),
+        ({"accounts": {"acme": {"data_elements": ["buyerinfo"]}}}, False),
+        ({"applications": {"main": {"client_id": "x"}}}, False),
+        ({"pool": {"max_connections": 0}}, False),
+        ({"store": "redis://h"}, False),
+    ],
+)
+def test_the_json_schema_allows_what_the_documents_show_and_refuses_what_the_proxy_refuses(
+    change: dict[str, Any], is_allowed: bool
+) -> None:
+    schema = json_schema()
+    assert allowed(schema, {**yaml.safe_load(EXAMPLE), **change}, schema) is is_allowed
+
+
+def test_the_example_of_the_documents_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hush")
+    text = re.sub(r"/run/secrets/\w+", "secret", EXAMPLE)
+    config = load(tmp_path, text, {"LWA_CLIENT_ID": "client", "ACME_NA": "Atzr|na"}).config
+    assert config.listen[1].account == "acme"
+    assert config.accounts["acme"].refresh_tokens == {"na": Secret("Atzr|na"), "eu": Secret("hush")}
 
 
 def test_a_problem_reads_where_key_and_what() -> None:
