@@ -54,26 +54,25 @@ def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list
         if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or _KUBERNETES.fullmatch(variable):
             continue
         name = variable.removeprefix(PREFIX)
-        path = _find(Config, name, tree)
-        if path is None and name.endswith("_FILE") and (path := _find(Config, name.removesuffix("_FILE"), tree)):
-            found.append((path, {"file": environ[variable]}, variable))
-        elif path is None:
-            problems.append(Problem(variable, "names no setting", "environment"))
+        if hit := _find(Config, name, tree):
+            found.append((hit[0], _parse(hit[1], environ[variable]), variable))
+        elif name.endswith("_FILE") and (hit := _find(Config, name.removesuffix("_FILE"), tree)):
+            found.append((hit[0], {"file": environ[variable]}, variable))
         else:
-            found.append((path, _parse(path, environ[variable]), variable))
+            problems.append(Problem(variable, "names no setting", "environment"))
     return found, problems
 
 
-def _find(kind: Any, name: str, tree: Any) -> KeyPath | None:
-    """Return the key path that the upper-case `name` stands for below a value of type `kind`."""
+def _find(kind: Any, name: str, tree: Any) -> tuple[KeyPath, Any] | None:
+    """Return the key path that the upper-case `name` stands for below a value of type `kind`, and its type."""
     for field, below in _children(kind, name, tree):
         upper = re.sub(r"[^A-Z0-9]", "_", field.upper())
         if name == upper:
-            return (field,)
+            return (field,), below
         if name.startswith(f"{upper}_"):
-            rest = _find(below, name.removeprefix(f"{upper}_"), tree.get(field) if isinstance(tree, dict) else None)
-            if rest:
-                return (field, *rest)
+            hit = _find(below, name.removeprefix(f"{upper}_"), tree.get(field) if isinstance(tree, dict) else None)
+            if hit:
+                return (field, *hit[0]), hit[1]
     return None
 
 
@@ -83,7 +82,7 @@ def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str, Any]]:
         if get_origin(key_kind) is Literal:
             yield from ((key, value_kind) for key in get_args(key_kind))
             return
-        yield from ((key, value_kind) for key in (tree or {}))
+        yield from ((key, value_kind) for key in (tree if isinstance(tree, dict) else ()))
         # A name that the file does not have: the shortest one that leaves a known setting behind it.
         words = name.lower().split("_")
         yield from (("_".join(words[:count]), value_kind) for count in range(1, len(words)))
@@ -91,12 +90,14 @@ def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str, Any]]:
         yield from ((field, info.annotation) for field, info in settings.model_fields.items())
 
 
-def _parse(path: KeyPath, text: str) -> Any:
-    """Return lists and mappings for values that are written as such (`[a, b]`, `{…}`, or `a,b` for a list)."""
-    if text.lstrip().startswith(("[", "{")):
+def _parse(kind: Any, text: str) -> Any:
+    """Return the value that `text` means for a setting: lists and mappings as `[a, b]`, `{…}`, lists also as `a,b`."""
+    is_list = get_origin(kind) is tuple
+    is_structured = is_list or get_origin(kind) is dict or settings_in(kind) is not None
+    if is_structured and text.lstrip().startswith(("[", "{")):
         document = read_yaml(f"value: {text}", "environment")
         return text if document.problems else document.tree["value"]
-    if path in {("listen",), ("allowed_hosts",)} or path[-1] == "data_elements":
+    if is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     return None if text == "null" else text
 
@@ -139,9 +140,13 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
         region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN)
         if region_name:
             found.append((("accounts", "default", "refresh_tokens", region_name), *hit))
+    has_default = bool(found)
     for suffix in _account_suffixes(environ):
         region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN + suffix)
         found += _suffixed_account(environ, suffix, region_name)
+    if has_default and any(path[0] == "applications" for path, _, _ in found):
+        # Accounts with applications of their own stand beside the one without a suffix.
+        found.append((("accounts", "default", "application"), "main", _REFRESH_TOKEN))
     return found, problems
 
 

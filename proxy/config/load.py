@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -76,7 +77,13 @@ class _Draft:
             here = here[key]  # type: ignore[index]
         here[last] = value  # type: ignore[index]
         self.origins = {known: text for known, text in self.origins.items() if known[: len(path)] != path}
+        self._note(path, value, origin)
+
+    def _note(self, path: KeyPath, value: Any, origin: str) -> None:
         self.origins[path] = origin
+        below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in below:
+            self._note((*path, key), inner, origin)
 
 
 def load_config(
@@ -157,12 +164,12 @@ def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
     """Return a secret file's text without the white space around it."""
     where = draft.origins.get(key_path, "")
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MAX_SECRET_FILE + 1)
     except OSError as exc:
         draft.problems.append(Problem(show_key(key_path), f"file {path}: {os.strerror(exc.errno or 0)}", where))
         return "unset"
-    except UnicodeDecodeError:
+    except ValueError:  # undecodable text, or a name that no file can have
         draft.problems.append(Problem(show_key(key_path), f"file {path} is not UTF-8 text", where))
         return "unset"
     if not text.strip() or len(text) > _MAX_SECRET_FILE:
@@ -188,7 +195,8 @@ def _add_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
 
 def _validated(draft: _Draft) -> Config | None:
     # A group that is written with nothing below it (`limits:`) means its defaults.
-    tree = {key: value for key, value in draft.tree.items() if value is not None or key in {"admin", "health"}}
+    may_be_empty = set(Config.model_fields) - {"admin", "health"}
+    tree = {key: value for key, value in draft.tree.items() if value is not None or key not in may_be_empty}
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
@@ -199,6 +207,7 @@ def _validated(draft: _Draft) -> Config | None:
 
 def _problem(loc: KeyPath, kind: str, message: str, draft: _Draft) -> Problem:
     path = tuple(part for part in loc if part != "[key]")
+    where = _where(path, draft)
     if kind == "missing":
         message = "is missing"
     elif kind == "extra_forbidden":
@@ -207,7 +216,13 @@ def _problem(loc: KeyPath, kind: str, message: str, draft: _Draft) -> Problem:
         message = f"cannot be a name here: {_lower_first(message)}"
     else:
         message = _lower_first(message)
-    return Problem(show_key(path), message, _where(path, draft))
+    return Problem(show_key(_without_misplaced_token(path)), message, where)
+
+
+def _without_misplaced_token(path: KeyPath) -> KeyPath:
+    """Return the path with what stands in place of a region hidden: it may be the refresh token itself."""
+    is_region = [before != "refresh_tokens" or len(str(part)) <= 8 for before, part in pairwise(("", *path))]
+    return tuple(part if fine else "***" for part, fine in zip(path, is_region, strict=True))
 
 
 def _lower_first(text: str) -> str:

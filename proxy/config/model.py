@@ -22,8 +22,10 @@ REGIONS: tuple[Region, ...] = ("na", "eu", "fe")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
+URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_DURATION = 366 * 86400.0
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -34,10 +36,12 @@ def wrong(message: str) -> PydanticCustomError:
 
 def parse_duration(value: object) -> float:
     """Return seconds for `10s`, `500ms`, `2m`, `1h`, `1d` or a plain number of seconds; raise a validation error."""
-    match = DURATION.fullmatch(str(value).strip()) if isinstance(value, (str, int, float)) else None
-    if match is None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        seconds = float(value)
+    elif isinstance(value, str) and (match := DURATION.fullmatch(value.strip())):
+        seconds = float(match[1]) * DURATION_UNITS[match[2]]
+    else:
         raise wrong("must be a duration such as 500ms, 10s, 2m or 1h")
-    seconds = float(match[1]) * DURATION_UNITS[match[2]]
     if seconds > LONGEST_DURATION:
         raise wrong("must not be longer than a year")
     return seconds
@@ -48,7 +52,8 @@ def show_duration(seconds: float) -> str:
     for unit, size in (("h", 3600.0), ("m", 60.0)):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:g}{unit}"
-    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
+    number, unit = (seconds * 1000, "ms") if 0 < seconds < 1 else (seconds, "s")
+    return f"{number:.6f}".rstrip("0").rstrip(".") + unit
 
 
 def _positive(seconds: float) -> float:
@@ -95,6 +100,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _is_host(text: str) -> bool:
+    """Return whether `text` is an IP address or could be a host name (RFC 1123 section 2.1)."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return HOST_NAME.fullmatch(text) is not None
+    return True
+
+
 def parse_address(value: object) -> Address:
     """Return the Address of `127.0.0.1:8080`, `[::1]:8080`, `localhost:8080` or `unix:/path`."""
     if isinstance(value, Address):
@@ -105,8 +119,8 @@ def parse_address(value: object) -> Address:
             raise wrong("a Unix socket needs an absolute path: unix:/run/sp-api-proxy.sock")
         return Address(path=text.removeprefix("unix:"))
     host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not _is_host(host) or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise wrong("must be an address such as 127.0.0.1:8080, [::1]:8080 or unix:/run/sp-api-proxy.sock")
     return Address(host=host, port=int(port))
 
@@ -121,16 +135,17 @@ ListenAddress = Annotated[
 
 def check_endpoint(value: str) -> str:
     """Return the base URL without a trailing slash; plain http only to this machine, no user info, query or path."""
-    parts = urlsplit(value)
     try:
-        port_is_fine = parts.port != 0
+        parts = urlsplit(value)
+        is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
-        port_is_fine = False
-    if parts.scheme not in {"https", "http"} or not parts.hostname or not port_is_fine:
+        is_url = False
+    # urlsplit leaves white space and line breaks out without a word.
+    if not is_url or not URL_TEXT.fullmatch(value):
         raise wrong("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
-    if parts.scheme == "http" and not is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise wrong("must be https: a token is sent in the clear only to this machine's loopback")
-    if parts.username is not None or parts.query or parts.fragment:
+    if parts.username is not None or "?" in value or "#" in value:
         raise wrong("must have no user, query or fragment")
     return value.rstrip("/")
 
@@ -155,9 +170,10 @@ def _address_alone(value: object) -> object:
 
 
 def _check_host_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]|[0-9a-fA-F:.]+", value, re.ASCII):
+    host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if not _is_host(host):
         raise wrong("must be a bare host name or address, without a port, scheme or wildcard")
-    return value.lower().removeprefix("[").removesuffix("]")
+    return host.lower()
 
 
 HostName = Annotated[str, BeforeValidator(lambda value: _check_host_name(str(value)))]
