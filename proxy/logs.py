@@ -32,7 +32,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = _trace(record.exc_info[1])
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)  # ASCII: every stream can hold it
 
 
 class TextLines(logging.Formatter):
@@ -44,7 +44,12 @@ class TextLines(logging.Formatter):
         parts += [f"{key}={value}" for key, value in getattr(record, FIELDS, {}).items() if value not in ("", None)]
         if record.exc_info and record.exc_info[1] is not None:
             parts.append(f"exception={_trace(record.exc_info[1])}")
-        return " ".join(parts)
+        return _one_line(" ".join(parts))
+
+
+def _one_line(text: str) -> str:
+    """Return the text with line breaks and other control characters written out: a line cannot be forged."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _trace(exc: BaseException) -> str:

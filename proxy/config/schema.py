@@ -16,20 +16,19 @@ _FROM_ENVIRONMENT = {"type": "string", "pattern": r"\$\{[^}]+\}", "description":
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration file."""
     schema = Config.model_json_schema()
-    definitions = schema.get("$defs", {})
+    definitions: dict[str, Any] = schema["$defs"]
     for group in (schema, *definitions.values()):
-        group["properties"] = {name: _open(value) for name, value in group.get("properties", {}).items()}
-    listen = schema["properties"]["listen"]
+        group["properties"] = {name: _open(value) for name, value in group["properties"].items()}
+    for name, field in Config.model_fields.items():
+        # Left out by pydantic where it is the words of the group itself.
+        schema["properties"][name]["description"] = field.description
     one: dict[str, Any] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Listener"}]}
     schema["properties"]["listen"] = {
-        "description": listen.get("description", ""),
+        "description": schema["properties"]["listen"]["description"],
         "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
     }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sp-api-proxy",
-        **_without(schema, "title"),
-    }
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sp-api-proxy"}
+    return {**title, **_without(schema, "title")}
 
 
 def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
@@ -38,6 +37,13 @@ def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _open(value: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a value, allowing `{file: …}` and `${NAME}` wherever a single value stands."""
+    if patterns := value.get("patternProperties"):
+        ((pattern, kind),) = patterns.items()
+        return {
+            **_without(value, "patternProperties"),
+            "propertyNames": {"pattern": pattern},
+            "additionalProperties": kind,
+        }
     extra = value.get("additionalProperties")
     if isinstance(extra, dict) and "$ref" not in extra:
         return {**value, "additionalProperties": _open(extra)}
