@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from aiohttp import web
 
 from proxy import __version__
 from proxy.amazon.headers import user_agent
-from proxy.amazon.operations import OperationTable, load_table
-from proxy.config import Address, Config, Listener
+from proxy.amazon.operations import load_table
+from proxy.config import Address, Config
 from proxy.listener import Listening
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
@@ -27,9 +27,19 @@ from proxy.request.upstream import Upstream, open_session
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
 
+DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
+LAST_MOMENT = 0.2  # seconds in which what was cut off may notice it
+
 
 class CannotListen(Exception):
     """An address cannot be listened on; the text says which setting to change."""
+
+
+@dataclass(slots=True)
+class Ending:
+    """How the end went: how many connections were cut because their requests took longer than `timeouts.shutdown`."""
+
+    cut_off: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,7 @@ class Running:
     metrics: Metrics
     tokens: Tokens
     limits: Limits
+    ending: Ending
 
 
 @asynccontextmanager
@@ -73,16 +84,17 @@ async def running(config: Config) -> AsyncIterator[Running]:
         upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents, metrics=metrics)
         admin, health = await _start_status(stack, config, readiness, metrics)
         table = load_table()
-        addresses = [
-            await _start_listener(stack, listener, index, config, table, limits, tokens, upstream, metrics)
-            for index, listener in enumerate(config.listen)
-        ]
+        parts = (table, limits, tokens, upstream, metrics)
+        handlers = [Handler(config, listener, Doorway.of(listener, config), *parts) for listener in config.listen]
+        listening = _Listeners(config, Ending())
+        stack.push_async_callback(listening.stop)
+        addresses = [await listening.start(handler, index) for index, handler in enumerate(handlers)]
         stack.callback(_stopping, readiness)
         warming = asyncio.create_task(_become_ready(config, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
         if not config.warm_up:
             await warming
-        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits)
+        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, listening.ending)
 
 
 def user_agents(config: Config) -> dict[str, str]:
@@ -138,26 +150,43 @@ async def _start_status(
     return admin, health
 
 
-async def _start_listener(
-    stack: AsyncExitStack,
-    listener: Listener,
-    index: int,
-    config: Config,
-    table: OperationTable,
-    limits: Limits,
-    tokens: Tokens,
-    upstream: Upstream,
-    metrics: Metrics,
-) -> str:
-    handler = Handler(config, listener, Doorway.of(listener, config), table, limits, tokens, upstream, metrics)
-    server = Listening(handler.handle, config, metrics)
-    runner = web.ServerRunner(server, shutdown_timeout=config.timeouts.shutdown)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    address = await _listen(runner, listener.address, f"listen[{index}]")
-    if not listener.address.is_local:
-        LOGGER.warning("other machines can reach this listener and act as the seller", extra=fields(address=address))
-    return address
+class _Listeners:
+    """The proxied ports: started one by one, stopped together."""
+
+    def __init__(self, config: Config, ending: Ending) -> None:
+        self._config = config
+        self._runners: list[tuple[web.ServerRunner, Listening]] = []
+        self.ending = ending
+
+    async def start(self, handler: Handler, index: int) -> str:
+        """Listen on the handler's address and return it as it turned out; raise CannotListen."""
+        server = Listening(handler.handle, self._config, handler.metrics)
+        runner = web.ServerRunner(server, shutdown_timeout=LAST_MOMENT)
+        await runner.setup()
+        self._runners.append((runner, server))
+        address = handler.listener.address
+        turned_out = await _listen(runner, address, f"listen[{index}]")
+        if not address.is_local:
+            LOGGER.warning("other machines reach this listener and act as the seller", extra=fields(address=turned_out))
+        return turned_out
+
+    async def stop(self) -> None:
+        """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off."""
+        for runner, server in self._runners:
+            for site in list(runner.sites):
+                await site.stop()
+            server.close_idle()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timeouts.shutdown):
+                while self._busy():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
+                    await asyncio.sleep(DRAIN_INTERVAL)
+        self.ending.cut_off = self._busy()
+        if self.ending.cut_off:
+            LOGGER.warning("requests in flight were cut off", extra=fields(connections=self.ending.cut_off))
+        await asyncio.gather(*(runner.cleanup() for runner, _ in self._runners))
+
+    def _busy(self) -> int:
+        return sum(server.busy() for _, server in self._runners)
 
 
 async def _listen(runner: web.BaseRunner, address: Address, setting: str) -> str:

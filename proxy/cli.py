@@ -1,7 +1,7 @@
 """What can be done from the command line, and with which exit codes?
 
-0: done. 1: a failure while running (an address in use). 2: wrong usage or configuration. 130 and 143: ended by a
-second signal before the requests in flight were finished.
+0: done. 1: a failure while running (an address in use). 2: wrong usage or configuration. 130 and 143: ended by SIGINT
+or SIGTERM before the requests in flight were finished.
 """
 
 import argparse
@@ -204,7 +204,7 @@ async def _serve_until_told(config: Config, after_start: Callable[[Running], Non
     except CannotListen as exc:
         _complain(f"sp-api-proxy: {exc}")
         return FAILED
-    return OK
+    return 128 + told.number if proxy.ending.cut_off else OK
 
 
 class _Told:
@@ -212,6 +212,7 @@ class _Told:
 
     def __init__(self) -> None:
         self.once = asyncio.Event()
+        self.number = 0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._hear, number)
@@ -220,6 +221,7 @@ class _Told:
         if self.once.is_set():
             logs.LOGGER.warning("ended before the requests in flight were finished")
             os._exit(128 + number)
+        self.number = number
         self.once.set()
 
 

@@ -43,6 +43,11 @@ class Connection(RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being served, or waits to be."""
+        return self._request_in_progress or bool(self._messages)
+
     def data_received(self, data: bytes) -> None:
         """Parse what came; the first byte of a head starts its timer, its last one ends it."""
         before = self._request_count
@@ -133,6 +138,21 @@ class Listening(web.Server):
         )
         self._header_timeout = config.timeouts.header
         self._metrics = metrics
+
+    def busy(self) -> int:
+        """Return how many connections have a request in flight."""
+        return sum(connection.is_busy for connection in self._ours())
+
+    def close_idle(self) -> None:
+        """End idle connections now, and busy ones after their answer."""
+        for connection in self._ours():
+            if connection.is_busy:
+                connection.close()
+            else:
+                connection.force_close()
+
+    def _ours(self) -> list["Connection"]:
+        return [connection for connection in self.connections if isinstance(connection, Connection)]
 
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""

@@ -215,6 +215,24 @@ async def test_a_second_signal_ends_at_once(far_side: FarSide, token_host: Token
         assert await proxy.stop(signal.SIGTERM) == 143
 
 
+async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    never = asyncio.Event()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    far_side.script = script
+    settings = settings_for(far_side, token_host, timeouts={"shutdown": "200ms"})
+    async with serving(settings, tmp_path) as proxy, connect(proxy.addresses[0]) as client:
+        await client.send(request("GET", SELLERS))
+        await far_side.arrived.wait()
+        assert await proxy.stop() == 143
+        assert await client.at_end()
+    assert [line["connections"] for line in proxy.lines() if "cut off" in line["message"]] == [1]
+
+
 async def test_a_crowd_of_idle_connections_does_not_delay_the_end(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path
 ) -> None:
