@@ -89,7 +89,8 @@ def test_a_reason_is_printable_and_short(message: object, kept: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [b"", b"<html>Bad Request</html>", b"[]", b"null", b"{}", b'{"errors": []}', b'{"errors": null}',
-     b'{"errors": "x"}', b'{"errors": ["x"]}', b'{"errors": [{}]}', b'{"errors": {"message": "x"}}', b"[" * 50_000, b'{"message": "x"}'],
+     b'{"errors": "x"}', b'{"errors": ["x"]}', b'{"errors": [{}]}', b'{"errors": {"message": "x"}}', b"[" * 50_000,
+     b'{"message": "x"}'],
     ids=lambda text: text[:20].decode(),
 )  # fmt: skip
 def test_a_refusal_without_a_reason_is_a_refusal_all_the_same(text: bytes) -> None:
