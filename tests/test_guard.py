@@ -125,7 +125,8 @@ def test_allowed_hosts_are_taken_too_and_nothing_near_them() -> None:
      "user:pw@127.0.0.1", "0.0.0.0", "0.0.0.0:8080", "[::]", "0", "127.1", "2130706433", "0x7f.1", "127.0.0.2",
      "[::ffff:127.0.0.1]", "::1", "[::1", "::1]", "localhost:", "localhost:x", "localhost:-1", "localhost:123456",
      "localhost:80:80", "localhost:٣", "localhost/", "localhost/x", "localhost\\x", "local host", "localhost ",
-     " localhost", "localhost,evil.test", "localhost#", "localhost?", "localhost%00", "local%68ost", "localhost\t", "ⓛocalhost", "",
+     " localhost", "localhost,evil.test", "localhost#", "localhost?", "localhost%00", "local%68ost", "localhost\t",
+     "ⓛocalhost", "",
      " ", ":", ":8080", "@", "[]", "[localhost]", "http://localhost", f"{EU}.evil.test", f"evil-{EU}", f"x.{EU}",
      f"{EU}@evil.test", "api.amazon.com", "amazon.com", "sellingpartnerapi-uk.amazon.com",
      "sandbox.sellingpartnerapi-uk.amazon.com", "sandbox.sandbox.sellingpartnerapi-eu.amazon.com"],
@@ -291,7 +292,7 @@ def test_a_content_length_alone_is_fine() -> None:
     "target",
     ["/", "/orders/v0/orders", "/a//b", "/a/", "/a/...", "/a/..b", "/a/b..", "/a/.b", "/.well-known/x", "/a/%2E%2E%2E",
      "/a/..%2e", "/a;b/c", "/a/;..", "/%20%00%ff%FF", "/%7E%41%2b+", "/a%2Fb", "/%zz%", "/a?b=..", "/a?b=/../c",
-     "/a?//x", "/a?x=1&y=%2F&z=a%20b", "/a?", "/?", "/a??b", "/~!$&'()*+,;=:@-._", "/{orderId}", '/a"b<c>^`|', 
+     "/a?//x", "/a?x=1&y=%2F&z=a%20b", "/a?", "/?", "/a??b", "/~!$&'()*+,;=:@-._", "/{orderId}", '/a"b<c>^`|',
      "/@acme/eu/orders", "/http://evil.test/x", "/a:b", "/" + "a" * 20_000],
 )  # fmt: skip
 def test_a_path_with_its_query_goes_on_as_it_was_written(target: str) -> None:
