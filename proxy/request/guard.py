@@ -103,7 +103,8 @@ def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
 def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
     """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
     codings = headers.getall("Transfer-Encoding", ())
-    if codings and (len(codings) > 1 or codings[0].strip(" \t").lower() != "chunked"):
+    # `lower` makes an ASCII letter of some that are none.
+    if codings and (len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked"):
         raise MalformedRequest("Transfer-Encoding must be chunked, once", "Send a Content-Length, or chunked alone.")
     if codings and "Content-Length" in headers:
         raise MalformedRequest("both Content-Length and Transfer-Encoding are given", "Send one of them.")
