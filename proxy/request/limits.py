@@ -7,9 +7,10 @@ a call would wait is known before it waits.
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proxy.config import parse_duration
 from proxy.errors import BadOption, UsagePlanExhausted
@@ -23,6 +24,7 @@ RATE_HEADER = "x-amzn-RateLimit-Limit"
 SANDBOX_PLAN = ("sandbox", 5.0, 15.0)
 
 _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
+_RATE = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
 
 
@@ -50,7 +52,7 @@ class Bucket:
         return max(0.0, -self.tokens / self.rate)
 
     def give_back(self) -> None:
-        """Return a place that was taken and not used."""
+        """Return the place that was taken last and not used; whoever waits before it keeps an earlier one."""
         self.tokens = min(self.burst, self.tokens + 1)
 
     def empty(self, now: float) -> None:
@@ -66,13 +68,10 @@ class Bucket:
 
 def parse_rate(text: str) -> float | None:
     """Return calls per second of an `x-amzn-RateLimit-Limit`, or None for anything that is no plan's rate."""
-    if len(text) > 32:
+    if len(text) > 32 or not _RATE.fullmatch(text.strip(" \t")):
         return None
-    try:
-        rate = float(text)
-    except ValueError:
-        return None
-    return rate if math.isfinite(rate) and _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
+    rate = float(text)
+    return rate if _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
 
 
 def parse_max_wait(text: str | None, default: float) -> float:
@@ -86,7 +85,7 @@ def parse_max_wait(text: str | None, default: float) -> float:
     return min(seconds, _LONGEST_WAIT)
 
 
-def _plan(target: Target) -> tuple[str, float, float] | None:
+def _published_plan(target: Target) -> tuple[str, float, float] | None:
     """Return name, rate and burst of the plan that a call falls under, None where none is known."""
     if target.environment == "sandbox":
         return SANDBOX_PLAN
@@ -97,6 +96,63 @@ def _plan(target: Target) -> tuple[str, float, float] | None:
     return f"{operation.method} {operation.name}", operation.rate, float(operation.burst or 1)
 
 
+@dataclass(eq=False, slots=True)
+class _Place:
+    """A call that waits, and the moment, on the event loop's clock, at which its place comes."""
+
+    come: asyncio.Future[None]
+    at: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One usage plan in use: its bucket, and those who wait for a place, first come first."""
+
+    bucket: Bucket
+    waiting: list[_Place] = field(default_factory=list)
+
+    async def turn(self, wait: float) -> float:
+        """Wait `wait` seconds, or less where somebody ahead leaves; return the seconds waited.
+
+        A call that is cancelled lets those behind it move up.
+        """
+        loop = asyncio.get_running_loop()
+        came, place = loop.time(), _Place(loop.create_future())
+        self.waiting.append(place)
+        self._comes_at(came + wait, place, loop)
+        try:
+            await place.come
+        except asyncio.CancelledError:
+            self._leave(place, loop)
+            raise
+        return loop.time() - came
+
+    def _comes_at(self, moment: float, place: _Place, loop: asyncio.AbstractEventLoop) -> None:
+        if place.timer is not None:
+            place.timer.cancel()
+        place.at = moment
+        place.timer = loop.call_at(moment, self._comes, place)
+
+    def _comes(self, place: _Place) -> None:
+        self.waiting.remove(place)
+        if not place.come.done():
+            place.come.set_result(None)
+
+    def _leave(self, leaver: _Place, loop: asyncio.AbstractEventLoop) -> None:
+        """Give everybody behind the place before theirs, so that it is the last one that becomes free."""
+        if leaver not in self.waiting:
+            return  # its place had come, and counts as used
+        index = self.waiting.index(leaver)
+        moments = [place.at for place in self.waiting[index:-1]]
+        del self.waiting[index]
+        if leaver.timer is not None:
+            leaver.timer.cancel()
+        for place, moment in zip(self.waiting[index:], moments, strict=True):
+            self._comes_at(moment, place, loop)
+        self.bucket.give_back()
+
+
 class Limits:
     """The usage plans of every application, account, region and operation that was called."""
 
@@ -104,7 +160,7 @@ class Limits:
         self._metrics = metrics
         self._pace = pace
         self._now = now
-        self._buckets: dict[tuple[str, ...], Bucket] = {}
+        self._plans: dict[tuple[str, ...], _Plan] = {}
 
     async def admit(self, target: Target, max_wait: float) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
@@ -112,21 +168,16 @@ class Limits:
         Raises UsagePlanExhausted at once where no place comes within `max_wait` seconds. A caller who is cancelled
         gives its place back.
         """
-        bucket = self._bucket(target)
-        if bucket is None or not self._pace:
+        plan = self._plan(target)
+        if plan is None or not self._pace:
             return 0.0
-        wait = bucket.take(self._now())
+        wait = plan.bucket.take(self._now())
         if wait == 0.0:
             return 0.0
         if wait > max_wait:
-            bucket.give_back()
+            plan.bucket.give_back()
             raise self._exhausted(target, wait, max_wait)
-        try:
-            await asyncio.sleep(wait)
-        except asyncio.CancelledError:
-            bucket.give_back()
-            raise
-        return wait
+        return await plan.turn(wait)
 
     def learn(self, target: Target, status: int, rate_header: str | None) -> None:
         """Correct the plan by what Amazon's answer says; no header is normal (DOC "Parse SP-API Responses")."""
@@ -134,25 +185,25 @@ class Limits:
         if status == 429:
             self._metrics.throttled.labels(*labels).inc()
         rate = parse_rate(rate_header) if rate_header is not None else None
-        bucket = self._bucket(target)
+        plan = self._plan(target)
         if rate is not None and target.operation is not None:
             self._metrics.plan_rate.labels(*labels).set(rate)
-            if bucket is not None and target.environment == "production":
-                bucket.rate = rate
-        if status == 429 and bucket is not None:
-            bucket.empty(self._now())
+            if plan is not None and target.environment == "production":
+                plan.bucket.rate = rate
+        if status == 429 and plan is not None:
+            plan.bucket.empty(self._now())
 
-    def _bucket(self, target: Target) -> Bucket | None:
-        """Return the bucket of the target's plan, None where no plan is known."""
-        plan = _plan(target)
-        if plan is None:
+    def _plan(self, target: Target) -> "_Plan | None":
+        """Return the plan that the target falls under, with its state; None where none is known."""
+        published = _published_plan(target)
+        if published is None:
             return None
-        name, rate, burst = plan
+        name, rate, burst = published
         key = (target.application, target.credential.account, target.environment, target.region, name)
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            bucket = self._buckets[key] = Bucket.full(rate, burst, self._now())
-        return bucket
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _Plan(Bucket.full(rate, burst, self._now()))
+        return plan
 
     def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:
         self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()

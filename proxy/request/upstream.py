@@ -253,6 +253,9 @@ class Upstream:
         if response.status == 101:
             response.close()
             raise UpstreamBroken("Amazon switched protocols unasked", "Try again.")
+        if any(coding.strip().lower() != "chunked" for coding in response.headers.getall("Transfer-Encoding", ())):
+            response.close()  # it would go on as if it were not coded at all
+            raise UpstreamBroken("Amazon's answer has a transfer coding that nobody asked for", "Try again.")
         return response
 
     async def relay(
