@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from proxy import __version__
 from proxy.simulator.command import _for_people
-from tests.conftest import settings_for
+from tests.conftest import needs, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call, connect, request
 from tests.proxy_process import command, serving, started
@@ -129,6 +130,7 @@ async def test_serve_with_the_environment_alone(far_side: FarSide, token_host: T
 
 
 async def test_the_demo_serves_its_three_calls_without_credentials() -> None:
+    needs(shutil.which("curl") is not None, "curl")
     arguments = ("serve", "--demo", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json")
     async with started(*arguments) as proxy:
         assert proxy.process.stdout is not None

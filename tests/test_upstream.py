@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import shutil
 import ssl
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy.app import Running
 from proxy.errors import MalformedRequest
 from proxy.request.upstream import cleaned
-from tests.conftest import StartProxy
+from tests.conftest import StartProxy, needs
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call, connect, request
 
@@ -541,6 +542,7 @@ async def test_an_answer_that_comes_before_the_upload_ends_is_passed_on(proxy: R
 async def test_a_certificate_that_is_not_trusted_sees_no_request(
     start_proxy: StartProxy, token_host: TokenHost, tmp_path: Path
 ) -> None:
+    needs(shutil.which("openssl") is not None, "openssl")
     received: list[bytes] = []
     context = untrusted_context(tmp_path)
 
