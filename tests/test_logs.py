@@ -160,17 +160,19 @@ def test_a_stream_that_cannot_hold_a_character_gets_the_line_all_the_same() -> N
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_a_closed_stream_is_no_failure(style: Any) -> None:
+def test_a_closed_stream_is_no_failure(capsys: pytest.CaptureFixture[str], style: Any) -> None:
     stream = io.StringIO()
     set_up("info", style, stream)
     stream.close()
     LOGGER.info("nobody hears this")
     LOGGER.error("nor this", exc_info=ValueError("x"))
+    assert capsys.readouterr().err == ""  # not a traceback for each line either
 
 
-def test_a_line_that_cannot_be_put_together_is_no_failure() -> None:
+def test_a_line_that_cannot_be_put_together_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
     set_up("info", "json", io.StringIO())
     LOGGER.info("%d", "not a number")
+    assert capsys.readouterr().err == ""
 
 
 def test_other_libraries_are_heard_from_warnings_on_and_aiohttp_hardly_at_all() -> None:
