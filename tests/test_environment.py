@@ -349,3 +349,14 @@ def test_a_value_that_only_looks_like_a_list_stays_a_text(tmp_path: Path, value:
 def test_a_secret_that_begins_with_a_bracket_stays_a_text(tmp_path: Path) -> None:
     environ: dict[str, Any] = {"SP_API_PROXY_APPLICATIONS_MAIN_CLIENT_SECRET": "[x]"}
     assert load(environ, tmp_path).config.applications["main"].client_secret.reveal() == "[x]"
+
+
+def test_a_suffix_may_name_account_and_region() -> None:
+    environ = {"LWA_APP_ID": "id", "LWA_CLIENT_SECRET": "s"}
+    tokens = {"SP_API_REFRESH_TOKEN_ACME_NA": "t-na", "SP_API_REFRESH_TOKEN_ACME_EU": "t-eu"}
+    accounts = load_config(None, {**environ, **tokens}).config.accounts
+    assert list(accounts) == ["acme"]
+    assert {region: token.reveal() for region, token in accounts["acme"].refresh_tokens.items()} == {
+        "na": "t-na",
+        "eu": "t-eu",
+    }

@@ -142,8 +142,12 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
             found.append((("accounts", "default", "refresh_tokens", region_name), *hit))
     has_default = bool(found)
     for suffix in _account_suffixes(environ):
-        region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN + suffix)
-        found += _suffixed_account(environ, suffix, region_name)
+        account, _, last = suffix.rpartition("_")
+        if account and last.lower() in REGIONS:  # _ACME_NA: the account acme in na
+            found += _suffixed_account(environ, account, last.lower(), variable=_REFRESH_TOKEN + suffix)
+        else:
+            region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN + suffix)
+            found += _suffixed_account(environ, suffix, region_name, variable=_REFRESH_TOKEN + suffix)
     if has_default and any(path[0] == "applications" for path, _, _ in found):
         # Accounts with applications of their own stand beside the one without a suffix.
         found.append((("accounts", "default", "application"), "main", _REFRESH_TOKEN))
@@ -161,10 +165,10 @@ def _account_suffixes(environ: Mapping[str, str]) -> list[str]:
     return sorted(suffixes - reserved - {""})
 
 
-def _suffixed_account(environ: Mapping[str, str], suffix: str, region: str | None) -> list[Found]:
+def _suffixed_account(environ: Mapping[str, str], suffix: str, region: str | None, *, variable: str) -> list[Found]:
     account = suffix.removeprefix("_").lower()
     found: list[Found] = []
-    if region and (hit := given(environ, _REFRESH_TOKEN + suffix)):
+    if region and (hit := given(environ, variable)):
         found.append((("accounts", account, "refresh_tokens", region), *hit))
     client_id = _first_given(environ, _CLIENT_ID, suffix)
     client_secret = _first_given(environ, _CLIENT_SECRET, suffix)
@@ -173,7 +177,7 @@ def _suffixed_account(environ: Mapping[str, str], suffix: str, region: str | Non
         found.append((("applications", account, "client_secret"), *client_secret))
         found.append((("accounts", account, "application"), account, client_id[1]))
     elif _first_given(environ, _CLIENT_ID):
-        found.append((("accounts", account, "application"), "main", _REFRESH_TOKEN + suffix))
+        found.append((("accounts", account, "application"), "main", variable))
     return found
 
 

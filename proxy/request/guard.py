@@ -30,7 +30,8 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
 _UNFIT = re.compile(r"[^\x21-\x7e]|[\\#]")
 _DOT = r"(?:\.|%2[eE])"
-_DOT_SEGMENT = re.compile(rf"(?:^|/){_DOT}{{1,2}}(?:;[^/]*)?(?=/|$)")
+_SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
+_DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
 
