@@ -178,10 +178,10 @@ def test_a_line_that_cannot_be_put_together_is_no_failure(capsys: pytest.Capture
 def test_other_libraries_are_heard_from_warnings_on_and_aiohttp_hardly_at_all() -> None:
     stream = io.StringIO()
     set_up("debug", "json", stream)
-    logging.getLogger("some.library").info("header: %s", SECRET)
+    logging.getLogger("some.package").info("header: %s", SECRET)
     logging.getLogger("aiohttp.server").error("Error handling request", exc_info=ValueError(SECRET))
     logging.getLogger("asyncio").error("Task exception was never retrieved")
-    logging.getLogger("some.library").warning("heard")
+    logging.getLogger("some.package").warning("heard")
     assert [line["message"] for line in json_lines(stream)] == ["heard"]
 
 
