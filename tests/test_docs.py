@@ -1,8 +1,9 @@
 """What the documents state, held to the code: settings, errors, metrics, files, commands, examples.
 
-`python -m tests.test_docs` writes the tables of the README anew.
+`python -m tests.test_docs` writes the tables of the README anew; what to do about an error is kept by hand there.
 """
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,36 +11,80 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 
-from proxy.cli import _parser
-from proxy.config import load_config
-from proxy.config.model import Config, Endpoints, settings_in
-from proxy.errors import all_errors
+from proxy import cli
+from proxy.amazon import rebuild
+from proxy.config import environment, load_config
+from proxy.config.model import Config, Duration, settings_in, show_duration
+from proxy.errors import ProxyError, all_errors
 from proxy.metrics import Metrics
+from proxy.request import identify, limits
+from proxy.simulator import command as simulator_command
+from proxy.simulator import control
+from proxy.status import Readiness, health_app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 
 NAMES = {"applications": "NAME", "accounts": "NAME", "listen": "N", "refresh_tokens": "REGION", "marketplaces": "ID"}
 ENVIRONMENT = dict.fromkeys(
-    ("LWA_CLIENT_ID", "LWA_CLIENT_SECRET", "ACME_NA_REFRESH_TOKEN", "ACME_EU_REFRESH_TOKEN"), "made-up"
+    (
+        *("LWA_CLIENT_ID", "LWA_CLIENT_SECRET", "ACME_NA_REFRESH_TOKEN", "ACME_EU_REFRESH_TOKEN"),
+        "OTHER_FE_REFRESH_TOKEN",
+    ),
+    "made-up",
 )
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def section(name: str) -> str:
+    return text_of("README.md").partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the rows of a table, without its head."""
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()[2:]]
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of("README.md"), re.MULTILINE | re.DOTALL)
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rest))
+
+
+# The tables.
 
 
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, meaning) of every setting there is."""
     for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
+        key, meaning = f"{prefix}{name}", field.description or ""
         below = settings_in(field.annotation) or _in_container(field.annotation)
         if below is None:
-            yield f"{key}.{NAMES[name]}" if name in NAMES else key, default(field), field.description or ""
+            yield f"{key}.{NAMES[name]}" if name in NAMES else key, default(key, field), meaning
             continue
-        inner = (
-            f"{key}[{NAMES[name]}]." if name == "listen" else f"{key}.{NAMES[name]}." if name in NAMES else f"{key}."
-        )
-        yield from settings(below, inner)
+        if name == "listen":
+            yield (
+                key,
+                f"`{Config().listen[0].address}`",
+                f"{meaning} A plain address, or a mapping with the keys below.",
+            )
+        yield from settings(below, f"{key}{_place(name)}.")
+
+
+def _place(name: str) -> str:
+    if name == "listen":
+        return f"[{NAMES[name]}]"
+    return f".{NAMES[name]}" if name in NAMES else ""
 
 
 def _in_container(kind: Any) -> type[BaseModel] | None:
@@ -48,51 +93,51 @@ def _in_container(kind: Any) -> type[BaseModel] | None:
     return None
 
 
-def default(field: Any) -> str:
+def default(key: str, field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value in (None, (), {}):
-        return ""
+    if value is None:
+        return "Amazon's" if key.startswith("endpoints.") else "none"
+    if value in ((), {}):
+        return "none"
     if isinstance(value, float):
-        return f"`{value:g}s`"
+        assert str(get_args(Duration)[1].func.__name__) == "parse_duration"  # the only floats there are
+        return f"`{show_duration(value)}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def settings_table() -> str:
-    rows = [f"| `{key}` | {value} | {meaning} |" for key, value, meaning in settings()]
-    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+    return table(("key", "default", "meaning"), *((f"`{key}`", value, meaning) for key, value, meaning in settings()))
 
 
 def errors_table() -> str:
-    rows = [
-        f"| `{error.code}` | {error.status} | {error.fault} | {'yes' if error.retryable else 'no'} "
-        f"| {(error.__doc__ or '').splitlines()[0]} |"
-        for error in all_errors()
-    ]
-    return "\n".join(
-        ["| code | status | whose fault | try again | meaning |", "| --- | --- | --- | --- | --- |", *rows]
+    advice = {row[0]: row[-1] for row in cells(section("errors"))}
+    return table(
+        ("code", "status", "whose fault", "try again", "meaning", "what to do"),
+        *(row(error, advice) for error in sorted(all_errors(), key=lambda error: (error.status, error.code))),
     )
 
 
+def row(error: type[ProxyError], advice: dict[str, str]) -> tuple[str, ...]:
+    code, again = f"`{error.code}`", "yes" if error.retryable else "no"
+    meaning = (error.__doc__ or "").splitlines()[0]
+    return code, str(error.status), error.fault, again, meaning, advice.get(code, "")
+
+
 def metrics_table() -> str:
-    rows = []
-    for metric in vars(Metrics()).values():
-        if not isinstance(metric, Counter | Gauge | Histogram):
-            continue
-        name = f"{metric._name}_total" if isinstance(metric, Counter) else metric._name
-        labels = ", ".join(metric._labelnames)
-        rows.append(f"| `{name}` | {type(metric).__name__.lower()} | {labels} | {metric._documentation} |")
-    rows.append("| `spapi_proxy_build_info` | gauge | version, python | Which version is running; always 1. |")
-    return "\n".join(["| series | kind | labels | meaning |", "| --- | --- | --- | --- |", *sorted(rows)])
+    return table(("series", "kind", "labels", "meaning"), *sorted(series()))
+
+
+def series() -> Iterator[tuple[str, str, str, str]]:
+    # The registry tells labels only of what was counted already; its collectors know them from the start.
+    for metric in Metrics().registry._collector_to_names:
+        if isinstance(metric, MetricWrapperBase):
+            name = metric._name + "_total" * (metric._type == "counter")
+            yield f"`{name}`", metric._type, ", ".join(metric._labelnames), metric._documentation
 
 
 TABLES = {"settings": settings_table, "errors": errors_table, "metrics": metrics_table}
-
-
-def section(name: str) -> str:
-    text = README.read_text(encoding="utf-8")
-    return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -104,26 +149,124 @@ def test_every_setting_has_a_meaning() -> None:
     rows = list(settings())
     assert len(rows) > 40
     assert all(meaning for _, _, meaning in rows)
-    assert f"endpoints.{next(iter(Endpoints.model_fields))}" in {key for key, _, _ in rows}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_the_readme_says_what_to_do_about_every_error() -> None:
+    rows = cells(section("errors"))
+    assert len(rows) == len(all_errors()) > 20
+    assert not [code for code, *_, advice in rows if not advice]
+
+
+def test_every_series_of_the_registry_is_in_the_readme() -> None:
+    families = {family.name for family in Metrics().registry.collect() if family.name.startswith("spapi_proxy_")}
+    listed = {name.strip("`").removesuffix("_total") for name, *_ in cells(section("metrics"))}
+    assert listed == families
+
+
+# Files, addresses, headers, variables.
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_a_document_names_exists(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
+    text = text_of(document)
     named = re.findall(r"`((?:proxy|tests|config|\.ci)/[\w./-]+)`", text)
-    assert named or document == "SECURITY.md"
+    named += [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert named or document in {"SECURITY.md", "CHANGELOG.md"}
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def commands() -> list[str]:
-    text = README.read_text(encoding="utf-8")
-    found = re.findall(r"`sp-api-proxy ([a-z][^`]*)`", text) + re.findall(r"^sp-api-proxy (.+)$", text, re.MULTILINE)
-    return sorted({line for line in found if not line.startswith("simulate")})
+def test_the_life_of_a_request_names_every_step_there_is() -> None:
+    life = text_of("README.md").partition("## Life of a request")[2].partition("\n## ")[0]
+    named = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", life)}
+    assert named == {path.name for path in (ROOT / "proxy" / "request").glob("*.py")} - {"__init__.py"}
 
 
-@pytest.mark.parametrize("line", commands())
-def test_every_command_line_of_the_readme_is_understood(line: str) -> None:
-    _parser().parse_args(shlex.split(line))
+def test_the_layout_of_contributing_names_every_module() -> None:
+    layout = text_of("CONTRIBUTING.md").partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
+    proxy = ROOT / "proxy"
+    there = {path.name for path in proxy.glob("*.py")} | {path.name for path in (proxy / "request").glob("*.py")}
+    there |= {f"{path.parent.name}/" for path in proxy.glob("*/__init__.py")} | {"proxy/"}
+    assert {line.split()[0] for line in layout.splitlines()} == there - {"__init__.py", "__main__.py"}
+
+
+def test_the_readme_names_every_health_address() -> None:
+    routes = {
+        route.resource.canonical for route in health_app(Readiness(), Metrics()).router.routes() if route.resource
+    }
+    assert "/readyz" in routes
+    assert not [route for route in routes if f"`{route}`" not in text_of("README.md")]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [identify.ACCOUNT_HEADER, identify.REGION_HEADER, identify.ELEMENTS_HEADER, limits.MAX_WAIT_HEADER],
+)
+def test_the_readme_names_every_header_of_ours(header: str) -> None:
+    assert f"| `{header}` |" in text_of("README.md")
+
+
+def test_the_variables_that_the_readme_names_are_read() -> None:
+    named = set(re.findall(r"`(SP_API_PROXY_[A-Z_]+)=", text_of("README.md")))
+    assert len(named) > 2
+    tree: dict[str, Any] = {"applications": {"main": {}}, "accounts": {"acme": {}}}
+    found, problems = environment.overrides(dict.fromkeys(named, "x"), tree)
+    assert not problems
+    assert len(found) == len(named)
+
+
+def test_the_names_of_other_libraries_are_all_in_the_readme() -> None:
+    known = {*environment._CLIENT_ID, *environment._CLIENT_SECRET, environment._REFRESH_TOKEN, "SP_API_REGION"}
+    assert not [name for name in known if f"`{name}`" not in text_of("README.md")]
+
+
+# Commands.
+
+
+def command_lines() -> list[str]:
+    text = text_of("README.md") + text_of("CONTRIBUTING.md")
+    inline = re.findall(r"`sp-api-proxy ([a-z][^`\n]*)`", text)
+    own_line = re.findall(r"^sp-api-proxy (.+)$", text, re.MULTILINE)
+    return sorted({*inline, *own_line} - {"…"})
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_every_command_line_of_the_documents_is_understood(line: str) -> None:
+    parser, words = parser_for(shlex.split(line))
+    if words[-1:] == ["--help"]:
+        with pytest.raises(SystemExit, match="^0$"):
+            parser.parse_args(words)
+    else:
+        parser.parse_args(words)
+
+
+def parser_for(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    if words[0] == "simulate":
+        return simulator_command._parser(), words[1:]
+    if words[:2] == ["operations", "rebuild"]:
+        return rebuild._parser(), words[2:]
+    return cli._parser(), words
+
+
+def test_the_documents_hold_command_lines_of_the_simulator_too() -> None:
+    assert len(command_lines()) > 8
+    assert any(line.startswith("simulate ") for line in command_lines())
+
+
+def test_the_readme_lists_every_command() -> None:
+    groups = cli._parser()._subparsers
+    assert groups is not None
+    commands = {name for action in groups._group_actions for name in action.choices or ()}
+    part = text_of("README.md").partition("## Commands")[2]
+    assert set(re.findall(r"^\| `(\w+)", part, re.MULTILINE)) == commands
+
+
+def test_the_simulators_control_addresses_in_the_readme_exist() -> None:
+    named = set(re.findall(rf"{control.PATH}(/\w+)", text_of("README.md")))
+    assert named
+    assert named <= {path for _, path in control._ACTIONS}
+
+
+# Examples.
 
 
 @pytest.mark.parametrize("name", ["minimal.yaml", "example.yaml"])
@@ -132,16 +275,30 @@ def test_the_example_configurations_are_good(name: str) -> None:
 
 
 def test_the_example_shows_every_group_of_settings() -> None:
-    text = (ROOT / "config" / "example.yaml").read_text(encoding="utf-8")
+    text = text_of("config/example.yaml")
     assert not [name for name in Config.model_fields if not re.search(rf"^#? ?{name}:", text, re.MULTILINE)]
 
 
+@pytest.mark.parametrize("text", fenced("yaml"))
+def test_the_configurations_in_the_readme_are_good(text: str, tmp_path: Path) -> None:
+    for name in re.findall(r"\{file: /run/secrets/(\w+)\}", text):
+        (tmp_path / name).write_text("made-up", encoding="utf-8")
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("/run/secrets", str(tmp_path)), encoding="utf-8")
+    assert load_config(str(path), ENVIRONMENT).config.accounts
+
+
+def test_the_readme_holds_a_configuration_and_python_that_compiles() -> None:
+    assert len(fenced("yaml")) > 0
+    assert [compile(text, "README.md", "exec") for text in fenced("python")]
+
+
 def write_tables() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
+    text = text_of("README.md")
+    for name, make in TABLES.items():
         before, _, rest = text.partition(f"<!-- {name} -->")
         after = rest.partition(f"<!-- /{name} -->")[2]
-        text = f"{before}<!-- {name} -->\n\n{table()}\n\n<!-- /{name} -->{after}"
+        text = f"{before}<!-- {name} -->\n\n{make()}\n\n<!-- /{name} -->{after}"
     README.write_text(text, encoding="utf-8")
 
 
