@@ -31,10 +31,6 @@ class Store:
         """Keep `token` for `life` seconds."""
         await self._cache.set(key, token, ttl=life)
 
-    async def forget(self, key: str) -> None:
-        """Drop what is kept under `key`, if anything."""
-        await self._cache.delete(key)
-
     async def close(self) -> None:
         """Forget everything and end its timers."""
         await self._cache.clear()

@@ -103,10 +103,6 @@ class Tokens:
             raise _again(failure.error, failure.until - now)
         return await asyncio.shield(self._exchange(credential, rejected))
 
-    def known_good(self) -> bool:
-        """Return whether at least one account's token is held or none was refused so far (for readiness)."""
-        return bool(self._held) or not any(isinstance(failed.error, TokenRefused) for failed in self._failed.values())
-
     async def warm_up(self) -> None:
         """Fetch the token of every account and region, a bounded number at a time; failures are logged, not raised."""
         places = asyncio.Semaphore(WARM_UP_PARALLEL)
