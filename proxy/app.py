@@ -23,7 +23,7 @@ from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
 from proxy.request.tokens import Tokens
-from proxy.request.upstream import Upstream, open_session
+from proxy.request.upstream import Upstream, open_session, tls_context
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
 
@@ -113,7 +113,9 @@ def user_agents(config: Config) -> dict[str, str]:
 def open_lwa_session(config: Config) -> aiohttp.ClientSession:
     """Return the session for token exchanges: connections of its own, so that no header of one strays to the other."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=32, keepalive_timeout=config.pool.idle, ttl_dns_cache=30),
+        connector=aiohttp.TCPConnector(
+            limit=32, ssl=tls_context(config), keepalive_timeout=config.pool.idle, ttl_dns_cache=30
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": f"sp-api-proxy/{__version__}"},
         timeout=aiohttp.ClientTimeout(total=config.timeouts.token),

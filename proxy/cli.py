@@ -215,14 +215,23 @@ class _Told:
         self.number = 0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._hear, number)
+            try:
+                loop.add_signal_handler(number, self._hear, number)
+            except NotImplementedError:  # Windows
+                signal.signal(number, lambda told, _: loop.call_soon_threadsafe(self._hear, told))
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, _cannot_reload)
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _hear(self, number: int) -> None:
         if self.once.is_set():
             logs.LOGGER.warning("ended before the requests in flight were finished")
             os._exit(128 + number)
         self.number = number
         self.once.set()
+
+
+def _cannot_reload() -> None:
+    logs.LOGGER.warning("SIGHUP changes nothing: restart to take up a new configuration")
 
 
 # The demo: the proxy beside a simulator of Amazon.

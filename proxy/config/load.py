@@ -4,6 +4,7 @@ Precedence is flag > environment > file > default. Nobody else reads `os.environ
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,11 @@ class Loaded:
             for index, below in enumerate(value):
                 yield from self._rows(below, (*path, index))
         else:
-            yield show_key(path), "[]" if value in ([], {}) else str(value), self._origin(path)
+            yield (
+                show_key(path),
+                json.dumps(value) if isinstance(value, bool | list | dict) else str(value),
+                self._origin(path),
+            )
 
     def _origin(self, path: KeyPath) -> str:
         if path[-1:] == ("address",) and path not in self.origins:

@@ -353,7 +353,8 @@ class Config(Settings):
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
     store: StoreName = Field("memory", description="Where tokens are kept: memory, this process alone.")
     warm_up: bool = Field(
-        default=False, description="Fetch every account's tokens at start; ready once they are there."
+        default=False,
+        description="Fetch every account's tokens at start, and be ready only then; those refused are logged.",
     )
     log: Log = Field(default_factory=Log, description="What goes to standard error.")
     metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="What the series carry.")

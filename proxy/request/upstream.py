@@ -160,13 +160,18 @@ class Patience:
             raise type(self._error)(self._error.message, self._error.hint) from exc
 
 
-def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:
-    """Return a session that does nothing of its own accord; `fresh` ones never reuse a connection."""
+def tls_context(config: Config) -> ssl.SSLContext:
+    """Return what verifies Amazon's hosts: TLS 1.2 and up, the system's certificates or those of `pool.ca_file`."""
     context = ssl.create_default_context(cafile=config.pool.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:
+    """Return a session that does nothing of its own accord; `fresh` ones never reuse a connection."""
     connector = aiohttp.TCPConnector(
         limit=config.pool.max_connections,
-        ssl=context,
+        ssl=tls_context(config),
         force_close=fresh,
         ttl_dns_cache=30,
         keepalive_timeout=None if fresh else config.pool.idle,

@@ -58,8 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     acting.add_argument("--enforce-plans", action="store_true", help="answer 429 where a usage plan is used up")
     acting.add_argument("--plan", type=_plan, default=(5.0, 10.0), metavar="RATE:BURST", help="where no plan is known")
     knowing = parser.add_argument_group("whom it knows, besides the made-up ones")
-    knowing.add_argument("--client", type=_client, action="append", default=[], metavar="ID:SECRET")
-    knowing.add_argument("--seller", type=_seller, action="append", default=[], metavar="NAME:REGION:REFRESH_TOKEN")
+    knowing.add_argument(
+        "--client", type=_client, action="append", default=[], metavar="ID:SECRET", help="may be repeated"
+    )
+    knowing.add_argument(
+        "--seller",
+        type=_seller,
+        action="append",
+        default=[],
+        metavar="NAME:REGION:REFRESH_TOKEN",
+        help="may be repeated",
+    )
     return parser
 
 
@@ -120,7 +129,7 @@ async def _run(settings: Settings, *, as_json: bool) -> int:
 
 def _for_people(endpoints: dict[str, str]) -> str:
     lines = [
-        "The simulator listens. A configuration for the proxy:",
+        "# The simulator listens. A configuration for the proxy:",
         "",
         "endpoints:",
         *(f"  {name}: {endpoints[name]}" for name in (*REGIONS, "lwa")),
@@ -130,7 +139,7 @@ def _for_people(endpoints: dict[str, str]) -> str:
         "  demo:",
         f"    refresh_tokens: {{{', '.join(f'{region}: Atzr|demo-{region}' for region in REGIONS)}}}",
         "",
-        f"Control: {endpoints['control']}/state. Ctrl-C ends it.",
+        f"# Control: {endpoints['control']}/state. Ctrl-C ends it.",
         "",
     ]
     return "\n".join(lines)
