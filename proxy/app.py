@@ -74,7 +74,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         tokens = Tokens(
             config,
             lwa_session=lwa_session,
-            amazon_session=session,
+            amazon_session=fresh_session,  # rare as well
             user_agents=agents,
             store=store,
             metrics=metrics,
@@ -111,11 +111,12 @@ def user_agents(config: Config) -> dict[str, str]:
 
 
 def open_lwa_session(config: Config) -> aiohttp.ClientSession:
-    """Return the session for token exchanges: connections of its own, so that no header of one strays to the other."""
+    """Return the session for token exchanges: apart from Amazon's, and each exchange on a connection of its own.
+
+    Exchanges are rare, so that a kept connection would mostly have died, or hold what nobody asked for.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=32, ssl=tls_context(config), keepalive_timeout=config.pool.idle, ttl_dns_cache=30
-        ),
+        connector=aiohttp.TCPConnector(limit=32, ssl=tls_context(config), force_close=True, ttl_dns_cache=30),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": f"sp-api-proxy/{__version__}"},
         timeout=aiohttp.ClientTimeout(total=config.timeouts.token),
@@ -139,13 +140,16 @@ async def _start_status(
     stack: AsyncExitStack, config: Config, readiness: Readiness, metrics: Metrics
 ) -> tuple[str | None, str | None]:
     admin = health = None
+    keep_alive = config.timeouts.keep_alive
     if config.admin is not None:
-        runner = web.AppRunner(admin_app(readiness, metrics, config, config.admin), access_log=None)
+        runner = web.AppRunner(
+            admin_app(readiness, metrics, config, config.admin), access_log=None, keepalive_timeout=keep_alive
+        )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         admin = await _listen(runner, config.admin, "admin")
     if config.health is not None:
-        runner = web.AppRunner(health_app(readiness, metrics), access_log=None)
+        runner = web.AppRunner(health_app(readiness, metrics), access_log=None, keepalive_timeout=keep_alive)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         health = await _listen(runner, config.health, "health")

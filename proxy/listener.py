@@ -11,12 +11,12 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.config import Config
 from proxy.errors import HeaderTimeout, HeaderTooLarge, InternalError, MalformedRequest, ProxyError
 from proxy.metrics import Metrics
-from proxy.request.answers import OwnAnswer
+from proxy.request.answers import LAST_ON_CONNECTION, OwnAnswer, break_off
 from proxy.request.exchange import Exchange
 from proxy.request.guard import MAX_HEADER_BLOCK, VERSION_REFUSED
 
@@ -34,11 +34,15 @@ _NOTHING_KNOWN = Exchange("", 0.0).summary()
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_head_bytes", "_head_timer", "_header_timeout", "_metrics")
+    __slots__ = ("_head_bytes", "_head_timer", "_header_timeout", "_is_leaving", "_metrics", "_patience")
 
-    def __init__(self, manager: web.Server, *, header_timeout: float, metrics: Metrics, **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, *, header_timeout: float, patience: float, metrics: Metrics, **options: Any
+    ) -> None:
         super().__init__(manager, **options)
         self._header_timeout = header_timeout
+        self._patience = patience
+        self._is_leaving = False
         self._metrics = metrics
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
@@ -50,13 +54,46 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; the first byte of a head starts its timer, its last one ends it."""
-        before = self._request_count
+        before, current = self._request_count, self._current_request
         between_requests = self._waiter is not None and not self._messages
         super().data_received(data)
         if self._request_count != before:
             self._end_head_timer()
+            if current is not None and not current.content.is_eof() and isinstance(self._messages[-1][0], _ErrInfo):
+                # Its body went on as something that is no body; aiohttp would let it wait for the rest.
+                current.content.set_exception(web.RequestPayloadError())
         elif between_requests:
             self._head_goes_on(len(data))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let a write wait until the kernel has all of it: so nothing is left over that no timeout looks at."""
+        super().connection_made(transport)
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(0)
+
+    def leave(self) -> None:
+        """End this connection: now where it is idle, otherwise with the answer to the request being served."""
+        if not self.is_busy:
+            self.force_close()
+            return
+        self._is_leaving = True
+        if self._current_request is not None:
+            self._current_request[LAST_ON_CONNECTION] = True
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send what is still to be sent of an answer, in bounded time, and end a connection that is to leave."""
+        if self._is_leaving:
+            resp.force_close()
+        if resp.prepared:  # it was streamed, under timeouts of its own
+            return await super().finish_response(request, resp, start_time)
+        try:
+            async with asyncio.timeout(self._patience):
+                return await super().finish_response(request, resp, start_time)
+        except TimeoutError:
+            break_off(request)
+            return resp, True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the timer with the connection."""
@@ -99,8 +136,7 @@ class Connection(RequestHandler):
         """Answer a request that could not be parsed, or whose handler broke off; quote nothing of it."""
         if self.transport is None or request.writer.output_size > 0:
             # An answer has begun; all that can be said now is said by breaking the connection.
-            if self.transport is not None:
-                self.transport.abort()
+            break_off(request)
             raise ConnectionError("the answer has begun") from exc
         error = _error_for(status, exc)
         self._count(error)
@@ -137,6 +173,7 @@ class Listening(web.Server):
             auto_decompress=False,
         )
         self._header_timeout = config.timeouts.header
+        self._patience = config.timeouts.body_idle
         self._metrics = metrics
 
     def busy(self) -> int:
@@ -146,10 +183,7 @@ class Listening(web.Server):
     def close_idle(self) -> None:
         """End idle connections now, and busy ones after their answer."""
         for connection in self._ours():
-            if connection.is_busy:
-                connection.close()
-            else:
-                connection.force_close()
+            connection.leave()
 
     def _ours(self) -> list["Connection"]:
         return [connection for connection in self.connections if isinstance(connection, Connection)]
@@ -157,7 +191,12 @@ class Listening(web.Server):
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
         return Connection(
-            self, loop=self._loop, header_timeout=self._header_timeout, metrics=self._metrics, **self._kwargs
+            self,
+            loop=self._loop,
+            header_timeout=self._header_timeout,
+            patience=self._patience,
+            metrics=self._metrics,
+            **self._kwargs,
         )
 
     def _make_request(self, message: RawRequestMessage, *parts: Any) -> web.BaseRequest:

@@ -5,11 +5,11 @@ They share no code with the proxy and use no HTTP library: what a library would 
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Self
 
-Script = Callable[["Received", asyncio.StreamWriter], Awaitable[None]]
+Script = Callable[["Received", asyncio.StreamWriter], Coroutine[None, None, None]]
 
 
 @dataclass(slots=True)

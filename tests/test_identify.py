@@ -168,6 +168,9 @@ def test_an_unknown_marketplace_is_amazons_to_judge_where_the_region_is_named(tm
     assert decide(added, target, ACME).region == "eu"
     sandbox = config(tmp_path, environment="sandbox")
     assert decide(sandbox, f"{ORDERS}?MarketplaceIds=TEST_CASE_400", ("x-sp-account", "zeta")).region == "fe"
+    accounts = {**ACCOUNTS, "zeta": {**ACCOUNTS["zeta"], "environment": "sandbox"}}
+    one_in_the_sandbox = config(tmp_path, accounts=accounts)
+    assert decide(one_in_the_sandbox, f"{ORDERS}?MarketplaceIds=TEST_CASE_400", ("x-sp-account", "zeta")).region == "fe"
 
 
 def test_a_default_account_serves_requests_that_name_none(tmp_path: Path) -> None:

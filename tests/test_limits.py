@@ -451,6 +451,18 @@ async def test_the_rate_that_amazon_names_counts_from_then_on(tmp_path: Path, li
     assert await drain(limits, other) == 0
 
 
+async def test_one_tiny_rate_does_not_stop_an_operation_for_a_day(
+    tmp_path: Path, limits: Limits, clock: FakeClock
+) -> None:
+    orders = target(config(tmp_path))
+    await drain(limits, orders)
+    limits.learn(orders, 200, "0.00001")
+    assert orders.operation is not None
+    assert orders.operation.rate is not None
+    clock.advance(100.1 / orders.operation.rate)
+    assert await drain(limits, orders) == 1
+
+
 async def test_a_rate_named_in_the_sandbox_leaves_its_plan_alone(
     tmp_path: Path, limits: Limits, clock: FakeClock
 ) -> None:

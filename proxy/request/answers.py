@@ -1,7 +1,11 @@
 """What do answers look like on the wire: Amazon's, passed on, and the proxy's own?"""
 
+import socket
+import struct
+
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import ProxyError
@@ -35,12 +39,33 @@ def named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
     return frozenset(name.strip().lower().replace("_", "-") for value in values for name in value.split(","))
 
 
+# Set on a request whose connection ends with its answer, because the proxy is about to stop.
+LAST_ON_CONNECTION = web.RequestKey("last_on_connection", bool)
+
+_RESET = struct.pack("ii", 1, 0)  # linger for no time: what is unsent is dropped, and the peer sees a reset
+
+
+def break_off(request: web.BaseRequest) -> None:
+    """End the app's connection so that it cannot take what came for a whole answer."""
+    transport = request.transport
+    if transport is None:
+        return
+    if request.version < HttpVersion11:
+        # Without chunks, the orderly end of the connection would be the end of the answer (RFC 9112 section 6.3).
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()
+
+
 class _Plain(web.StreamResponse):
     """A response without the headers that aiohttp's server adds of its own accord."""
 
     async def _prepare_headers(self) -> None:
         # Not public, but the only place between aiohttp's defaults and the wire; the tests of both answers hold it.
         given = {name.lower() for name in self.headers}
+        if self._req is not None and LAST_ON_CONNECTION in self._req:
+            self.force_close()
         await super()._prepare_headers()
         for name in ("Content-Type", "Date", "Server"):
             if name.lower() not in given:

@@ -58,8 +58,12 @@ class Handler:
         except asyncio.CancelledError:
             exchange.status, exchange.error = CLIENT_LEFT, "ClientLeft"
             raise
-        except Exception as exc:  # noqa: BLE001 - the last net: the app gets an answer, the log the place
+        except Exception as exc:
+            # The last net: the app gets an answer where none has begun, the log the place.
             LOGGER.error("internal error", exc_info=exc)
+            if exchange.begun:
+                exchange.error, exchange.fault, exchange.broken = InternalError.code, InternalError.fault, True
+                raise ConnectionAbortedError(InternalError.code) from exc
             answer = refusal(request, InternalError("the proxy failed", "Its log says more; try again."), exchange)
         finally:
             self.metrics.in_flight.dec()

@@ -237,12 +237,14 @@ def _region(
         )
         if name is not None
     ]
-    marketplaces = _marketplaces(query, config, named_otherwise=bool(named)) if query else []
+    marketplaces = []
+    if query:
+        marketplaces = _marketplaces(query, config, config.environment_of(settings), named_otherwise=bool(named))
     chosen = _agreed(named + marketplaces, "region")
     return chosen or _usual_region(account, settings)
 
 
-def _marketplaces(query: str, config: Config, *, named_otherwise: bool) -> list[_Choice]:
+def _marketplaces(query: str, config: Config, environment: Environment, *, named_otherwise: bool) -> list[_Choice]:
     """Return the region of each marketplace id in the query.
 
     An unknown id is refused where it alone would decide; where the region is named, Amazon judges it: it may have
@@ -253,7 +255,7 @@ def _marketplaces(query: str, config: Config, *, named_otherwise: bool) -> list[
         region = MARKETPLACES.get(marketplace) or config.marketplaces.get(marketplace)
         if region is not None:
             found.append(_Choice(region, f"marketplace {marketplace} in the query"))
-        elif not named_otherwise and config.environment == "production":
+        elif not named_otherwise and environment == "production":
             raise UnknownMarketplace(
                 "the query names a marketplace that the proxy does not know",
                 f"Check its id; if Amazon opened it recently, add the header {REGION_HEADER} or list it under "

@@ -26,6 +26,7 @@ SANDBOX_PLAN = ("sandbox", 5.0, 15.0)
 _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _RATE = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
+_SLOWEST = 0.01  # of the published rate: one answer that says less must not stop an operation for a day
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ class _Plan:
     """One usage plan in use: its bucket, and those who wait for a place, first come first."""
 
     bucket: Bucket
+    slowest: float
     waiting: list[_Place] = field(default_factory=list)
 
     async def turn(self, wait: float) -> float:
@@ -189,7 +191,7 @@ class Limits:
         if rate is not None and target.operation is not None:
             self._metrics.plan_rate.labels(*labels).set(rate)
             if plan is not None and target.environment == "production":
-                plan.bucket.rate = rate
+                plan.bucket.rate = max(rate, plan.slowest)
         if status == 429 and plan is not None:
             plan.bucket.empty(self._now())
 
@@ -202,7 +204,7 @@ class Limits:
         key = (target.application, target.credential.account, target.environment, target.region, name)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = _Plan(Bucket.full(rate, burst, self._now()))
+            plan = self._plans[key] = _Plan(Bucket.full(rate, burst, self._now()), rate * _SLOWEST)
         return plan
 
     def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:

@@ -13,6 +13,7 @@ from typing import Self
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -29,7 +30,8 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.metrics import Metrics
-from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, named_in_connection
+from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
+from proxy.request.connector import Connector
 from proxy.request.exchange import Exchange
 from proxy.request.identify import Target
 from proxy.request.tokens import Token
@@ -169,7 +171,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:
     """Return a session that does nothing of its own accord; `fresh` ones never reuse a connection."""
-    connector = aiohttp.TCPConnector(
+    connector = Connector(
         limit=config.pool.max_connections,
         ssl=tls_context(config),
         force_close=fresh,
@@ -255,9 +257,9 @@ class Upstream:
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             raise (exchange.upload_error or _translated(exc)) from exc
-        if response.status == 101:
+        if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
             response.close()
-            raise UpstreamBroken("Amazon switched protocols unasked", "Try again.")
+            raise UpstreamBroken("Amazon's answer has no status that ends a request", "Try again.")
         if any(coding.strip().lower() != "chunked" for coding in response.headers.getall("Transfer-Encoding", ())):
             response.close()  # it would go on as if it were not coded at all
             raise UpstreamBroken("Amazon's answer has a transfer coding that nobody asked for", "Try again.")
@@ -273,6 +275,7 @@ class Upstream:
         answer = AmazonsAnswer(response, exchange)
         if request.body_exists and not request.content.at_eof():
             answer.force_close()  # answered before the upload ended: what still comes is not a request
+        connection = response.connection.protocol if response.connection is not None else None
         try:
             patience.for_app()
             exchange.begun = True
@@ -285,12 +288,16 @@ class Upstream:
                 patience.for_app()
                 await answer.write(chunk)
                 exchange.response_bytes += len(chunk)
+            if connection is not None and isinstance(connection.exception(), aiohttp.ClientOSError):
+                raise aiohttp.ClientPayloadError  # its end is the connection's, and that was a reset
+            patience.for_app()
             await answer.write_eof()
+            await request.writer.drain()  # or what is left would be waited for outside all timeouts
         except (aiohttp.ClientError, ConnectionError):
             exchange.broken = True
-            _break(request)
+            break_off(request)
         except asyncio.CancelledError:
-            _break(request)
+            break_off(request)
             raise
         finally:
             if exchange.broken or not response.content.at_eof():
@@ -300,15 +307,10 @@ class Upstream:
         return answer
 
 
-def _break(request: web.BaseRequest) -> None:
-    """End the app's connection without a proper end of the message."""
-    if request.transport is not None:
-        request.transport.abort()
-
-
 async def _upload(request: web.BaseRequest, exchange: Exchange, patience: Patience) -> AsyncIterator[bytes]:
     """Yield the app's body as it comes."""
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if expects and request.transport is not None:
         # The app waits for this before it sends its body (RFC 9110 section 10.1.1); everything is checked by now.
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     while True:

@@ -1,0 +1,44 @@
+"""Which connections to Amazon may be used again? Those on which nothing arrived while nobody had asked.
+
+aiohttp keeps what arrives on an idle connection and takes it for the answer to the next request, which may be another
+seller's. The hooks it leaves for this are not public; they are used here and nowhere else.
+"""
+
+from functools import partial
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
+
+
+class _Watched(ResponseHandler):
+    """One connection; `idle` while no request uses it."""
+
+    idle = False
+
+    def data_received(self, data: bytes) -> None:
+        if not self.idle:
+            super().data_received(data)
+        elif data:  # aiohttp calls itself with nothing, to go on with what it has
+            self.abort()
+
+
+class Connector(aiohttp.TCPConnector):
+    """A pool that gives up an idle connection at the first byte that arrives on it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._factory = partial(_Watched, loop=self._loop)  # type: ignore[assignment]  # it only ever calls it
+
+    async def _get(self, key: ConnectionKey, traces: list[Any]) -> Connection | None:
+        connection = await super()._get(key, traces)
+        if connection is not None and isinstance(connection.protocol, _Watched):
+            connection.protocol.idle = False
+        return connection
+
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        if isinstance(protocol, _Watched):  # always: they come from the factory above
+            protocol.idle = True
+        super()._release(key, protocol, should_close=should_close)
