@@ -4,21 +4,28 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import aiohttp
 from aiohttp import web
 
 from proxy import __version__
+from proxy.amazon import rdt
 from proxy.amazon.headers import user_agent
 from proxy.amazon.operations import load_table
 from proxy.config import Address, Config
 from proxy.listener import Listening
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
+from proxy.request.documents import Documents
+from proxy.request.forbidden import Experience
+from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
@@ -27,6 +34,7 @@ from proxy.request.upstream import Upstream, open_session, tls_context
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
 
+SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
 LAST_MOMENT = 0.2  # seconds in which what was cut off may notice it
 
@@ -71,20 +79,24 @@ async def running(config: Config) -> AsyncIterator[Running]:
         session = await stack.enter_async_context(open_session(config))
         fresh_session = await stack.enter_async_context(open_session(config, fresh=True))
         lwa_session = await stack.enter_async_context(open_lwa_session(config))
-        tokens = Tokens(
+        table = load_table()
+        limits = Limits(metrics, pace=config.limits.pace)
+        grants = Grants(
             config,
             lwa_session=lwa_session,
-            amazon_session=fresh_session,  # rare as well
+            amazon_session=fresh_session,  # mints are rare as well
             user_agents=agents,
-            store=store,
+            limits=limits,
+            mint=table.match("POST", rdt.PATH),
             metrics=metrics,
         )
+        documents = Documents()
+        tokens = Tokens(config, grants=grants, documents=documents, store=store, metrics=metrics)
         stack.push_async_callback(tokens.close)
-        limits = Limits(metrics, pace=config.limits.pace)
+        show_secrets_age(config, metrics, time.time)
         upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents, metrics=metrics)
         admin, health = await _start_status(stack, config, readiness, metrics)
-        table = load_table()
-        parts = (table, limits, tokens, upstream, metrics)
+        parts = (table, limits, tokens, upstream, documents, Experience(table), metrics)
         handlers = [Handler(config, listener, Doorway.of(listener, config), *parts) for listener in config.listen]
         listening = _Listeners(config, Ending())
         stack.push_async_callback(listening.stop)
@@ -95,6 +107,19 @@ async def running(config: Config) -> AsyncIterator[Running]:
         if not config.warm_up:
             await warming
         yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, listening.ending)
+
+
+def show_secrets_age(config: Config, metrics: Metrics, wall: Callable[[], float]) -> None:
+    """Export how old each client secret is: Amazon refuses all calls when it is past its 180 days."""
+    for name, application in config.applications.items():
+        if application.rotated_at is not None:
+            made = datetime.combine(application.rotated_at, datetime.min.time(), UTC).timestamp()
+            metrics.secret_age.labels(name).set_function(partial(_since, made, wall))
+            metrics.secret_expiry.labels(name).set(made + SECRET_LIFE)
+
+
+def _since(moment: float, wall: Callable[[], float]) -> float:
+    return wall() - moment
 
 
 def user_agents(config: Config) -> dict[str, str]:

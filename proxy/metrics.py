@@ -115,6 +115,24 @@ class Metrics:
             "token_refresh_duration_seconds", "How long a token exchange took.", "kind"
         )
         self.token_wait = self._histogram("token_wait_seconds", "Time a request waited for its token.")
+        self.refused_elements = self._counter(
+            "data_elements_refused_total",
+            "Data elements that Amazon refused a Restricted Data Token for, and that are left out for a while.",
+            *("account", "region", "element"),
+        )
+        self.forbidden = self._counter(
+            "forbidden_errors_total",
+            "401 and 403 answers of Amazon's, by what is probably behind them.",
+            *("account", "region", "operation", "hint"),
+        )
+        self.secret_age = self._gauge(
+            "client_secret_age_seconds", "Since the client secret was made, where rotated_at says when.", "application"
+        )
+        self.secret_expiry = self._gauge(
+            "client_secret_expiry_timestamp_seconds",
+            "When Amazon's 180 days for a client secret are over, where rotated_at says when it was made.",
+            "application",
+        )
         self.token_expiry = self._gauge(
             "token_expiry_timestamp_seconds", "When the token in use expires.", "account", "region", "kind"
         )

@@ -181,6 +181,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         "admin": "127.0.0.1:9090",
         "allowed_hosts": [],
         "environment": "production",
+        "sandbox_rdt": "none",
         "endpoints": {"lwa": "https://api.amazon.com/auth/o2/token"},
         "marketplaces": {},
         "limits": {"max_wait": "10s", "pace": True},

@@ -21,6 +21,7 @@ from proxy.config.model import Config, settings_in, show_duration
 from proxy.errors import ProxyError, all_errors
 from proxy.metrics import Metrics
 from proxy.request import identify, limits
+from proxy.request.forbidden import HINTS, Hint
 from proxy.simulator import command as simulator_command
 from proxy.simulator import control
 from proxy.status import Readiness, health_app
@@ -137,7 +138,15 @@ def series() -> Iterator[tuple[str, str, str, str]]:
             yield f"`{name}`", kind, ", ".join(metric._labelnames), metric._documentation
 
 
-TABLES = {"settings": settings_table, "errors": errors_table, "metrics": metrics_table}
+def hints_table() -> str:
+    return table(("hint", "what it means, and what to do"), *((f"`{hint}`", text) for hint, text in HINTS.items()))
+
+
+TABLES = {"settings": settings_table, "errors": errors_table, "hints": hints_table, "metrics": metrics_table}
+
+
+def test_every_hint_has_a_meaning() -> None:
+    assert set(HINTS) == set(get_args(Hint))
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -29,7 +29,21 @@ ARROWS: dict[str, set[str]] = {
 }
 
 # The steps of a request, each of which may import those before it alone.
-STEPS = ["guard", "identify", "exchange", "answers", "limits", "tokens", "connector", "upstream", "handler"]
+STEPS = [
+    "guard",
+    "identify",
+    "exchange",
+    "answers",
+    "limits",
+    "documents",
+    "grants",
+    "doubts",
+    "tokens",
+    "forbidden",
+    "connector",
+    "upstream",
+    "handler",
+]
 
 
 def imports(path: Path) -> Iterator[str]:

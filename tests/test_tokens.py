@@ -11,12 +11,16 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from proxy.amazon.operations import load_table
 from proxy.app import open_lwa_session, user_agents
 from proxy.config import Secret
 from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable
 from proxy.metrics import Metrics
 from proxy.request import tokens as tokens_module
+from proxy.request.documents import Documents
+from proxy.request.grants import TRIES, Grants
 from proxy.request.identify import Credential
+from proxy.request.limits import Limits
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import open_session
 from proxy.store import Store, StoredToken
@@ -24,6 +28,7 @@ from tests.clock import FakeClock
 from tests.conftest import config_from, settings_for
 from tests.far_side import FarSide, TokenHost, answer
 
+TABLE = load_table()
 ACME = Credential("lwa", "main", "acme", "production", "eu")
 GRANTLESS = Credential("grantless", "main", "", "production", "eu", scope="sellingpartnerapi::notifications")
 RDT = Credential("rdt", "main", "acme", "production", "eu", method="GET", path="/orders/v0/orders/{orderId}/address")
@@ -37,15 +42,27 @@ async def open_tokens(
     config = config_from(settings_for(far_side, token_host, **settings), folder)
     metrics, store = Metrics(), Store()
     async with open_lwa_session(config) as lwa_session, open_session(config) as amazon_session:
-        tokens = Tokens(
+        limits = Limits(metrics, pace=False, now=clock)
+        grants = Grants(
             config,
             lwa_session=lwa_session,
             amazon_session=amazon_session,
             user_agents=user_agents(config),
+            limits=limits,
+            mint=TABLE.match("POST", "/tokens/2021-03-01/restrictedDataToken"),
+            metrics=metrics,
+            now=clock,
+            sleep=clock.sleep,
+        )
+        tokens = Tokens(
+            config,
+            grants=grants,
+            documents=Documents(),
             store=store,
             metrics=metrics,
             now=clock,
             wall=clock,
+            call_later=clock.call_later,
         )
         yield tokens, metrics
         await tokens.close()
@@ -192,15 +209,15 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
 async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
     tokens: Tokens, token_host: TokenHost, clock: FakeClock
 ) -> None:
-    token_host.answers = [answer("503 Service Unavailable")]
+    token_host.answers = [answer("503 Service Unavailable")] * TRIES
     for _ in range(10):
         with pytest.raises(TokenUnavailable) as caught:
             await tokens.get(ACME)
         assert caught.value.retry_after is not None
         assert 0 < caught.value.retry_after <= tokens_module.LONGEST_PAUSE
-    assert len(token_host.received) == 1
+    assert len(token_host.received) == TRIES
     clock.advance(tokens_module.LONGEST_PAUSE)
-    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+    assert (await tokens.get(ACME)).value.reveal() == f"Atza|{TRIES + 1}"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +274,7 @@ NONSENSE = {
 
 @pytest.mark.parametrize("case", NONSENSE)
 async def test_nonsense_from_the_token_host_is_no_token(tokens: Tokens, token_host: TokenHost, case: str) -> None:
-    token_host.answers = [NONSENSE[case]]
+    token_host.answers = [NONSENSE[case]] * TRIES
     with pytest.raises(TokenUnavailable) as caught:
         await tokens.get(ACME)
     assert caught.value.retry_after is not None
@@ -269,7 +286,7 @@ async def test_a_redirect_of_the_token_host_is_no_way_to_the_secret(
     tokens: Tokens, token_host: TokenHost, status: str
 ) -> None:
     async with TokenHost() as elsewhere:
-        token_host.answers = [answer(status, location=elsewhere.url)]
+        token_host.answers = [answer(status, location=elsewhere.url)] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
         assert not elsewhere.received
@@ -367,5 +384,5 @@ async def test_exchanges_are_counted_by_kind_result_and_reason(
 
 
 def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
-    for shown in (Token(Secret("distinctive"), "lwa", 0, 0), StoredToken(Secret("distinctive"), 0)):
+    for shown in (Token(Secret("distinctive"), "lwa", 0, 0, 0, 0), StoredToken(Secret("distinctive"), 0)):
         assert "distinctive" not in f"{shown} {shown!r}"

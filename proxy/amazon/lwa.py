@@ -3,13 +3,12 @@
 One call, no clock and no state: keeping tokens is `request/tokens.py`'s work.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 
+from proxy.amazon.refusals import parse_object
 from proxy.config import Secret
 
 # An answer larger than this is not a token (an access token has 2048 bytes at most, LWA "Access Tokens").
@@ -99,15 +98,6 @@ def parse_answer(status: int, body: bytes) -> Grant:
         request_id = answer.get("request_id")
         raise ExchangeRefused(reason, request_id if isinstance(request_id, str) else "")
     raise ExchangeFailed(f"http_{status}")
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of `body`, or an empty one where it is anything else."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def parse_grant(value: object, expires_in: object) -> Grant:

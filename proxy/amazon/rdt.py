@@ -1,11 +1,13 @@
 """How is a Restricted Data Token asked for, and what do the answers mean (DOC "Tokens API", tokens_2021-03-01)?"""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 import aiohttp
 
-from proxy.amazon.lwa import MAX_ANSWER, ExchangeFailed, Grant, parse_grant, parse_object, read_bounded
+from proxy.amazon.lwa import MAX_ANSWER, ExchangeFailed, Grant, parse_grant, read_bounded
+from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
 
@@ -13,20 +15,27 @@ PATH = "/tokens/2021-03-01/restrictedDataToken"
 METHODS = frozenset({"GET", "PUT", "POST", "DELETE"})
 
 _NOT_A_RESTRICTED_DOCUMENT = "Invalid or unsupported document ID found"
+_ELEMENTS = re.compile(r"requested data elements: \[([^\]]*)\]")
 
 
 class RdtRefused(Exception):
-    """Amazon refuses the token for this call; `message` is Amazon's own text, without personal data."""
+    """Amazon refuses the token for this call; `refusal` is what it says."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"{status} {message}")
+    def __init__(self, status: int, refusal: Refusal) -> None:
+        super().__init__(f"{status} {refusal.message}")
         self.status = status
-        self.message = message
+        self.refusal = refusal
 
     @property
     def means_unrestricted(self) -> bool:
         """Whether the report document is of a type that needs no RDT (the ordinary token serves)."""
-        return self.status == 400 and _NOT_A_RESTRICTED_DOCUMENT in self.message
+        return self.status == 400 and _NOT_A_RESTRICTED_DOCUMENT in self.refusal.message
+
+    @property
+    def refused_elements(self) -> frozenset[str]:
+        """The data elements that the application has no role for: one of them fails the whole request."""
+        named = _ELEMENTS.search(self.refusal.message) if self.status == 400 else None
+        return frozenset(name.strip() for name in named[1].split(",")) - {""} if named else frozenset()
 
 
 async def create_restricted_data_token(
@@ -36,15 +45,20 @@ async def create_restricted_data_token(
     method: str,
     path: str,
     data_elements: Sequence[str],
+    target_application: str | None = None,
 ) -> Grant:
     """Mint an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's ordinary token.
 
-    `path` has no query string and no trailing slash. Raises RdtRefused, ExchangeFailed, and what the session raises.
+    `path` has no query string and no trailing slash. With `target_application`, only that application can use the
+    token (delegation). Raises RdtRefused, ExchangeFailed, and what the session raises.
     """
     resource: dict[str, object] = {"method": method, "path": path}
     if data_elements:
         resource["dataElements"] = list(data_elements)
-    body = json.dumps({"restrictedResources": [resource]}).encode()
+    asked: dict[str, object] = {"restrictedResources": [resource]}
+    if target_application:
+        asked["targetApplication"] = target_application
+    body = json.dumps(asked).encode()
     all_headers = {**headers, "Content-Type": "application/json", "Accept": "application/json"}
     async with session.post(endpoint + PATH, data=body, headers=all_headers, allow_redirects=False) as response:
         return parse_answer(response.status, await read_bounded(response, MAX_ANSWER))
@@ -58,13 +72,5 @@ def parse_answer(status: int, body: bytes) -> Grant:
         fields = payload if isinstance(payload, dict) else answer  # old guide pages nest them in `payload`
         return parse_grant(fields.get("restrictedDataToken"), fields.get("expiresIn"))
     if status in {400, 401, 403, 404}:
-        raise RdtRefused(status, _message(answer))
+        raise RdtRefused(status, parse_refusal(body))
     raise ExchangeFailed(f"http_{status}")
-
-
-def _message(answer: Mapping[str, object]) -> str:
-    errors = answer.get("errors")
-    first = errors[0] if isinstance(errors, list) and errors else None
-    message = first.get("message") if isinstance(first, dict) else None
-    text = message if isinstance(message, str) else "no reason given"
-    return "".join(character for character in text if character.isprintable())[:300]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from proxy.config import environment
 from proxy.config.model import Config, dump, parse_address, settings_in
 from proxy.config.read import Document, KeyPath, Problem, Tree, read_yaml, show_key
+from proxy.config.secret import Sourced
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
 _MAX_SECRET_FILE = 64 * 1024
@@ -162,15 +164,16 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, envir
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
         return value
 
-    return _VARIABLE.sub(replace, text)
+    expanded = _VARIABLE.sub(replace, text)
+    whole = _VARIABLE.fullmatch(text)
+    return Sourced.of(expanded, partial(environ.get, whole[1])) if whole and whole[1] else expanded
 
 
 def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
     """Return a secret file's text without the white space around it."""
     where = draft.origins.get(key_path, "")
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_MAX_SECRET_FILE + 1)
+        text = _text_of(path)
     except OSError as exc:
         draft.problems.append(Problem(show_key(key_path), f"file {path}: {os.strerror(exc.errno or 0)}", where))
         return "unset"
@@ -182,14 +185,29 @@ def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
         draft.problems.append(Problem(show_key(key_path), f"file {path} {state}", where))
         return "unset"
     draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
-    return text.strip()
+    return Sourced.of(text.strip(), partial(_reread, path))
+
+
+def _text_of(path: Path) -> str:
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(_MAX_SECRET_FILE + 1)
+
+
+def _reread(path: Path) -> str | None:
+    """Return the text of a secret file as it is now; None where it cannot be used."""
+    try:
+        text = _text_of(path)
+    except (OSError, ValueError):
+        return None  # in the middle of being replaced, perhaps
+    return text.strip() if len(text) <= _MAX_SECRET_FILE else None
 
 
 def _add_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
     found, problems = environment.overrides(environ, draft.tree)
     filled, more = environment.fill_in(environ, draft.tree)
     draft.problems += problems + more
-    for path, value, variable in [*filled, *found]:
+    for path, given, variable in [*filled, *found]:
+        value = Sourced.of(given, partial(environ.get, variable)) if isinstance(given, str) else given
         draft.put(path, value, f"environment variable {variable}")
         if isinstance(value, dict) and set(value) == {"file"}:
             draft.put(path, _from_file(Path(value["file"]), path, draft), draft.origins[path])

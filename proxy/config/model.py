@@ -6,6 +6,7 @@ are made from them.
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -247,6 +248,9 @@ class Application(Settings):
     client_id: str = Field(min_length=1, description="The LWA client identifier.")
     client_secret: Secret = Field(description="The LWA client secret.")
     user_agent: UserAgent = Field(default_factory=UserAgent, description="What Amazon is told about the application.")
+    rotated_at: date | None = Field(
+        None, description="The day the client secret was made, as 2026-11-23: Amazon wants a new one every 180 days."
+    )
 
 
 class Account(Settings):
@@ -259,6 +263,12 @@ class Account(Settings):
     data_elements: tuple[DataElement, ...] = Field(
         (),
         description="Personal data to ask for where it is optional: buyerInfo, shippingAddress, buyerTaxInformation.",
+    )
+    target_application: str | None = Field(
+        None,
+        pattern=r"^amzn1\.[A-Za-z0-9._-]{1,200}$",
+        description="The id of the application that Restricted Data Tokens are made for (delegation); it alone can use "
+        "them.",
     )
     environment: Environment | None = Field(None, description="production or sandbox, for this account alone.")
 
@@ -344,6 +354,11 @@ class Config(Settings):
         None, description="For requests that name none; may be left out when there is one account."
     )
     environment: Environment = Field("production", description="production or sandbox.")
+    sandbox_rdt: Literal["none", "production"] = Field(
+        "none",
+        description="What restricted operations bring in the sandbox: none, the ordinary token; production, a "
+        "Restricted Data Token made in production.",
+    )
     endpoints: Endpoints = Field(default_factory=Endpoints, description="Other servers than Amazon's.")
     marketplaces: dict[str, Region] = Field(
         default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."

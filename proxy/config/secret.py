@@ -1,19 +1,43 @@
 """How does a secret live in the process without ever being printed?"""
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
+class Sourced(str):
+    """A text that remembers where it came from; `reread` returns what stands there now, None where nothing usable."""
+
+    __slots__ = ("reread",)
+    reread: Callable[[], str | None]
+
+    @classmethod
+    def of(cls, text: str, reread: Callable[[], str | None]) -> "Sourced":
+        """Return `text` with its source."""
+        sourced = cls(text)
+        sourced.reread = reread
+        return sourced
+
+
 class Secret:
     """A text whose `repr`, `str` and serialised forms are `***`; `reveal()` is the only way to it."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_reread", "_text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, reread: Callable[[], str | None] | None = None) -> None:
         self._text = text
+        self._reread = reread
+
+    def current(self) -> "Secret":
+        """Return the secret as its file or variable holds it now; this one where that is gone, or empty.
+
+        So a secret that is rotated under way is used from the next exchange on.
+        """
+        text = self._reread() if self._reread is not None else None
+        return Secret(text, self._reread) if text and text != self._text else self
 
     def reveal(self) -> str:
         """Return the text itself, for the one place that sends it."""
@@ -54,7 +78,7 @@ class Secret:
         if isinstance(value, Secret):
             return value
         if isinstance(value, str) and value.strip():
-            return cls(value.strip())
+            return cls(value.strip(), value.reread if isinstance(value, Sourced) else None)
         # Never the value itself: this text is printed.
         raise PydanticCustomError("secret", "must be a text that is not empty")
 

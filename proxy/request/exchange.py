@@ -14,6 +14,9 @@ class Exchange:
     started: float
     target: Target | None = None
     token: str = "none"  # noqa: S105 - a kind of token
+    token_age: float = 0.0  # seconds since it was asked for
+    dropped: tuple[str, ...] = ()  # data elements that were asked for and are not to be had
+    hint: str = ""  # why Amazon probably refused the call
     attempts: int = 0
     waited: float = 0.0
     token_wait: float = 0.0
@@ -28,6 +31,12 @@ class Exchange:
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off
     upload_error: ProxyError | None = None  # the app's body was not well-formed
+
+    def note_token(self, kind: str, data_elements: tuple[str, ...]) -> None:
+        """Note which token goes with the request, and what of the data asked for it does not cover."""
+        self.token = kind
+        asked = self.target.credential.data_elements if self.target else ()
+        self.dropped = () if asked == data_elements else tuple(name for name in asked if name not in data_elements)
 
     @property
     def account(self) -> str:
@@ -46,7 +55,12 @@ class Exchange:
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""
-        return (
+        text = (
             f"account={self.account}; region={self.region}; operation={self.operation}; token={self.token}; "
             f"attempts={self.attempts}; wait={self.waited:.3f}"
         )
+        if self.dropped:
+            text += f"; dropped={','.join(self.dropped)}"
+        if self.hint:
+            text += f"; token_age={self.token_age:.0f}; hint={self.hint}"
+        return text

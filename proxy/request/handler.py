@@ -9,20 +9,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import aiohttp
 from aiohttp import web
 
 from proxy.amazon.operations import OperationTable
+from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
 from proxy.errors import InternalError, ProxyError
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import OwnAnswer
+from proxy.request.documents import Documents, unpacked
 from proxy.request.exchange import Exchange
+from proxy.request.forbidden import REFUSED, Experience
 from proxy.request.guard import Doorway, admit, check_message
 from proxy.request.identify import identify
 from proxy.request.limits import MAX_WAIT_HEADER, RATE_HEADER, Limits, parse_max_wait
-from proxy.request.tokens import Tokens
-from proxy.request.upstream import Patience, Upstream, check_body
+from proxy.request.tokens import Token, Tokens
+from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, beginning_of, check_body
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
@@ -40,6 +44,8 @@ class Handler:
     limits: Limits
     tokens: Tokens
     upstream: Upstream
+    documents: Documents
+    experience: Experience
     metrics: Metrics
     now: Callable[[], float] = time.monotonic
 
@@ -84,14 +90,59 @@ class Handler:
         # Last, so that a token cannot age in the queue.
         asked = self.now()
         token = await self.tokens.get(target.credential)
-        exchange.token, exchange.token_wait = token.kind, self.now() - asked
+        exchange.token_wait = self.now() - asked
         async with Patience(self.config) as patience:
-            sent = self.now()
-            response = await self.upstream.send(request, target, token, exchange, patience)
-            exchange.status, exchange.upstream_duration = response.status, self.now() - sent
-            exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
-            self.limits.learn(target, response.status, response.headers.get(RATE_HEADER))
-            return await self.upstream.relay(request, response, exchange, patience)
+            call = Call(request, target, exchange, patience)
+            response = await self._send(call, token)
+            if response.status in REFUSED:
+                response, beginning = await self._refused(call, response, token)
+                return await self.upstream.relay(call, response, beginning=beginning)
+            self.experience.note_worked(target)
+            return await self.upstream.relay(call, response, reader=self.documents.reader(target, response))
+
+    async def _send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
+        """Send the request with this token, and note what the head of its answer says."""
+        exchange = call.exchange
+        exchange.note_token(token.kind, token.data_elements)
+        sent = self.now()
+        response = await self.upstream.send(call, token)
+        exchange.status, exchange.upstream_duration = response.status, self.now() - sent
+        exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
+        self.limits.learn(call.target, response.status, response.headers.get(RATE_HEADER))
+        return response
+
+    async def _refused(
+        self, call: Call, response: aiohttp.ClientResponse, token: Token
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send a refused call once more where another token may help; return the answer that counts, and its beginning.
+
+        What was refused was not executed, so any method may be sent again.
+        """
+        credential = call.target.credential
+        beginning = await beginning_of(call, response)
+        refusal = refusal_of(response, beginning)
+        if refusal.blames_token and call.can_be_sent_again:
+            another = await self.tokens.replacement(credential, token)
+            if another is not None:
+                response.close()
+                token = another
+                self.metrics.retries.labels("token").inc()
+                response = await self._send(call, token)
+                beginning = await beginning_of(call, response) if response.status in REFUSED else b""
+                refusal = refusal_of(response, beginning)
+                self.tokens.judge(credential, token, accepted=not refusal.blames_token)
+        if response.status in REFUSED:
+            self._explain(call, token, refusal)
+        return response, beginning
+
+    def _explain(self, call: Call, token: Token, refusal: Refusal) -> None:
+        """Note what is probably behind a refusal of Amazon's."""
+        target, exchange = call.target, call.exchange
+        exchange.token_age = self.now() - token.since
+        exchange.hint = self.experience.hint(call.request.method, target, token, refusal)
+        self.metrics.forbidden.labels(target.account, target.region, target.operation_name, exchange.hint).inc()
+        if token.kind == "lwa" and not target.credential.reusable:
+            self.documents.forget(target.credential)  # it was taken for unrestricted
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log one finished request."""
@@ -123,6 +174,13 @@ class Handler:
             LOGGER.info("request", extra=fields(**_line(exchange, duration)))
 
 
+def refusal_of(response: aiohttp.ClientResponse, beginning: bytes) -> Refusal:
+    """Return what Amazon says in a refusal, whatever its content coding."""
+    coding = response.headers.get("Content-Encoding", "")
+    body = unpacked(beginning, coding, MOST_OF_REFUSAL * 4)
+    return parse_refusal(body, response.headers.get("x-amzn-ErrorType", ""))
+
+
 def _label(method: str) -> str:
     return method if method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} else "other"
 
@@ -142,6 +200,9 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
         "region": exchange.region,
         "operation": exchange.operation,
         "token": exchange.token,
+        "dropped": ",".join(exchange.dropped) or None,
+        "token_age": round(exchange.token_age) if exchange.hint else None,
+        "hint": exchange.hint or None,
         "duration": round(duration, 4),
         "upstream": None if upstream is None else round(upstream, 4),
         "wait": round(exchange.waited, 3),

@@ -6,7 +6,7 @@ disagree are refused, never guessed about.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import unquote_plus
 
@@ -56,6 +56,7 @@ class Credential:
     method: str = ""
     path: str = ""
     data_elements: tuple[str, ...] = ()
+    optional: bool = False  # the operation answers an ordinary token too, without the personal data
     reusable: bool = True  # False where the path names one document: no other request will ask for this token
 
 
@@ -108,7 +109,8 @@ def identify(
     _check_environment(admitted, environment, account)
     application, _ = config.application_of(settings)
     elements, elements_source = _elements(headers, settings, operation)
-    credential = _credential(method, path, operation, application, account.value, environment, _known(region), elements)
+    ordinary = ordinary_credential(application, account.value, environment, _known(region))
+    credential = _credential(method, path, operation, ordinary, elements, config.sandbox_rdt)
     if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
         raise _no_refresh_token(account, region, settings)
     return Target(
@@ -129,6 +131,11 @@ def identify(
 def endpoint_of(config: Config, environment: Environment, region: Region) -> str:
     """Return the base URL, without a trailing slash, of the region's host."""
     return getattr(config.endpoints, region) or f"https://{HOSTS[environment, region]}"
+
+
+def ordinary_of(credential: Credential) -> Credential:
+    """Return the credential of the ordinary token for the same account, with which a restricted one is asked for."""
+    return ordinary_credential(credential.application, credential.account, credential.environment, credential.region)
 
 
 def ordinary_credential(application: str, account: str, environment: Environment, region: Region) -> Credential:
@@ -349,40 +356,39 @@ def _credential(
     method: str,
     path: str,
     operation: Operation | None,
-    application: str,
-    account: str,
-    environment: Environment,
-    region: Region,
+    ordinary: Credential,
     elements: tuple[str, ...] | None,
+    sandbox_rdt: str,
 ) -> Credential:
-    ordinary = ordinary_credential(application, account, environment, region)
     if operation is None:
         return ordinary
     if operation.scope:
         # A grantless token is the application's own: it names no account.
-        return Credential("grantless", application, "", environment, region, scope=operation.scope)
-    if not _wants_rdt(method, operation, environment, elements):
+        return replace(ordinary, kind="grantless", account="", scope=operation.scope)
+    if not _wants_rdt(method, operation, ordinary.environment, elements, sandbox_rdt):
         return ordinary
     generic = operation.generic_path or "{" not in operation.template
-    return Credential(
+    return replace(
+        ordinary,
         kind="rdt",
-        application=application,
-        account=account,
-        environment=environment,
-        region=region,
+        # Amazon's page wants the sandbox's restricted calls to bring a token made in production (DOC "Selling Partner
+        # API Sandbox"); others found that none is needed, which is why it has to be asked for.
+        environment="production",
         method=method,
         path=operation.template if generic else path,
         data_elements=elements or (),
+        optional=operation.name in _OPTIONAL,
         reusable=generic,
     )
 
 
-def _wants_rdt(method: str, operation: Operation, environment: Environment, elements: tuple[str, ...] | None) -> bool:
+def _wants_rdt(
+    method: str, operation: Operation, environment: Environment, elements: tuple[str, ...] | None, sandbox_rdt: str
+) -> bool:
     """Return whether a Restricted Data Token is needed, or was asked for and can be had."""
     if not operation.restricted or method not in RDT_METHODS or elements is None:
         return False
-    if environment == "sandbox":
-        # The sandbox's data is invented and answers an ordinary token.
+    if environment == "sandbox" and sandbox_rdt == "none":
         return False
     return bool(elements) or operation.name not in _OPTIONAL
 

@@ -1,7 +1,8 @@
 """Which token goes with this request: held, renewed before it expires, and fetched once for everybody who waits?
 
-One exchange per credential at a time. A waiter who leaves cancels nothing. A token is renewed in the background from
-about 85 % of its life, by the requests that use it; until its last seconds it is served while that goes on, or fails.
+One exchange per credential at a time. A waiter who leaves cancels nothing. A token that is in use is renewed in the
+background from about 85 % of its life; until its last seconds it is served while that goes on, or fails. How one
+exchange is made stands in `grants.py`.
 """
 
 import asyncio
@@ -9,55 +10,63 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-import aiohttp
-
-from proxy.amazon import lwa, rdt
-from proxy.amazon.headers import credential_headers
 from proxy.config import Config, Secret
-from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.errors import ProxyError, RestrictedDataRefused
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
-from proxy.request.identify import Credential, TokenKind, endpoint_of, ordinary_credential
+from proxy.request.documents import Documents
+from proxy.request.doubts import Doubts
+from proxy.request.grants import ElementsRefused, Granted, Grants, NotRestricted, OrdinaryTokenRefused
+from proxy.request.identify import Credential, TokenKind, ordinary_credential, ordinary_of
 from proxy.store import Store, StoredToken
 
 RENEW_AT = 0.85  # of a token's life
 RENEW_JITTER = 0.05  # so that tokens fetched together are not renewed together
+RENEW_LEAD = 1.5  # times what its exchange took: a slow token host is asked earlier
 SAFETY_MARGIN = 2.0  # seconds before its expiry in which a token is not sent any more; for short lives a twentieth
+IN_USE = 0.5  # of its life: a token that nobody asked for in that time is left to expire
+LOOK_AGAIN = 5.0  # seconds after which a renewal that failed is tried again
 
 FIRST_PAUSE = 0.5  # seconds after a failed exchange; doubled with each further one
 LONGEST_PAUSE = 5.0  # so that service is back within seconds of the token host's return
 LONGEST_REFUSED_PAUSE = 300.0  # for refusals that only a person can mend
+RECENT = 30.0  # seconds after a pause in which the trouble is taken to go on
+PROBE_PATIENCE = 1.0  # seconds that a caller waits for an exchange when the last one failed
 
 MOST_HELD = 50_000  # tokens; a report document's token has a key of its own
 WARM_UP_PARALLEL = 20
-
-_WHAT_TO_DO = {
-    "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
-    "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
-    "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
-    "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
-    "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
-}
+REPLACED_PARALLEL = 20
+ELEMENTS_REFUSED_FOR = 3600.0  # seconds for which an element is not asked for again
+MOST_REFUSED_ELEMENTS = 10_000
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Token:
     """A token in use. Moments are seconds of the monotonic clock; two tokens are equal only if they are the same."""
 
     value: Secret
     kind: TokenKind
+    since: float
     renew_at: float
     expires_at: float
+    used_at: float
+    data_elements: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class _Failure:
-    """Why the last exchange failed, how many did in a row, and until when it is not tried again."""
+    """Why the last exchange failed, how many did in a row, with which secrets, and until when it is not tried again."""
 
     error: ProxyError
     count: int
     until: float
+    secrets: tuple[Secret, ...]
+
+    def is_recent(self, now: float) -> bool:
+        """Whether the trouble probably goes on."""
+        return self.error.retryable and now - self.until < RECENT
 
 
 class Tokens:
@@ -67,41 +76,94 @@ class Tokens:
         self,
         config: Config,
         *,
-        lwa_session: aiohttp.ClientSession,
-        amazon_session: aiohttp.ClientSession,
-        user_agents: dict[str, str],
+        grants: Grants,
+        documents: Documents,
         store: Store,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._config = config
-        self._lwa_session = lwa_session
-        self._amazon_session = amazon_session
-        self._user_agents = user_agents
+        self._grants = grants
+        self._documents = documents
         self._store = store
         self._metrics = metrics
         self._now = now
         self._wall = wall
+        self._call_later = call_later or asyncio.get_running_loop().call_later
         self._held: dict[Credential, Token] = {}
         self._pending: dict[Credential, asyncio.Task[Token]] = {}
         self._failed: dict[Credential, _Failure] = {}
+        self._refused_elements: dict[tuple[Credential, str], float] = {}
+        self._doubts = Doubts(now)
+        self._replacing = asyncio.Semaphore(REPLACED_PARALLEL)
+        self._closed = False
 
     async def get(self, credential: Credential, *, rejected: Token | None = None) -> Token:
         """Return a token that is good now; `rejected` is one that Amazon has just refused.
 
-        Raises TokenUnavailable, TokenRefused or RestrictedDataRefused.
+        Where Amazon gives less than was asked for, the token's `kind` and `data_elements` say what it is good for.
+        Raises TokenUnavailable, TokenRefused, RestrictedDataRefused or UsagePlanExhausted.
         """
+        if credential.kind == "rdt":
+            credential = self._to_be_had(credential)
         held = self._held.get(credential)
         now = self._now()
         if held is not None and held is not rejected and now < held.expires_at:
-            if now >= held.renew_at and not self._is_pausing(credential, now):
+            held.used_at = now
+            if now >= held.renew_at and credential not in self._pending and self._pause(credential, now) <= 0:
                 self._exchange(credential, rejected)
             return held
-        if self._is_pausing(credential, now):
-            failure = self._failed[credential]
-            raise _again(failure.error, failure.until - now)
-        return await asyncio.shield(self._exchange(credential, rejected))
+        return await self._fetched(credential, rejected)
+
+    async def _fetched(self, credential: Credential, rejected: Token | None) -> Token:
+        """Wait for the exchange, or for several where the first one teaches what is to be asked for."""
+        while True:
+            pause, failure = self._pause(credential, self._now()), self._failed.get(credential)
+            if failure is not None and pause > 0:
+                raise _again(failure.error, pause)
+            task = self._exchange(credential, rejected)
+            # Who comes after a failure learns soon that it goes on, and is not kept for a timeout each.
+            patience = PROBE_PATIENCE if failure is not None and failure.is_recent(self._now()) else None
+            try:
+                async with asyncio.timeout(patience) as waited:
+                    return await asyncio.shield(task)
+            except TimeoutError:
+                if not waited.expired() or failure is None:
+                    raise
+                raise _again(failure.error, FIRST_PAUSE) from None
+            except (NotRestricted, ElementsRefused):
+                less = self._to_be_had(credential)
+                if less == credential:
+                    raise
+                credential, rejected = less, None
+                held = self._held.get(credential)
+                if held is not None and self._now() < held.expires_at:
+                    return held
+
+    async def replacement(self, credential: Credential, rejected: Token) -> Token | None:
+        """Return another token for one that Amazon refused; None where there is none, or it is not worth fetching.
+
+        Whoever gets one says by `judge` whether Amazon took it.
+        """
+        async with self._replacing:
+            return await self._replaced(self._to_be_had(credential), rejected)
+
+    async def _replaced(self, credential: Credential, rejected: Token) -> Token | None:
+        held = self._held.get(credential)
+        if held is not None and held is not rejected and self._now() < held.expires_at:
+            return None if self._doubts.is_refused(credential, held) else held
+        if not self._doubts.permits(credential):
+            return None
+        try:
+            return await self.get(credential, rejected=rejected)
+        except ProxyError:
+            return None  # logged and counted where it arose; Amazon's own refusal is passed on
+
+    def judge(self, credential: Credential, token: Token, *, accepted: bool) -> None:
+        """Learn whether Amazon took a `token` that `replacement` gave."""
+        self._doubts.judge(self._to_be_had(credential), token, accepted=accepted)
 
     async def warm_up(self) -> None:
         """Fetch the token of every account and region, a bounded number at a time; failures are logged, not raised."""
@@ -117,7 +179,8 @@ class Tokens:
         await asyncio.gather(*(fetch(credential) for credential in self._ordinary_credentials()))
 
     async def close(self) -> None:
-        """Cancel exchanges that are under way."""
+        """Cancel exchanges that are under way, and begin none."""
+        self._closed = True
         tasks = list(self._pending.values())
         for task in tasks:
             task.cancel()
@@ -129,9 +192,51 @@ class Tokens:
             for region in account.refresh_tokens:
                 yield ordinary_credential(application, name, self._config.environment_of(account), region)
 
-    def _is_pausing(self, credential: Credential, now: float) -> bool:
+    # What Amazon gives: less than was asked for, where it said so before.
+
+    def _to_be_had(self, credential: Credential) -> Credential:
+        """Return what is worth asking for in place of `credential`, by what Amazon's answers taught."""
+        if credential.kind != "rdt":
+            return credential
+        if not credential.reusable and self._documents.is_unrestricted(credential):
+            return ordinary_of(credential)
+        if credential.data_elements and self._refused_elements:
+            ordinary, now = ordinary_of(credential), self._now()
+            left = tuple(
+                element
+                for element in credential.data_elements
+                if now >= self._refused_elements.get((ordinary, element), 0.0)
+            )
+            if not left and credential.optional:
+                return ordinary
+            if left and left != credential.data_elements:
+                return replace(credential, data_elements=left)
+        return credential
+
+    def _note_refused_elements(self, credential: Credential, elements: frozenset[str]) -> None:
+        """Ask for these elements no more for a while: one of them fails every request that names it."""
+        ordinary, now = ordinary_of(credential), self._now()
+        for element in sorted(elements & set(credential.data_elements)):
+            if self._refused_elements.get((ordinary, element), 0.0) <= now:
+                LOGGER.warning(
+                    "data element not granted: left out for an hour; the application lacks its role",
+                    extra=fields(account=credential.account, region=credential.region, element=element),
+                )
+            if len(self._refused_elements) >= MOST_REFUSED_ELEMENTS:
+                del self._refused_elements[next(iter(self._refused_elements))]
+            self._refused_elements[ordinary, element] = now + ELEMENTS_REFUSED_FOR
+            self._metrics.refused_elements.labels(credential.account, credential.region, element).inc()
+
+    # One exchange for everybody.
+
+    def _pause(self, credential: Credential, now: float) -> float:
+        """Return for how many seconds no exchange is made, because the last one failed."""
         failure = self._failed.get(credential)
-        return failure is not None and now < failure.until
+        if failure is None or now >= failure.until:
+            return 0.0
+        if not failure.error.retryable and failure.secrets != self._grants.secrets(credential):
+            return 0.0  # somebody mended it: a file or a variable holds another secret now
+        return failure.until - now
 
     def _exchange(self, credential: Credential, rejected: Token | None) -> asyncio.Task[Token]:
         """Return the exchange that is under way for `credential`, starting it where there is none."""
@@ -148,21 +253,59 @@ class Tokens:
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
     async def _renew(self, credential: Credential, rejected: Token | None) -> Token:
-        try:
-            token = await self._from_store(credential, rejected) or await self._fetch(credential)
-        except ProxyError as error:
-            self._note_failure(credential, error)
-            raise
+        token = await self._from_store(credential, rejected)
+        if token is None:
+            ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
+            secrets = self._grants.secrets(credential)
+            try:
+                granted = await self._granted(credential, ordinary, secrets)
+            except ProxyError as error:
+                self._note_failure(credential, error, secrets)
+                raise
+            except NotRestricted:
+                self._documents.note_unrestricted(credential)
+                raise
+            except ElementsRefused as exc:
+                self._note_refused_elements(credential, exc.elements)
+                if not credential.optional and exc.elements >= set(credential.data_elements):
+                    nothing_left = _nothing_left(credential)
+                    self._note_failure(credential, nothing_left, secrets)
+                    raise nothing_left from exc
+                raise
+            token = await self._kept(credential, granted)
         self._failed.pop(credential, None)
         if token.expires_at > self._now():
             self._hold(credential, token)
         return token
 
-    def _hold(self, credential: Credential, token: Token) -> None:
-        self._held.pop(credential, None)
-        if len(self._held) >= MOST_HELD:
-            del self._held[next(iter(self._held))]  # the one that was fetched longest ago
-        self._held[credential] = token
+    async def _granted(self, credential: Credential, ordinary: Token | None, secrets: tuple[Secret, ...]) -> Granted:
+        if ordinary is None:
+            return await self._grants.ask_lwa(credential, secrets)
+        try:
+            return await self._grants.mint(credential, ordinary.value)
+        except OrdinaryTokenRefused as exc:
+            another = await self._replaced(ordinary_of(credential), ordinary)
+            if another is None:
+                raise exc.error from exc
+        try:
+            granted = await self._grants.mint(credential, another.value)
+        except OrdinaryTokenRefused as exc:
+            self.judge(ordinary_of(credential), another, accepted=False)
+            raise exc.error from exc
+        self.judge(ordinary_of(credential), another, accepted=True)
+        return granted
+
+    def _note_failure(self, credential: Credential, error: ProxyError, secrets: tuple[Secret, ...]) -> None:
+        before = self._failed.pop(credential, None)
+        count = before.count + 1 if before is not None and before.secrets == secrets else 1
+        longest = LONGEST_PAUSE if error.retryable else LONGEST_REFUSED_PAUSE
+        pause = min(longest, FIRST_PAUSE * 2 ** min(count, 20)) * random.uniform(0.75, 1.0)  # noqa: S311 - jitter
+        error.retry_after = pause if error.retryable else None
+        if len(self._failed) >= MOST_HELD:
+            del self._failed[next(iter(self._failed))]
+        self._failed[credential] = _Failure(error, count, self._now() + pause, secrets)
+
+    # Keeping.
 
     async def _from_store(self, credential: Credential, rejected: Token | None) -> Token | None:
         if not credential.reusable:
@@ -175,71 +318,13 @@ class Tokens:
         # Only what is fresher than what is held: a token that is due for renewal was kept here as well.
         if life <= SAFETY_MARGIN or (held is not None and held.value == stored.value):
             return None
-        return self._token(credential.kind, stored.value, self._now(), life)
+        return self._token(credential, stored.value, self._now(), life, took=0.0)
 
-    def _token(self, kind: TokenKind, value: Secret, since: float, life: float) -> Token:
-        margin = min(SAFETY_MARGIN, life / 20)
-        share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311 - spreads load, hides nothing
-        return Token(value, kind, renew_at=since + life * share, expires_at=since + life - margin)
-
-    async def _fetch(self, credential: Credential) -> Token:
-        """Make the exchange that `credential` calls for; translate whatever goes wrong into an error of ours."""
-        ordinary: Token | None = None
-        if credential.kind == "rdt":
-            ordinary = await self.get(
-                replace(credential, kind="lwa", method="", path="", data_elements=(), reusable=True)
-            )
-        started = self._now()
-        result, reason = "failed", "unknown"
-        try:
-            async with asyncio.timeout(self._config.timeouts.token):
-                grant = await self._grant(credential, ordinary)
-            result, reason = "ok", ""
-        except lwa.ExchangeRefused as exc:
-            result, reason = "refused", exc.reason
-            raise _refused(credential, exc) from exc
-        except rdt.RdtRefused as exc:
-            result, reason = "refused", f"http_{exc.status}"
-            if exc.means_unrestricted and ordinary is not None:
-                reason = "not_restricted"
-                return ordinary
-            raise _rdt_refused(credential, exc) from exc
-        except lwa.ExchangeFailed as exc:
-            reason = exc.reason
-            raise _unavailable(credential, reason) from exc
-        except TimeoutError as exc:
-            reason = "timeout"
-            raise _unavailable(credential, reason) from exc
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            reason = "connection"
-            raise _unavailable(credential, reason) from exc
-        finally:
-            self._count(credential, result, reason, self._now() - started)
-        return await self._keep(credential, grant, started)
-
-    async def _grant(self, credential: Credential, ordinary: Token | None) -> lwa.Grant:
-        config = self._config
-        application = config.applications[credential.application]
-        client = (application.client_id, application.client_secret)
-        if credential.kind == "grantless":
-            return await lwa.client_credentials_grant(
-                self._lwa_session, config.endpoints.lwa, *client, credential.scope
-            )
-        if ordinary is None:
-            refresh_token = config.accounts[credential.account].refresh_tokens[credential.region]
-            return await lwa.refresh_token_grant(self._lwa_session, config.endpoints.lwa, *client, refresh_token)
-        return await rdt.create_restricted_data_token(
-            self._amazon_session,
-            endpoint_of(config, credential.environment, credential.region),
-            credential_headers(ordinary.value, self._user_agents[credential.application], self._wall()),
-            credential.method,
-            credential.path,
-            credential.data_elements,
-        )
-
-    async def _keep(self, credential: Credential, grant: lwa.Grant, started: float) -> Token:
+    async def _kept(self, credential: Credential, granted: Granted) -> Token:
+        grant = granted.grant
         # Counted from before the exchange: the token host's clock started no earlier than that.
-        token = self._token(credential.kind, grant.value, started, grant.expires_in)
+        took = granted.came - granted.asked
+        token = self._token(credential, grant.value, granted.asked, grant.expires_in, took)
         life = token.expires_at - self._now()
         if life > 0:
             expires_at = self._wall() + life
@@ -248,36 +333,38 @@ class Tokens:
                 await self._store.put(_key(credential), StoredToken(grant.value, expires_at), life)
         return token
 
-    def _count(self, credential: Credential, result: str, reason: str, seconds: float) -> None:
-        labels = (credential.kind, credential.account, credential.region, result, reason)
-        self._metrics.token_refreshes.labels(*labels).inc()
-        self._metrics.token_refresh_duration.labels(credential.kind).observe(seconds)
-        LOGGER.log(
-            _LEVELS[result],
-            "token exchange",
-            extra=fields(
-                result=result,
-                reason=reason,
-                kind=credential.kind,
-                application=credential.application,
-                account=credential.account,
-                region=credential.region,
-                duration=round(seconds, 3),
-            ),
-        )
+    def _token(self, credential: Credential, value: Secret, since: float, life: float, took: float) -> Token:
+        expires_at = since + life - min(SAFETY_MARGIN, life / 20)
+        share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311 - spreads load, hides nothing
+        renew_at = min(since + life * share, expires_at - RENEW_LEAD * took)
+        return Token(value, credential.kind, since, renew_at, expires_at, self._now(), credential.data_elements)
 
-    def _note_failure(self, credential: Credential, error: ProxyError) -> None:
-        before = self._failed.get(credential)
-        count = before.count + 1 if before else 1
-        longest = LONGEST_PAUSE if error.retryable else LONGEST_REFUSED_PAUSE
-        pause = min(longest, FIRST_PAUSE * 2 ** min(count, 20)) * random.uniform(0.75, 1.0)  # noqa: S311 - jitter
-        error.retry_after = pause if error.retryable else None
-        if len(self._failed) >= MOST_HELD:
-            del self._failed[next(iter(self._failed))]
-        self._failed[credential] = _Failure(error, count, self._now() + pause)
+    def _hold(self, credential: Credential, token: Token) -> None:
+        self._held.pop(credential, None)
+        if len(self._held) >= MOST_HELD:
+            del self._held[next(iter(self._held))]  # the one that was fetched longest ago
+        self._held[credential] = token
+        self._look(credential, token, at=token.renew_at)
 
+    def _look(self, credential: Credential, token: Token, at: float) -> None:
+        self._call_later(max(0.0, at - self._now()), self._due, credential, token)
 
-_LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
+    def _due(self, credential: Credential, token: Token) -> None:
+        """Renew a token that is in use, before anybody has to wait for it; let go of one that has expired."""
+        if self._closed or self._held.get(credential) is not token:
+            return
+        now = self._now()
+        if now >= token.expires_at:
+            del self._held[credential]
+            return
+        in_use = now - token.used_at <= IN_USE * (token.expires_at - token.since)
+        if not credential.reusable or not in_use:
+            self._look(credential, token, at=token.expires_at)
+            return
+        pause = self._pause(credential, now)
+        if pause <= 0:
+            self._exchange(credential, None)
+        self._look(credential, token, at=min(token.expires_at, now + max(pause, LOOK_AGAIN)))
 
 
 def _key(credential: Credential) -> str:
@@ -297,34 +384,11 @@ def _key(credential: Credential) -> str:
     )
 
 
-def _whose(credential: Credential) -> str:
-    if credential.kind == "grantless":
-        return f"application {credential.application}"
-    return f"account {credential.account} in {credential.region}"
-
-
-def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
-    host = "Amazon" if credential.kind == "rdt" else "Login with Amazon"
-    return TokenUnavailable(
-        f"no {credential.kind} token for {_whose(credential)}: {host} did not give one ({reason})",
-        "Nothing was sent to Amazon's API; try again after Retry-After.",
-    )
-
-
-def _refused(credential: Credential, exc: lwa.ExchangeRefused) -> TokenRefused:
-    request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
-    return TokenRefused(
-        f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
-        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials."),
-    )
-
-
-def _rdt_refused(credential: Credential, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+def _nothing_left(credential: Credential) -> RestrictedDataRefused:
     return RestrictedDataRefused(
-        f"Amazon gives {_whose(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
-        f"{exc.status} {exc.message}",
-        "Check that the application has the restricted role, and had it when the seller authorised it; "
-        "x-sp-data-elements: none asks without personal data where that is possible.",
+        f"the application has no role for any of the data elements asked for account {credential.account} in "
+        f"{credential.region}: {', '.join(credential.data_elements)}",
+        "Get the role from Amazon and have the seller authorise anew, or ask for other elements.",
     )
 
 

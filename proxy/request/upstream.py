@@ -32,6 +32,7 @@ from proxy.errors import (
 from proxy.metrics import Metrics
 from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
 from proxy.request.connector import Connector
+from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
 from proxy.request.identify import Target
 from proxy.request.tokens import Token
@@ -64,6 +65,9 @@ PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
 # Amazon's front end refuses these on GET and HEAD (DOC "API request validation for 400 errors with HTML response").
 BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
 BODILESS = frozenset({"GET", "HEAD"})
+
+MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
+MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 
 MAX_RESPONSE_LINE = 16 * 1024
 MAX_RESPONSE_FIELD = 64 * 1024
@@ -162,6 +166,65 @@ class Patience:
             raise type(self._error)(self._error.message, self._error.hint) from exc
 
 
+class Call:
+    """One request on its way: what was decided, how patient to be, and its body.
+
+    The body is streamed as it comes, and kept up to a bound, so that it can be sent again.
+    """
+
+    def __init__(self, request: web.BaseRequest, target: Target, exchange: Exchange, patience: Patience) -> None:
+        self.request = request
+        self.target = target
+        self.exchange = exchange
+        self.patience = patience
+        self._kept: list[bytes] | None = []
+        self._kept_size = 0
+        self._is_read = not request.body_exists
+
+    @property
+    def can_be_sent_again(self) -> bool:
+        """Whether all of it is at hand."""
+        return self._is_read and self._kept is not None
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """Yield the body: as it comes the first time, from what was kept after that."""
+        if self._is_read:
+            for chunk in self._kept or ():
+                yield chunk
+            return
+        _say_continue(self.request)
+        while chunk := await self._next():
+            self._keep(chunk)
+            self.exchange.request_bytes += len(chunk)
+            yield chunk
+        self._is_read = True
+
+    async def _next(self) -> bytes:
+        self.patience.for_app()
+        try:
+            chunk = await self.request.content.readany()
+        except (web.RequestPayloadError, aiohttp.ClientError, ValueError) as exc:
+            error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
+            self.exchange.upload_error = error
+            raise error from exc
+        self.patience.for_amazon()
+        return chunk
+
+    def _keep(self, chunk: bytes) -> None:
+        self._kept_size += len(chunk)
+        if self._kept is not None and self._kept_size <= MOST_KEPT:
+            self._kept.append(chunk)
+        else:
+            self._kept = None
+
+
+def _say_continue(request: web.BaseRequest) -> None:
+    """Tell an app that waits for it to send its body (RFC 9110 section 10.1.1); everything is checked by now."""
+    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if expects and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
 def tls_context(config: Config) -> ssl.SSLContext:
     """Return what verifies Amazon's hosts: TLS 1.2 and up, the system's certificates or those of `pool.ca_file`."""
     context = ssl.create_default_context(cafile=config.pool.ca_file)
@@ -215,36 +278,27 @@ class Upstream:
         self._metrics = metrics
         self._wall = wall
 
-    async def send(
-        self, request: web.BaseRequest, target: Target, token: Token, exchange: Exchange, patience: Patience
-    ) -> aiohttp.ClientResponse:
+    async def send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
         """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
 
         Raises an error of ours for everything that keeps an answer from coming.
         """
-        exchange.attempts = 1
+        call.exchange.attempts += 1
         try:
-            return await self._send(self._session, request, target, token, exchange, patience)
+            return await self._send(self._session, call, token)
         except UpstreamBroken:
             # An idle connection that Amazon closed just now. Nothing came back, and asking twice does no harm.
-            if request.method not in BODILESS:
+            if call.request.method not in BODILESS:
                 raise
-        exchange.attempts = 2
+        call.exchange.attempts += 1
         self._metrics.retries.labels("connection").inc()
-        return await self._send(self._fresh_session, request, target, token, exchange, patience)
+        return await self._send(self._fresh_session, call, token)
 
-    async def _send(
-        self,
-        session: aiohttp.ClientSession,
-        request: web.BaseRequest,
-        target: Target,
-        token: Token,
-        exchange: Exchange,
-        patience: Patience,
-    ) -> aiohttp.ClientResponse:
+    async def _send(self, session: aiohttp.ClientSession, call: Call, token: Token) -> aiohttp.ClientResponse:
+        request, target = call.request, call.target
         headers = cleaned(request.method, request.headers)
         headers.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
-        patience.for_amazon()
+        call.patience.for_amazon()
         try:
             response = await session.request(
                 request.method,
@@ -252,11 +306,11 @@ class Upstream:
                 # Amazon sees is the one that was decided on.
                 URL(target.endpoint).with_path(target.path_and_query, encoded=True),
                 headers=headers,
-                data=_upload(request, exchange, patience) if request.body_exists else None,
+                data=call.body() if request.body_exists else None,
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            raise (exchange.upload_error or _translated(exc)) from exc
+            raise (call.exchange.upload_error or _translated(exc)) from exc
         if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
             response.close()
             raise UpstreamBroken("Amazon's answer has no status that ends a request", "Try again.")
@@ -266,31 +320,26 @@ class Upstream:
         return response
 
     async def relay(
-        self, request: web.BaseRequest, response: aiohttp.ClientResponse, exchange: Exchange, patience: Patience
+        self, call: Call, response: aiohttp.ClientResponse, *, beginning: bytes = b"", reader: Reader | None = None
     ) -> web.StreamResponse:
         """Stream the answer to the app; break its connection where Amazon's answer breaks off.
 
-        A client must never take half an answer for a whole one.
+        A client must never take half an answer for a whole one. `beginning` is what was read of it before; `reader`
+        reads along.
         """
+        request, exchange = call.request, call.exchange
         answer = AmazonsAnswer(response, exchange)
         if request.body_exists and not request.content.at_eof():
             answer.force_close()  # answered before the upload ended: what still comes is not a request
         connection = response.connection.protocol if response.connection is not None else None
         try:
-            patience.for_app()
+            call.patience.for_app()
             exchange.begun = True
             await answer.prepare(request)
-            while True:
-                patience.for_amazon()
-                chunk = await response.content.readany()
-                if not chunk:
-                    break
-                patience.for_app()
-                await answer.write(chunk)
-                exchange.response_bytes += len(chunk)
+            await _stream(call, response, answer, beginning, reader)
             if connection is not None and isinstance(connection.exception(), aiohttp.ClientOSError):
                 raise aiohttp.ClientPayloadError  # its end is the connection's, and that was a reset
-            patience.for_app()
+            call.patience.for_app()
             await answer.write_eof()
             await request.writer.drain()  # or what is left would be waited for outside all timeouts
         except (aiohttp.ClientError, ConnectionError):
@@ -307,24 +356,35 @@ class Upstream:
         return answer
 
 
-async def _upload(request: web.BaseRequest, exchange: Exchange, patience: Patience) -> AsyncIterator[bytes]:
-    """Yield the app's body as it comes."""
-    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
-    if expects and request.transport is not None:
-        # The app waits for this before it sends its body (RFC 9110 section 10.1.1); everything is checked by now.
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+async def beginning_of(call: Call, response: aiohttp.ClientResponse) -> bytes:
+    """Read the beginning of a refusal: all of it, as a rule; `relay` passes it on before the rest."""
+    read = b""
+    call.patience.for_amazon()
+    try:
+        while len(read) < MOST_OF_REFUSAL and (chunk := await response.content.readany()):
+            read += chunk
+    except (aiohttp.ClientError, OSError):
+        pass  # relay meets the same end, and knows what to do
+    return read
+
+
+async def _stream(
+    call: Call, response: aiohttp.ClientResponse, answer: web.StreamResponse, chunk: bytes, reader: Reader | None
+) -> None:
+    """Pass the rest of an answer's body on, behind the `chunk` that was read before."""
     while True:
-        patience.for_app()
-        try:
-            chunk = await request.content.readany()
-        except (web.RequestPayloadError, aiohttp.ClientError, ValueError) as exc:
-            exchange.upload_error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
-            raise exchange.upload_error from exc
-        patience.for_amazon()
+        if chunk:
+            call.patience.for_app()
+            await answer.write(chunk)
+            call.exchange.response_bytes += len(chunk)
+            if reader is not None:
+                reader.feed(chunk)
+        call.patience.for_amazon()
+        chunk = await response.content.readany()
         if not chunk:
-            return
-        exchange.request_bytes += len(chunk)
-        yield chunk
+            break
+    if reader is not None:
+        reader.end()
 
 
 def _translated(exc: Exception) -> ProxyError:

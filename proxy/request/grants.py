@@ -1,0 +1,255 @@
+"""How is one token got: which call is made, how often is it tried, and what is wrong when none comes?
+
+Keeping tokens, and deciding when one is needed, is `tokens.py`'s work.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import aiohttp
+
+from proxy.amazon import lwa, rdt
+from proxy.amazon.headers import credential_headers
+from proxy.amazon.operations import Operation
+from proxy.config import Config, Secret
+from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.logs import LOGGER, fields
+from proxy.metrics import Metrics
+from proxy.request.identify import Credential, Target, endpoint_of, ordinary_of
+from proxy.request.limits import Limits
+
+TRIES = 3  # of one exchange, within timeouts.token
+FIRST_WAIT = 0.2  # seconds between the first two tries, doubled for the next
+
+_WHAT_TO_DO = {
+    "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
+    "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
+    "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
+    "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
+    "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
+}
+
+
+class NotRestricted(Exception):
+    """Amazon gives no Restricted Data Token for this document, because it needs none."""
+
+
+class ElementsRefused(Exception):
+    """The application has no role for some of the data elements asked for; `elements` are those."""
+
+    def __init__(self, elements: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(elements)))
+        self.elements = elements
+
+
+class OrdinaryTokenRefused(Exception):
+    """Amazon refuses the ordinary token with which a Restricted Data Token was asked for; `error` says so."""
+
+    def __init__(self, error: ProxyError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A token as it was granted; `asked` and `came` are moments of the monotonic clock, in seconds."""
+
+    grant: lwa.Grant
+    asked: float
+    came: float
+
+
+class Grants:
+    """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        lwa_session: aiohttp.ClientSession,
+        amazon_session: aiohttp.ClientSession,
+        user_agents: dict[str, str],
+        limits: Limits,
+        mint: Operation | None,
+        metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._config = config
+        self._lwa_session = lwa_session
+        self._amazon_session = amazon_session
+        self._user_agents = user_agents
+        self._limits = limits
+        self._mint = mint
+        self._metrics = metrics
+        self._now = now
+        self._sleep = sleep
+
+    def secrets(self, credential: Credential) -> tuple[Secret, ...]:
+        """Return the secrets that an exchange would send now: those of files and variables may have changed."""
+        if credential.kind == "rdt":
+            return ()
+        secret = self._config.applications[credential.application].client_secret.current()
+        if credential.kind == "grantless":
+            return (secret,)
+        return secret, self._config.accounts[credential.account].refresh_tokens[credential.region].current()
+
+    async def ask_lwa(self, credential: Credential, secrets: tuple[Secret, ...]) -> Granted:
+        """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
+        client = (self._config.applications[credential.application].client_id, secrets[0])
+        url = self._config.endpoints.lwa
+
+        def call() -> Awaitable[lwa.Grant]:
+            if credential.kind == "grantless":
+                return lwa.client_credentials_grant(self._lwa_session, url, *client, credential.scope)
+            return lwa.refresh_token_grant(self._lwa_session, url, *client, secrets[1])
+
+        return await self._tried(credential, call)
+
+    async def mint(self, credential: Credential, ordinary: Secret) -> Granted:
+        """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
+
+        Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
+        UsagePlanExhausted.
+        """
+        config = self._config
+        endpoint = endpoint_of(config, credential.environment, credential.region)
+        target = self._target_of_mint(credential, endpoint)
+        account = config.accounts[credential.account]
+
+        async def call() -> lwa.Grant:
+            headers = credential_headers(ordinary, self._user_agents[credential.application], time.time())
+            try:
+                return await rdt.create_restricted_data_token(
+                    self._amazon_session,
+                    endpoint,
+                    headers,
+                    credential.method,
+                    credential.path,
+                    credential.data_elements,
+                    account.target_application,
+                )
+            except lwa.ExchangeFailed as exc:
+                if exc.reason == "http_429":
+                    self._limits.learn(target, 429, None)
+                raise
+
+        await self._limits.admit(target, config.limits.max_wait)
+        return await self._tried(credential, call)
+
+    def _target_of_mint(self, credential: Credential, endpoint: str) -> Target:
+        return Target(
+            account=credential.account,
+            account_source="",
+            region=credential.region,
+            region_source="",
+            environment=credential.environment,
+            application=credential.application,
+            operation=self._mint,
+            endpoint=endpoint,
+            path_and_query=rdt.PATH,
+            credential=ordinary_of(credential),
+            elements_source="",
+        )
+
+    async def _tried(self, credential: Credential, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:
+        """Make one exchange, a few times where that may help; translate whatever goes wrong into an error of ours."""
+        asked = self._now()
+        reason = "timeout"
+        try:
+            async with asyncio.timeout(self._config.timeouts.token):
+                for attempt in range(TRIES):
+                    if attempt:
+                        pause = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                        await self._sleep(pause)
+                    asked, reason = self._now(), "timeout"
+                    try:
+                        grant = await call()
+                    except lwa.ExchangeFailed as exc:
+                        reason = exc.reason
+                    except (aiohttp.ClientError, OSError, ValueError) as exc:
+                        reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
+                    else:
+                        self._count(credential, "ok", "", asked)
+                        return Granted(grant, asked, self._now())
+                    self._count(credential, "failed", reason, asked)
+        except lwa.ExchangeRefused as exc:
+            self._count(credential, "refused", exc.reason, asked)
+            raise _refused(credential, exc) from exc
+        except rdt.RdtRefused as exc:
+            raise self._rdt_refused(credential, exc, asked) from exc
+        except TimeoutError as exc:
+            self._count(credential, "failed", "timeout", asked)
+            raise _unavailable(credential, "timeout") from exc
+        raise _unavailable(credential, reason)
+
+    def _rdt_refused(self, credential: Credential, exc: rdt.RdtRefused, asked: float) -> Exception:
+        """Return what a refusal of the mint means."""
+        reason, error = f"http_{exc.status}", _rdt_error(credential, exc)
+        meaning: Exception = error
+        if exc.means_unrestricted and not credential.reusable:
+            reason, meaning = "not_restricted", NotRestricted()
+        elif exc.refused_elements & set(credential.data_elements):
+            reason, meaning = "elements", ElementsRefused(exc.refused_elements)
+        elif exc.refusal.blames_token:
+            reason, meaning = "token", OrdinaryTokenRefused(error)
+        self._count(credential, "refused", reason, asked)
+        return meaning
+
+    def _count(self, credential: Credential, result: str, reason: str, asked: float) -> None:
+        seconds = self._now() - asked
+        labels = (credential.kind, credential.account, credential.region, result, reason)
+        self._metrics.token_refreshes.labels(*labels).inc()
+        self._metrics.token_refresh_duration.labels(credential.kind).observe(seconds)
+        LOGGER.log(
+            20 if reason in _EXPECTED else _LEVELS[result],
+            "token exchange",
+            extra=fields(
+                result=result,
+                reason=reason,
+                kind=credential.kind,
+                application=credential.application,
+                account=credential.account,
+                region=credential.region,
+                duration=round(seconds, 3),
+            ),
+        )
+
+
+_LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
+_EXPECTED = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
+
+
+def _whose(credential: Credential) -> str:
+    if credential.kind == "grantless":
+        return f"application {credential.application}"
+    return f"account {credential.account} in {credential.region}"
+
+
+def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
+    host = "Amazon" if credential.kind == "rdt" else "Login with Amazon"
+    return TokenUnavailable(
+        f"no {credential.kind} token for {_whose(credential)}: {host} did not give one ({reason})",
+        "Nothing was sent to Amazon's API; try again after Retry-After.",
+    )
+
+
+def _refused(credential: Credential, exc: lwa.ExchangeRefused) -> TokenRefused:
+    request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
+    return TokenRefused(
+        f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
+        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials."),
+    )
+
+
+def _rdt_error(credential: Credential, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+    said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
+    return RestrictedDataRefused(
+        f"Amazon gives {_whose(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
+        f"{exc.status} {said}",
+        "Check that the application has the restricted role, and had it when the seller authorised it; "
+        "x-sp-data-elements: none asks without personal data where that is possible.",
+    )
