@@ -20,13 +20,14 @@ from proxy import __version__, logs
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, load_table
 from proxy.app import CannotListen, Running, running
-from proxy.config import REGIONS, Config, ConfigError, KeyPath, Loaded, Problem, load_config
+from proxy.config import REGIONS, Config, ConfigError, KeyPath, Loaded, Problem, Region, load_config
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import describe, identify
 from proxy.request.upstream import check_body, cleaned
+from proxy.rotate import RotationFailed, rotate_client_secret
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -85,7 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sp-api-proxy {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_check, _add_explain, _add_operations, _add_schema, _add_simulate, _add_version):
+    for add in (
+        _add_serve,
+        _add_check,
+        _add_explain,
+        _add_operations,
+        _add_schema,
+        _add_simulate,
+        _add_rotate,
+        _add_version,
+    ):
         add(commands)
     return parser
 
@@ -281,6 +291,46 @@ def _welcome(proxy: Running) -> None:
     if proxy.admin:
         _say(f"Metrics are at http://{proxy.admin}/metrics. Ctrl-C ends both.")
     sys.stdout.flush()
+
+
+# rotate
+
+
+def _add_rotate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "rotate",
+        _rotate,
+        "ask Amazon for a new client secret of an application",
+        "sp-api-proxy rotate main --config config.yaml",
+    )
+    parser.add_argument("application", metavar="APPLICATION", help="its name in the configuration")
+    parser.add_argument("--region", choices=REGIONS, default="na", help="whose host to ask (na, as Amazon's page does)")
+    _add_config_flags(parser)
+
+
+def _rotate(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    name, applications = options.application, loaded.config.applications
+    if name not in applications:
+        _complain(f"sp-api-proxy: no application {name} in the configuration; there is {', '.join(applications)}")
+        return USAGE
+    try:
+        _run(_rotated(loaded.config, name, options.region))
+    except RotationFailed as exc:
+        _complain(f"sp-api-proxy: {exc}")
+        return FAILED
+    origin = loaded.origins.get(("applications", name, "client_secret"), "the configuration")
+    _say(f"Amazon makes a new client secret for {name}. It comes by a message to the SQS queue registered for it.")
+    _say(f"Put it where the old one is ({origin}) within seven days: so long the old one works.")
+    _say("A proxy that reads it with {file: …} uses it from the next exchange on; others need a restart.")
+    _say("Then write the day into rotated_at.")
+    return OK
+
+
+async def _rotated(config: Config, name: str, region: Region) -> int:
+    await rotate_client_secret(config, name, region)
+    return OK
 
 
 # check, schema, explain

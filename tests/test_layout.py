@@ -23,8 +23,9 @@ ARROWS: dict[str, set[str]] = {
     "listener": {"request", *GROUND},
     "status": GROUND,
     "app": {"", "request", "listener", "status", "amazon", "store", *GROUND},
+    "rotate": {"app", "request", "amazon", *GROUND},
     "simulator": set(),
-    "cli": {"", "app", "request", "amazon", "simulator", *GROUND},
+    "cli": {"", "app", "rotate", "request", "amazon", "simulator", *GROUND},
     "__main__": {"cli"},
 }
 

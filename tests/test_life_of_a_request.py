@@ -143,7 +143,7 @@ async def test_a_call_waits_for_its_place_and_says_how_long(start_proxy: StartPr
     first = await call(proxy.addresses[0], "GET", path)
     second = await call(proxy.addresses[0], "GET", path)
     assert first.decided["wait"] == "0.000"
-    assert 0 < float(second.decided["wait"]) <= 0.06, "the rate that Amazon's answer named is believed"
+    assert 0 < float(second.decided["wait"]) < 0.9, "the rate that Amazon's answer named is believed"
 
 
 async def test_a_call_without_a_place_in_time_is_refused_at_once(start_proxy: StartProxy, far_side: FarSide) -> None:

@@ -14,7 +14,7 @@ import pytest
 from proxy.amazon.operations import load_table
 from proxy.app import open_lwa_session, user_agents
 from proxy.config import Secret
-from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable, UsagePlanExhausted
 from proxy.metrics import Metrics
 from proxy.request import tokens as tokens_module
 from proxy.request.documents import Documents
@@ -26,7 +26,7 @@ from proxy.request.upstream import open_session
 from proxy.store import Store, StoredToken
 from tests.clock import FakeClock
 from tests.conftest import config_from, settings_for
-from tests.far_side import FarSide, TokenHost, answer
+from tests.far_side import FarSide, Received, TokenHost, answer
 
 TABLE = load_table()
 ACME = Credential("lwa", "main", "acme", "production", "eu")
@@ -39,10 +39,10 @@ DOCUMENT = replace(RDT, path="/reports/2021-06-30/documents/d1", reusable=False)
 async def open_tokens(
     far_side: FarSide, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
 ) -> AsyncIterator[tuple[Tokens, Metrics]]:
-    config = config_from(settings_for(far_side, token_host, **settings), folder)
+    config = config_from(settings_for(far_side, token_host, **{"limits": {"pace": False}, **settings}), folder)
     metrics, store = Metrics(), Store()
     async with open_lwa_session(config) as lwa_session, open_session(config) as amazon_session:
-        limits = Limits(metrics, pace=False, now=clock)
+        limits = Limits(metrics, pace=config.limits.pace, now=clock)
         grants = Grants(
             config,
             lwa_session=lwa_session,
@@ -386,3 +386,343 @@ async def test_exchanges_are_counted_by_kind_result_and_reason(
 def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
     for shown in (Token(Secret("distinctive"), "lwa", 0, 0, 0, 0), StoredToken(Secret("distinctive"), 0)):
         assert "distinctive" not in f"{shown} {shown!r}"
+
+
+# Renewed before anybody has to wait.
+
+
+async def test_a_token_in_use_is_renewed_without_anybody_asking(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    await tokens.get(ACME)
+    clock.advance(3600 * 0.7)
+    await tokens.get(ACME)
+    clock.advance(3600 * 0.25)
+    await settle(tokens)
+    assert len(token_host.received) == 2, "it was used within the last half hour"
+    clock.advance(3600 * 0.2)
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+    assert len(token_host.received) == 2
+
+
+async def test_an_idle_token_is_left_to_expire(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+    await tokens.get(ACME)
+    clock.advance(3600 * 3)
+    await settle(tokens)
+    assert len(token_host.received) == 1
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
+
+
+async def test_a_slow_token_host_is_asked_early_enough(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+    token_host.expires_in, token_host.held = 3, asyncio.Event()
+    first = asyncio.create_task(tokens.get(ACME))
+    await token_host.arrived.wait()
+    clock.advance(1)
+    token_host.held.set()
+    token = await first
+    assert clock() < token.renew_at <= token.expires_at - 1.5
+    assert token.expires_at < clock() + 2, "its life is counted from before the exchange"
+
+
+async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    await tokens.get(ACME)
+    clock.advance(3600 * 0.7)
+    await tokens.get(ACME)
+    token_host.answers = [answer("500 Internal Server Error")] * TRIES
+    clock.advance(3600 * 0.21)
+    await settle(tokens)
+    assert len(token_host.received) == 1 + TRIES
+    clock.advance(tokens_module.LOOK_AGAIN + tokens_module.LONGEST_PAUSE)
+    await settle(tokens)
+    assert (await tokens.get(ACME)).value.reveal() == f"Atza|{TRIES + 2}"
+
+
+async def test_expired_tokens_of_documents_are_let_go_of(tokens: Tokens, clock: FakeClock) -> None:
+    for number in range(5):
+        await tokens.get(replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}"))
+    clock.advance(3600)
+    assert [credential.kind for credential in tokens._held] == ["lwa"]
+
+
+async def test_a_passing_fault_is_nobodys_business(tokens: Tokens, token_host: TokenHost) -> None:
+    token_host.answers = [answer("503 Service Unavailable"), answer("200 OK", b"<html>")]
+    assert (await tokens.get(ACME)).value.reveal() == "Atza|3"
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_a_wall_clock_that_jumps_changes_nothing(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, jump: float
+) -> None:
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
+        wall = FakeClock(clock())
+        tokens._wall = wall
+        first = await tokens.get(ACME)
+        wall.seconds += jump
+        clock.advance(3000)
+        assert await tokens.get(ACME) is first
+        await settle(tokens)
+        clock.advance(700)
+        second = await tokens.get(ACME)
+        assert second is not first
+        assert len(token_host.received) == 2
+
+
+async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_timeout_each(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "PROBE_PATIENCE", 0.05)
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
+        token_host.answers = [answer("503 Service Unavailable")] * TRIES
+        with pytest.raises(TokenUnavailable):
+            await tokens.get(ACME)
+        clock.advance(tokens_module.LONGEST_PAUSE)
+        token_host.held = asyncio.Event()
+        with pytest.raises(TokenUnavailable) as caught:
+            await asyncio.wait_for(tokens.get(ACME), 5)
+        assert caught.value.retry_after is not None
+        token_host.held.set()
+        assert (await tokens.get(ACME)).value.reveal().startswith("Atza|"), "its return is noticed"
+        assert len(token_host.received) == TRIES + 1
+
+
+# Secrets that change.
+
+
+async def test_a_secret_that_was_rotated_is_used_from_the_next_exchange_on(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    secret, refresh = tmp_path / "secret", tmp_path / "refresh"
+    secret.write_text("old-secret\n")
+    refresh.write_text("Atzr|old\n")
+    applications = {"main": {"client_id": "client", "client_secret": {"file": str(secret)}}}
+    accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
+    async with open_tokens(far_side, token_host, tmp_path, clock, applications=applications, accounts=accounts) as (
+        tokens,
+        _,
+    ):
+        await tokens.get(ACME)
+        secret.write_text("new-secret\n")
+        refresh.write_text("Atzr|new\n")
+        clock.advance(4000)
+        await tokens.get(ACME)
+        secret.unlink()
+        refresh.write_text("")
+        clock.advance(4000)
+        await tokens.get(ACME)
+    sent = [form(received.body) for received in token_host.received]
+    assert [(one["client_secret"], one["refresh_token"]) for one in sent] == [
+        ("old-secret", "Atzr|old"),
+        ("new-secret", "Atzr|new"),
+        ("old-secret", "Atzr|old"),
+    ]
+
+
+async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("old-secret")
+    applications = {"main": {"client_id": "client", "client_secret": {"file": str(secret)}}}
+    async with open_tokens(far_side, token_host, tmp_path, clock, applications=applications) as (tokens, _):
+        token_host.answers = [answer("401 Unauthorized", b'{"error":"invalid_client"}')]
+        for _ in range(3):
+            with pytest.raises(TokenRefused):
+                await tokens.get(RDT)
+        assert len(token_host.received) == 1
+        secret.write_text("new-secret")
+        assert (await tokens.get(RDT)).kind == "rdt"
+
+
+async def test_refusals_are_asked_about_ever_more_rarely(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
+    for _ in range(3600):
+        with pytest.raises(TokenRefused):
+            await tokens.get(ACME)
+        clock.advance(1)
+    assert len(token_host.received) < 30
+
+
+# Tokens that Amazon refuses.
+
+
+async def test_a_replacement_is_fetched_once_for_a_crowd(tokens: Tokens, token_host: TokenHost) -> None:
+    first = await tokens.get(ACME)
+    got = await asyncio.gather(*(tokens.replacement(ACME, first) for _ in range(100)))
+    assert len(set(map(id, got))) == 1
+    assert got[0] is not None
+    assert got[0].value.reveal() == "Atza|2"
+    assert len(token_host.received) == 2
+
+
+async def test_a_successor_that_is_refused_too_is_not_replaced_for_a_while(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    first = await tokens.get(ACME)
+    second = await tokens.replacement(ACME, first)
+    assert second is not None
+    tokens.judge(ACME, second, accepted=False)
+    assert await tokens.replacement(ACME, first) is None
+    assert await tokens.replacement(ACME, second) is None
+    assert len(token_host.received) == 2
+    clock.advance(31)
+    third = await tokens.replacement(ACME, second)
+    assert third is not None
+    tokens.judge(ACME, third, accepted=True)
+    assert await tokens.replacement(ACME, third) is not None, "a token that worked may be replaced again"
+
+
+async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    accounts = {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|{number}"}} for number in range(200)}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        credentials = [replace(ACME, account=name) for name in accounts]
+        held = {credential: await tokens.get(credential) for credential in credentials}
+        before = len(token_host.received)
+
+        async def refused(credential: Credential) -> None:
+            another = await tokens.replacement(credential, held[credential])
+            if another is not None:
+                tokens.judge(credential, another, accepted=False)
+
+        await asyncio.gather(*map(refused, credentials))
+        assert len(token_host.received) - before < 50
+        for _ in range(25 * 60):
+            clock.advance(1)
+            await refused(credentials[0])
+            await refused(credentials[-1])
+        assert len(token_host.received) - before < 75
+
+
+async def test_an_rdt_is_minted_although_the_ordinary_token_was_taken_back(
+    tokens: Tokens, far_side: FarSide, token_host: TokenHost
+) -> None:
+    await tokens.get(ACME)
+    message = {"code": "Unauthorized", "message": "Access to requested resource is denied.",
+               "details": "The access token you provided is revoked, malformed or invalid."}  # fmt: skip
+    inner = far_side.respond
+
+    async def respond(received: Received, writer: asyncio.StreamWriter) -> None:
+        if received.get("x-amz-access-token") == "Atza|1":
+            writer.write(answer("403 Forbidden", json.dumps({"errors": [message]}).encode()))
+        else:
+            await inner(received, writer)
+
+    far_side.respond = respond  # type: ignore[assignment, method-assign]
+    assert (await tokens.get(RDT)).value.reveal() == "Atz.sprdt|1"
+    assert len(token_host.received) == 2
+
+
+# Restricted Data Tokens.
+
+
+def elements_refused(*names: str) -> bytes:
+    text = f"Application does not have access to one or more requested data elements: [{', '.join(names)}]"
+    return answer("400 Bad Request", json.dumps({"errors": [{"code": "InvalidInput", "message": text}]}).encode())
+
+
+ORDERS = replace(RDT, path="/orders/v0/orders", data_elements=("buyerInfo", "shippingAddress"), optional=True)
+
+
+def asked(received: Received) -> list[str]:
+    elements: list[str] = json.loads(received.body)["restrictedResources"][0].get("dataElements", [])
+    return elements
+
+
+async def test_an_element_without_a_role_is_left_out_for_an_hour(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, metrics):
+        inner = far_side.respond
+
+        async def respond(received: Received, writer: asyncio.StreamWriter) -> None:
+            if "shippingAddress" in asked(received):
+                far_side.received.remove(received)
+                far_side.minted.append(received)
+                writer.write(elements_refused("shippingAddress"))
+            else:
+                await inner(received, writer)
+
+        far_side.respond = respond  # type: ignore[assignment, method-assign]
+        crowd = await asyncio.gather(*(tokens.get(ORDERS) for _ in range(20)))
+        assert {(token.kind, token.data_elements) for token in crowd} == {("rdt", ("buyerInfo",))}
+        item = replace(ORDERS, path="/orders/v0/orders/{orderId}")
+        assert (await tokens.get(item)).data_elements == ("buyerInfo",)
+        assert list(map(asked, far_side.minted)) == [["buyerInfo", "shippingAddress"], ["buyerInfo"], ["buyerInfo"]]
+        labels = {"account": "acme", "region": "eu", "element": "shippingAddress"}
+        assert metrics.registry.get_sample_value("spapi_proxy_data_elements_refused_total", labels) == 1
+        assert sum("data element not granted" in record.message for record in caplog.records) == 1
+        clock.advance(3601)
+        await tokens.get(ORDERS)
+        assert asked(far_side.minted[3]) == ["buyerInfo", "shippingAddress"], "the role may have been granted meanwhile"
+
+
+async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(tokens: Tokens, far_side: FarSide) -> None:
+    far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    token = await tokens.get(ORDERS)
+    assert (token.kind, token.value.reveal(), token.data_elements) == ("lwa", "Atza|1", ())
+    await tokens.get(ORDERS)
+    assert len(far_side.minted) == 1
+
+
+async def test_with_no_element_left_other_operations_are_refused_clearly(tokens: Tokens, far_side: FarSide) -> None:
+    far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    for _ in range(3):
+        with pytest.raises(RestrictedDataRefused, match="no role for any") as caught:
+            await tokens.get(replace(ORDERS, optional=False))
+        assert caught.value.hint
+    assert len(far_side.minted) == 1
+
+
+async def test_elements_refused_for_one_account_are_asked_for_another(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+        await tokens.get(ORDERS)
+        far_side.rdt_answer = None
+        assert (await tokens.get(replace(ORDERS, account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
+
+
+async def test_a_refusal_that_names_other_elements_is_no_endless_loop(tokens: Tokens, far_side: FarSide) -> None:
+    far_side.rdt_answer = elements_refused("buyerTaxInformation")
+    with pytest.raises(RestrictedDataRefused):
+        await tokens.get(ORDERS)
+    assert len(far_side.minted) == 1
+
+
+async def test_mints_keep_to_their_own_usage_plan(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    limits = {"pace": True, "max_wait": "0s"}
+    async with open_tokens(far_side, token_host, tmp_path, clock, limits=limits) as (tokens, _):
+        documents = [replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}") for number in range(12)]
+        for document in documents[:10]:
+            await tokens.get(document)
+        with pytest.raises(UsagePlanExhausted, match="createRestrictedDataToken"):
+            await tokens.get(documents[10])
+        clock.advance(1)
+        await tokens.get(documents[11])
+    assert len(far_side.minted) == 11
+
+
+async def test_a_document_that_is_not_restricted_is_asked_about_once(tokens: Tokens, far_side: FarSide) -> None:
+    message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
+    far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    for _ in range(3):
+        assert (await tokens.get(DOCUMENT)).kind == "lwa"
+    assert len(far_side.minted) == 1
+
+
+async def test_delegation_names_the_application_that_may_use_the_token(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    accounts = {"acme": {"refresh_tokens": {"eu": "Atzr|acme"}, "target_application": "amzn1.sp.solution.x"}}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        await tokens.get(RDT)
+    assert json.loads(far_side.minted[0].body)["targetApplication"] == "amzn1.sp.solution.x"

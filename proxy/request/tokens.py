@@ -350,12 +350,14 @@ class Tokens:
         self._call_later(max(0.0, at - self._now()), self._due, credential, token)
 
     def _due(self, credential: Credential, token: Token) -> None:
-        """Renew a token that is in use, before anybody has to wait for it; let go of one that has expired."""
+        """Renew a token that is in use, before anybody has to wait for it."""
         if self._closed or self._held.get(credential) is not token:
             return
         now = self._now()
         if now >= token.expires_at:
-            del self._held[credential]
+            if not credential.reusable:
+                del self._held[credential]  # nobody will ask for that document's token again
+            # Others stay: so the store's copy is known for the same one, whatever the wall clock says by then.
             return
         in_use = now - token.used_at <= IN_USE * (token.expires_at - token.since)
         if not credential.reusable or not in_use:

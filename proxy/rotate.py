@@ -1,0 +1,57 @@
+"""How does an application get a new client secret (DOC "Rotate your application's client secret")?
+
+Amazon answers 204 and nothing else: the new secret comes by a message to the SQS queue that was registered for it. The
+old one works for seven days more.
+"""
+
+import time
+
+import aiohttp
+
+from proxy.amazon import lwa
+from proxy.amazon.headers import credential_headers
+from proxy.amazon.refusals import parse_refusal
+from proxy.app import open_lwa_session, user_agents
+from proxy.config import Config, Region
+from proxy.request.identify import endpoint_of
+from proxy.request.upstream import open_session
+
+PATH = "/applications/2023-11-30/clientSecret"
+SCOPE = "sellingpartnerapi::client_credential:rotation"
+
+_WHAT_TO_DO = {
+    400: "Check that the application is registered with Amazon for rotation, with a queue for the new secret.",
+    403: "The application must be a seller application and own the secret; see Amazon's page on rotation.",
+    429: "Amazon takes one rotation a minute: wait, and try again.",
+}
+
+
+class RotationFailed(Exception):
+    """There is no new secret; the text says why, and what to do."""
+
+
+async def rotate_client_secret(config: Config, name: str, region: Region) -> None:
+    """Ask Amazon for a new client secret of the application `name`; raise RotationFailed."""
+    application = config.applications[name]
+    try:
+        async with (
+            open_lwa_session(config) as lwa_session,
+            open_session(config, fresh=True) as session,
+        ):
+            grant = await lwa.client_credentials_grant(
+                lwa_session, config.endpoints.lwa, application.client_id, application.client_secret.current(), SCOPE
+            )
+            headers = credential_headers(grant.value, user_agents(config)[name], time.time())
+            url = endpoint_of(config, "production", region) + PATH
+            timeout = aiohttp.ClientTimeout(total=config.timeouts.upstream_idle)
+            async with session.post(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
+                body = await lwa.read_bounded(response, lwa.MAX_ANSWER)
+    except lwa.ExchangeRefused as exc:
+        raise RotationFailed(f"Login with Amazon refuses the application {name}: {exc.reason}") from exc
+    except (lwa.ExchangeFailed, aiohttp.ClientError, OSError) as exc:
+        raise RotationFailed("Amazon did not answer properly; it may or may not have made a new secret") from exc
+    if response.status != 204:
+        refusal = parse_refusal(body)
+        said = " ".join(text for text in (refusal.code, refusal.message, refusal.details) if text)
+        advice = _WHAT_TO_DO.get(response.status, "Try again later.")
+        raise RotationFailed(f"Amazon answers {response.status}: {said or 'no reason given'}. {advice}")
