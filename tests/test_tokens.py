@@ -384,7 +384,7 @@ async def test_exchanges_are_counted_by_kind_result_and_reason(
 
 
 def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
-    for shown in (Token(Secret("distinctive"), "lwa", 0, 0, 0, 0), StoredToken(Secret("distinctive"), 0)):
+    for shown in (Token(Secret("distinctive"), "lwa", 0, 0, 0, 0, 0), StoredToken(Secret("distinctive"), 0)):
         assert "distinctive" not in f"{shown} {shown!r}"
 
 
@@ -485,6 +485,39 @@ async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_time
         token_host.held.set()
         assert (await tokens.get(ACME)).value.reveal().startswith("Atza|"), "its return is noticed"
         assert len(token_host.received) == TRIES + 1
+
+
+async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+) -> None:
+    first = await tokens.get(ACME)
+    clock.advance(3590)
+    token_host.answers = [answer("503 Service Unavailable")] * 1000
+    moments = []
+    while clock() < first.dies_at - 0.7:
+        assert await tokens.get(ACME) is first
+        await settle(tokens)
+        moments.append(first.dies_at - clock())
+        clock.advance(0.1)
+    assert min(moments) < 1, "to its last second"
+    clock.advance(0.7)
+    with pytest.raises(TokenUnavailable):
+        await tokens.get(ACME)
+
+
+async def test_a_pause_ends_when_the_token_does(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+    first = await tokens.get(ACME)
+    token_host.answers = [answer("503 Service Unavailable")] * TRIES * 4
+    for _ in range(4):
+        clock.advance(max(0.0, first.renew_at - clock()) + tokens_module.LONGEST_PAUSE)
+        await tokens.get(ACME)
+        await settle(tokens)
+    clock.advance(first.expires_at - clock() - 0.5)
+    token_host.answers = [answer("503 Service Unavailable")] * TRIES
+    await tokens.get(ACME)
+    await settle(tokens)
+    clock.advance(first.dies_at - clock())
+    assert (await tokens.get(ACME)) is not first, "the token host is back, and asked at once"
 
 
 # Secrets that change.

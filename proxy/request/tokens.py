@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.config import Config, Secret
-from proxy.errors import ProxyError, RestrictedDataRefused
+from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.documents import Documents
@@ -50,7 +50,8 @@ class Token:
     kind: TokenKind
     since: float
     renew_at: float
-    expires_at: float
+    expires_at: float  # with a margin
+    dies_at: float  # without one: when there is no other
     used_at: float
     data_elements: tuple[str, ...] = ()
 
@@ -122,7 +123,7 @@ class Tokens:
         while True:
             pause, failure = self._pause(credential, self._now()), self._failed.get(credential)
             if failure is not None and pause > 0:
-                raise _again(failure.error, pause)
+                return self._last_resort(credential, rejected, _again(failure.error, pause))
             task = self._exchange(credential, rejected)
             # Who comes after a failure learns soon that it goes on, and is not kept for a timeout each.
             patience = PROBE_PATIENCE if failure is not None and failure.is_recent(self._now()) else None
@@ -132,7 +133,9 @@ class Tokens:
             except TimeoutError:
                 if not waited.expired() or failure is None:
                     raise
-                raise _again(failure.error, FIRST_PAUSE) from None
+                return self._last_resort(credential, rejected, _again(failure.error, FIRST_PAUSE))
+            except TokenUnavailable as error:
+                return self._last_resort(credential, rejected, error)
             except (NotRestricted, ElementsRefused):
                 less = self._to_be_had(credential)
                 if less == credential:
@@ -141,6 +144,13 @@ class Tokens:
                 held = self._held.get(credential)
                 if held is not None and self._now() < held.expires_at:
                     return held
+
+    def _last_resort(self, credential: Credential, rejected: Token | None, error: ProxyError) -> Token:
+        """Return the token that is in its last seconds, where no other is to be had; raise `error` without one."""
+        held = self._held.get(credential)
+        if held is None or held is rejected or self._now() >= held.dies_at:
+            raise error
+        return held
 
     async def replacement(self, credential: Credential, rejected: Token) -> Token | None:
         """Return another token for one that Amazon refused; None where there is none, or it is not worth fetching.
@@ -303,7 +313,13 @@ class Tokens:
         error.retry_after = pause if error.retryable else None
         if len(self._failed) >= MOST_HELD:
             del self._failed[next(iter(self._failed))]
-        self._failed[credential] = _Failure(error, count, self._now() + pause, secrets)
+        now = self._now()
+        until = now + pause
+        held = self._held.get(credential)
+        if held is not None and now < held.dies_at:
+            # The moment it is needed, one more try: the token host may be back.
+            until = min(until, held.expires_at if now < held.expires_at else held.dies_at)
+        self._failed[credential] = _Failure(error, count, until, secrets)
 
     # Keeping.
 
@@ -337,7 +353,9 @@ class Tokens:
         expires_at = since + life - min(SAFETY_MARGIN, life / 20)
         share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311 - spreads load, hides nothing
         renew_at = min(since + life * share, expires_at - RENEW_LEAD * took)
-        return Token(value, credential.kind, since, renew_at, expires_at, self._now(), credential.data_elements)
+        return Token(
+            value, credential.kind, since, renew_at, expires_at, since + life, self._now(), credential.data_elements
+        )
 
     def _hold(self, credential: Credential, token: Token) -> None:
         self._held.pop(credential, None)
