@@ -23,12 +23,14 @@ from proxy.config import Address, Config
 from proxy.listener import Listening
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
+from proxy.request.circuit import Circuits
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
 from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
+from proxy.request.retries import AllAttempts
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Upstream, open_session, tls_context
 from proxy.status import Readiness, admin_app, health_app
@@ -94,9 +96,10 @@ async def running(config: Config) -> AsyncIterator[Running]:
         tokens = Tokens(config, grants=grants, documents=documents, store=store, metrics=metrics)
         stack.push_async_callback(tokens.close)
         show_secrets_age(config, metrics, time.time)
-        upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents, metrics=metrics)
+        upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents)
         admin, health = await _start_status(stack, config, readiness, metrics)
-        parts = (table, limits, tokens, upstream, documents, Experience(table), metrics)
+        attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
+        parts = (table, limits, tokens, upstream, attempts, circuits, documents, Experience(table), metrics)
         handlers = [Handler(config, listener, Doorway.of(listener, config), *parts) for listener in config.listen]
         listening = _Listeners(config, Ending())
         stack.push_async_callback(listening.stop)

@@ -173,6 +173,12 @@ class UsagePlanExhausted(ProxyError):
     status, code, fault, retryable = 429, "UsagePlanExhausted", "client", True
 
 
+class CallTimeout(ProxyError):
+    """The time that the app gave the call (`x-sp-timeout`) is over."""
+
+    status, code, fault = 504, "CallTimeout", "client"
+
+
 class InternalError(ProxyError):
     """A fault of the proxy; its log says more."""
 
@@ -198,6 +204,12 @@ class RestrictedDataRefused(ProxyError):
     """Amazon gives no Restricted Data Token for this call."""
 
     status, code, fault = 403, "RestrictedDataRefused", "proxy"
+
+
+class RegionDown(ProxyError):
+    """A whole region of Amazon's has been failing; calls are not sent, but for single ones that look for its return."""
+
+    status, code, fault, retryable = 503, "RegionDown", "amazon", True
 
 
 class UpstreamUnreachable(ProxyError):

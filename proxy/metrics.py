@@ -6,10 +6,12 @@ ever becomes one.
 """
 
 import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
+from prometheus_client.registry import Collector
 
 from proxy import __version__
 
@@ -31,11 +33,30 @@ class RequestSeries:
     received_bytes: Counter
 
 
+class _BeforeExport(Collector):
+    """Not a series: brings gauges up to date when somebody wants to see them; the first that the registry asks."""
+
+    def __init__(self, updates: list[Callable[[], None]]) -> None:
+        self._updates = updates
+
+    def describe(self) -> Iterable[Metric]:
+        """Say what there will be, without an update."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Make the updates."""
+        for update in self._updates:
+            update()
+        return ()
+
+
 class Metrics:
     """The series of one proxy, in a registry of their own."""
 
     def __init__(self, *, account_on_histograms: bool = False) -> None:
         self.registry = CollectorRegistry()
+        self.before_export: list[Callable[[], None]] = []
+        self.registry.register(_BeforeExport(self.before_export))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.account_on_histograms = account_on_histograms
@@ -73,6 +94,9 @@ class Metrics:
             "answers_cut_off_total",
             "Answers whose connection to the app was broken because they could not be completed.",
         )
+        self.circuit_open = self._gauge(
+            "circuit_open", "1 where a region fails throughout, and calls to it are not sent.", "environment", "region"
+        )
         self.retries = self._counter("upstream_retries_total", "Calls sent to Amazon again, by reason.", "reason")
         self.replaced_tokens = self._counter(
             "client_tokens_replaced_total", "Requests that brought an x-amz-access-token of their own."
@@ -95,6 +119,14 @@ class Metrics:
 
     def _waiting(self) -> None:
         self.limit_wait = self._histogram("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
+        self.queue_length = self._gauge(
+            "limit_queue_length", "Calls that wait for a place in a usage plan now.", "account", "region", "operation"
+        )
+        self.plan_tokens = self._gauge(
+            "usage_plan_tokens",
+            "Calls that a usage plan has room for at once, by the proxy's estimate; account * is all of them together.",
+            *("account", "region", "operation"),
+        )
         self.limit_refused = self._counter(
             "limit_refused_total", "Calls refused because no place came in time.", "account", "region", "operation"
         )
@@ -102,7 +134,11 @@ class Metrics:
             "upstream_throttled_total", "429 answers received from Amazon.", "account", "region", "operation"
         )
         self.plan_rate = self._gauge(
-            "usage_plan_rate", "Calls per second that Amazon last said it allows.", "account", "region", "operation"
+            "usage_plan_rate",
+            "Calls per second that a usage plan allows, as published, announced or learnt.",
+            "account",
+            "region",
+            "operation",
         )
 
     def _tokens(self) -> None:

@@ -1,8 +1,24 @@
 """A clock that the test moves: time is a parameter, and tests do not sleep."""
 
 import asyncio
+import heapq
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(order=True)
+class Due:
+    """A call to be made at a moment."""
+
+    moment: float
+    number: int
+    make: Callable[[], object] = field(compare=False)
+    is_cancelled: bool = field(default=False, compare=False)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
 
 
 class FakeClock:
@@ -10,22 +26,25 @@ class FakeClock:
 
     def __init__(self, start: float = 1_000_000.0) -> None:
         self.seconds = start
-        self.due: list[tuple[float, Callable[..., object], tuple[Any, ...]]] = []
+        self._due: list[Due] = []
+        self._numbers = itertools.count()
 
     def __call__(self) -> float:
         return self.seconds
 
-    def call_later(self, delay: float, callback: Callable[..., object], *arguments: Any) -> None:
+    def call_later(self, delay: float, callback: Callable[..., object], *arguments: Any) -> Due:
         """Make a call once the clock has moved on by `delay` seconds."""
-        self.due.append((self.seconds + delay, callback, arguments))
+        due = Due(self.seconds + delay, next(self._numbers), lambda: callback(*arguments))
+        heapq.heappush(self._due, due)
+        return due
 
     def advance(self, seconds: float) -> None:
         end = self.seconds + seconds
-        while self.due and min(moment for moment, _, _ in self.due) <= end:
-            entry = min(self.due, key=lambda waiting: waiting[0])
-            self.due.remove(entry)
-            self.seconds = max(self.seconds, entry[0])
-            entry[1](*entry[2])
+        while self._due and self._due[0].moment <= end:
+            due = heapq.heappop(self._due)
+            if not due.is_cancelled:
+                self.seconds = max(self.seconds, due.moment)
+                due.make()
         self.seconds = end
 
     async def sleep(self, seconds: float) -> None:

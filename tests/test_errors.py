@@ -39,6 +39,8 @@ CONTRACT = [
     ("UsagePlanExhausted", 429, "client", True),
     ("InternalError", 500, "proxy", False),
     ("TokenUnavailable", 503, "amazon", True),
+    ("RegionDown", 503, "amazon", True),
+    ("CallTimeout", 504, "client", False),
     ("TokenRefused", 502, "proxy", False),
     ("RestrictedDataRefused", 403, "proxy", False),
     ("UpstreamUnreachable", 502, "amazon", True),

@@ -35,7 +35,10 @@ STEPS = [
     "identify",
     "exchange",
     "answers",
+    "buckets",
     "limits",
+    "options",
+    "circuit",
     "documents",
     "grants",
     "doubts",
@@ -43,6 +46,7 @@ STEPS = [
     "forbidden",
     "connector",
     "upstream",
+    "retries",
     "handler",
 ]
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import math
-from itertools import accumulate, pairwise
+import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -15,164 +17,17 @@ from proxy.amazon.operations import load_table
 from proxy.config import Config
 from proxy.errors import BadOption, UsagePlanExhausted
 from proxy.metrics import Metrics
+from proxy.request import limits as limits_module
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import Target, identify
-from proxy.request.limits import Bucket, Limits, parse_max_wait, parse_rate
+from proxy.request.limits import Claim, Limits, parse_rate
+from proxy.request.options import parse_max_wait
 from tests.clock import FakeClock
 from tests.conftest import config_from
 
 TABLE = load_table()
 ORDERS = "/orders/v0/orders"
 FEEDS = "/feeds/2021-06-30/feeds"
-
-RATES = st.floats(1e-3, 1e3)
-BURSTS = st.integers(1, 100).map(float)
-STEPS = st.lists(st.floats(0, 100), min_size=1, max_size=80)
-
-
-# The arithmetic.
-
-
-def test_a_full_bucket_lets_its_burst_go_at_once_and_then_one_at_a_time() -> None:
-    bucket = Bucket.full(rate=0.5, burst=3, now=0)
-    assert [bucket.take(0) for _ in range(6)] == [0, 0, 0, 2, 4, 6]
-
-
-def test_a_bucket_fills_up_to_its_burst_and_no_further() -> None:
-    bucket = Bucket.full(rate=1, burst=2, now=0)
-    assert [bucket.take(1000), bucket.take(1000), bucket.take(1000)] == [0, 0, 1]
-
-
-def test_a_place_that_is_given_back_is_there_for_the_next() -> None:
-    bucket = Bucket.full(rate=1, burst=1, now=0)
-    assert [bucket.take(0), bucket.take(0)] == [0, 1]
-    bucket.give_back()
-    assert bucket.take(0) == 1
-    bucket = Bucket.full(rate=1, burst=1, now=0)
-    bucket.give_back()
-    assert [bucket.take(0), bucket.take(0)] == [0, 1]
-
-
-def test_an_empty_bucket_makes_the_next_wait_and_forgives_no_debt() -> None:
-    bucket = Bucket.full(rate=2, burst=10, now=0)
-    bucket.empty(0)
-    assert bucket.take(0) == 0.5
-    assert bucket.take(0) == 1.0
-    bucket.empty(0)
-    assert bucket.take(0) == 1.5
-
-
-def assert_within_plan(starts: list[float], rate: float, burst: float) -> None:
-    """No window may hold more calls than its length gives places, and the burst."""
-    starts = sorted(starts)
-    for first, begin in enumerate(starts):
-        for last in range(first, len(starts)):
-            length = starts[last] - begin
-            assert last - first + 1 <= rate * length + burst + 1e-6 * (1 + rate * length)
-
-
-@given(rate=RATES, burst=BURSTS, steps=STEPS)
-@example(rate=0.0056, burst=20.0, steps=[0.0] * 30)
-def test_no_window_ever_sees_more_than_rate_times_its_length_plus_the_burst(
-    rate: float, burst: float, steps: list[float]
-) -> None:
-    bucket = Bucket.full(rate, burst, 0)
-    assert_within_plan([now + bucket.take(now) for now in accumulate(steps)], rate, burst)
-
-
-@given(rate=RATES, burst=BURSTS, steps=STEPS, refused=st.data())
-def test_calls_that_are_refused_at_once_leave_the_plan_as_it_was(
-    rate: float, burst: float, steps: list[float], refused: st.DataObject
-) -> None:
-    bucket = Bucket.full(rate, burst, 0)
-    starts = []
-    for now in accumulate(steps):
-        wait = bucket.take(now)
-        if wait > 0 and refused.draw(st.booleans()):
-            bucket.give_back()
-        else:
-            starts.append(now + wait)
-    assert_within_plan(starts, rate, burst)
-
-
-@given(
-    rate=st.floats(0.01, 10),
-    burst=st.integers(1, 5).map(float),
-    actions=st.lists(st.tuples(st.floats(0, 10), st.none() | st.integers(0, 9)), max_size=40),
-)
-@example(rate=0.5, burst=1.0, actions=[(0, None), (0, None), (0, None), (0, 0), (0, None)])
-def test_no_window_sees_more_when_callers_leave_while_they_wait(
-    rate: float, burst: float, actions: list[tuple[float, int | None]]
-) -> None:
-    bucket = Bucket.full(rate, burst, 0)
-    now = 0.0
-    starts: list[float] = []
-    for step, leaver in actions:
-        now += step
-        waiting = [start for start in starts if start > now]
-        if leaver is None:
-            starts.append(now + bucket.take(now))
-        elif leaver < len(waiting):
-            # Everybody behind moves up, so that it is the last place that becomes free.
-            starts.remove(waiting[-1])
-            bucket.give_back()
-    assert_within_plan(starts, rate, burst)
-
-
-@given(rate=RATES, burst=BURSTS, steps=STEPS)
-def test_who_comes_first_goes_first(rate: float, burst: float, steps: list[float]) -> None:
-    bucket = Bucket.full(rate, burst, 0)
-    starts = [now + bucket.take(now) for now in accumulate(steps)]
-    assert all(earlier <= later + 1e-6 * (1 + later) for earlier, later in pairwise(starts))
-
-
-@given(rate=RATES, burst=BURSTS, steps=STEPS, taken=st.integers(1, 20))
-def test_taking_and_giving_back_changes_nothing_for_the_next(
-    rate: float, burst: float, steps: list[float], taken: int
-) -> None:
-    bucket, other = Bucket.full(rate, burst, 0), Bucket.full(rate, burst, 0)
-    for now in accumulate(steps):
-        assert bucket.take(now) == pytest.approx(other.take(now), rel=1e-6, abs=1e-6 / rate)
-        for _ in range(taken):
-            other.take(now)
-        for _ in range(taken):
-            other.give_back()
-
-
-@given(
-    rate=RATES,
-    burst=BURSTS,
-    actions=st.lists(st.tuples(st.sampled_from(["take", "give_back", "empty"]), st.floats(-1000, 1000)), max_size=60),
-)
-def test_a_clock_that_jumps_back_adds_nothing_and_never_more_than_the_burst_is_there(
-    rate: float, burst: float, actions: list[tuple[str, float]]
-) -> None:
-    bucket = Bucket.full(rate, burst, 0)
-    latest = 0.0
-    taken = given_back = 0
-    for action, now in actions:
-        if action != "give_back":
-            latest = max(latest, now)
-        if action == "take":
-            taken += 1
-            assert bucket.take(now) >= 0
-        elif action == "give_back":
-            given_back += 1
-            bucket.give_back()
-        else:
-            bucket.empty(now)
-            assert bucket.tokens <= 0
-        assert bucket.tokens <= burst
-        assert bucket.updated == latest
-    assert bucket.tokens <= burst + rate * latest - taken + given_back + 1e-6 * (1 + rate * latest)
-
-
-def test_a_clock_that_goes_back_takes_nothing_away_either() -> None:
-    bucket = Bucket.full(rate=1, burst=5, now=1000)
-    assert [bucket.take(0) for _ in range(5)] == [0] * 5
-    assert bucket.take(0) == 1
-    assert bucket.take(1000) == 2
-
 
 # What headers say.
 
@@ -287,14 +142,14 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def limits(clock: FakeClock) -> Limits:
-    return Limits(Metrics(), pace=True, now=clock)
+    return Limits(Metrics(), pace=True, now=clock, call_later=clock.call_later)
 
 
 async def drain(limits: Limits, target: Target) -> int:
     """Take every place that is there without waiting; return how many there were."""
     for taken in range(1000):
         try:
-            await limits.admit(target, 0)
+            await limits.admit(target, Claim(0))
         except UsagePlanExhausted:
             return taken
     raise AssertionError("the plan has no end")
@@ -308,13 +163,13 @@ async def test_a_call_over_the_plan_is_refused_at_once_with_the_time_to_come_bac
     assert orders.operation.rate is not None
     assert await drain(limits, orders) == orders.operation.burst == 20
     with pytest.raises(UsagePlanExhausted) as caught:
-        await limits.admit(orders, 10)
+        await limits.admit(orders, Claim(10))
     error = caught.value
     assert (error.status, error.headers()["Retry-After"]) == (429, str(math.ceil(1 / orders.operation.rate)))
     assert "this call may wait 10 s" in error.message
     assert "x-sp-max-wait: " in error.hint
     clock.advance(1.01 / orders.operation.rate)
-    assert await limits.admit(orders, 0) == 0
+    assert await limits.admit(orders, Claim(0)) == 0
 
 
 async def test_plans_are_apart_by_account_region_operation_and_environment(tmp_path: Path, limits: Limits) -> None:
@@ -329,10 +184,10 @@ async def test_plans_are_apart_by_account_region_operation_and_environment(tmp_p
         target(settings, path=FEEDS),
         target(settings, account="test"),
     ):
-        assert await limits.admit(other, 0) == 0
+        assert await limits.admit(other, Claim(0)) == 0
     for same in (target(settings, path=f"{ORDERS}?MarketplaceIds=A1PA6795UKMFR9"), acme):
         with pytest.raises(UsagePlanExhausted):
-            await limits.admit(same, 0)
+            await limits.admit(same, Claim(0))
 
 
 async def test_the_sandbox_has_one_plan_for_everything(tmp_path: Path, limits: Limits) -> None:
@@ -340,37 +195,23 @@ async def test_the_sandbox_has_one_plan_for_everything(tmp_path: Path, limits: L
     assert await drain(limits, target(settings, account="test")) == 15
     for path in (FEEDS, "/unknown/v1/path"):
         with pytest.raises(UsagePlanExhausted):
-            await limits.admit(target(settings, path=path, account="test"), 0)
-
-
-async def test_an_unknown_operation_has_no_plan_and_never_waits(tmp_path: Path, limits: Limits) -> None:
-    unknown = target(config(tmp_path), path="/unknown/v1/path")
-    assert [await limits.admit(unknown, 0) for _ in range(100)] == [0.0] * 100
-    limits.learn(unknown, 429, "0.5")
-    assert await limits.admit(unknown, 0) == 0
+            await limits.admit(target(settings, path=path, account="test"), Claim(0))
 
 
 async def test_without_pace_nothing_waits_and_rates_are_learnt_all_the_same(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
     limits = Limits(metrics, pace=False, now=clock)
     orders = target(config(tmp_path))
-    assert [await limits.admit(orders, 0) for _ in range(100)] == [0.0] * 100
+    assert [await limits.admit(orders, Claim(0)) for _ in range(100)] == [0.0] * 100
     limits.learn(orders, 200, "0.25")
     where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
     assert metrics.registry.get_sample_value("spapi_proxy_usage_plan_rate", where) == 0.25
 
 
-async def test_a_call_waits_for_its_place_and_says_how_long(tmp_path: Path, limits: Limits) -> None:
-    orders = target(config(tmp_path))
-    limits.learn(orders, 200, "10000")
-    await drain(limits, orders)
-    assert 0.0001 <= await limits.admit(orders, 10) < 0.5
-
-
 async def test_a_caller_who_leaves_gives_its_place_back(tmp_path: Path, limits: Limits, clock: FakeClock) -> None:
     orders = target(config(tmp_path))
     await drain(limits, orders)
-    waiting = asyncio.create_task(limits.admit(orders, 3600))
+    waiting = asyncio.create_task(limits.admit(orders, Claim(3600)))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -378,28 +219,7 @@ async def test_a_caller_who_leaves_gives_its_place_back(tmp_path: Path, limits: 
     assert orders.operation is not None
     assert orders.operation.rate is not None
     clock.advance(1.01 / orders.operation.rate)
-    assert await limits.admit(orders, 0) == 0
-
-
-async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(tmp_path: Path, limits: Limits) -> None:
-    call = target(config(tmp_path))
-    limits.learn(call, 200, "20")  # a place every 50 ms
-    await drain(limits, call)
-    waits: dict[str, float] = {}
-
-    async def wait(name: str) -> None:
-        waits[name] = await limits.admit(call, 10)
-
-    first, *_ = tasks = [asyncio.create_task(wait(name)) for name in ("first", "second", "third")]
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.sleep(0)
-    tasks.append(asyncio.create_task(wait("last")))
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert list(waits) == ["second", "third", "last"]
-    assert waits["second"] == pytest.approx(0.05, abs=0.04)
-    assert waits["third"] - waits["second"] == pytest.approx(0.05, abs=0.03)
-    assert waits["last"] - waits["third"] == pytest.approx(0.05, abs=0.03)
+    assert await limits.admit(orders, Claim(0)) == 0
 
 
 async def test_a_refused_call_takes_no_place(tmp_path: Path, limits: Limits) -> None:
@@ -408,18 +228,18 @@ async def test_a_refused_call_takes_no_place(tmp_path: Path, limits: Limits) -> 
     retries = set()
     for _ in range(50):
         with pytest.raises(UsagePlanExhausted) as caught:
-            await limits.admit(orders, 1)
+            await limits.admit(orders, Claim(1))
         retries.add(caught.value.headers()["Retry-After"])
     assert len(retries) == 1
 
 
 async def test_a_429_empties_the_bucket_and_is_counted(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=True, now=clock)
+    limits = Limits(metrics, pace=True, now=clock, call_later=clock.call_later)
     orders = target(config(tmp_path))
     limits.learn(orders, 429, None)
     with pytest.raises(UsagePlanExhausted):
-        await limits.admit(orders, 0)
+        await limits.admit(orders, Claim(0))
     where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
     assert metrics.registry.get_sample_value("spapi_proxy_upstream_throttled_total", where) == 1
     assert metrics.registry.get_sample_value("spapi_proxy_limit_refused_total", where) == 1
@@ -471,3 +291,262 @@ async def test_a_rate_named_in_the_sandbox_leaves_its_plan_alone(
     limits.learn(sandbox, 200, "0.001")
     clock.advance(1)
     assert await drain(limits, sandbox) == 5
+
+
+# Waiting.
+
+
+async def settle() -> None:
+    """Let everybody go on whose turn has come."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class Crowd:
+    """Calls that wait, and the order in which they went."""
+
+    def __init__(self, limits: Limits, target: Target) -> None:
+        self.limits = limits
+        self.target = target
+        self.went: list[str] = []
+        self.refused: list[str] = []
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def comes(self, name: str, claim: Claim) -> None:
+        self.tasks[name] = asyncio.create_task(self._wait(name, claim))
+        await settle()
+
+    async def leaves(self, name: str) -> None:
+        self.tasks.pop(name).cancel()
+        await settle()
+
+    async def _wait(self, name: str, claim: Claim) -> None:
+        try:
+            await self.limits.admit(self.target, claim)
+        except UsagePlanExhausted:
+            self.refused.append(name)
+        else:
+            self.went.append(name)
+
+    async def end(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+@pytest.fixture
+async def crowd(tmp_path: Path, limits: Limits) -> AsyncIterator[Crowd]:
+    """A crowd before getOrders with one place a second, and none left."""
+    orders = target(config(tmp_path))
+    limits.learn(orders, 200, "1")
+    await drain(limits, orders)
+    waiting = Crowd(limits, orders)
+    yield waiting
+    await waiting.end()
+
+
+async def test_who_comes_first_goes_first(crowd: Crowd, clock: FakeClock) -> None:
+    for number in range(5):
+        await crowd.comes(str(number), Claim(10))
+    for passed in range(5):
+        clock.advance(1.03 if passed == 0 else 1)
+        await settle()
+        assert crowd.went == [str(number) for number in range(passed + 1)]
+
+
+async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(crowd: Crowd, clock: FakeClock) -> None:
+    for name in ("first", "second", "third"):
+        await crowd.comes(name, Claim(10))
+    await crowd.leaves("first")
+    await crowd.comes("last", Claim(10))
+    clock.advance(1.03)
+    await settle()
+    assert crowd.went == ["second"]
+    clock.advance(2)
+    await settle()
+    assert crowd.went == ["second", "third", "last"]
+
+
+async def test_whose_turn_cannot_come_in_time_is_refused_at_once(crowd: Crowd) -> None:
+    for number in range(12):
+        await crowd.comes(str(number), Claim(10))
+    assert crowd.refused == ["9", "10", "11"]
+    with pytest.raises(UsagePlanExhausted) as caught:
+        await crowd.limits.admit(crowd.target, Claim(0))
+    assert caught.value.headers()["Retry-After"] == "10"
+
+
+async def test_callers_take_turns(crowd: Crowd, clock: FakeClock) -> None:
+    for number in range(5):
+        await crowd.comes(f"noisy {number}", Claim(100, caller="noisy"))
+    await crowd.comes("quiet 0", Claim(100, caller="quiet"))
+    await crowd.comes("quiet 1", Claim(100, caller="quiet"))
+    clock.advance(7.1)
+    await settle()
+    assert crowd.went == ["noisy 0", "quiet 0", "noisy 1", "quiet 1", "noisy 2", "noisy 3", "noisy 4"]
+
+
+async def test_a_noisy_caller_does_not_make_a_quiet_one_wait_too_long(crowd: Crowd) -> None:
+    for number in range(500):
+        await crowd.comes(f"noisy {number}", Claim(1000, caller="noisy"))
+    await crowd.comes("quiet", Claim(3, caller="quiet"))
+    assert not crowd.refused
+
+
+async def test_who_is_overtaken_past_its_time_is_refused_then(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "_GRACE", -1.95)  # two seconds are over in a twentieth
+    await crowd.comes("overtaken", Claim(2, background=True))
+    assert not crowd.refused
+    await crowd.tasks["overtaken"]
+    assert crowd.refused == ["overtaken"]
+
+
+async def test_background_calls_wait_behind_but_not_for_ever(crowd: Crowd, clock: FakeClock) -> None:
+    await crowd.comes("background", Claim(1000, background=True))
+    for number in range(40):
+        await crowd.comes(f"normal {number}", Claim(1000))
+    clock.advance(41.1)
+    await settle()
+    place = crowd.went.index("background")
+    assert 10 <= place <= 25
+
+
+async def test_a_call_that_amazon_throttled_goes_before_everybody(crowd: Crowd, clock: FakeClock) -> None:
+    await crowd.comes("first", Claim(10))
+    await crowd.comes("again", Claim(10, first=True))
+    clock.advance(2.1)
+    await settle()
+    assert crowd.went == ["again", "first"]
+
+
+async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock) -> None:
+    claims = [Claim(1e6, caller=number % 7, background=number % 5 == 0) for number in range(100_000)]
+    tasks = [asyncio.create_task(crowd.limits.admit(crowd.target, claim)) for claim in claims]
+    await settle()
+    for task in tasks[::2]:
+        task.cancel()
+    await settle()
+    clock.advance(1000.1)
+    await settle()
+    assert sum(task.done() and not task.cancelled() for task in tasks) == 1000
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    (plan,) = [plan for plan in crowd.limits._plans.values() if plan.where[2] == crowd.target.operation_name]
+    assert len(plan.queue) == 0
+    assert not plan.queue._last
+
+
+@given(
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(["come", "leave", "pass", "throttled"]),
+            st.integers(0, 30),
+            st.floats(0, 3),
+            st.booleans(),
+        ),
+        max_size=60,
+    )
+)
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_no_place_is_lost_or_doubled_whoever_comes_and_leaves(actions: list[tuple[str, int, float, bool]]) -> None:
+    async def play() -> None:
+        clock = FakeClock()
+        limits = Limits(Metrics(), pace=True, now=clock, call_later=clock.call_later)
+        with tempfile.TemporaryDirectory() as folder:
+            orders = target(config(Path(folder)))
+        limits.learn(orders, 200, "1")
+        went: list[float] = []
+
+        async def call(claim: Claim) -> None:
+            await limits.admit(orders, claim)
+            went.append(clock())
+
+        tasks: list[asyncio.Task[None]] = []
+        throttled = 0
+        for action, number, seconds, flag in actions:
+            if action == "come":
+                claim = Claim(1000, caller=number % 3, background=flag)
+                tasks += [asyncio.create_task(call(claim)) for _ in range(number)]
+            elif action == "leave" and tasks:
+                tasks[number % len(tasks)].cancel()
+            elif action == "pass":
+                clock.advance(seconds)
+            elif action == "throttled":
+                throttled += 1
+                limits.learn(orders, 429, None)
+            await settle()
+        assert_within_plan(went, rate=1.0, burst=20.0)
+        waiting = [task for task in tasks if not task.done()]
+        clock.advance(len(waiting) + 2.0)
+        await settle()
+        assert all(task.done() for task in tasks), "everybody who stayed has had a turn"
+
+    asyncio.run(play())
+
+
+def assert_within_plan(starts: list[float], rate: float, burst: float) -> None:
+    """No window may hold more calls than its length gives places, and the burst."""
+    for first, begin in enumerate(starts):
+        for last in range(first, len(starts)):
+            length = starts[last] - begin
+            assert last - first + 1 <= rate * length + burst + 1e-6 * (1 + rate * length)
+
+
+# What 429s teach.
+
+
+async def test_an_operation_without_a_plan_is_paced_once_a_429_says_that_there_is_one(
+    tmp_path: Path, limits: Limits
+) -> None:
+    settings = config(tmp_path)
+    unknown = target(settings, path="/unknown/v1/path/1")
+    assert [await limits.admit(unknown, Claim(0)) for _ in range(100)] == [0.0] * 100
+    limits.learn(unknown, 429, None)
+    for same in (unknown, target(settings, path="/unknown/v1/path/2")):
+        with pytest.raises(UsagePlanExhausted):
+            await limits.admit(same, Claim(0))
+    other = target(settings, path="/unknown/v2/path")
+    assert [await limits.admit(other, Claim(0)) for _ in range(10)] == [0.0] * 10
+
+
+async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, limits: Limits) -> None:
+    settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
+    path = "/catalog/2022-04-01/items/B000000000"  # 2 per second and account, 250 over all
+    taken = 0
+    for number in range(40):
+        taken += await drain(limits, target(settings, path=path, account=f"a{number}"))
+    assert taken == 25, "a tenth of a second's worth"
+
+
+async def test_a_place_of_the_account_is_given_back_where_the_application_has_none(
+    tmp_path: Path, limits: Limits, clock: FakeClock
+) -> None:
+    settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
+    path = "/catalog/2022-04-01/items/B000000000"
+    for number in range(39):
+        await drain(limits, target(settings, path=path, account=f"a{number}"))
+    last = target(settings, path=path, account="a39")
+    assert await drain(limits, last) == 0
+    clock.advance(0.05)
+    assert await drain(limits, last) == 2
+
+
+async def test_what_is_known_of_plans_is_exported(tmp_path: Path, clock: FakeClock) -> None:
+    metrics = Metrics()
+    limits = Limits(metrics, pace=True, now=clock, call_later=clock.call_later)
+    orders = target(config(tmp_path))
+    where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
+    await limits.admit(orders, Claim(0))
+
+    def value(name: str) -> float | None:
+        return metrics.registry.get_sample_value(f"spapi_proxy_{name}", where)
+
+    assert (value("usage_plan_tokens"), value("usage_plan_rate"), value("limit_queue_length")) == (19, 0.0167, 0)
+    await drain(limits, orders)
+    waiting = asyncio.create_task(limits.admit(orders, Claim(1000)))
+    await settle()
+    assert (value("usage_plan_tokens"), value("limit_queue_length")) == (0, 1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert value("limit_queue_length") == 0

@@ -17,7 +17,7 @@ from tests.conftest import needs
 
 # What a label may say: names of the configuration, of the operation table, and short words of our own.
 LABELS = {"account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
-          "version", "python", "element", "hint", "application"}  # fmt: skip
+          "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
 
 
 def series(metrics: Metrics) -> list[Any]:

@@ -71,6 +71,7 @@ def proxy_settings(simulator: Simulator) -> dict[str, Any]:
         "accounts": {"replay": {"refresh_tokens": {region: f"Atzr|replay-{region}" for region in REGIONS}}},
         "endpoints": {name: simulator.endpoints[name] for name in (*REGIONS, "lwa")},
         "limits": {"pace": False},
+        "retry": {"attempts": 1},
     }
 
 

@@ -369,27 +369,6 @@ async def test_a_get_on_a_connection_that_amazon_just_closed_is_asked_again_once
     assert len(far_side.received) == 3
 
 
-async def test_a_get_that_never_gets_an_answer_is_sent_twice_at_most(proxy: Running, far_side: FarSide) -> None:
-    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.close()
-
-    far_side.script = script
-    got = await call(proxy.addresses[0], "GET", SELLERS)
-    assert (got.status, got.error) == (502, "UpstreamBroken")
-    assert len(far_side.received) == 2
-
-
-@pytest.mark.parametrize("method", ["POST", "PATCH", "PUT", "DELETE"])
-async def test_what_may_have_been_acted_on_is_sent_once(proxy: Running, far_side: FarSide, method: str) -> None:
-    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.close()
-
-    far_side.script = script
-    got = await call(proxy.addresses[0], method, FEEDS, b"{}")
-    assert (got.status, got.error) == (502, "UpstreamBroken")
-    assert len(far_side.received) == 1
-
-
 async def test_amazon_out_of_reach_is_said_plainly(start_proxy: StartProxy, token_host: TokenHost) -> None:
     gone = FarSide()
     async with gone:

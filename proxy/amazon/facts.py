@@ -49,6 +49,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "sdk_plan": ("[calls per second, burst]", _is_plan),
     "app_rate": ("calls per second", _is_positive),
     "app_burst": ("a number of calls", _is_count),
+    "only_reads": ("true or false", lambda value: isinstance(value, bool)),
 }
 
 
@@ -78,6 +79,7 @@ class Facts:
             "fallback_burst": str(burst),
             "app_rate": str(facts.get("app_rate", "")),
             "app_burst": str(facts.get("app_burst", "")),
+            "only_reads": "yes" if facts.get("only_reads") else "",
         }
 
     def unmatched(self, rows: Iterable[Row]) -> Iterator[str]:

@@ -40,6 +40,7 @@ COLUMNS = (
     "fallback_burst",
     "app_rate",
     "app_burst",
+    "only_reads",
 )
 
 
@@ -50,7 +51,8 @@ class Operation:
     `rate` is in calls per second, `burst` in calls, both of one account and application; `app_rate` and `app_burst`
     are the limit over all accounts of an application. None where nothing is published. `rate_source` says whether the
     plan is the model's or that of Amazon's SDK. `generic_path`: a Restricted Data Token may name the template instead
-    of the real path. `scope` is that of a grantless operation. `removal_date` is YYYY-MM-DD or empty.
+    of the real path. `scope` is that of a grantless operation. `removal_date` is YYYY-MM-DD or empty. `only_reads`: a
+    POST that changes nothing, so that it may be sent again.
 
     `name` is unique together with `method` only: the model shippingV2 has linkCarrierAccount twice, with two plans.
     """
@@ -75,6 +77,7 @@ class Operation:
     removal_date: str
     sandbox: Literal["static", "dynamic", ""]
     sandbox_only: bool
+    only_reads: bool
 
 
 def operation_of(row: Mapping[str, str]) -> Operation:
@@ -100,6 +103,7 @@ def operation_of(row: Mapping[str, str]) -> Operation:
         removal_date=row["removal_date"],
         sandbox="static" if row["sandbox"] == "static" else "dynamic" if row["sandbox"] == "dynamic" else "",
         sandbox_only=row["sandbox_only"] == "yes",
+        only_reads=row["only_reads"] == "yes",
     )
 
 

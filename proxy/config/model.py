@@ -242,12 +242,22 @@ class UserAgent(Settings):
     platform: HeaderText | None = Field(None, description="Left out: the operating system.")
 
 
+class Retry(Settings):
+    """When a call that failed is sent again: one that reads, or that does the same when it is done twice."""
+
+    attempts: int = Field(3, ge=1, le=10, description="How often a call is sent at most; 1: never again.")
+    first_pause: Duration = Field(0.1, description="The longest pause before the second attempt; doubled each time.")
+    longest_pause: Duration = Field(2.0, description="The longest pause there is.")
+    budget: int = Field(20, ge=0, le=100, description="Retries per hundred calls, so that an outage is not multiplied.")
+
+
 class Application(Settings):
     """One application registered with Amazon."""
 
     client_id: str = Field(min_length=1, description="The LWA client identifier.")
     client_secret: Secret = Field(description="The LWA client secret.")
     user_agent: UserAgent = Field(default_factory=UserAgent, description="What Amazon is told about the application.")
+    retry: Retry | None = Field(None, description="When calls are sent again, for this application alone.")
     rotated_at: date | None = Field(
         None, description="The day the client secret was made, as 2026-11-23: Amazon wants a new one every 180 days."
     )
@@ -364,6 +374,7 @@ class Config(Settings):
         default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."
     )
     limits: Limits = Field(default_factory=Limits, description="Usage plans.")
+    retry: Retry = Field(default_factory=Retry, description="When a call that failed is sent again.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
     store: StoreName = Field("memory", description="Where tokens are kept: memory, this process alone.")

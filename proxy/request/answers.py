@@ -1,5 +1,6 @@
 """What do answers look like on the wire: Amazon's, passed on, and the proxy's own?"""
 
+import math
 import socket
 import struct
 
@@ -78,6 +79,8 @@ class AmazonsAnswer(_Plain):
     def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange) -> None:
         super().__init__(status=response.status, reason=response.reason, headers=_passed_on(response.headers))
         self.headers["x-sp-proxy"] = exchange.summary()
+        if exchange.retry_after is not None:
+            self.headers.setdefault("Retry-After", str(max(1, math.ceil(exchange.retry_after))))
 
 
 def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

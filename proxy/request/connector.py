@@ -4,6 +4,7 @@ aiohttp keeps what arrives on an idle connection and takes it for the answer to 
 seller's. The hooks it leaves for this are not public; they are used here and nowhere else.
 """
 
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,10 @@ class _Watched(ResponseHandler):
             self.abort()
 
 
+# Whether the connection of the latest request of this task had served another one before.
+REUSED: ContextVar[bool] = ContextVar("reused", default=False)
+
+
 class Connector(aiohttp.TCPConnector):
     """A pool that gives up an idle connection at the first byte that arrives on it."""
 
@@ -36,6 +41,7 @@ class Connector(aiohttp.TCPConnector):
         connection = await super()._get(key, traces)
         if connection is not None and isinstance(connection.protocol, _Watched):
             connection.protocol.idle = False
+        REUSED.set(connection is not None)
         return connection
 
     def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:

@@ -16,6 +16,7 @@ class Exchange:
     token: str = "none"  # noqa: S105 - a kind of token
     token_age: float = 0.0  # seconds since it was asked for
     dropped: tuple[str, ...] = ()  # data elements that were asked for and are not to be had
+    retry_after: float | None = None  # seconds, where Amazon's 429 does not say when to come back
     hint: str = ""  # why Amazon probably refused the call
     attempts: int = 0
     waited: float = 0.0

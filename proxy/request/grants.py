@@ -19,7 +19,7 @@ from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenU
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.identify import Credential, Target, endpoint_of, ordinary_of
-from proxy.request.limits import Limits
+from proxy.request.limits import Claim, Limits
 
 TRIES = 3  # of one exchange, within timeouts.token
 FIRST_WAIT = 0.2  # seconds between the first two tries, doubled for the next
@@ -137,7 +137,7 @@ class Grants:
                     self._limits.learn(target, 429, None)
                 raise
 
-        await self._limits.admit(target, config.limits.max_wait)
+        await self._limits.admit(target, Claim(config.limits.max_wait))
         return await self._tried(credential, call)
 
     def _target_of_mint(self, credential: Credential, endpoint: str) -> Target:

@@ -7,7 +7,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 from aiohttp import web
@@ -19,12 +19,15 @@ from proxy.errors import InternalError, ProxyError
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import OwnAnswer
+from proxy.request.circuit import Circuits
 from proxy.request.documents import Documents, unpacked
 from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
 from proxy.request.guard import Doorway, admit, check_message
 from proxy.request.identify import identify
-from proxy.request.limits import MAX_WAIT_HEADER, RATE_HEADER, Limits, parse_max_wait
+from proxy.request.limits import RATE_HEADER, Claim, Limits
+from proxy.request.options import Options, parse_options
+from proxy.request.retries import NO_ANSWER, AllAttempts
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, beginning_of, check_body
 
@@ -44,6 +47,8 @@ class Handler:
     limits: Limits
     tokens: Tokens
     upstream: Upstream
+    attempts: AllAttempts
+    circuits: Circuits
     documents: Documents
     experience: Experience
     metrics: Metrics
@@ -85,30 +90,83 @@ class Handler:
         if "x-amz-access-token" in headers:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = identify(request.method, admitted, headers, self.listener, self.config, self.table)
-        max_wait = parse_max_wait(headers.get(MAX_WAIT_HEADER), self.config.limits.max_wait)
-        exchange.waited = await self.limits.admit(target, max_wait)
-        # Last, so that a token cannot age in the queue.
-        asked = self.now()
-        token = await self.tokens.get(target.credential)
-        exchange.token_wait = self.now() - asked
-        async with Patience(self.config) as patience:
+        options = parse_options(headers, self.listener.address, self.config.limits.max_wait)
+        async with Patience(self.config, options.timeout) as patience:
             call = Call(request, target, exchange, patience)
-            response = await self._send(call, token)
-            if response.status in REFUSED:
-                response, beginning = await self._refused(call, response, token)
-                return await self.upstream.relay(call, response, beginning=beginning)
-            self.experience.note_worked(target)
-            return await self.upstream.relay(call, response, reader=self.documents.reader(target, response))
+            response, beginning = await self._answered(call, options)
+            reader = self.documents.reader(target, response)
+            return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
+
+    async def _answered(self, call: Call, options: Options) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.
+
+        Raises the error that stands in for an answer.
+        """
+        target, exchange, claim = call.target, call.exchange, options.claim
+        attempts = self.attempts.of(target, call.request.method, may_repeat=options.may_repeat)
+        while True:
+            call.patience.for_proxy()
+            self.circuits.check((target.environment, target.region))
+            exchange.waited += await self.limits.admit(target, claim)
+            # Last, so that a token cannot age in the queue.
+            asked = self.now()
+            token = await self.tokens.get(target.credential)
+            exchange.token_wait += self.now() - asked
+            try:
+                response = await self._send(call, token)
+            except NO_ANSWER as error:
+                pause = attempts.after_error(error, call)
+                if pause is None:
+                    raise
+            else:
+                if response.status == 429:
+                    claim = replace(claim, max_wait=options.claim.max_wait - exchange.waited, first=True)
+                    pause = self._after_429(call, claim, may_repeat=options.may_repeat)
+                else:
+                    pause = attempts.after_status(response.status, call)
+                if pause is None:
+                    return await self._accepted(call, response, token)
+                response.close()
+            call.patience.for_proxy()
+            await asyncio.sleep(pause)
+
+    def _after_429(self, call: Call, claim: Claim, *, may_repeat: bool) -> float | None:
+        """Return the pause before a throttled call is sent again, None where it is passed on; it was not executed."""
+        wait = self.limits.retry_after(call.target, claim)
+        in_time = wait <= min(claim.max_wait, call.patience.left)
+        if may_repeat and in_time and self.config.limits.pace and call.can_be_sent_again:
+            self.metrics.retries.labels("throttled").inc()
+            return 0.0  # its place in the queue is the pause
+        call.exchange.retry_after = wait
+        return None
+
+    async def _accepted(
+        self, call: Call, response: aiohttp.ClientResponse, token: Token
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Return an answer that is to be passed on; of a refusal, what is behind it is found out first."""
+        if response.status in REFUSED:
+            return await self._refused(call, response, token)
+        self.experience.note_worked(call.target)
+        return response, b""
 
     async def _send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
         """Send the request with this token, and note what the head of its answer says."""
         exchange = call.exchange
         exchange.note_token(token.kind, token.data_elements)
-        sent = self.now()
-        response = await self.upstream.send(call, token)
+        sent, where = self.now(), (call.target.environment, call.target.region)
+        try:
+            response = await self.upstream.send(call, token)
+        except NO_ANSWER:
+            self.circuits.failed(where, call.target.operation_name, answered=False)
+            raise
         exchange.status, exchange.upstream_duration = response.status, self.now() - sent
         exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
-        self.limits.learn(call.target, response.status, response.headers.get(RATE_HEADER))
+        if response.status >= 500:
+            self.circuits.failed(where, call.target.operation_name, answered=True)
+        else:
+            self.circuits.worked(where)
+        rate = response.headers.get(RATE_HEADER)
+        self.limits.learn(call.target, response.status, rate, waited=exchange.waited > 0)
         return response
 
     async def _refused(

@@ -1,70 +1,36 @@
 """When may this call go out under Amazon's usage plan, and what do Amazon's answers teach about the plan?
 
-A plan is a token bucket: `rate` calls per second are added, up to `burst` (DOC "Usage Plans and Rate Limits"). A call
-takes its place at once and then sleeps until the place comes; so the order is first come, first served, and how long
-a call would wait is known before it waits.
+The arithmetic stands in `buckets.py`; here calls wait. How long one would wait is known when it comes, so that it is
+refused at once where that is too long.
 """
 
 import asyncio
 import math
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from proxy.config import parse_duration
-from proxy.errors import BadOption, UsagePlanExhausted
+from proxy.errors import UsagePlanExhausted
 from proxy.metrics import Metrics
+from proxy.request.buckets import Bucket, Estimate, Queue
 from proxy.request.identify import Target
 
 MAX_WAIT_HEADER = "x-sp-max-wait"
 RATE_HEADER = "x-amzn-RateLimit-Limit"
 
-# The sandbox has one plan for everything (DOC "Selling Partner API Sandbox").
-SANDBOX_PLAN = ("sandbox", 5.0, 15.0)
 
-_LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _RATE = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
+_GUESSED_RATE = 1.0  # calls per second, where a 429 says that there is a plan and nothing says which
+_GRACE = 0.5  # seconds by which timers may be late
+_MOST_PLANS = 50_000
 _SLOWEST = 0.01  # of the published rate: one answer that says less must not stop an operation for a day
 
 
-@dataclass(slots=True)
-class Bucket:
-    """The arithmetic of one usage plan; times in seconds of any clock that the caller reads.
-
-    `tokens` below zero are places given to calls that still wait.
-    """
-
-    rate: float
-    burst: float
-    tokens: float
-    updated: float
-
-    @classmethod
-    def full(cls, rate: float, burst: float, now: float) -> "Bucket":
-        """Return a bucket nobody has used yet."""
-        return cls(rate, burst, burst, now)
-
-    def take(self, now: float) -> float:
-        """Take one place and return how long to wait for it, in seconds."""
-        self._refill(now)
-        self.tokens -= 1
-        return max(0.0, -self.tokens / self.rate)
-
-    def give_back(self) -> None:
-        """Return the place that was taken last and not used; whoever waits before it keeps an earlier one."""
-        self.tokens = min(self.burst, self.tokens + 1)
-
-    def empty(self, now: float) -> None:
-        """Learn from a 429 that Amazon's bucket holds nothing."""
-        self._refill(now)
-        self.tokens = min(self.tokens, 0.0)
-
-    def _refill(self, now: float) -> None:
-        # A clock that goes backwards adds nothing and takes nothing.
-        self.tokens = min(self.burst, self.tokens + max(0.0, now - self.updated) * self.rate)
-        self.updated = max(self.updated, now)
+CallLater = Callable[..., Any]
 
 
 def parse_rate(text: str) -> float | None:
@@ -75,137 +41,271 @@ def parse_rate(text: str) -> float | None:
     return rate if _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
 
 
-def parse_max_wait(text: str | None, default: float) -> float:
-    """Return how long this call may wait, in seconds: the header's value, or the setting's."""
-    if text is None:
-        return default
-    try:
-        seconds = parse_duration(text)
-    except ValueError as exc:
-        raise BadOption(f"the header {MAX_WAIT_HEADER} is no duration", "Write 500ms, 10s or 2m; 0 for none.") from exc
-    return min(seconds, _LONGEST_WAIT)
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """How a call wants its place: how long it may wait in seconds, who sends it, and how it stands in the queue."""
+
+    max_wait: float
+    caller: Hashable = ""
+    background: bool = False
+    first: bool = False  # it waited already, and Amazon answered 429
 
 
-def _published_plan(target: Target) -> tuple[str, float, float] | None:
-    """Return name, rate and burst of the plan that a call falls under, None where none is known."""
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A usage plan as it is published; `rate` is None where only a 429 tells that there is one."""
+
+    name: str
+    rate: float | None
+    burst: float
+
+
+# The sandbox has one plan for everything (DOC "Selling Partner API Sandbox").
+SANDBOX_PLAN = Published("sandbox", 5.0, 15.0)
+
+
+def _published(target: Target) -> Published:
+    """Return the plan of an account's calls (DOC "Usage Plans and Rate Limits": by account, application, operation)."""
     if target.environment == "sandbox":
         return SANDBOX_PLAN
     operation = target.operation
-    if operation is None or operation.rate is None:
-        return None
+    if operation is None:
+        # Its path is all there is to go by; the first segments name API and version.
+        path = target.path_and_query.partition("?")[0]
+        return Published("unknown " + "/".join(path.split("/", 4)[:4])[:100], None, 1.0)
     # With the method: one name stands for two operations with plans of their own (shipping v2 linkCarrierAccount).
-    return f"{operation.method} {operation.name}", operation.rate, float(operation.burst or 1)
+    name = f"{operation.method} {operation.name}"
+    return Published(name, operation.rate, float(operation.burst or 1))
+
+
+def _published_for_all(target: Target) -> Published | None:
+    """Return the plan of all accounts of the application together, None where the operation has none."""
+    operation = target.operation
+    if operation is None or operation.app_rate is None or target.environment == "sandbox":
+        return None
+    # The published burst is that of one account; a tenth of a second's worth is what calls may bunch.
+    burst = max(1.0, float(operation.app_burst or operation.app_rate / 10))
+    return Published(f"all {operation.method} {operation.name}", operation.app_rate, burst)
 
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """A call that waits, and the moment, on the event loop's clock, at which its place comes."""
+    """A call that waits."""
 
     come: asyncio.Future[None]
-    at: float = 0.0
-    timer: asyncio.TimerHandle | None = None
+    caller: Hashable
+    deadline: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
-class _Plan:
-    """One usage plan in use: its bucket, and those who wait for a place, first come first."""
+class Plan:
+    """One usage plan in use: its bucket, what is known of its rate, and who waits."""
 
-    bucket: Bucket
-    slowest: float
-    waiting: list[_Place] = field(default_factory=list)
+    def __init__(
+        self, published: Published, where: tuple[str, str, str], now: Callable[[], float], call_later: CallLater
+    ) -> None:
+        rate = published.rate or _GUESSED_RATE
+        self.where = where
+        self.bucket = Bucket.full(rate, published.burst, now())
+        self.estimate = Estimate(rate, published.rate, rate * _SLOWEST)
+        self.queue: Queue[_Place] = Queue()
+        self._now = now
+        self._call_later = call_later
+        self._timer: Any = None
 
-    async def turn(self, wait: float) -> float:
-        """Wait `wait` seconds, or less where somebody ahead leaves; return the seconds waited.
+    def wait_of(self, claim: Claim) -> float:
+        """Return how long a call would wait that came now, in seconds."""
+        ahead = self.queue.ahead_of(self._round_of(claim)) if len(self.queue) else 0
+        return self.bucket.wait(self._now(), ahead)
 
-        A call that is cancelled lets those behind it move up.
+    def _round_of(self, claim: Claim) -> float:
+        caller = (claim.caller, claim.background)
+        return self.queue.round_of_next(caller, background=claim.background, first=claim.first)
+
+    async def turn(self, claim: Claim) -> None:
+        """Wait for a place and take it; raise TimeoutError where it has not come within `claim.max_wait`.
+
+        That happens where others came between. A call that is cancelled leaves its place to those behind it.
         """
-        loop = asyncio.get_running_loop()
-        came, place = loop.time(), _Place(loop.create_future())
-        self.waiting.append(place)
-        self._comes_at(came + wait, place, loop)
+        caller = (claim.caller, claim.background)
+        place = _Place(asyncio.get_running_loop().create_future(), caller)
+        entry = self.queue.add(caller, self._round_of(claim), place)
+        if self._timer is None:
+            self._look()
         try:
-            await place.come
-        except asyncio.CancelledError:
-            self._leave(place, loop)
+            async with asyncio.timeout(claim.max_wait + _GRACE):
+                await place.come
+        except (asyncio.CancelledError, TimeoutError):
+            if place.come.done() and not place.come.cancelled():
+                self.give_back()  # it came in the very moment
+            else:
+                self.queue.leave(caller, entry)
             raise
-        return loop.time() - came
 
-    def _comes_at(self, moment: float, place: _Place, loop: asyncio.AbstractEventLoop) -> None:
-        if place.timer is not None:
-            place.timer.cancel()
-        place.at = moment
-        place.timer = loop.call_at(moment, self._comes, place)
+    def take(self) -> None:
+        """Take a place that is free."""
+        self.bucket.take()
 
-    def _comes(self, place: _Place) -> None:
-        self.waiting.remove(place)
-        if not place.come.done():
-            place.come.set_result(None)
-
-    def _leave(self, leaver: _Place, loop: asyncio.AbstractEventLoop) -> None:
-        """Give everybody behind the place before theirs, so that it is the last one that becomes free."""
-        if leaver not in self.waiting:
-            return  # its place had come, and counts as used
-        index = self.waiting.index(leaver)
-        moments = [place.at for place in self.waiting[index:-1]]
-        del self.waiting[index]
-        if leaver.timer is not None:
-            leaver.timer.cancel()
-        for place, moment in zip(self.waiting[index:], moments, strict=True):
-            self._comes_at(moment, place, loop)
+    def give_back(self) -> None:
+        """Return a place that was not used."""
         self.bucket.give_back()
+        self._look()
+
+    def announce(self, rate: float) -> None:
+        """Learn the rate that Amazon names."""
+        if rate != self.estimate.known or not self.estimate.announced:
+            self.estimate.announce(rate)
+            self._set_rate()
+
+    def throttled(self) -> None:
+        """Learn from a 429 of Amazon's."""
+        now = self._now()
+        self.bucket.empty(now)
+        self.estimate.throttled(now)
+        self._set_rate()
+
+    def passed(self) -> None:
+        """Learn that a call which had waited was let through."""
+        self.estimate.passed()
+        if self.estimate.rate != self.bucket.rate:
+            self._set_rate()
+
+    def _set_rate(self) -> None:
+        self.bucket.refill(self._now())  # what came so far came at the old rate
+        self.bucket.rate = self.estimate.rate
+        self._look()
+
+    def _look(self) -> None:
+        """Let go whose turn has come, and look again when the next one's does."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while len(self.queue):
+            wait = self.bucket.wait(self._now())
+            if wait > 0:
+                self._timer = self._call_later(wait, self._look)
+                return
+            place = self.queue.first()[2]
+            self.queue.next_round(place.caller)
+            self.bucket.take()
+            if place.come.done():
+                self.bucket.give_back()
+            else:
+                place.come.set_result(None)
 
 
 class Limits:
     """The usage plans of every application, account, region and operation that was called."""
 
-    def __init__(self, metrics: Metrics, *, pace: bool, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        pace: bool,
+        now: Callable[[], float] = time.monotonic,
+        call_later: CallLater | None = None,
+    ) -> None:
         self._metrics = metrics
         self._pace = pace
         self._now = now
-        self._plans: dict[tuple[str, ...], _Plan] = {}
+        self._call_later = call_later
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        metrics.before_export.append(self._export)
 
-    async def admit(self, target: Target, max_wait: float) -> float:
+    async def admit(self, target: Target, claim: Claim) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
 
-        Raises UsagePlanExhausted at once where no place comes within `max_wait` seconds. A caller who is cancelled
-        gives its place back.
+        Raises UsagePlanExhausted at once where no place comes in time. A caller who is cancelled gives its place back.
         """
+        if not self._pace:
+            return 0.0
+        began = self._now()
         plan = self._plan(target)
-        if plan is None or not self._pace:
-            return 0.0
-        wait = plan.bucket.take(self._now())
-        if wait == 0.0:
-            return 0.0
-        if wait > max_wait:
-            plan.bucket.give_back()
-            raise self._exhausted(target, wait, max_wait)
-        return await plan.turn(wait)
+        if plan is not None:
+            await self._place_in(plan, target, claim)
+        for_all = self._plan_for_all(target)
+        if for_all is not None:
+            try:
+                left = max(0.0, claim.max_wait - (self._now() - began))
+                await self._place_in(for_all, target, replace(claim, max_wait=left))
+            except BaseException:
+                if plan is not None:
+                    plan.give_back()
+                raise
+        return self._now() - began
 
-    def learn(self, target: Target, status: int, rate_header: str | None) -> None:
+    async def _place_in(self, plan: Plan, target: Target, claim: Claim) -> None:
+        wait = plan.wait_of(claim)
+        if wait <= 0 and not len(plan.queue):
+            plan.take()
+            return
+        if wait > claim.max_wait:
+            raise self._exhausted(target, wait - plan.bucket.margin, claim.max_wait)
+        try:
+            await plan.turn(claim)
+        except TimeoutError:
+            raise self._exhausted(target, plan.wait_of(claim) - plan.bucket.margin, claim.max_wait) from None
+
+    def learn(self, target: Target, status: int, rate_header: str | None, *, waited: bool = False) -> None:
         """Correct the plan by what Amazon's answer says; no header is normal (DOC "Parse SP-API Responses")."""
-        labels = (target.account, target.region, target.operation_name)
         if status == 429:
-            self._metrics.throttled.labels(*labels).inc()
+            self._metrics.throttled.labels(target.account, target.region, target.operation_name).inc()
+            plan = self._plan(target, make=True)
+            if plan is not None:
+                plan.throttled()
+            return
         rate = parse_rate(rate_header) if rate_header is not None else None
+        if rate is None and not waited:
+            return
         plan = self._plan(target)
-        if rate is not None and target.operation is not None:
-            self._metrics.plan_rate.labels(*labels).set(rate)
-            if plan is not None and target.environment == "production":
-                plan.bucket.rate = max(rate, plan.slowest)
-        if status == 429 and plan is not None:
-            plan.bucket.empty(self._now())
+        if plan is None or target.operation is None or target.environment != "production":
+            return
+        if rate is not None:
+            plan.announce(rate)
+        elif waited:
+            plan.passed()
 
-    def _plan(self, target: Target) -> "_Plan | None":
-        """Return the plan that the target falls under, with its state; None where none is known."""
-        published = _published_plan(target)
+    def retry_after(self, target: Target, claim: Claim) -> float:
+        """Return in how many seconds a call that came now would have its place."""
+        plan = self._plan(target)
+        return plan.wait_of(claim) if plan is not None else 0.0
+
+    def _plan(self, target: Target, *, make: bool = False) -> Plan | None:
+        """Return the plan that the target falls under, with its state; None where none is known.
+
+        With `make`, one is made where there was none: a 429 tells that there is a plan.
+        """
+        published = _published(target)
+        key = (target.application, target.credential.account, target.environment, target.region, published.name)
+        plan = self._plans.get(key)
+        if plan is None and (make or published.rate is not None):
+            plan = self._new(key, published, target)
+        return plan
+
+    def _plan_for_all(self, target: Target) -> Plan | None:
+        published = _published_for_all(target)
         if published is None:
             return None
-        name, rate, burst = published
-        key = (target.application, target.credential.account, target.environment, target.region, name)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = _Plan(Bucket.full(rate, burst, self._now()), rate * _SLOWEST)
+        key = (target.application, "", target.environment, target.region, published.name)
+        return self._plans.get(key) or self._new(key, published, target, account="*")
+
+    def _new(self, key: tuple[str, ...], published: Published, target: Target, account: str = "") -> Plan:
+        if len(self._plans) >= _MOST_PLANS:
+            del self._plans[next(key for key, plan in self._plans.items() if not len(plan.queue))]
+        where = (account or target.account, target.region, target.operation_name)
+        call_later = self._call_later or asyncio.get_running_loop().call_later
+        plan = self._plans[key] = Plan(published, where, self._now, call_later)
         return plan
+
+    def _export(self) -> None:
+        """Write the gauges of all plans; called when somebody wants to see them."""
+        waiting: Counter[tuple[str, str, str]] = Counter()
+        for plan in self._plans.values():
+            plan.bucket.refill(self._now())
+            self._metrics.plan_rate.labels(*plan.where).set(plan.bucket.rate)
+            self._metrics.plan_tokens.labels(*plan.where).set(max(0.0, plan.bucket.tokens))
+            waiting[plan.where] += len(plan.queue)
+        for where, count in waiting.items():
+            self._metrics.queue_length.labels(*where).set(count)
 
     def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:
         self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()

@@ -21,6 +21,7 @@ from proxy.amazon.headers import credential_headers
 from proxy.config import Config
 from proxy.errors import (
     BodyTimeout,
+    CallTimeout,
     ConnectTimeout,
     MalformedRequest,
     ProxyError,
@@ -29,9 +30,8 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.metrics import Metrics
 from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
-from proxy.request.connector import Connector
+from proxy.request.connector import REUSED, Connector
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
 from proxy.request.identify import Target
@@ -112,6 +112,10 @@ _APP_STALLED = BodyTimeout(
 _AMAZON_SILENT = UpstreamTimeout(
     "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
 )
+_CALL_OVER = CallTimeout(
+    "the time that the call had (x-sp-timeout) is over",
+    "A write may or may not have been done: look before you repeat it.",
+)
 _TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
 
 
@@ -123,13 +127,16 @@ class Patience:
     a phase costs next to nothing.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, timeout: float | None = None) -> None:
         timeouts = config.timeouts
         self._body_idle, self._upstream_idle = timeouts.body_idle, timeouts.upstream_idle
-        self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, timeouts.total)
+        has_own = timeout is not None and timeout < timeouts.total
+        total = timeout if timeout is not None and has_own else timeouts.total
+        self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, total)
         self._loop = asyncio.get_running_loop()
-        self._ends_at = self._deadline = self._loop.time() + timeouts.total
-        self._error: ProxyError = _TOO_LONG
+        self._ends_at = self._deadline = self._loop.time() + total
+        self._error: ProxyError = _CALL_OVER if has_own else _TOO_LONG
+        self._too_long = self._error
         self._expiry = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -137,13 +144,22 @@ class Patience:
         """Wait for the app: to send more of its body, or to take more of the answer."""
         self._wait(self._body_idle, _APP_STALLED)
 
+    def for_proxy(self) -> None:
+        """Wait for what the proxy itself does, each part of which has a bound of its own."""
+        self._deadline, self._error = self._ends_at, self._too_long
+
+    @property
+    def left(self) -> float:
+        """The seconds that the whole exchange still has."""
+        return max(0.0, self._ends_at - self._loop.time())
+
     def for_amazon(self) -> None:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
         self._wait(self._upstream_idle, _AMAZON_SILENT)
 
     def _wait(self, seconds: float, error: ProxyError) -> None:
         end = self._loop.time() + seconds
-        self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, _TOO_LONG)
+        self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, self._too_long)
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -177,6 +193,7 @@ class Call:
         self.target = target
         self.exchange = exchange
         self.patience = patience
+        self.wants_new_connection = False  # the last attempt broke on one that had been idle
         self._kept: list[bytes] | None = []
         self._kept_size = 0
         self._is_read = not request.body_exists
@@ -268,14 +285,12 @@ class Upstream:
         session: aiohttp.ClientSession,
         fresh_session: aiohttp.ClientSession,
         user_agents: Mapping[str, str],
-        metrics: Metrics,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._session = session
         self._fresh_session = fresh_session
         self._user_agents = user_agents
-        self._metrics = metrics
         self._wall = wall
 
     async def send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
@@ -284,17 +299,7 @@ class Upstream:
         Raises an error of ours for everything that keeps an answer from coming.
         """
         call.exchange.attempts += 1
-        try:
-            return await self._send(self._session, call, token)
-        except UpstreamBroken:
-            # An idle connection that Amazon closed just now. Nothing came back, and asking twice does no harm.
-            if call.request.method not in BODILESS:
-                raise
-        call.exchange.attempts += 1
-        self._metrics.retries.labels("connection").inc()
-        return await self._send(self._fresh_session, call, token)
-
-    async def _send(self, session: aiohttp.ClientSession, call: Call, token: Token) -> aiohttp.ClientResponse:
+        session = self._fresh_session if call.wants_new_connection else self._session
         request, target = call.request, call.target
         headers = cleaned(request.method, request.headers)
         headers.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
@@ -310,7 +315,10 @@ class Upstream:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            raise (call.exchange.upload_error or _translated(exc)) from exc
+            error = call.exchange.upload_error or _translated(exc)
+            # An idle connection that Amazon closed just now, perhaps.
+            call.wants_new_connection = isinstance(error, UpstreamBroken) and REUSED.get()
+            raise error from exc
         if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
             response.close()
             raise UpstreamBroken("Amazon's answer has no status that ends a request", "Try again.")

@@ -1,0 +1,118 @@
+"""A region that fails throughout: calls fail at once, and single ones look for its return."""
+
+import asyncio
+
+import pytest
+
+from proxy.app import Running
+from proxy.errors import RegionDown
+from proxy.metrics import Metrics
+from proxy.request import circuit as circuit_module
+from proxy.request.circuit import FAILURES, FIRST_PROBE, LASTING, LONGEST_PROBE, Circuits, Where
+from tests.clock import FakeClock
+from tests.conftest import StartProxy
+from tests.far_side import FarSide, Received, answer
+from tests.near_side import call
+
+EU: Where = ("production", "eu")
+NA: Where = ("production", "na")
+OPERATIONS = ("orders.v0.getOrders", "sellers.v1.getMarketplaceParticipations", "feeds.2021-06-30.getFeeds")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def circuits(clock: FakeClock) -> Circuits:
+    return Circuits(Metrics(), clock)
+
+
+def fail(
+    circuits: Circuits, clock: FakeClock, *, operations: int = 3, answered: bool = True, seconds: float = 0.5
+) -> None:
+    for number in range(FAILURES):
+        circuits.failed(EU, OPERATIONS[number % operations], answered=answered)
+        clock.advance(seconds)
+
+
+def is_refused(circuits: Circuits) -> float | None:
+    try:
+        circuits.check(EU)
+    except RegionDown as error:
+        return error.retry_after
+    return None
+
+
+@pytest.mark.parametrize(("operations", "answered"), [(3, True), (1, False)])
+def test_a_region_that_fails_throughout_is_down(
+    circuits: Circuits, clock: FakeClock, operations: int, answered: bool
+) -> None:
+    fail(circuits, clock, operations=operations, answered=answered)
+    assert is_refused(circuits) is not None
+    circuits.check(NA)
+    assert (
+        circuits._metrics.registry.get_sample_value(
+            "spapi_proxy_circuit_open", {"environment": "production", "region": "eu"}
+        )
+        == 1
+    )
+
+
+def test_one_operation_that_fails_alone_stops_no_others(circuits: Circuits, clock: FakeClock) -> None:
+    fail(circuits, clock, operations=2)
+    assert is_refused(circuits) is None
+
+
+def test_a_burst_of_failures_is_no_outage_yet(circuits: Circuits, clock: FakeClock) -> None:
+    fail(circuits, clock, seconds=LASTING / FAILURES / 2)
+    assert is_refused(circuits) is None
+
+
+def test_one_answer_among_them_says_that_the_region_is_there(circuits: Circuits, clock: FakeClock) -> None:
+    for _ in range(10):
+        for number in range(FAILURES - 1):
+            circuits.failed(EU, OPERATIONS[number % 3], answered=True)
+            clock.advance(1)
+        circuits.worked(EU)
+    assert is_refused(circuits) is None
+
+
+def test_single_calls_look_for_its_return_ever_more_rarely(circuits: Circuits, clock: FakeClock) -> None:
+    fail(circuits, clock)
+    pauses = []
+    for _ in range(8):
+        begin = clock()
+        while is_refused(circuits) is not None:
+            clock.advance(0.5)
+        pauses.append(clock() - begin)
+        assert is_refused(circuits) is not None, "one at a time"
+        circuits.failed(EU, OPERATIONS[0], answered=True)
+    assert pauses[1:] == [min(FIRST_PROBE * 2**number, LONGEST_PROBE) for number in range(7)]
+    circuits.worked(EU)
+    assert is_refused(circuits) is None
+
+
+async def test_while_a_region_is_down_nothing_is_sent_but_probes(
+    start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_module, "LASTING", 0.0)
+    monkeypatch.setattr(circuit_module, "FIRST_PROBE", 0.2)
+
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("503 Unavailable", b"amazons own"))
+
+    far_side.script = script
+    proxy: Running = await start_proxy(retry={"attempts": 1}, limits={"pace": False})
+    paths = ("/orders/v0/orders", "/sellers/v1/marketplaceParticipations", "/feeds/2021-06-30/feeds")
+    got = [await call(proxy.addresses[0], "GET", paths[number % 3]) for number in range(FAILURES)]
+    assert {(one.status, one.error, one.body) for one in got} == {(503, None, b"amazons own")}
+    down = await call(proxy.addresses[0], "GET", paths[0])
+    assert (down.status, down.error, down.get("retry-after")) == (503, "RegionDown", "1")
+    assert len(far_side.received) == FAILURES
+    far_side.script = None
+    async with asyncio.timeout(10):
+        while (await call(proxy.addresses[0], "GET", paths[0])).status != 200:  # noqa: ASYNC110 - nothing tells when
+            await asyncio.sleep(0.02)
+    assert (await call(proxy.addresses[0], "GET", paths[1])).status == 200, "it is back for everybody"
