@@ -349,7 +349,7 @@ async def test_who_comes_first_goes_first(crowd: Crowd, clock: FakeClock) -> Non
     for number in range(5):
         await crowd.comes(str(number), Claim(10))
     for passed in range(5):
-        clock.advance(1.03 if passed == 0 else 1)
+        clock.advance(1.06 if passed == 0 else 1)
         await settle()
         assert crowd.went == [str(number) for number in range(passed + 1)]
 
@@ -359,7 +359,7 @@ async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(cr
         await crowd.comes(name, Claim(10))
     await crowd.leaves("first")
     await crowd.comes("last", Claim(10))
-    clock.advance(1.03)
+    clock.advance(1.06)
     await settle()
     assert crowd.went == ["second"]
     clock.advance(2)

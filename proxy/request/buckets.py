@@ -11,8 +11,9 @@ from typing import Generic, TypeVar
 
 Waiter = TypeVar("Waiter")
 
-# Behind a token's exact moment, so that a call whose way to Amazon is a little faster than that of the one before it
-# does not come too early: seconds, but no more than this share of the time between two calls.
+# Seconds behind a token's exact moment, so that a call whose way to Amazon is a little faster than that of an earlier
+# one does not come too early. Where the bucket holds several, that is paid once, and kept in Amazon's bucket; where it
+# holds one, it is paid for each call, so that it is no more than this share of the time between two.
 MARGIN, MARGIN_SHARE = 0.05, 0.02
 _ROUNDING = 1e-9
 
@@ -47,7 +48,7 @@ class Bucket:
     @property
     def margin(self) -> float:
         """The seconds behind a token's exact moment at which a call that waited for it goes."""
-        return min(MARGIN, MARGIN_SHARE / self.rate)
+        return min(MARGIN, max(MARGIN_SHARE, (self.burst - 1) / 2) / self.rate)
 
     def take(self) -> None:
         """Take the token whose moment has come."""

@@ -107,11 +107,11 @@ class Handler:
         while True:
             call.patience.for_proxy()
             self.circuits.check((target.environment, target.region))
+            # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
+            await self._token(call)
             exchange.waited += await self.limits.admit(target, claim)
-            # Last, so that a token cannot age in the queue.
-            asked = self.now()
-            token = await self.tokens.get(target.credential)
-            exchange.token_wait += self.now() - asked
+            # And after it, since a token may have aged in the queue.
+            token = await self._token(call)
             try:
                 response = await self._send(call, token)
             except NO_ANSWER as error:
@@ -129,6 +129,12 @@ class Handler:
                 response.close()
             call.patience.for_proxy()
             await asyncio.sleep(pause)
+
+    async def _token(self, call: Call) -> Token:
+        asked = self.now()
+        token = await self.tokens.get(call.target.credential)
+        call.exchange.token_wait += self.now() - asked
+        return token
 
     def _after_429(self, call: Call, claim: Claim, *, may_repeat: bool) -> float | None:
         """Return the pause before a throttled call is sent again, None where it is passed on; it was not executed."""
