@@ -1128,3 +1128,25 @@ def test_a_problem_reads_where_key_and_what() -> None:
     assert str(Problem("a.b", "is missing", "x.yaml:3")) == "x.yaml:3: a.b: is missing"
     assert str(Problem("a.b", "is missing")) == "a.b: is missing"
     assert str(Problem("", "is not UTF-8", "x.yaml")) == "x.yaml: is not UTF-8"
+
+
+def test_a_secret_of_a_variable_or_a_file_is_read_anew(tmp_path: Path) -> None:
+    (tmp_path / "refresh").write_text("old-refresh")
+    environ = {"SECRET": "old-secret", "SP_API_PROXY_ACCOUNTS_ACME_REFRESH_TOKENS_NA": "old-na"}
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "applications: {main: {client_id: c, client_secret: '${SECRET}'}}\n"
+        "accounts: {acme: {refresh_tokens: {eu: {file: refresh}}}}\n"
+    )
+    config = load_config(str(path), environ).config
+    secret = config.applications["main"].client_secret
+    tokens = config.accounts["acme"].refresh_tokens
+    assert [one.current() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
+    environ |= {"SECRET": "new-secret", "SP_API_PROXY_ACCOUNTS_ACME_REFRESH_TOKENS_NA": "new-na"}
+    (tmp_path / "refresh").write_text(" new-refresh \n")
+    found = [one.current().reveal() for one in (secret, tokens["eu"], tokens["na"])]
+    assert found == ["new-secret", "new-refresh", "new-na"]
+    assert secret.current().current().reveal() == "new-secret"
+    environ.clear()
+    (tmp_path / "refresh").write_bytes(b"\xff")
+    assert [one.current() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]

@@ -107,6 +107,22 @@ async def test_a_large_answer_passes_unread(proxy: Running, far_side: FarSide) -
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
 
 
+async def test_a_large_answer_in_chunks_passes_unread_too(proxy: Running, far_side: FarSide) -> None:
+    body = ONE[:-1] + b" " * MOST_READ + b"}"
+
+    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+        if received.target.startswith(REPORTS):
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(head + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+        else:
+            writer.write(answer("200 OK"))
+        await writer.drain()
+
+    far_side.script = script
+    assert (await call(proxy.addresses[0], "GET", f"{REPORTS}/1")).body == body
+    assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
+
+
 async def test_a_document_that_amazon_refuses_without_a_restricted_token_brings_one_the_next_time(
     proxy: Running, far_side: FarSide
 ) -> None:

@@ -61,6 +61,7 @@ async def test_a_refused_token_is_replaced_and_the_call_sent_once_more(
     assert len(token_host.received) == 2
     assert [received.get("x-amz-access-token") for received in far_side.received] == ["Atza|1", "Atza|2"]
     assert retried(proxy) == 1
+    assert len(far_side.open_connections) <= 1, "the refused answer's connection is not left behind"
     again = await call(proxy.addresses[0], method, FEEDS, body)
     assert (again.status, again.decided["attempts"]) == (200, "1")
 

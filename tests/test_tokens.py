@@ -744,6 +744,18 @@ async def test_mints_keep_to_their_own_usage_plan(
     assert len(far_side.minted) == 11
 
 
+async def test_a_429_of_the_mint_teaches_its_plan(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    limits = {"pace": True, "max_wait": "0s"}
+    async with open_tokens(far_side, token_host, tmp_path, clock, limits=limits) as (tokens, _):
+        far_side.rdt_answer = answer("429 Too Many Requests")
+        with pytest.raises(TokenUnavailable):
+            await tokens.get(RDT)
+        with pytest.raises(UsagePlanExhausted):
+            await tokens.get(DOCUMENT)
+
+
 async def test_a_document_that_is_not_restricted_is_asked_about_once(tokens: Tokens, far_side: FarSide) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
     far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
