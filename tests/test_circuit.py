@@ -12,7 +12,7 @@ from proxy.request.circuit import FAILURES, FIRST_PROBE, LASTING, LONGEST_PROBE,
 from tests.clock import FakeClock
 from tests.conftest import StartProxy
 from tests.far_side import FarSide, Received, answer
-from tests.near_side import call
+from tests.near_side import call, connect, request
 
 EU: Where = ("production", "eu")
 NA: Where = ("production", "na")
@@ -116,3 +116,39 @@ async def test_while_a_region_is_down_nothing_is_sent_but_probes(
         while (await call(proxy.addresses[0], "GET", paths[0])).status != 200:  # noqa: ASYNC110 - nothing tells when
             await asyncio.sleep(0.02)
     assert (await call(proxy.addresses[0], "GET", paths[1])).status == 200, "it is back for everybody"
+
+
+async def test_a_region_that_is_silent_is_down_too(
+    start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_module, "LASTING", 0.0)
+    never = asyncio.Event()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    far_side.script = script
+    proxy = await start_proxy(limits={"pace": False}, timeouts={"upstream_idle": "100ms"})
+    got = await asyncio.gather(*(call(proxy.addresses[0], "GET", "/brand/new") for _ in range(FAILURES)))
+    assert {one.error for one in got} == {"UpstreamTimeout"}
+    assert (await call(proxy.addresses[0], "GET", "/brand/new")).error == "RegionDown"
+
+
+async def test_clients_that_leave_say_nothing_about_a_region(start_proxy: StartProxy, far_side: FarSide) -> None:
+    never = asyncio.Event()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    far_side.script = script
+    proxy = await start_proxy()
+    async with connect(proxy.addresses[0]) as client:
+        await client.send(request("GET", "/brand/new"))
+        await far_side.arrived.wait()
+    await far_side.last_closed.wait()
+    assert (
+        proxy.metrics.registry.get_sample_value(
+            "spapi_proxy_circuit_open", {"environment": "production", "region": "eu"}
+        )
+        is None
+    )

@@ -165,6 +165,10 @@ class Handler:
         except NO_ANSWER:
             self.circuits.failed(where, call.target.operation_name, answered=False)
             raise
+        except asyncio.CancelledError:
+            if call.patience.amazon_was_silent:
+                self.circuits.failed(where, call.target.operation_name, answered=False)
+            raise
         exchange.status, exchange.upstream_duration = response.status, self.now() - sent
         exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
         if response.status >= 500:

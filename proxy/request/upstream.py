@@ -157,6 +157,11 @@ class Patience:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
         self._wait(self._upstream_idle, _AMAZON_SILENT)
 
+    @property
+    def amazon_was_silent(self) -> bool:
+        """Whether time ran out while it was Amazon's turn."""
+        return self._expiry.expired() and isinstance(self._error, UpstreamTimeout)
+
     def _wait(self, seconds: float, error: ProxyError) -> None:
         end = self._loop.time() + seconds
         self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, self._too_long)
