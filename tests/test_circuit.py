@@ -145,7 +145,9 @@ async def test_clients_that_leave_say_nothing_about_a_region(start_proxy: StartP
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", "/brand/new"))
         await far_side.arrived.wait()
-    await far_side.last_closed.wait()
+    reader = far_side.received[0].reader
+    assert reader is not None
+    assert await asyncio.wait_for(reader.read(), 10) == b"", "the connection to Amazon ends with the client's"
     assert (
         proxy.metrics.registry.get_sample_value(
             "spapi_proxy_circuit_open", {"environment": "production", "region": "eu"}
