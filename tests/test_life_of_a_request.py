@@ -17,7 +17,7 @@ from proxy.config import Config
 from proxy.simulator import Fault, Seller, Simulator
 from tests.conftest import StartProxy, config_from
 from tests.far_side import FarSide, Received, answer
-from tests.near_side import call, connect
+from tests.near_side import Answer, call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
@@ -155,6 +155,34 @@ async def test_a_call_without_a_place_in_time_is_refused_at_once(start_proxy: St
     assert len(far_side.received) == 1
     bad = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="soon")
     assert (bad.status, bad.error) == (400, "BadOption")
+
+
+async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
+    start_proxy: StartProxy, far_side: FarSide
+) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("200 OK", b"{}", x_amzn_ratelimit_limit="5"))
+
+    far_side.script = script
+    proxy = await start_proxy()
+    path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second from the first answer on
+    await call(proxy.addresses[0], "GET", path.format("first"))
+
+    async def one(name: str, **fields: str) -> asyncio.Task[Answer]:
+        task = asyncio.create_task(call(proxy.addresses[0], "GET", path.format(name), **fields))
+        while proxy.metrics.in_flight._value.get() < len(tasks) + 1:  # noqa: ASYNC110 - a gauge tells nobody
+            await asyncio.sleep(0)
+        return task
+
+    tasks: list[asyncio.Task[Answer]] = []
+    tasks.append(await one("background", x_sp_priority="background"))
+    for number in range(4):
+        tasks.append(await one(f"noisy-{number}", x_sp_client="noisy"))  # noqa: PERF401 - one counts the others
+    tasks.append(await one("quiet", x_sp_client="quiet"))
+    assert {(await task).status for task in tasks} == {200}
+    went = [received.target.rpartition("/")[2] for received in far_side.received]
+    assert went == ["first", "noisy-0", "quiet", "noisy-1", "noisy-2", "noisy-3", "background"]
+    assert not any(name.startswith("x-sp") for received in far_side.received for name, _ in received.fields)
 
 
 async def test_pace_false_sends_at_once_and_passes_amazons_429_on(start_proxy: StartProxy, far_side: FarSide) -> None:
