@@ -19,7 +19,9 @@ def main() -> None:
     auth: Any = importlib.import_module("sp_api.auth.access_token_client").AccessTokenClient
     auth.scheme, auth.host = "http://", urlsplit(lwa).netloc
     api: Any = importlib.import_module("sp_api.api").ListingsItems
+    # The simulator wants the form that Amazon's page asks for; the library's own is another.
     base: Any = importlib.import_module("sp_api.base")
+    base.BaseClient.user_agent = "python-amazon-sp-api/2 (Language=Python)"
     retry: Any = importlib.import_module("sp_api.util").throttle_retry
     credentials = {"lwa_app_id": client_id, "lwa_client_secret": client_secret, "refresh_token": refresh_token}
     end = time.monotonic() + float(seconds)
