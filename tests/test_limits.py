@@ -367,6 +367,25 @@ async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(cr
     assert crowd.went == ["second", "third", "last"]
 
 
+async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(crowd: Crowd, clock: FakeClock) -> None:
+    for name in ("leaver", "second", "third", "fourth"):
+        await crowd.comes(name, Claim(10))
+    crowd.tasks["leaver"].cancel()
+    clock.advance(1.06)  # its turn comes before it has noticed
+    await settle()
+    assert crowd.went == ["second"]
+    clock.advance(2)
+    await settle()
+    assert crowd.went == ["second", "third", "fourth"]
+    await crowd.comes("fifth", Claim(10))
+    clock.advance(0.5)
+    crowd.tasks["fifth"].cancel()
+    clock.advance(0.5)
+    await settle()
+    assert crowd.went == ["second", "third", "fourth"]
+    assert await crowd.limits.admit(crowd.target, Claim(0)) == 0, "the place that it did not take is there"
+
+
 async def test_whose_turn_cannot_come_in_time_is_refused_at_once(crowd: Crowd) -> None:
     for number in range(12):
         await crowd.comes(str(number), Claim(10))

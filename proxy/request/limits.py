@@ -94,7 +94,7 @@ class _Place:
 
     come: asyncio.Future[None]
     caller: Hashable
-    deadline: asyncio.TimerHandle | None = None
+    is_queued: bool = True
 
 
 class Plan:
@@ -135,10 +135,10 @@ class Plan:
             async with asyncio.timeout(claim.max_wait + _GRACE):
                 await place.come
         except (asyncio.CancelledError, TimeoutError):
-            if place.come.done() and not place.come.cancelled():
-                self.give_back()  # it came in the very moment
-            else:
+            if place.is_queued:
                 self.queue.leave(caller, entry)
+            elif not place.come.cancelled():
+                self.give_back()  # it came in the very moment
             raise
 
     def take(self) -> None:
@@ -186,10 +186,9 @@ class Plan:
                 return
             place = self.queue.first()[2]
             self.queue.next_round(place.caller)
-            self.bucket.take()
-            if place.come.done():
-                self.bucket.give_back()
-            else:
+            place.is_queued = False
+            if not place.come.done():  # it may be about to leave
+                self.bucket.take()
                 place.come.set_result(None)
 
 
@@ -290,7 +289,8 @@ class Limits:
 
     def _new(self, key: tuple[str, ...], published: Published, target: Target, account: str = "") -> Plan:
         if len(self._plans) >= _MOST_PLANS:
-            del self._plans[next(key for key, plan in self._plans.items() if not len(plan.queue))]
+            idle = next((known for known, plan in self._plans.items() if not len(plan.queue)), key)
+            self._plans.pop(idle, None)
         where = (account or target.account, target.region, target.operation_name)
         call_later = self._call_later or asyncio.get_running_loop().call_later
         plan = self._plans[key] = Plan(published, where, self._now, call_later)
