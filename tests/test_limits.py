@@ -271,6 +271,17 @@ async def test_the_rate_that_amazon_names_counts_from_then_on(tmp_path: Path, li
     assert await drain(limits, other) == 0
 
 
+async def test_what_came_before_a_new_rate_came_at_the_old_one(
+    tmp_path: Path, limits: Limits, clock: FakeClock
+) -> None:
+    orders = target(config(tmp_path))
+    limits.learn(orders, 200, "1")
+    await drain(limits, orders)
+    clock.advance(2.5)
+    limits.learn(orders, 200, "100")
+    assert await drain(limits, orders) == 2
+
+
 async def test_one_tiny_rate_does_not_stop_an_operation_for_a_day(
     tmp_path: Path, limits: Limits, clock: FakeClock
 ) -> None:
@@ -384,6 +395,12 @@ async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(crowd: 
     await settle()
     assert crowd.went == ["second", "third", "fourth"]
     assert await crowd.limits.admit(crowd.target, Claim(0)) == 0, "the place that it did not take is there"
+    await crowd.comes("sixth", Claim(10))
+    clock.advance(1.06)
+    crowd.tasks["sixth"].cancel()  # its turn has come, but it has not gone yet
+    await settle()
+    assert "sixth" not in crowd.went
+    assert await crowd.limits.admit(crowd.target, Claim(0)) == 0, "the place that it gave back is there"
 
 
 async def test_whose_turn_cannot_come_in_time_is_refused_at_once(crowd: Crowd) -> None:
