@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from proxy.config import Config
 from proxy.errors import HeaderTimeout, HeaderTooLarge, InternalError, MalformedRequest, ProxyError
@@ -201,6 +201,8 @@ class Listening(web.Server):
 
     def _make_request(self, message: RawRequestMessage, *parts: Any) -> web.BaseRequest:
         request = super()._make_request(message, *parts)
+        if message is ERROR:
+            request._version = HttpVersion11  # noqa: SLF001 - a request that could not be read counts as 1.0 there
         if message.version not in SPOKEN:
             # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them.
             request[VERSION_REFUSED] = True

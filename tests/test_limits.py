@@ -555,6 +555,20 @@ async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, 
     assert taken == 25, "a tenth of a second's worth"
 
 
+async def test_the_wait_for_both_plans_together_is_bounded(tmp_path: Path, limits: Limits, clock: FakeClock) -> None:
+    settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
+    path = "/catalog/2022-04-01/items/B000000000"
+    mine = target(settings, path=path, account="a0")
+    await drain(limits, mine)
+    (for_all,) = [plan for plan in limits._plans.values() if plan.where[0] == "*"]
+    for_all.bucket.tokens = -150.0  # more than half a second of 250 a second
+    call = asyncio.create_task(limits.admit(mine, Claim(0.6)))
+    await settle()
+    clock.advance(0.56)  # its turn in the account's plan
+    await settle()
+    assert isinstance(call.exception(), UsagePlanExhausted), "it has no time left to wait for the other"
+
+
 async def test_a_place_of_the_account_is_given_back_where_the_application_has_none(
     tmp_path: Path, limits: Limits, clock: FakeClock
 ) -> None:

@@ -55,6 +55,12 @@ async def test_a_broken_request_gets_a_clear_answer_and_goes_nowhere(
     assert not far_side.received
 
 
+async def test_a_broken_request_is_answered_in_the_version_that_is_spoken_here(proxy: Running) -> None:
+    async with connect(proxy.addresses[0]) as client:
+        await client.send(b"GET / HTTP/1.1\r\nbad header: 1\r\n\r\n")
+        assert (await client.reader.readline()).startswith(b"HTTP/1.1 400 ")
+
+
 async def test_a_broken_request_is_not_quoted(proxy: Running) -> None:
     got = await raw(proxy.addresses[0], b"GET / HTTP/1.1\r\nx y: Atza|distinctive\r\n\r\n")
     assert b"distinctive" not in got.body
