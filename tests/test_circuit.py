@@ -79,6 +79,15 @@ def test_one_answer_among_them_says_that_the_region_is_there(circuits: Circuits,
     assert is_refused(circuits) is None
 
 
+def test_what_failed_before_the_last_good_answer_counts_no_more(circuits: Circuits, clock: FakeClock) -> None:
+    for number in range(FAILURES - 1):
+        circuits.failed(EU, OPERATIONS[number % 3], answered=False)
+        clock.advance(1)
+    circuits.worked(EU)
+    fail(circuits, clock, operations=1)
+    assert is_refused(circuits) is None, "one operation alone, and all of it answered"
+
+
 def test_single_calls_look_for_its_return_ever_more_rarely(circuits: Circuits, clock: FakeClock) -> None:
     fail(circuits, clock)
     pauses = []

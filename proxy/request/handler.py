@@ -114,8 +114,8 @@ class Handler:
             token = await self._token(call)
             try:
                 response = await self._send(call, token)
-            except NO_ANSWER as error:
-                pause = attempts.after_error(error, call)
+            except NO_ANSWER:
+                pause = attempts.after_no_answer(call)
                 if pause is None:
                     raise
             else:

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 
 from proxy.config import Config, Retry
-from proxy.errors import ConnectTimeout, ProxyError, UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from proxy.errors import ConnectTimeout, UpstreamBroken, UpstreamUnreachable
 from proxy.metrics import Metrics
 from proxy.request.identify import Target
 from proxy.request.upstream import Call
@@ -50,8 +50,9 @@ class Budget:
         return True
 
 
-# What stands in for an answer; of these, only what came of the connection itself is tried again.
-NO_ANSWER = (UpstreamUnreachable, UpstreamBroken, ConnectTimeout, UpstreamTimeout)
+# What stands in for an answer where the connection failed. Amazon's silence is not among them: it may still be at work
+# on the call, and the time is gone.
+NO_ANSWER = (UpstreamUnreachable, UpstreamBroken, ConnectTimeout)
 
 
 class Attempts:
@@ -64,10 +65,8 @@ class Attempts:
         self._is_repeatable = is_repeatable
         self._failures = 0
 
-    def after_error(self, error: ProxyError, call: Call) -> float | None:
-        """Return the pause before the call is sent again after no answer came, None where it is not."""
-        if isinstance(error, UpstreamTimeout):
-            return None  # it may still be at work on it, and the time is gone
+    def after_no_answer(self, call: Call) -> float | None:
+        """Return the pause before the call is sent again after its connection failed, None where it is not."""
         if call.wants_new_connection and self._is_repeatable and self._failures == 0 and call.can_be_sent_again:
             # A pooled connection that had died: nobody's failure, so that neither pause nor budget are due.
             self._failures += 1
