@@ -16,7 +16,7 @@ from proxy.app import Running, running
 from proxy.config import Config
 from proxy.simulator import Fault, Seller, Simulator
 from tests.conftest import StartProxy, config_from
-from tests.far_side import FarSide, Received, answer
+from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import Answer, call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -155,6 +155,24 @@ async def test_a_call_without_a_place_in_time_is_refused_at_once(start_proxy: St
     assert len(far_side.received) == 1
     bad = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="soon")
     assert (bad.status, bad.error) == (400, "BadOption")
+
+
+async def test_an_exchange_does_not_come_between_a_place_and_its_call(
+    start_proxy: StartProxy, token_host: TokenHost
+) -> None:
+    token_host.held = asyncio.Event()
+    proxy = await start_proxy()
+    where = {"account": "acme", "region": "eu", "operation": "orders.v0.getOrders"}
+
+    def left() -> float | None:
+        return proxy.metrics.registry.get_sample_value("spapi_proxy_usage_plan_tokens", where)
+
+    cold = asyncio.create_task(call(proxy.addresses[0], "GET", "/orders/v0/orders"))
+    await token_host.arrived.wait()
+    assert left() is None, "Amazon counts a call when it arrives, which may be long from now"
+    token_host.held.set()
+    assert (await cold).status == 200
+    assert left() is not None
 
 
 async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
