@@ -73,6 +73,17 @@ async def test_what_does_the_same_when_done_twice_is_sent_again(
     assert retried(proxy, f"status_{line[:3]}") == 2
 
 
+async def test_an_answer_that_does_not_count_is_not_read_to_its_end(start_proxy: StartProxy, far_side: FarSide) -> None:
+    fails(far_side, 1, lambda writer: writer.write(b"HTTP/1.1 503 Unavailable\r\nContent-Length: 100\r\n\r\nhalf"))
+    proxy = await start_proxy(**QUICK)
+    assert (await send(proxy, "GET", SELLERS)).status == 200
+    reader = far_side.received[0].reader
+    assert reader is not None
+    async with asyncio.timeout(10):
+        while not reader.at_eof():  # noqa: ASYNC110 - the server reads it too
+            await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize("how", [status("500 Internal"), status("503 Unavailable"), closes])
 @pytest.mark.parametrize(("method", "target"), ONCE)
 async def test_what_may_have_been_acted_on_is_sent_once(
