@@ -67,6 +67,18 @@ async def test_an_account_whose_other_calls_work_lacks_a_role(proxy: Running, fa
     assert got.decided["hint"] == "role"
 
 
+async def test_a_failure_of_amazons_does_not_say_that_an_account_works(proxy: Running, far_side: FarSide) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("503 Unavailable"))
+        await writer.drain()
+
+    far_side.script = script
+    await call(proxy.addresses[0], "GET", "/orders/v0/orders", x_sp_retry="off")
+    refuse(far_side)
+    got = await call(proxy.addresses[0], "GET", SELLERS)
+    assert got.decided["hint"] == "region_or_authorisation"
+
+
 async def test_a_route_that_amazon_does_not_know_is_told_by_its_header_too(proxy: Running, far_side: FarSide) -> None:
     refuse(far_side, b"{}", x_amzn_errortype="MissingAuthenticationTokenException")
     got = await call(proxy.addresses[0], "GET", SELLERS)

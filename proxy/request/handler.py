@@ -152,7 +152,8 @@ class Handler:
         """Return an answer that is to be passed on; of a refusal, what is behind it is found out first."""
         if response.status in REFUSED:
             return await self._refused(call, response, token)
-        self.experience.note_worked(call.target)
+        if response.status < 500:
+            self.experience.note_worked(call.target)
         return response, b""
 
     async def _send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
@@ -190,6 +191,7 @@ class Handler:
         beginning = await beginning_of(call, response)
         refusal = refusal_of(response, beginning)
         if refusal.blames_token and call.can_be_sent_again:
+            call.patience.for_proxy()
             another = await self.tokens.replacement(credential, token)
             if another is not None:
                 response.close()
