@@ -1,13 +1,16 @@
 """What the tests share: a proxy that really listens, a far side that can be scripted, and a raw client."""
 
+import logging
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import yaml
 
+from proxy import logs
 from proxy.app import Running, running
 from proxy.config import Config, load_config
 from tests.far_side import FarSide, TokenHost
@@ -75,6 +78,18 @@ async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) 
 async def proxy(start_proxy: StartProxy) -> Running:
     """A proxy with the tests' usual settings."""
     return await start_proxy()
+
+
+@pytest.fixture
+def log() -> Iterator[StringIO]:
+    """What goes to the log while a test runs."""
+    root, stream = logging.getLogger(), StringIO()
+    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
+    logs.set_up("debug", "json", stream)
+    yield stream
+    root.handlers[:] = before
+    root.setLevel(levels[0])
+    logs.LOGGER.setLevel(levels[1])
 
 
 def needs(available: bool, what: str) -> None:

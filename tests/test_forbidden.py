@@ -2,13 +2,10 @@
 
 import asyncio
 import json
-import logging
 from io import StringIO
-from typing import Any
 
 import pytest
 
-from proxy import logs
 from proxy.app import Running
 from tests.conftest import StartProxy
 from tests.far_side import FarSide, Received, answer
@@ -96,18 +93,6 @@ async def test_data_that_was_left_out_is_named_on_every_answer(proxy: Running, f
     assert (got.status, got.decided["hint"]) == (403, "elements_dropped")
     plain = await call(proxy.addresses[0], "GET", SELLERS)
     assert "dropped" not in plain.decided
-
-
-@pytest.fixture
-def log() -> Any:
-    """What goes to the log while a test runs."""
-    root, stream = logging.getLogger(), StringIO()
-    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
-    logs.set_up("info", "json", stream)
-    yield stream
-    root.handlers[:] = before
-    root.setLevel(levels[0])
-    logs.LOGGER.setLevel(levels[1])
 
 
 async def test_the_log_says_it_too(proxy: Running, far_side: FarSide, log: StringIO) -> None:

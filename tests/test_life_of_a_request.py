@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import re
 from collections.abc import AsyncIterator
 from io import StringIO
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from proxy import logs
 from proxy.app import Running, running
 from proxy.config import Config
 from proxy.simulator import Fault, Seller, Simulator
@@ -222,18 +220,6 @@ async def test_the_sandbox_has_one_plan_for_everything(start_proxy: StartProxy) 
 
 
 # What is said afterwards.
-
-
-@pytest.fixture
-def log() -> Any:
-    """What goes to the log while a test runs."""
-    root, stream = logging.getLogger(), StringIO()
-    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
-    logs.set_up("debug", "json", stream)
-    yield stream
-    root.handlers[:] = before
-    root.setLevel(levels[0])
-    logs.LOGGER.setLevel(levels[1])
 
 
 async def test_a_request_leaves_one_line_without_its_query_body_or_token(
