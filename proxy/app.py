@@ -1,16 +1,14 @@
 """How are the parts built from a Config, started in order and stopped in reverse?"""
 
 import asyncio
-import os
-import socket
-import stat
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -20,29 +18,31 @@ from proxy.amazon import rdt
 from proxy.amazon.headers import user_agent
 from proxy.amazon.operations import load_table
 from proxy.config import Address, Config
-from proxy.listener import Listening
-from proxy.logs import LOGGER, fields
+from proxy.listener import Listening, Room
+from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
+from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
+from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
 from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
+from proxy.request.policy import permits
 from proxy.request.retries import AllAttempts
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Upstream, open_session, tls_context
+from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
 
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
+STATUS_CONNECTIONS = 256  # of the admin listener, and of the health listener
+LAG_INTERVAL = 0.5  # seconds
 LAST_MOMENT = 0.2  # seconds in which what was cut off may notice it
-
-
-class CannotListen(Exception):
-    """An address cannot be listened on; the text says which setting to change."""
 
 
 @dataclass(slots=True)
@@ -78,11 +78,17 @@ async def running(config: Config) -> AsyncIterator[Running]:
         agents = user_agents(config)
         store = Store()
         stack.push_async_callback(store.close)
-        session = await stack.enter_async_context(open_session(config))
-        fresh_session = await stack.enter_async_context(open_session(config, fresh=True))
+        most_clients, most_upstream = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
+        if (most_clients, most_upstream) != (config.bounds.connections, config.pool.max_connections):
+            LOGGER.warning(
+                "fewer connections than the settings allow: this process may open too few files",
+                extra=fields(files=descriptors(), from_clients=most_clients, to_amazon=most_upstream),
+            )
+        session = await stack.enter_async_context(open_session(config, most_upstream))
+        fresh_session = await stack.enter_async_context(open_session(config, most_upstream, fresh=True))
         lwa_session = await stack.enter_async_context(open_lwa_session(config))
         table = load_table()
-        limits = Limits(metrics, pace=config.limits.pace)
+        limits = Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
         grants = Grants(
             config,
             lwa_session=lwa_session,
@@ -97,19 +103,41 @@ async def running(config: Config) -> AsyncIterator[Running]:
         stack.push_async_callback(tokens.close)
         show_secrets_age(config, metrics, time.time)
         upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents)
-        admin, health = await _start_status(stack, config, readiness, metrics)
         attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
+        who = (Callers(config), Crowd(config.bounds, metrics))
         parts = (table, limits, tokens, upstream, attempts, circuits, documents, Experience(table), metrics)
-        handlers = [Handler(config, listener, Doorway.of(listener, config), *parts) for listener in config.listen]
-        listening = _Listeners(config, Ending())
-        stack.push_async_callback(listening.stop)
-        addresses = [await listening.start(handler, index) for index, handler in enumerate(handlers)]
+        ports = _Ports(config, metrics, Room(most_clients, metrics))
+        admin = health = None
+        if config.admin is not None:
+            app = admin_app(readiness, metrics, config, config.admin)
+            admin = await ports.start_status(stack, app, config.admin, "admin")
+        if config.health is not None:
+            app = health_app(readiness, metrics, config)
+            health = await ports.start_status(stack, app, config.health, "health")
+        stack.push_async_callback(ports.stop)
+        addresses = []
+        certificates = [ServerTls(listener.tls) if listener.tls else None for listener in config.listen]
+        for index, tls in enumerate(certificates):
+            handler = handler_of(config, index, *who, parts)
+            addresses.append(await ports.start(handler, tls))
+        metrics.before_export.append(_export_lost_lines(metrics))
+        lag = asyncio.create_task(_Lag(metrics).watch(), name="event loop lag")
+        stack.callback(lag.cancel)
+        watching = asyncio.create_task(_look_at_certificates([tls for tls in certificates if tls]), name="certificates")
+        stack.callback(watching.cancel)
         stack.callback(_stopping, readiness)
         warming = asyncio.create_task(_become_ready(config, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
         if not config.warm_up:
             await warming
-        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, listening.ending)
+        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, ports.ending)
+
+
+def handler_of(config: Config, index: int, callers: Callers, crowd: Crowd, parts: tuple[Any, ...]) -> Handler:
+    """Return what serves the requests of the listener with this index."""
+    listener = config.listen[index]
+    doorway = Doorway.of(listener, config)
+    return Handler(config, listener, f"listen[{index}]", doorway, callers, permits(config, index), crowd, *parts)
 
 
 def show_secrets_age(config: Config, metrics: Metrics, wall: Callable[[], float]) -> None:
@@ -164,51 +192,54 @@ def _stopping(readiness: Readiness) -> None:
     readiness.state, readiness.waiting_for = "stopping", "the process is shutting down"
 
 
-async def _start_status(
-    stack: AsyncExitStack, config: Config, readiness: Readiness, metrics: Metrics
-) -> tuple[str | None, str | None]:
-    admin = health = None
-    keep_alive = config.timeouts.keep_alive
-    if config.admin is not None:
-        runner = web.AppRunner(
-            admin_app(readiness, metrics, config, config.admin), access_log=None, keepalive_timeout=keep_alive
-        )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        admin = await _listen(runner, config.admin, "admin")
-    if config.health is not None:
-        runner = web.AppRunner(health_app(readiness, metrics), access_log=None, keepalive_timeout=keep_alive)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        health = await _listen(runner, config.health, "health")
-    return admin, health
+class _Ports:
+    """Everything that listens: started one by one; the proxied ports are stopped together, status the last."""
 
-
-class _Listeners:
-    """The proxied ports: started one by one, stopped together."""
-
-    def __init__(self, config: Config, ending: Ending) -> None:
+    def __init__(self, config: Config, metrics: Metrics, room: Room) -> None:
         self._config = config
-        self._runners: list[tuple[web.ServerRunner, Listening]] = []
-        self.ending = ending
+        self._metrics = metrics
+        self._room = room
+        self._proxied: list[tuple[asyncio.AbstractServer, Listening]] = []
+        self.ending = Ending()
 
-    async def start(self, handler: Handler, index: int) -> str:
+    async def start(self, handler: Handler, tls: ServerTls | None) -> str:
         """Listen on the handler's address and return it as it turned out; raise CannotListen."""
-        server = Listening(handler.handle, self._config, handler.metrics)
-        runner = web.ServerRunner(server, shutdown_timeout=LAST_MOMENT)
+        listener = handler.listener
+        server = Listening(handler.handle, self._config, self._metrics, room=self._room, name=handler.name)
+        listening, turned_out = await listen(server, listener.address, handler.name, listener=listener, tls=tls)
+        self._proxied.append((listening, server))
+        if not listener.address.is_local:
+            protected = "TLS" if tls is not None else "nothing"
+            LOGGER.warning(
+                "other machines reach this listener", extra=fields(address=turned_out, protected_by=protected)
+            )
+        return turned_out
+
+    async def start_status(self, stack: AsyncExitStack, app: web.Application, address: Address, setting: str) -> str:
+        """Serve the admin or health application on `address`; `stack` stops it."""
+        runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        self._runners.append((runner, server))
-        address = handler.listener.address
-        turned_out = await _listen(runner, address, f"listen[{index}]")
-        if not address.is_local:
-            LOGGER.warning("other machines reach this listener and act as the seller", extra=fields(address=turned_out))
+        stack.push_async_callback(runner.cleanup)
+        plain = runner.server
+        if plain is None:
+            raise CannotListen(f"{setting} did not start")
+        # With the bounds and timers of the proxied port, and places of its own: apps cannot shut probes out.
+        server = Listening(
+            plain.request_handler,
+            self._config,
+            self._metrics,
+            room=Room(STATUS_CONNECTIONS, self._metrics),
+            name=setting,
+            request_factory=plain.request_factory,
+        )
+        listening, turned_out = await listen(server, address, setting)
+        stack.push_async_callback(_end, listening, server)
         return turned_out
 
     async def stop(self) -> None:
         """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off."""
-        for runner, server in self._runners:
-            for site in list(runner.sites):
-                await site.stop()
+        for listening, server in self._proxied:
+            listening.close()
             server.close_idle()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.timeouts.shutdown):
@@ -217,44 +248,53 @@ class _Listeners:
         self.ending.cut_off = self._busy()
         if self.ending.cut_off:
             LOGGER.warning("requests in flight were cut off", extra=fields(connections=self.ending.cut_off))
-        await asyncio.gather(*(runner.cleanup() for runner, _ in self._runners))
+        await asyncio.gather(*(_end(listening, server) for listening, server in self._proxied))
 
     def _busy(self) -> int:
-        return sum(server.busy() for _, server in self._runners)
+        return sum(server.busy() for _, server in self._proxied)
 
 
-async def _listen(runner: web.BaseRunner, address: Address, setting: str) -> str:
-    """Listen on `address` and return it as it turned out (port 0 becomes a real one); raise CannotListen."""
-    try:
-        if address.path:
-            _clear_stale_socket(address.path)
-            before = os.umask(0o177)  # the socket is born with mode 0600: no moment in which others can connect
-            try:
-                await web.UnixSite(runner, address.path).start()
-            finally:
-                os.umask(before)
-            return str(address)
-        await web.TCPSite(runner, address.host, address.port).start()
-    except OSError as exc:
-        reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else "the name is not known"
-        raise CannotListen(f"cannot listen on {address}: {reason}; change {setting}, or end what uses it") from exc
-    port = next((name[1] for name in runner.addresses if isinstance(name, tuple)), address.port)
-    return str(Address(address.host, port))
+async def _end(listening: asyncio.AbstractServer, server: Listening) -> None:
+    listening.close()
+    server.pre_shutdown()
+    await server.shutdown(LAST_MOMENT)
 
 
-def _clear_stale_socket(path: str) -> None:
-    """Remove a socket file that nobody listens on any more; raise OSError where somebody does, or it is no socket."""
-    try:
-        mode = Path(path).stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(17, "exists and is no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            Path(path).unlink(missing_ok=True)
-            return
-    raise OSError(98, "Address already in use")
+class _Lag:
+    """How late the event loop is: what holds it up delays every request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._worst = 0.0
+        self._gauge = metrics.loop_lag
+        metrics.before_export.append(self._export)
+
+    async def watch(self) -> None:
+        """Look every LAG_INTERVAL seconds."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            due = clock() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
+            self._worst = max(self._worst, clock() - due)
+
+    def _export(self) -> None:
+        self._gauge.set(self._worst)
+        self._worst = 0.0
+
+
+def _export_lost_lines(metrics: Metrics) -> Callable[[], None]:
+    seen: Counter[str] = Counter()
+
+    def export() -> None:
+        for log, count in LOST.items():
+            metrics.lost_lines.labels(log).inc(count - seen[log])
+            seen[log] = count
+
+    return export
+
+
+async def _look_at_certificates(all_tls: list[ServerTls]) -> None:
+    """Take up certificates that change, for as long as the proxy runs."""
+    while True:
+        await asyncio.sleep(LOOK_AGAIN)
+        for tls in all_tls:
+            tls.look()

@@ -11,23 +11,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, NoReturn
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import __version__, logs
+from proxy import __version__, logs, process, sockets
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, load_table
-from proxy.app import CannotListen, Running, running
+from proxy.app import Running, running
 from proxy.config import REGIONS, Config, ConfigError, KeyPath, Loaded, Problem, Region, load_config
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
+from proxy.request import policy
+from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import describe, identify
 from proxy.request.upstream import check_body, cleaned
 from proxy.rotate import RotationFailed, rotate_client_secret
+from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -159,7 +162,11 @@ def _config_path(options: argparse.Namespace) -> str | None:
 
 
 def _load(options: argparse.Namespace) -> Loaded:
-    return load_config(_config_path(options), os.environ, _flags(options))
+    loaded = load_config(_config_path(options), os.environ, _flags(options))
+    found = [*policy.mistakes(loaded.config, load_table()), *sockets.mistakes(loaded.config)]
+    if found:
+        raise ConfigError(found)
+    return loaded
 
 
 # serve
@@ -178,9 +185,35 @@ def _add_serve(commands: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     if options.demo and _config_path(options) is None and not _has_credentials(os.environ):
         return _run(_demo(options))
-    config = _load(options).config
+    loaded = _load(options)
+    config = loaded.config
+    process.harden()
+    process.forget_secrets(os.environ, config)
+    with _logging(config):
+        for problem in loaded.warnings:
+            logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))
+        return _run(_serve_until_told(config))
+
+
+@contextmanager
+def _logging(config: Config) -> Iterator[None]:
+    """Set up the logs, written by threads of their own, and see to it in the end that nothing is left to write."""
     logs.set_up(config.log.level, config.log.format)
-    return _run(_serve_until_told(config))
+    behind = logs.write_behind()
+    try:
+        if config.audit is not None:
+            behind.append(_audit(config.audit))
+        yield
+    finally:
+        for writer in behind:
+            writer.finish()
+
+
+def _audit(where: str) -> logs.Behind:
+    try:
+        return logs.set_up_audit(where)
+    except OSError as exc:
+        raise ConfigError([Problem("audit", f"{where}: {sockets.reason_of(exc)}")]) from exc
 
 
 def _has_credentials(environ: Mapping[str, str]) -> bool:
@@ -255,8 +288,8 @@ async def _demo(options: argparse.Namespace) -> int:
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
         config = load_config(None, _without_settings(os.environ, simulator), _flags(options)).config
-        logs.set_up(config.log.level, config.log.format)
-        return await _serve_until_told(config, _welcome)
+        with _logging(config):
+            return await _serve_until_told(config, _welcome)
 
 
 def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
@@ -358,6 +391,8 @@ def _check(options: argparse.Namespace) -> int:
     for key, value, origin in rows:
         _say(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
     _say()
+    for problem in loaded.warnings:
+        _complain(f"warning: {problem}")
     _say(f"The configuration is good: {_plural(len(loaded.config.accounts), 'account')}.")
     return OK
 
@@ -395,6 +430,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument(
         "--listener", type=int, default=0, metavar="N", help="which listener it comes in by; 0 is the first"
     )
+    parser.add_argument("--caller", metavar="NAME", help="which of the callers sends it, instead of its key")
     parser.add_argument("--json", action="store_true", help="for programs")
     _add_config_flags(parser)
 
@@ -403,6 +439,9 @@ def _explain(options: argparse.Namespace) -> int:
     config = _load(options).config
     if not 0 <= options.listener < len(config.listen):
         _complain(f"sp-api-proxy: --listener {options.listener}: there are {len(config.listen)}")
+        return USAGE
+    if options.caller is not None and options.caller not in config.callers:
+        _complain(f"sp-api-proxy: --caller {options.caller}: there is {', '.join(config.callers) or 'none'}")
         return USAGE
     try:
         decided = _decided(options, config)
@@ -427,10 +466,13 @@ def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     sent = CIMultiDictProxy(headers)
     admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
     check_body(options.method, sent)
-    decided = describe(identify(options.method, admitted, sent, listener, config, load_table()))
+    caller = options.caller or Callers(config).who(sent, NOBODY, listener)
+    permit = policy.permits(config, options.listener)[caller]
+    decided = describe(identify(options.method, admitted, sent, listener, config, load_table(), permit))
     kept = cleaned(options.method, sent)
     dropped = [name for name in sent if name not in kept]
-    return {**decided, "headers kept": ", ".join(kept) or "none", "headers dropped": ", ".join(dropped)}
+    who = {"caller": caller} if caller else {}
+    return {**who, **decided, "headers kept": ", ".join(kept) or "none", "headers dropped": ", ".join(dropped)}
 
 
 # operations

@@ -116,6 +116,18 @@ class HeaderRequired(ClientError):
     status, code = 403, "HeaderRequired"
 
 
+class CallerRefused(ClientError):
+    """The listener takes only requests of known callers, and this one is none."""
+
+    status, code = 403, "CallerRefused"
+
+
+class NotAllowed(ClientError):
+    """A policy, of the listener or of the caller, does not allow this call."""
+
+    status, code = 403, "NotAllowed"
+
+
 class UnknownAccount(ClientError):
     """The account is not in the configuration."""
 
@@ -171,6 +183,24 @@ class UsagePlanExhausted(ProxyError):
     """Amazon's usage plan has no place for this call within the time it may wait."""
 
     status, code, fault, retryable = 429, "UsagePlanExhausted", "client", True
+
+
+class CallerBusy(ProxyError):
+    """The caller has `bounds.requests` requests in flight already."""
+
+    status, code, fault, retryable = 429, "CallerBusy", "client", True
+
+
+class AccountBusy(ProxyError):
+    """The account has `bounds.account_requests` requests at Amazon already, and none ended in time."""
+
+    status, code, fault, retryable = 503, "AccountBusy", "client", True
+
+
+class TooManyConnections(ProxyError):
+    """All of `bounds.connections` are in use, and none of them is idle."""
+
+    status, code, fault, retryable = 503, "TooManyConnections", "client", True
 
 
 class CallTimeout(ProxyError):

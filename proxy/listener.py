@@ -1,11 +1,16 @@
-"""How does the proxied port speak HTTP: its limits, its patience with slow heads, and its answers to broken requests?
+"""How does a port speak HTTP: its limits, its patience with slow heads, and its answers to broken requests?
 
-aiohttp's low-level server, without routing and middleware. Three of its defaults are not for a port like this: it
-waits for ever for a request's head, answers broken requests with a page that quotes them, and unpacks bodies.
+aiohttp's low-level server, without routing and middleware. Four of its defaults are not for ports like these: it
+waits for ever for a request's head, takes any number of connections, answers broken requests with a page that quotes
+them, and unpacks bodies.
 """
 
 import asyncio
+import socket
+import struct
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -14,36 +19,106 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from proxy.config import Config
-from proxy.errors import HeaderTimeout, HeaderTooLarge, InternalError, MalformedRequest, ProxyError
+from proxy.errors import (
+    HeaderTimeout,
+    HeaderTooLarge,
+    InternalError,
+    MalformedRequest,
+    ProxyError,
+    TooManyConnections,
+)
 from proxy.metrics import Metrics
 from proxy.request.answers import LAST_ON_CONNECTION, OwnAnswer, break_off
+from proxy.request.callers import NOBODY, PEER, Peer
 from proxy.request.exchange import Exchange
-from proxy.request.guard import MAX_HEADER_BLOCK, VERSION_REFUSED
+from proxy.request.guard import VERSION_REFUSED
 
 MAX_LINE = 16 * 1024
 MAX_FIELD = 32 * 1024 + 512
-MAX_FIELDS = 128
 SPOKEN = (HttpVersion10, HttpVersion11)
 LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the client gets to read its answer
 
-Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Handle = Callable[..., Awaitable[web.StreamResponse]]
+RequestFactory = Callable[..., web.BaseRequest]
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What holds for every connection of a listener; times in seconds, sizes in bytes."""
+
+    header_timeout: float
+    header_size: int
+    patience: float
+    metrics: Metrics
+
+
+class Room:
+    """How many client connections there may be at once, over all listeners, and which of them are idle.
+
+    Where there is no room, the connection that has been idle longest gives way, those that never made a request before
+    the others; a new one is refused only where all are busy.
+    """
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit = limit
+        self._metrics = metrics
+        self._open: Counter[str] = Counter()
+        self._strangers: dict[Connection, None] = {}  # in the order in which they became idle
+        self._guests: dict[Connection, None] = {}
+
+    def enter(self, connection: "Connection", listener: str) -> bool:
+        """Count a new connection; return whether it may stay."""
+        has_room = self._open.total() < self._limit or self._evict()
+        self._count(listener, 1)
+        if not has_room:
+            self._metrics.closed_connections.labels(listener, "refused").inc()
+            return False
+        self._strangers[connection] = None
+        return True
+
+    def leave(self, connection: "Connection", listener: str) -> None:
+        """Count a connection no more."""
+        self.is_busy(connection)
+        self._count(listener, -1)
+
+    def is_busy(self, connection: "Connection") -> None:
+        """Note that a connection has a request."""
+        self._strangers.pop(connection, None)
+        self._guests.pop(connection, None)
+
+    def is_idle(self, connection: "Connection") -> None:
+        """Note that a connection has none any more."""
+        self._guests[connection] = None
+
+    def _evict(self) -> bool:
+        victim = next(iter(self._strangers or self._guests), None)
+        if victim is None:
+            return False
+        self._metrics.closed_connections.labels(victim.listener, "evicted").inc()
+        self.is_busy(victim)
+        victim.force_close()
+        return True
+
+    def _count(self, listener: str, change: int) -> None:
+        self._open[listener] += change
+        self._metrics.client_connections.labels(listener).set(self._open[listener])
 
 
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_head_bytes", "_head_timer", "_header_timeout", "_is_leaving", "_metrics", "_patience")
+    __slots__ = ("_head_bytes", "_head_timer", "_is_counted", "_is_leaving", "_options", "_room", "listener", "peer")
 
-    def __init__(
-        self, manager: web.Server, *, header_timeout: float, patience: float, metrics: Metrics, **options: Any
-    ) -> None:
-        super().__init__(manager, **options)
-        self._header_timeout = header_timeout
-        self._patience = patience
+    def __init__(self, manager: web.Server, *, options: "Options", room: Room, listener: str, **others: Any) -> None:
+        super().__init__(manager, **others)
+        self.listener = listener
+        self.peer = NOBODY
+        self._options = options
+        self._room = room
+        self._is_counted = False
         self._is_leaving = False
-        self._metrics = metrics
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
@@ -58,6 +133,7 @@ class Connection(RequestHandler):
         between_requests = self._waiter is not None and not self._messages
         super().data_received(data)
         if self._request_count != before:
+            self._room.is_busy(self)
             self._end_head_timer()
             if current is not None and not current.content.is_eof() and isinstance(self._messages[-1][0], _ErrInfo):
                 # Its body went on as something that is no body; aiohttp would let it wait for the rest.
@@ -68,8 +144,16 @@ class Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let a write wait until the kernel has all of it: so nothing is left over that no timeout looks at."""
         super().connection_made(transport)
-        if self.transport is not None:
-            self.transport.set_write_buffer_limits(0)
+        if self.transport is None:
+            return
+        self.transport.set_write_buffer_limits(0)
+        self._is_counted = True
+        if not self._room.enter(self, self.listener):
+            self._refuse(TooManyConnections("there are too many connections", "Use fewer, and keep them open."))
+            return
+        self.peer = _peer_of(self.transport)
+        # From the connection's first moment, not its first byte: one that stays silent holds a descriptor too.
+        self._head_timer = self._loop.call_later(self._options.header_timeout, self._head_too_slow)
 
     def leave(self) -> None:
         """End this connection: now where it is idle, otherwise with the answer to the request being served."""
@@ -89,23 +173,29 @@ class Connection(RequestHandler):
         if resp.prepared:  # it was streamed, under timeouts of its own
             return await super().finish_response(request, resp, start_time)
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._options.patience):
                 return await super().finish_response(request, resp, start_time)
         except TimeoutError:
             break_off(request)
             return resp, True
+        finally:
+            if not self._messages and self._is_counted:
+                self._room.is_idle(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the timer with the connection."""
         self._end_head_timer()
+        if self._is_counted:
+            self._is_counted = False
+            self._room.leave(self, self.listener)
         super().connection_lost(exc)
 
     def _head_goes_on(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > MAX_HEADER_BLOCK:
+        if self._head_bytes > self._options.header_size:
             self._refuse(HeaderTooLarge("the request's head is too large", "Send fewer or shorter headers."))
         elif self._head_timer is None:
-            self._head_timer = self._loop.call_later(self._header_timeout, self._head_too_slow)
+            self._head_timer = self._loop.call_later(self._options.header_timeout, self._head_too_slow)
 
     def _end_head_timer(self) -> None:
         self._head_bytes = 0
@@ -114,6 +204,9 @@ class Connection(RequestHandler):
             self._head_timer = None
 
     def _head_too_slow(self) -> None:
+        if not self._head_bytes:
+            self.force_close()  # it said nothing, so there is nothing to answer
+            return
         self._refuse(
             HeaderTimeout("the request's head did not come in time", "Send the whole head within timeouts.header.")
         )
@@ -145,8 +238,9 @@ class Connection(RequestHandler):
         return answer
 
     def _count(self, error: ProxyError) -> None:
-        self._metrics.errors.labels(error.code, error.fault).inc()
-        self._metrics.requests.labels("-", "-", "unknown", "other", error.status, "none", "proxy").inc()
+        metrics = self._options.metrics
+        metrics.errors.labels(error.code, error.fault).inc()
+        metrics.requests.labels("-", "-", "unknown", "other", error.status, "none", "proxy").inc()
 
 
 def _error_for(status: int, exc: BaseException | None) -> ProxyError:
@@ -158,9 +252,21 @@ def _error_for(status: int, exc: BaseException | None) -> ProxyError:
 
 
 class Listening(web.Server):
-    """The server of one listener; makes a Connection for each client."""
+    """The server of one listener; makes a Connection for each client.
 
-    def __init__(self, handle: Handle, config: Config, metrics: Metrics) -> None:
+    `name` is the listener's in metrics; `request_factory` makes requests of another kind than the plain ones.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        config: Config,
+        metrics: Metrics,
+        *,
+        room: Room,
+        name: str,
+        request_factory: RequestFactory | None = None,
+    ) -> None:
         super().__init__(
             handle,
             handler_cancellation=True,  # a client that leaves ends the call to Amazon
@@ -168,13 +274,25 @@ class Listening(web.Server):
             keepalive_timeout=config.timeouts.keep_alive,
             max_line_size=MAX_LINE,
             max_field_size=MAX_FIELD,
-            max_headers=MAX_FIELDS,
+            max_headers=config.bounds.header_fields,
             lingering_time=LINGERING,
             auto_decompress=False,
         )
-        self._header_timeout = config.timeouts.header
-        self._patience = config.timeouts.body_idle
-        self._metrics = metrics
+        self.request_factory = self._marked
+        self._make = request_factory or self._make_request
+        self._options = Options(
+            header_timeout=config.timeouts.header,
+            header_size=config.bounds.header_size,
+            patience=config.timeouts.body_idle,
+            metrics=metrics,
+        )
+        self._room = room
+        self._name = name
+
+    @property
+    def header_timeout(self) -> float:
+        """How long a client may take for a request's head, in seconds."""
+        return self._options.header_timeout
 
     def busy(self) -> int:
         """Return how many connections have a request in flight."""
@@ -191,20 +309,43 @@ class Listening(web.Server):
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
         return Connection(
-            self,
-            loop=self._loop,
-            header_timeout=self._header_timeout,
-            patience=self._patience,
-            metrics=self._metrics,
-            **self._kwargs,
+            self, loop=self._loop, options=self._options, room=self._room, listener=self._name, **self._kwargs
         )
 
-    def _make_request(self, message: RawRequestMessage, *parts: Any) -> web.BaseRequest:
-        request = super()._make_request(message, *parts)
+    def _marked(
+        self, message: RawRequestMessage, payload: Any, protocol: RequestHandler, *parts: Any
+    ) -> web.BaseRequest:
+        """Make a request, with what the connection says of it."""
+        request = self._make(message, payload, protocol, *parts)
         if message is ERROR:
             request._version = HttpVersion11  # noqa: SLF001 - a request that could not be read counts as 1.0 there
         if message.version not in SPOKEN:
             # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them.
             request[VERSION_REFUSED] = True
             request._version = HttpVersion11  # noqa: SLF001 - see above
+        if isinstance(protocol, Connection) and protocol.peer is not NOBODY:
+            request[PEER] = protocol.peer
         return request
+
+
+def _peer_of(transport: asyncio.BaseTransport) -> Peer:
+    """Return the user id at the other end of a Unix socket, or the names in the certificate that a client showed."""
+    certificate = transport.get_extra_info("peercert")
+    if certificate:
+        return Peer(names=_names_in(certificate))
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family != getattr(socket, "AF_UNIX", None) or not hasattr(socket, "SO_PEERCRED"):
+        return NOBODY
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return Peer(uid=uid)
+
+
+def _names_in(certificate: dict[str, Any]) -> frozenset[str]:
+    """Return the alternative names of a verified certificate, its common name only where there are none.
+
+    So RFC 9525 section 2 has it for servers: a common name may be anything.
+    """
+    alternatives = frozenset(str(value) for _, value in certificate.get("subjectAltName", ()))
+    subject = (pair for part in certificate.get("subject", ()) for pair in part)
+    return alternatives or frozenset(str(value) for name, value in subject if name == "commonName")

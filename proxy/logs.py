@@ -5,13 +5,26 @@ Nothing that a caller or Amazon wrote goes into a line unchecked, no query strin
 
 import json
 import logging
+import logging.handlers
+import os
+import queue
 import sys
+import threading
 import time
+from collections import Counter
 from typing import Any, Literal, TextIO
 
 FIELDS = "fields"
 
 LOGGER = logging.getLogger("sp-api-proxy")
+AUDIT = logging.getLogger("sp-api-proxy.audit")
+AUDIT.propagate = False  # a stream of its own
+AUDIT.setLevel(logging.CRITICAL)  # until it is set up
+
+LOST: Counter[str] = Counter()  # lines that were not written, by log
+
+_MOST_WAITING = 10_000  # lines
+_LAST_WORDS = 2.0  # seconds for what still waits when the process ends
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
@@ -25,14 +38,22 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; an exception is named by its type alone, its text may quote what a peer sent."""
         line: dict[str, Any] = {
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
+            "time": _time_of(record),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             **getattr(record, FIELDS, {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = _trace(record.exc_info[1])
+            line["exception"] = trace_of(record.exc_info[1])
         return json.dumps(line, default=str)  # ASCII: every stream can hold it
+
+
+class AuditLines(logging.Formatter):
+    """One JSON object a line: time (UTC) and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return json.dumps({"time": _time_of(record), **getattr(record, FIELDS, {})}, default=str)
 
 
 class TextLines(logging.Formatter):
@@ -43,8 +64,12 @@ class TextLines(logging.Formatter):
         parts = [self.formatTime(record, "%H:%M:%S"), record.levelname, record.getMessage()]
         parts += [f"{key}={value}" for key, value in getattr(record, FIELDS, {}).items() if value not in ("", None)]
         if record.exc_info and record.exc_info[1] is not None:
-            parts.append(f"exception={_trace(record.exc_info[1])}")
+            parts.append(f"exception={trace_of(record.exc_info[1])}")
         return _one_line(" ".join(parts))
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
 
 
 def _one_line(text: str) -> str:
@@ -52,7 +77,7 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _trace(exc: BaseException) -> str:
+def trace_of(exc: BaseException) -> str:
     """Return the exception's type and where it arose, without its text: texts quote what was sent."""
     places: list[str] = []
     trace = exc.__traceback__
@@ -78,3 +103,73 @@ def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | 
     # aiohttp logs whole exceptions with the request they belong to; what matters of them is in our own lines.
     for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class Behind(logging.Handler):
+    """Hands lines to a thread that writes them: a full disk, or a reader that stopped, delays no request.
+
+    What waits is bounded; what does not fit, or cannot be written, is counted in LOST under `name`.
+    """
+
+    def __init__(self, target: logging.Handler, name: str, most: int = _MOST_WAITING) -> None:
+        super().__init__()
+        self.set_name(name)
+        self._label = name
+        self._target = target
+        target.handleError = self._lose  # type: ignore[method-assign, assignment]  # instead of a traceback a line
+        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(most)
+        self._thread = threading.Thread(target=self._write, name=f"log {name}", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line, without waiting."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self._lose(record)
+
+    def finish(self) -> None:
+        """Write what waits, within a short time."""
+        try:
+            self._lines.put(None, timeout=_LAST_WORDS)
+        except queue.Full:
+            return
+        self._thread.join(_LAST_WORDS)
+
+    def _write(self) -> None:
+        while (record := self._lines.get()) is not None:
+            self._target.handle(record)
+
+    def _lose(self, _: logging.LogRecord) -> None:
+        LOST[self._label] += 1
+
+
+class _PrivateFile(logging.handlers.WatchedFileHandler):
+    """A file that its owner alone can read, opened anew when it was moved away."""
+
+    def _open(self) -> Any:
+        return open(
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=lambda path, flags: os.open(path, flags, 0o600),
+        )
+
+
+def write_behind() -> list[Behind]:
+    """Let a thread write what `set_up` chose; return what has to be finished in the end."""
+    root = logging.getLogger()
+    root.handlers[:] = behind = [Behind(handler, "log") for handler in root.handlers]
+    return behind
+
+
+def set_up_audit(where: str) -> Behind:
+    """Send the audit log to `stdout`, `stderr` or a file; return what has to be finished in the end. Raises OSError."""
+    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    target = logging.StreamHandler(streams[where]) if where in streams else _PrivateFile(where, encoding="utf-8")
+    target.setFormatter(AuditLines())
+    behind = Behind(target, "audit")
+    AUDIT.handlers[:] = [behind]
+    AUDIT.setLevel(logging.INFO)
+    return behind

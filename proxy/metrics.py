@@ -81,6 +81,29 @@ class Metrics:
             "upstream_duration_seconds", "From sending to Amazon to the head of its answer.", *by_operation
         )
         self.in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
+        self.caller_requests = self._gauge(
+            "caller_requests_in_flight", "Requests of a caller, or of a listener's anonymous, now.", "caller"
+        )
+        self.account_requests = self._gauge(
+            "account_requests_in_flight", "Requests of an account that are at Amazon now.", "account"
+        )
+        self.client_connections = self._gauge(
+            "client_connections", "Connections of apps that are open now.", "listener"
+        )
+        self.closed_connections = self._counter(
+            "client_connections_closed_total",
+            "Connections of apps that were closed for want of room (evicted: an idle one; refused: a new one).",
+            *("listener", "reason"),
+        )
+        self.loop_lag = self._gauge(
+            "event_loop_lag_seconds", "How late the event loop was at most, since the last time this was asked."
+        )
+        self.masked_tokens = self._counter(
+            "tokens_masked_total", "Answers of Amazon's that repeated the token of their request, which was masked."
+        )
+        self.lost_lines = self._counter(
+            "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
+        )
         self.request_bytes = self._counter(
             "request_body_bytes_total", "Body bytes sent to Amazon.", "account", "region", "operation"
         )

@@ -36,7 +36,7 @@ async def rotate_client_secret(config: Config, name: str, region: Region) -> Non
     try:
         async with (
             open_lwa_session(config) as lwa_session,
-            open_session(config, fresh=True) as session,
+            open_session(config, 1, fresh=True) as session,
         ):
             grant = await lwa.client_credentials_grant(
                 lwa_session, config.endpoints.lwa, application.client_id, application.client_secret.current(), SCOPE

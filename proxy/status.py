@@ -1,14 +1,17 @@
 """Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Literal
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from prometheus_client.exposition import choose_encoder
 
 from proxy.config import LOOPBACK_NAMES, Address, Config
 from proxy.metrics import Metrics
+from proxy.request.guard import VERSION_REFUSED, host_in, is_of_web_page
 
 State = Literal["starting", "ready", "stopping"]
 
@@ -34,9 +37,16 @@ class Readiness:
         return self.state == "ready"
 
 
-def health_app(readiness: Readiness, metrics: Metrics) -> web.Application:
-    """Return health and metrics alone: an application that may be opened to probes and Prometheus."""
-    app = web.Application(middlewares=[_plain_answers])
+def health_app(readiness: Readiness, metrics: Metrics, config: Config) -> web.Application:
+    """Return health and metrics alone: an application that may be opened to probes and Prometheus.
+
+    These call it by an address or a short name, which no web page can take for its own (DNS rebinding needs a domain).
+    """
+
+    def is_ours(host: str) -> bool:
+        return host in config.allowed_hosts or _is_address(host) or (host != "" and "." not in host)
+
+    app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
     _add_health(app, readiness, metrics)
     return app
 
@@ -45,17 +55,7 @@ def admin_app(readiness: Readiness, metrics: Metrics, config: Config, address: A
     """Return everything for this machine's eyes; answers only to loopback names, as the proxied port does."""
     hosts = {*LOOPBACK_NAMES, address.host.lower(), *config.allowed_hosts} - {"", "0.0.0.0", "::"}  # noqa: S104
 
-    @web.middleware
-    async def local_names_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.getall("Host", ())
-        host = _host_of(given[0]) if len(given) == 1 else ""
-        if host not in hosts:
-            return web.Response(status=421, text="call the admin address as 127.0.0.1 or localhost\n")
-        if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}:
-            return web.Response(status=403, text="not for web pages\n")
-        return await handler(request)
-
-    app = web.Application(middlewares=[local_names_only, _plain_answers])
+    app = web.Application(middlewares=[_guard(hosts.__contains__), _plain_answers])
     _add_health(app, readiness, metrics)
 
     async def first_page(_: web.Request) -> web.Response:
@@ -65,9 +65,37 @@ def admin_app(readiness: Readiness, metrics: Metrics, config: Config, address: A
     return app
 
 
-def _host_of(value: str) -> str:
-    name, colon, port = value.rpartition(":")
-    return (name if colon and port.isdigit() else value).lower().strip("[]")
+# What a form of any web page can send without asking first (Fetch standard, "CORS-safelisted request-header").
+_FORM_TYPES = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+
+
+def _guard(is_ours: Callable[[str], bool]) -> Middleware:
+    """Return the check that a request is for us and was not caused by a web page, before anything else is done."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if VERSION_REFUSED in request:
+            return web.Response(status=505, text="HTTP/1.0 and 1.1 are spoken here\n")
+        given = request.headers.getall("Host", ())
+        host = host_in(given[0]) if len(given) == 1 else None
+        if host is None or not is_ours(host):
+            return web.Response(status=421, text="call this address as 127.0.0.1 or localhost\n")
+        if is_of_web_page(request.headers):
+            return web.Response(status=403, text="not for web pages\n")
+        is_form = request.method not in {"GET", "HEAD"} and request.content_type in _FORM_TYPES
+        if is_form and "Content-Type" in request.headers:
+            return web.Response(status=415, text="not for forms\n")
+        return await handler(request)
+
+    return check
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @web.middleware

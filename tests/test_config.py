@@ -177,15 +177,33 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
     shown = dump(load(tmp_path, BASE).config)
     del shown["applications"], shown["accounts"]
     assert shown == {
-        "listen": [{"address": "127.0.0.1:8080", "require_header": False, "insecure_network": False}],
+        "listen": [
+            {
+                "address": "127.0.0.1:8080",
+                "mode": "0600",
+                "anonymous": False,
+                "require_header": False,
+                "insecure_network": False,
+            }
+        ],
         "admin": "127.0.0.1:9090",
         "allowed_hosts": [],
         "environment": "production",
         "sandbox_rdt": "none",
+        "callers": {},
+        "strict_permissions": False,
+        "bounds": {
+            "connections": 16384,
+            "requests": 4096,
+            "account_requests": 500,
+            "header_size": 65536,
+            "header_fields": 128,
+            "body_rate": 128,
+        },
         "retry": {"attempts": 3, "first_pause": "100ms", "longest_pause": "2s", "budget": 20},
         "endpoints": {"lwa": "https://api.amazon.com/auth/o2/token"},
         "marketplaces": {},
-        "limits": {"max_wait": "10s", "pace": True},
+        "limits": {"max_wait": "10s", "pace": True, "max_queue": 5000},
         "timeouts": {
             "header": "10s",
             "body_idle": "30s",
@@ -404,7 +422,7 @@ def test_an_account_given_twice_is_reported_with_both_lines(tmp_path: Path) -> N
     [
         ("limtis: {pace: true}", "limtis: is no setting; did you mean limits?"),
         ("limits: {max_wiat: 1s}", "limits.max_wiat: is no setting; did you mean max_wait?"),
-        ("limits: {zzz: 1s}", "limits.zzz: is no setting; known here: max_wait, pace"),
+        ("limits: {zzz: 1s}", "limits.zzz: is no setting; known here: max_wait, pace, max_queue"),
         ("listen: [{adress: '127.0.0.1:1'}]", "listen[0].adress: is no setting; did you mean address?"),
         ("endpoints: {uk: 'https://a.test'}", "endpoints.uk: is no setting; known here: na, eu, fe, lwa"),
         ("Limits: {pace: true}", "Limits: is no setting; did you mean limits?"),

@@ -142,7 +142,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def limits(clock: FakeClock) -> Limits:
-    return Limits(Metrics(), pace=True, now=clock, call_later=clock.call_later)
+    return Limits(Metrics(), pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
 
 
 async def drain(limits: Limits, target: Target) -> int:
@@ -235,7 +235,7 @@ async def test_a_refused_call_takes_no_place(tmp_path: Path, limits: Limits) -> 
 
 async def test_a_429_empties_the_bucket_and_is_counted(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=True, now=clock, call_later=clock.call_later)
+    limits = Limits(metrics, pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
     orders = target(config(tmp_path))
     limits.learn(orders, 429, None)
     with pytest.raises(UsagePlanExhausted):

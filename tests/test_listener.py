@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import CannotListen, Running
+from proxy.app import Running
+from proxy.sockets import CannotListen
 from tests.conftest import StartProxy
 from tests.far_side import FarSide, Received, answer
 from tests.near_side import Answer, call, connect, request

@@ -16,7 +16,8 @@ from proxy.metrics import Metrics
 from tests.conftest import needs
 
 # What a label may say: names of the configuration, of the operation table, and short words of our own.
-LABELS = {"account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
+LABELS = {"caller", "listener", "log",
+          "account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
           "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
 
 

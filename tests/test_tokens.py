@@ -41,7 +41,7 @@ async def open_tokens(
 ) -> AsyncIterator[tuple[Tokens, Metrics]]:
     config = config_from(settings_for(far_side, token_host, **{"limits": {"pace": False}, **settings}), folder)
     metrics, store = Metrics(), Store()
-    async with open_lwa_session(config) as lwa_session, open_session(config) as amazon_session:
+    async with open_lwa_session(config) as lwa_session, open_session(config, 10) as amazon_session:
         limits = Limits(metrics, pace=config.limits.pace, now=clock)
         grants = Grants(
             config,

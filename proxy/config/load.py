@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from proxy.config import environment
 from proxy.config.model import Config, dump, parse_address, settings_in
-from proxy.config.read import Document, KeyPath, Problem, Tree, read_yaml, show_key
+from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
 from proxy.config.secret import Sourced
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
@@ -35,10 +36,11 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Config and where each value came from, by its key path."""
+    """A Config, where each value came from, by its key path, and what is not wrong but should be mended."""
 
     config: Config
     origins: Mapping[KeyPath, str]
+    warnings: tuple[Problem, ...] = ()
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield (key, value, origin) for every setting in force, secrets as `***`."""
@@ -73,6 +75,7 @@ class _Draft:
     tree: Tree = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    exposed: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value, making the mappings above it and forgetting what was below it."""
@@ -110,14 +113,23 @@ def load_config(
         draft.put(key_path, value, "command line")
     config = _validated(draft)
     _cross_check(draft)
+    _note_exposed_files(draft, path)
+    if _is_true(draft.tree.get("strict_permissions")):
+        draft.problems += draft.exposed
     if draft.problems or config is None:
         raise ConfigError(_in_order(draft.problems))
-    return Loaded(config, draft.origins)
+    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed)))
+
+
+def _is_true(value: object) -> bool:
+    """Return whether a raw value will be read as true."""
+    return str(value).lower() in {"true", "t", "yes", "y", "on", "1"}
 
 
 def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_BYTES + 1)
     except OSError as exc:
         raise ConfigError([Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)]) from exc
     except UnicodeDecodeError as exc:
@@ -185,7 +197,45 @@ def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
         draft.problems.append(Problem(show_key(key_path), f"file {path} {state}", where))
         return "unset"
     draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
+    draft.exposed += _exposed(path, key_path, where)
     return Sourced.of(text.strip(), partial(_reread, path))
+
+
+_OTHERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP  # the group may read: so container platforms mount secrets
+
+
+def _exposed(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
+    """Return what is wrong with the rights on a file that holds a secret; nothing where a system has no modes."""
+    if os.name != "posix" or not path.stat().st_mode & _OTHERS:
+        return []
+    return [Problem(show_key(key_path), f"file {path} holds a secret that others can read or change: chmod 600", where)]
+
+
+def _note_exposed_files(draft: _Draft, path: str | None) -> None:
+    """Look at the files whose rights were not looked at when they were read: the configuration, and TLS keys."""
+    written = next((key for key in _secret_keys(draft.tree) if ", from" not in draft.origins.get(key, ", from")), None)
+    if path is not None and written is not None and draft.origins[written].startswith(f"{path}:"):
+        draft.exposed += _exposed(Path(path), written, draft.origins[written])
+    for index, listener in enumerate(_listeners(draft.tree)):
+        tls = listener.get("tls")
+        key_file = tls.get("key") if isinstance(tls, dict) else None
+        if isinstance(key_file, str) and Path(key_file).is_file():
+            key_path: KeyPath = ("listen", index, "tls", "key")
+            draft.exposed += _exposed(Path(key_file), key_path, _where(key_path, draft))
+
+
+def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
+    """Yield the key path of every secret."""
+    for name, application in _mapping(tree, "applications").items():
+        if isinstance(application, dict) and "client_secret" in application:
+            yield ("applications", name, "client_secret")
+    for name, account in _mapping(tree, "accounts").items():
+        tokens = account.get("refresh_tokens") if isinstance(account, dict) else None
+        regions = tokens if isinstance(tokens, dict) else ()
+        yield from (("accounts", name, "refresh_tokens", region) for region in regions)
+    for name, caller in _mapping(tree, "callers").items():
+        if isinstance(caller, dict) and "key" in caller:
+            yield ("callers", name, "key")
 
 
 def _text_of(path: Path) -> str:
@@ -289,6 +339,7 @@ def _cross_check(draft: _Draft) -> None:
         *_wrong_applications(accounts, applications),
         *_wrong_account_names(tree, accounts),
         *_open_listeners(tree),
+        *_wrong_callers(tree),
     ]
     draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
 
@@ -325,9 +376,37 @@ def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
     named: list[tuple[KeyPath, Any]] = [(("default_account",), tree.get("default_account"))]
     for index, listener in enumerate(_listeners(tree)):
         named.append((("listen", index, "account"), listener.get("account")))
+        named += _names_in(("listen", index, "accounts"), listener.get("accounts"))
+    for caller, settings in _mapping(tree, "callers").items():
+        if isinstance(settings, dict):
+            named += _names_in(("callers", caller, "accounts"), settings.get("accounts"))
     for path, name in named:
         if isinstance(name, str) and accounts and name not in accounts:
             yield path, "names no account"
+
+
+def _names_in(path: KeyPath, value: object) -> list[tuple[KeyPath, Any]]:
+    return [((*path, index), name) for index, name in enumerate(value)] if isinstance(value, list) else []
+
+
+def _wrong_callers(tree: Tree) -> Wrong:
+    """Two callers that cannot be told apart, and what no listener can see."""
+    callers = {name: caller for name, caller in _mapping(tree, "callers").items() if isinstance(caller, dict)}
+    for mark in ("key", "certificate", "uid"):
+        seen: dict[str, str] = {}
+        for name, caller in callers.items():
+            if (value := caller.get(mark)) is None:
+                continue
+            first = seen.setdefault(str(value).strip(), name)
+            if first != name:
+                yield ("callers", name, mark), f"is that of callers.{first} too: the two cannot be told apart"
+    listeners = list(_listeners(tree))
+    if not any(isinstance(tls := one.get("tls"), dict) and tls.get("client_ca") for one in listeners):
+        for name in (name for name, caller in callers.items() if caller.get("certificate") is not None):
+            yield ("callers", name, "certificate"), "can never be seen: no listener has tls.client_ca"
+    if not any(str(one.get("address", "")).startswith("unix:") for one in listeners):
+        for name in (name for name, caller in callers.items() if caller.get("uid") is not None):
+            yield ("callers", name, "uid"), "can never be seen: no listener is a Unix socket"
 
 
 def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:
@@ -338,15 +417,21 @@ def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:
 
 _OPEN_LISTENER = (
     "can be reached by other machines, and whoever reaches it acts as the seller: use 127.0.0.1 or a Unix socket, "
-    "or write {address: …, insecure_network: true} if the network itself keeps others out"
+    "give it tls with a client_ca or the callers keys, or write {address: …, insecure_network: true} if the network "
+    "itself keeps others out"
 )
 
 
 def _open_listeners(tree: Tree) -> Wrong:
     """An address that other machines reach must be meant: whoever reaches the port acts as the seller."""
+    callers = _mapping(tree, "callers").values()
+    has_keys = any(isinstance(caller, dict) and caller.get("key") is not None for caller in callers)
     for index, listener in enumerate(_listeners(tree)):
-        meant = str(listener.get("insecure_network", "")).lower() in {"true", "yes", "on", "1"}
-        if _is_open(listener.get("address")) and not meant:
+        tls = listener.get("tls")
+        wants_certificate = isinstance(tls, dict) and bool(tls.get("client_ca"))
+        wants_key = has_keys and not _is_true(listener.get("anonymous"))
+        meant = _is_true(listener.get("insecure_network"))
+        if _is_open(listener.get("address")) and not (meant or wants_certificate or wants_key):
             yield ("listen", index, "address"), _OPEN_LISTENER
     if _is_open(tree.get("admin")):
         yield ("admin",), "must be a loopback address; open `health` instead for probes and Prometheus"

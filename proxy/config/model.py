@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from proxy.config.secret import Secret
@@ -27,6 +27,8 @@ URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_DURATION = 366 * 86400.0
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
+OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
+SOCKET_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -204,15 +206,70 @@ def settings_in(kind: Any) -> type[Settings] | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, Settings)), None)
 
 
-class Listener(Settings):
+class Tls(Settings):
+    """How a listener speaks TLS; each file is read anew when it changes."""
+
+    certificate: str = Field(min_length=1, description="A PEM file: the certificate, and those between it and its CA.")
+    key: str = Field(min_length=1, description="A PEM file: the certificate's private key.")
+    client_ca: str | None = Field(
+        None, min_length=1, description="A PEM file: clients must show a certificate of one of these CAs."
+    )
+
+
+def _check_pattern(value: object) -> object:
+    if isinstance(value, str) and not OPERATIONS_PATTERN.fullmatch(value):
+        raise wrong("must be a method and a name such as GET *, READ *, reports.* or POST feeds.2021-06-30.createFeed")
+    return value
+
+
+OperationsPattern = Annotated[str, BeforeValidator(_check_pattern)]
+
+
+class Policy(Settings):
+    """What one caller, or everybody who comes in by one listener, may do; what is left out is not restricted."""
+
+    accounts: tuple[AccountName, ...] | None = Field(None, description="The accounts that may be used.")
+    operations: tuple[OperationsPattern, ...] | None = Field(
+        None,
+        description="The operations that may be called: names with * and ?, a method before them or not; READ stands "
+        "for whatever only reads.",
+    )
+    data_elements: tuple[DataElement, ...] | None = Field(
+        None, description="The personal data that may be had; []: none, and no operation that always brings some."
+    )
+
+
+def _check_mode(value: object) -> object:
+    if isinstance(value, str) and SOCKET_MODE.fullmatch(value):
+        return int(value, 8)
+    raise wrong("must be three octal digits, such as 0600 or 0660")
+
+
+SocketMode = Annotated[
+    int,
+    BeforeValidator(_check_mode),
+    PlainSerializer(lambda mode: f"0{mode:03o}"),
+    WithJsonSchema({"type": "string", "pattern": "^0?[0-7]{3}$", "examples": ["0600", "0660"]}),
+]
+
+
+class Listener(Policy):
     """One address that apps send their requests to."""
 
     address: ListenAddress = Field(description="Where to listen: host:port, or unix:/path. Port 0 takes a free one.")
+    mode: SocketMode = Field(0o600, description="The mode of a Unix socket.")
+    owner: str | None = Field(None, min_length=1, description="The owner of a Unix socket, by name or number.")
+    group: str | None = Field(None, min_length=1, description="The group of a Unix socket, by name or number.")
+    tls: Tls | None = Field(None, description="Speak TLS here, 1.2 and newer.")
+    anonymous: bool = Field(
+        default=False, description="Where there are callers: let in also whoever is none of them, as this listener may."
+    )
     account: AccountName | None = Field(None, description="Every request here is for this account.")
     region: Region | None = Field(None, description="Every request here is for this region.")
     require_header: bool = Field(
         default=False,
-        description="Refuse requests without x-sp-account: apps that fetch URLs for others cannot set headers.",
+        description="Refuse requests without x-sp-account or x-sp-key: apps that fetch URLs for others cannot set "
+        "headers.",
     )
     insecure_network: bool = Field(
         default=False,
@@ -229,6 +286,22 @@ def _printable(value: object) -> object:
 # Together at most 440 characters even if every one is escaped: Amazon refuses a user agent of more than 500
 # (DOC "Include a User-Agent Header in All Requests").
 HeaderText = Annotated[str, Field(min_length=1, max_length=40), BeforeValidator(_printable)]
+
+
+class Caller(Policy):
+    """Somebody who may come in, known by a key, a client certificate or the user id at the end of a Unix socket."""
+
+    key: Secret | None = Field(None, description="What it sends as x-sp-key, or as Authorization: Bearer.")
+    certificate: str | None = Field(
+        None, min_length=1, description="The name in its client certificate: a subject alternative, or the common name."
+    )
+    uid: int | None = Field(None, ge=0, description="Its user id, where it comes by a Unix socket.")
+
+    @model_validator(mode="after")
+    def _is_known_by_something(self) -> "Caller":
+        if self.key is None and self.certificate is None and self.uid is None:
+            raise wrong("needs a key, a certificate or a uid to be known by")
+        return self
 
 
 class UserAgent(Settings):
@@ -297,6 +370,30 @@ class Limits(Settings):
 
     max_wait: Duration = Field(10.0, description="How long a call may wait for its place before it is refused.")
     pace: bool = Field(default=True, description="false: send at once, and only learn the rates.")
+    max_queue: int = Field(5000, ge=1, description="How many calls may wait for one usage plan.")
+
+
+class Bounds(Settings):
+    """How much of the proxy anybody may take up."""
+
+    connections: int = Field(
+        16384,
+        ge=1,
+        description="Client connections at once; fewer where the process may open fewer files. Beyond it the one "
+        "that has been idle longest gives way.",
+    )
+    requests: int = Field(4096, ge=1, description="Requests in flight of one caller, or of one listener's anonymous.")
+    account_requests: int = Field(
+        500, ge=1, description="Requests of one account that are at Amazon at once; more wait for their turn."
+    )
+    header_size: int = Field(64 * 1024, ge=1024, le=1024 * 1024, description="Bytes of a request's header block.")
+    header_fields: int = Field(128, ge=8, le=1000, description="Fields in a request's header block.")
+    body_rate: int = Field(
+        128,
+        ge=0,
+        description="Bytes per second that an app sends or reads at least, on average, once it has been waited for "
+        "longer than timeouts.body_idle.",
+    )
 
 
 class Timeouts(Settings):
@@ -373,7 +470,17 @@ class Config(Settings):
     marketplaces: dict[str, Region] = Field(
         default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."
     )
+    callers: dict[AccountName, Caller] = Field(
+        default_factory=dict, description="Who may come in and what each may do, by a name of yours; none: everybody."
+    )
+    strict_permissions: bool = Field(
+        default=False, description="Refuse secrets in files that other users can read, instead of warning."
+    )
+    audit: str | None = Field(
+        None, min_length=1, description="Where the audit log goes: stdout, stderr, or a file; one JSON line a request."
+    )
     limits: Limits = Field(default_factory=Limits, description="Usage plans.")
+    bounds: Bounds = Field(default_factory=Bounds, description="How much of the proxy anybody may take up.")
     retry: Retry = Field(default_factory=Retry, description="When a call that failed is sent again.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")

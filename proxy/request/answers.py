@@ -11,6 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
+from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
 HOP_BY_HOP = frozenset(
@@ -76,16 +77,17 @@ class _Plain(web.StreamResponse):
 class AmazonsAnswer(_Plain):
     """Amazon's answer with one header more: what the proxy decided and did. Its body is still to be written."""
 
-    def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange) -> None:
-        super().__init__(status=response.status, reason=response.reason, headers=_passed_on(response.headers))
+    def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange, mask: Mask) -> None:
+        headers = _passed_on(response.headers, mask)
+        super().__init__(status=response.status, reason=mask.of(response.reason or ""), headers=headers)
         self.headers["x-sp-proxy"] = exchange.summary()
         if exchange.retry_after is not None:
             self.headers.setdefault("Retry-After", str(max(1, math.ceil(exchange.retry_after))))
 
 
-def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+def _passed_on(headers: CIMultiDictProxy[str], mask: Mask) -> CIMultiDict[str]:
     dropped = HOP_BY_HOP | OURS | named_in_connection(headers)
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+    return CIMultiDict((name, mask.of(value)) for name, value in headers.items() if name.lower() not in dropped)
 
 
 class OwnAnswer(_Plain, web.Response):

@@ -12,8 +12,10 @@ class Exchange:
 
     method: str
     started: float
+    caller: str = ""  # who sent it; nothing for nobody in particular
     target: Target | None = None
     token: str = "none"  # noqa: S105 - a kind of token
+    elements: tuple[str, ...] = ()  # the personal data that the token covers
     token_age: float = 0.0  # seconds since it was asked for
     dropped: tuple[str, ...] = ()  # data elements that were asked for and are not to be had
     retry_after: float | None = None  # seconds, where Amazon's 429 does not say when to come back
@@ -36,6 +38,7 @@ class Exchange:
     def note_token(self, kind: str, data_elements: tuple[str, ...]) -> None:
         """Note which token goes with the request, and what of the data asked for it does not cover."""
         self.token = kind
+        self.elements = data_elements
         asked = self.target.credential.data_elements if self.target else ()
         self.dropped = () if asked == data_elements else tuple(name for name in asked if name not in data_elements)
 

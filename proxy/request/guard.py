@@ -23,7 +23,6 @@ from proxy.errors import (
 )
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
-MAX_HEADER_BLOCK = 64 * 1024
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
 
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
@@ -74,14 +73,15 @@ def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doo
     return Admitted(target, host, HOST_MEANS.get(host))
 
 
-def check_message(request: web.BaseRequest) -> None:
-    """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head over 64 KiB (RFC 6585)."""
+def check_message(request: web.BaseRequest, most: int) -> None:
+    """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
     size = len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
-    if size > MAX_HEADER_BLOCK:
+    if size > most:
         raise HeaderTooLarge(
-            f"the header block is larger than {MAX_HEADER_BLOCK // 1024} KiB", "Send fewer or shorter headers."
+            f"the header block is larger than {most} bytes",
+            "Send fewer or shorter headers, or raise bounds.header_size.",
         )
 
 
@@ -90,10 +90,18 @@ def _shown(text: str) -> str:
     return "".join(c for c in text if c.isascii() and c.isprintable())[:20] or "that"
 
 
+def is_of_web_page(headers: CIMultiDictProxy[str]) -> bool:
+    """Return whether the headers show that a foreign web page caused the request."""
+    site = headers.getall("Sec-Fetch-Site", ())
+    return "Origin" in headers or any(value not in {"none", "same-origin"} for value in site)
+
+
 def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
     """Refuse what a web page causes, GET included: it would spend quota and touch the seller's data."""
-    site = headers.getall("Sec-Fetch-Site", ())
-    if "Origin" in headers or any(value not in {"none", "same-origin"} for value in site):
+    # The proxy serves no page, so a browser that speaks of the same origin speaks of what was on this port before, or
+    # looks for the icon of an answer that it got.
+    is_same_origin = "same-origin" in headers.getall("Sec-Fetch-Site", ()) and "Sec-Fetch-Dest" in headers
+    if is_of_web_page(headers) or is_same_origin:
         raise BrowserRefused(
             "the request comes from a web page", "The proxy serves programs; call it from your server, not a browser."
         )
@@ -135,10 +143,15 @@ def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorwa
     return names[0]
 
 
-def _allowed(authority: str, doorway: Doorway) -> str:
+def host_in(authority: str) -> str | None:
+    """Return the host of `host` or `host:port` in lower case, without brackets; None for anything else."""
     match = _AUTHORITY.fullmatch(authority)
-    host = match[1].lower().strip("[]") if match else ""
-    if host in doorway.hosts or host in HOST_MEANS:
+    return match[1].lower().strip("[]") if match else None
+
+
+def _allowed(authority: str, doorway: Doorway) -> str:
+    host = host_in(authority)
+    if host is not None and (host in doorway.hosts or host in HOST_MEANS):
         return host
     raise HostRefused(
         "the Host is not one that this proxy answers to",

@@ -4,9 +4,10 @@ This is the only place that knows the order of the steps.
 """
 
 import asyncio
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -16,17 +17,20 @@ from proxy.amazon.operations import OperationTable
 from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
 from proxy.errors import InternalError, ProxyError
-from proxy.logs import LOGGER, fields
+from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import OwnAnswer
+from proxy.request.callers import Callers, peer_of
 from proxy.request.circuit import Circuits
+from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents, unpacked
 from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
-from proxy.request.guard import Doorway, admit, check_message
+from proxy.request.guard import Admitted, Doorway, admit, check_message
 from proxy.request.identify import identify
 from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
+from proxy.request.policy import Permit
 from proxy.request.retries import NO_ANSWER, AllAttempts
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, beginning_of, check_body
@@ -42,7 +46,11 @@ class Handler:
 
     config: Config
     listener: Listener
+    name: str  # of the listener, in metrics and log
     doorway: Doorway
+    callers: Callers
+    permits: Mapping[str, Permit]  # by caller
+    crowd: Crowd
     table: OperationTable
     limits: Limits
     tokens: Tokens
@@ -58,8 +66,12 @@ class Handler:
         """Answer one request; every outcome is counted and logged once."""
         exchange = Exchange(request.method, self.now())
         self.metrics.in_flight.inc()
+        entered: str | None = None
         try:
-            answer = await self._serve(request, exchange)
+            admitted = self._admitted(request, exchange)
+            self.crowd.enter(exchange.caller or self.name)
+            entered = exchange.caller or self.name
+            answer = await self._serve(request, admitted, exchange)
         except ProxyError as error:
             if exchange.begun:
                 # Half an answer is out: a second one behind it would be taken for its end.
@@ -78,24 +90,40 @@ class Handler:
             answer = refusal(request, InternalError("the proxy failed", "Its log says more; try again."), exchange)
         finally:
             self.metrics.in_flight.dec()
+            if entered is not None:
+                self.crowd.leave(entered)
             self._record(exchange)
         return answer
 
-    async def _serve(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+    def _admitted(self, request: web.BaseRequest, exchange: Exchange) -> Admitted:
+        """Return what may come in, and note who sent it; nothing was looked up for it yet."""
         headers = request.headers
         exchange.request_id = _well_formed_id(headers.get("x-request-id"))
-        check_message(request)
+        check_message(request, self.config.bounds.header_size)
         admitted = admit(request.method, request.raw_path, headers, self.doorway)
         check_body(request.method, headers)
+        exchange.caller = self.callers.who(headers, peer_of(request), self.listener)
+        return admitted
+
+    async def _serve(self, request: web.BaseRequest, admitted: Admitted, exchange: Exchange) -> web.StreamResponse:
+        headers, permit = request.headers, self.permits[exchange.caller]
         if "x-amz-access-token" in headers:
             self.metrics.replaced_tokens.inc()
-        exchange.target = target = identify(request.method, admitted, headers, self.listener, self.config, self.table)
-        options = parse_options(headers, self.listener.address, self.config.limits.max_wait)
+        exchange.target = target = identify(
+            request.method, admitted, headers, self.listener, self.config, self.table, permit
+        )
+        options = parse_options(headers, (self.name, exchange.caller), self.config.limits.max_wait)
         async with Patience(self.config, options.timeout) as patience:
             call = Call(request, target, exchange, patience)
-            response, beginning = await self._answered(call, options)
-            reader = self.documents.reader(target, response)
-            return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
+            try:
+                response, beginning = await self._answered(call, options)
+                reader = self.documents.reader(target, response)
+                return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
+            finally:
+                if call.has_place:
+                    self.crowd.come_back(target.account)
+                if call.mask.was_needed:
+                    self.metrics.masked_tokens.inc()
 
     async def _answered(self, call: Call, options: Options) -> tuple[aiohttp.ClientResponse, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.
@@ -110,6 +138,9 @@ class Handler:
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
             await self._token(call)
             exchange.waited += await self.limits.admit(target, claim)
+            if not call.has_place:
+                await self.crowd.go(target.account, claim.max_wait)
+                call.has_place = True
             # And after it, since a token may have aged in the queue.
             token = await self._token(call)
             try:
@@ -240,8 +271,10 @@ class Handler:
             self.metrics.token_wait.observe(exchange.token_wait)
             series.sent_bytes.inc(exchange.request_bytes)
             series.received_bytes.inc(exchange.response_bytes)
-        if LOGGER.isEnabledFor(20):
+        if LOGGER.isEnabledFor(logging.INFO):
             LOGGER.info("request", extra=fields(**_line(exchange, duration)))
+        if AUDIT.isEnabledFor(logging.INFO):
+            AUDIT.info("request", extra=fields(listener=self.name, **_audit_line(exchange)))
 
 
 def refusal_of(response: aiohttp.ClientResponse, beginning: bytes) -> Refusal:
@@ -266,6 +299,7 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
     return {
         "code": exchange.status,
         "method": _label(exchange.method),
+        "caller": exchange.caller or None,
         "account": exchange.account,
         "region": exchange.region,
         "operation": exchange.operation,
@@ -281,6 +315,24 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
         "request_id": exchange.request_id,
         "error": exchange.error,
         "broken": exchange.broken or None,
+    }
+
+
+def _audit_line(exchange: Exchange) -> dict[str, object]:
+    """Return who did what, for the audit log: nothing in it is personal data."""
+    return {
+        "caller": exchange.caller or None,
+        "account": exchange.account,
+        "region": exchange.region,
+        "method": _label(exchange.method),
+        "operation": exchange.operation,
+        "token": exchange.token,
+        "data_elements": list(exchange.elements),
+        "status": exchange.status,
+        "error": exchange.error or None,
+        "attempts": exchange.attempts,
+        "amazon_request_id": exchange.amazon_request_id or None,
+        "request_id": exchange.request_id or None,
     }
 
 

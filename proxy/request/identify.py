@@ -14,6 +14,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.amazon.marketplaces import HOSTS, MARKETPLACE_PARAMETERS, MARKETPLACES
 from proxy.amazon.operations import Operation, OperationTable
+from proxy.amazon.personal_data import ALL_ELEMENTS, HARMLESS_WITHOUT_RDT
 from proxy.amazon.rdt import METHODS as RDT_METHODS
 from proxy.config import REGIONS, Account, Config, DataElement, Environment, Listener, Region
 from proxy.errors import (
@@ -29,7 +30,9 @@ from proxy.errors import (
     UnknownMarketplace,
     UnknownRegion,
 )
+from proxy.request.callers import KEY_HEADER
 from proxy.request.guard import Admitted
+from proxy.request.policy import EVERYTHING, Permit
 
 TokenKind = Literal["lwa", "grantless", "rdt"]
 
@@ -39,7 +42,6 @@ ELEMENTS_HEADER = "x-sp-data-elements"
 
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
 _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
-_ALL_ELEMENTS = ("buyerInfo", "shippingAddress", "buyerTaxInformation")
 _MOST_MARKETPLACES = 64
 
 
@@ -97,18 +99,23 @@ def identify(
     listener: Listener,
     config: Config,
     table: OperationTable,
+    permit: Permit = EVERYTHING,
 ) -> Target:
-    """Return the Target of an admitted request; raise the error that says what is missing or contradictory."""
+    """Return the Target of an admitted request; raise the error that says what is missing, contradictory or forbidden.
+
+    What `permit` does not allow is refused before anything else is said of it.
+    """
     prefix_account, prefix_region, path_and_query = _split_prefix(admitted.target)
     path, _, query = path_and_query.partition("?")
-    account = _account(prefix_account, headers, listener, config)
+    account = _account(prefix_account, headers, listener, config, permit)
+    operation = table.match(method, path)
+    permit.check_operation(method, operation, query)
     settings = config.accounts[account.value]
     environment = config.environment_of(settings)
     region = _region(prefix_region, headers, listener, admitted, query, account, settings, config)
-    operation = table.match(method, path)
     _check_environment(admitted, environment, account)
     application, _ = config.application_of(settings)
-    elements, elements_source = _elements(headers, settings, operation)
+    elements, elements_source = _elements(headers, settings, operation, permit)
     ordinary = ordinary_credential(application, account.value, environment, _known(region))
     credential = _credential(method, path, operation, ordinary, elements, config.sandbox_rdt)
     if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
@@ -163,11 +170,14 @@ def _split_prefix(target: str) -> tuple[str | None, str | None, str]:
     return account, region.lower() or None, f"/{rest}"
 
 
-def _account(prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config) -> _Choice:
+def _account(
+    prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: Permit
+) -> _Choice:
     header = _single(headers, ACCOUNT_HEADER)
-    if listener.require_header and header is None:
+    if listener.require_header and header is None and KEY_HEADER not in headers:
         raise HeaderRequired(
-            f"this listener takes only requests with {ACCOUNT_HEADER}", f"Add the header {ACCOUNT_HEADER}: ACCOUNT."
+            f"this listener takes only requests with {ACCOUNT_HEADER} or {KEY_HEADER}",
+            f"Add the header {ACCOUNT_HEADER}: ACCOUNT.",
         )
     named = [
         _Choice(name, source)
@@ -179,15 +189,22 @@ def _account(prefix: str | None, headers: CIMultiDictProxy[str], listener: Liste
         if name is not None
     ]
     for choice in named:
+        permit.check_account(choice.value)
         if choice.value not in config.accounts:
             raise UnknownAccount(
                 f"the account that the {choice.source} names is not configured",
                 "Check its spelling, or add it under accounts; `sp-api-proxy check` lists them.",
             )
-    return _agreed(named, "account") or _usual_account(config)
+    if (agreed := _agreed(named, "account")) is not None:
+        return agreed
+    usual = _usual_account(config, permit)
+    permit.check_account(usual.value)
+    return usual
 
 
-def _usual_account(config: Config) -> _Choice:
+def _usual_account(config: Config, permit: Permit) -> _Choice:
+    if permit.only_account is not None:
+        return _Choice(permit.only_account, "the only account allowed here")
     if config.default_account is not None:
         return _Choice(config.default_account, "default_account")
     if len(config.accounts) == 1:
@@ -324,22 +341,35 @@ def _check_environment(admitted: Admitted, environment: Environment, account: _C
 
 
 def _elements(
-    headers: CIMultiDictProxy[str], settings: Account, operation: Operation | None
+    headers: CIMultiDictProxy[str], settings: Account, operation: Operation | None, permit: Permit
 ) -> tuple[tuple[str, ...] | None, str]:
     """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
     header = _single(headers, ELEMENTS_HEADER)
     if header is None:
-        return _in_order(settings.data_elements, operation), "the setting data_elements"
+        if _never_with_rdt(operation, permit):
+            return None, "the policy"
+        wanted = settings.data_elements if permit.elements is None else permit.elements & set(settings.data_elements)
+        return _in_order(set(wanted), operation), "the setting data_elements"
     source = f"header {ELEMENTS_HEADER}"
     asked = {element.strip() for element in header.split(",")} - {""}
     if asked == {"none"}:
         return None, source
-    if not asked <= set(_ALL_ELEMENTS):
+    if not asked <= set(ALL_ELEMENTS):
         raise BadOption(
             f"the header {ELEMENTS_HEADER} names something unknown",
-            f"Elements are {', '.join(_ALL_ELEMENTS)}, or none alone.",
+            f"Elements are {', '.join(ALL_ELEMENTS)}, or none alone.",
         )
+    permit.check_elements(asked)
+    if _never_with_rdt(operation, permit):
+        return None, "the policy"
     return _in_order(asked, operation), source
+
+
+def _never_with_rdt(operation: Operation | None, permit: Permit) -> bool:
+    """Return whether all that may be had is what an ordinary token brings: no element of it can be left out."""
+    if permit.elements is None or operation is None or operation.data_elements:
+        return False
+    return operation.name in HARMLESS_WITHOUT_RDT
 
 
 def _in_order(
@@ -349,7 +379,7 @@ def _in_order(
     if operation is None:
         return ()
     wanted = set(asked)
-    return tuple(element for element in _ALL_ELEMENTS if element in wanted and element in operation.data_elements)
+    return tuple(element for element in ALL_ELEMENTS if element in wanted and element in operation.data_elements)
 
 
 def _credential(

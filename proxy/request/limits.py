@@ -200,11 +200,13 @@ class Limits:
         metrics: Metrics,
         *,
         pace: bool,
+        max_queue: int = 5000,
         now: Callable[[], float] = time.monotonic,
         call_later: CallLater | None = None,
     ) -> None:
         self._metrics = metrics
         self._pace = pace
+        self._max_queue = max_queue
         self._now = now
         self._call_later = call_later
         self._plans: dict[tuple[str, ...], Plan] = {}
@@ -239,6 +241,13 @@ class Limits:
             return
         if wait > claim.max_wait:
             raise self._exhausted(target, wait - plan.bucket.margin, claim.max_wait)
+        if len(plan.queue) >= self._max_queue:
+            self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()
+            raise UsagePlanExhausted(
+                f"{self._max_queue} calls wait for the usage plan of {target.operation_name} already",
+                "Come back after Retry-After, or raise limits.max_queue.",
+                retry_after=wait,
+            )
         try:
             await plan.turn(claim)
         except TimeoutError:

@@ -35,6 +35,7 @@ from proxy.request.connector import REUSED, Connector
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
 from proxy.request.identify import Target
+from proxy.request.mask import Mask
 from proxy.request.tokens import Token
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
@@ -130,6 +131,8 @@ class Patience:
     def __init__(self, config: Config, timeout: float | None = None) -> None:
         timeouts = config.timeouts
         self._body_idle, self._upstream_idle = timeouts.body_idle, timeouts.upstream_idle
+        self._body_rate = config.bounds.body_rate
+        self._app_time, self._app_since = 0.0, None  # type: float, float | None
         has_own = timeout is not None and timeout < timeouts.total
         total = timeout if timeout is not None and has_own else timeouts.total
         self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, total)
@@ -140,12 +143,22 @@ class Patience:
         self._expiry = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
 
-    def for_app(self) -> None:
-        """Wait for the app: to send more of its body, or to take more of the answer."""
-        self._wait(self._body_idle, _APP_STALLED)
+    def for_app(self, moved: int = 0) -> None:
+        """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
+
+        It may pause for `timeouts.body_idle`, but all its pauses together may not be longer than that and what
+        `bounds.body_rate` gives it for what it has moved: one byte every few seconds would never end.
+        """
+        self._end_phase()
+        self._app_since = now = self._loop.time()
+        left = self._body_idle
+        if self._body_rate:
+            left = min(left, self._body_idle + moved / self._body_rate - self._app_time)
+        self._wait_until(now + left, _APP_STALLED)
 
     def for_proxy(self) -> None:
         """Wait for what the proxy itself does, each part of which has a bound of its own."""
+        self._end_phase()
         self._deadline, self._error = self._ends_at, self._too_long
 
     @property
@@ -155,15 +168,20 @@ class Patience:
 
     def for_amazon(self) -> None:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        self._wait(self._upstream_idle, _AMAZON_SILENT)
+        self._end_phase()
+        self._wait_until(self._loop.time() + self._upstream_idle, _AMAZON_SILENT)
 
     @property
     def amazon_was_silent(self) -> bool:
         """Whether time ran out while it was Amazon's turn."""
         return self._expiry.expired() and isinstance(self._error, UpstreamTimeout)
 
-    def _wait(self, seconds: float, error: ProxyError) -> None:
-        end = self._loop.time() + seconds
+    def _end_phase(self) -> None:
+        if self._app_since is not None:
+            self._app_time += self._loop.time() - self._app_since
+            self._app_since = None
+
+    def _wait_until(self, end: float, error: ProxyError) -> None:
         self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, self._too_long)
 
     def _look(self) -> None:
@@ -198,7 +216,9 @@ class Call:
         self.target = target
         self.exchange = exchange
         self.patience = patience
+        self.has_place = False  # among the account's requests at Amazon
         self.wants_new_connection = False  # the last attempt broke on one that had been idle
+        self.mask = Mask("")  # for the token that went with it
         self._kept: list[bytes] | None = []
         self._kept_size = 0
         self._is_read = not request.body_exists
@@ -222,7 +242,7 @@ class Call:
         self._is_read = True
 
     async def _next(self) -> bytes:
-        self.patience.for_app()
+        self.patience.for_app(self.exchange.request_bytes)
         try:
             chunk = await self.request.content.readany()
         except (web.RequestPayloadError, aiohttp.ClientError, ValueError) as exc:
@@ -254,10 +274,13 @@ def tls_context(config: Config) -> ssl.SSLContext:
     return context
 
 
-def open_session(config: Config, *, fresh: bool = False) -> aiohttp.ClientSession:
-    """Return a session that does nothing of its own accord; `fresh` ones never reuse a connection."""
+def open_session(config: Config, limit: int, *, fresh: bool = False) -> aiohttp.ClientSession:
+    """Return a session that does nothing of its own accord, with `limit` connections at most.
+
+    `fresh` ones never reuse a connection.
+    """
     connector = Connector(
-        limit=config.pool.max_connections,
+        limit=limit,
         ssl=tls_context(config),
         force_close=fresh,
         ttl_dns_cache=30,
@@ -304,6 +327,7 @@ class Upstream:
         Raises an error of ours for everything that keeps an answer from coming.
         """
         call.exchange.attempts += 1
+        call.mask = Mask(token.value.reveal())
         session = self._fresh_session if call.wants_new_connection else self._session
         request, target = call.request, call.target
         headers = cleaned(request.method, request.headers)
@@ -341,7 +365,7 @@ class Upstream:
         reads along.
         """
         request, exchange = call.request, call.exchange
-        answer = AmazonsAnswer(response, exchange)
+        answer = AmazonsAnswer(response, exchange, call.mask)
         if request.body_exists and not request.content.at_eof():
             answer.force_close()  # answered before the upload ended: what still comes is not a request
         connection = response.connection.protocol if response.connection is not None else None
@@ -387,17 +411,23 @@ async def _stream(
     """Pass the rest of an answer's body on, behind the `chunk` that was read before."""
     while True:
         if chunk:
-            call.patience.for_app()
-            await answer.write(chunk)
-            call.exchange.response_bytes += len(chunk)
+            await _pass_on(call, answer, call.mask.feed(chunk))
             if reader is not None:
                 reader.feed(chunk)
         call.patience.for_amazon()
         chunk = await response.content.readany()
         if not chunk:
             break
+    await _pass_on(call, answer, call.mask.end())
     if reader is not None:
         reader.end()
+
+
+async def _pass_on(call: Call, answer: web.StreamResponse, data: bytes) -> None:
+    if data:
+        call.patience.for_app(call.exchange.response_bytes)
+        await answer.write(data)
+        call.exchange.response_bytes += len(data)
 
 
 def _translated(exc: Exception) -> ProxyError:

@@ -1,0 +1,82 @@
+"""Is there room for one more: of this caller's requests in flight, and of this account's at Amazon?
+
+So one caller or account that sends too much, or waits for something slow, leaves room for the others.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+
+from proxy.config import Bounds
+from proxy.errors import AccountBusy, CallerBusy
+from proxy.metrics import Metrics
+
+
+class Crowd:
+    """Who is being served now."""
+
+    def __init__(self, bounds: Bounds, metrics: Metrics) -> None:
+        self._bounds = bounds
+        self._callers: Counter[str] = Counter()
+        self._at_amazon: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        metrics.before_export.append(self._exporter(metrics))
+
+    def enter(self, caller: str) -> None:
+        """Count one request of a caller's; raise CallerBusy where it has too many."""
+        if self._callers[caller] >= self._bounds.requests:
+            raise CallerBusy(
+                f"this caller has {self._bounds.requests} requests in flight already",
+                "Send fewer at once, or raise bounds.requests.",
+                retry_after=1.0,
+            )
+        self._callers[caller] += 1
+
+    def leave(self, caller: str) -> None:
+        """Count it no more."""
+        self._callers[caller] -= 1
+
+    async def go(self, account: str, max_wait: float) -> None:
+        """Take one of the account's places at Amazon, in turn; raise AccountBusy where none comes in `max_wait` s."""
+        waiting = self._waiting.get(account)
+        if not waiting and self._at_amazon[account] < self._bounds.account_requests:
+            self._at_amazon[account] += 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(account, deque())
+        waiting.append(place)
+        try:
+            async with asyncio.timeout(max_wait):
+                await place
+        except (TimeoutError, asyncio.CancelledError) as exc:
+            if place.done() and not place.cancelled():
+                self.come_back(account)  # it came in the very moment
+            elif place in waiting:
+                waiting.remove(place)
+            if isinstance(exc, TimeoutError):
+                raise AccountBusy(
+                    f"the account {account} has {self._bounds.account_requests} requests at Amazon already",
+                    "Send fewer at once, or raise bounds.account_requests.",
+                    retry_after=1.0,
+                ) from None
+            raise
+
+    def come_back(self, account: str) -> None:
+        """Give the place to the next who waits, or free it."""
+        waiting = self._waiting.get(account)
+        while waiting:
+            place = waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._waiting.pop(account, None)
+        self._at_amazon[account] -= 1
+
+    def _exporter(self, metrics: Metrics) -> Callable[[], None]:
+        def export() -> None:
+            for caller, count in self._callers.items():
+                metrics.caller_requests.labels(caller).set(count)
+            for account, count in self._at_amazon.items():
+                metrics.account_requests.labels(account).set(count)
+
+        return export

@@ -1,0 +1,49 @@
+"""Does an answer repeat the token of its own request? No app may see one, so it is masked where it stands.
+
+Amazon does not do that. A test server that echoes what it gets does, and so may whoever answers in Amazon's place.
+Lengths stay as they are. What is packed (Content-Encoding) is not looked into.
+"""
+
+_LEAST = 16  # characters that tell one token from another
+
+
+class Mask:
+    """Looks through one answer for one token."""
+
+    def __init__(self, token: str) -> None:
+        # Without what all tokens begin with (`Atza|`), which may come back in another spelling (`Atza%7C`).
+        behind = token.partition("|")[2]
+        self._text = behind if len(behind) >= _LEAST else token
+        self._secret = self._text.encode()
+        self._held = b""
+        self.was_needed = False
+
+    def of(self, text: str) -> str:
+        """Return a header's value, or the reason phrase, with the token masked."""
+        if self._text not in text:
+            return text
+        self.was_needed = True
+        return text.replace(self._text, "*" * len(self._text))
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what may be passed on of a body; what could be a token's beginning is held back till it is known."""
+        data = self._held + chunk if self._held else chunk
+        if self._secret in data:
+            self.was_needed = True
+            data = data.replace(self._secret, b"*" * len(self._secret))
+        unsure = self._beginning_in(data)
+        self._held = data[unsure:]
+        return data[:unsure] if self._held else data
+
+    def end(self) -> bytes:
+        """Return what was held back: no token came of it."""
+        return self._held
+
+    def _beginning_in(self, data: bytes) -> int:
+        """Return where a token begins that is not at its end yet; the length of `data` where none does."""
+        at = data.find(self._secret[:1], max(0, len(data) - len(self._secret) + 1))
+        while at >= 0:
+            if self._secret.startswith(data[at:]):
+                return at
+            at = data.find(self._secret[:1], at + 1)
+        return len(data)
