@@ -1,0 +1,1 @@
+"""What an attacker tries, with the tools that attackers have."""
