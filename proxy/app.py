@@ -23,6 +23,7 @@ from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
+from proxy.request.connector import Connector
 from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
@@ -172,7 +173,7 @@ def open_lwa_session(config: Config) -> aiohttp.ClientSession:
     Exchanges are rare, so that a kept connection would mostly have died, or hold what nobody asked for.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=32, ssl=tls_context(config), force_close=True, ttl_dns_cache=30),
+        connector=Connector(limit=32, ssl=tls_context(config), force_close=True, ttl_dns_cache=30),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": f"sp-api-proxy/{__version__}"},
         timeout=aiohttp.ClientTimeout(total=config.timeouts.token),

@@ -6,6 +6,7 @@ them, and unpacks bodies.
 """
 
 import asyncio
+import re
 import socket
 import struct
 from collections import Counter
@@ -40,6 +41,10 @@ LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the cli
 
 Handle = Callable[..., Awaitable[web.StreamResponse]]
 RequestFactory = Callable[..., web.BaseRequest]
+
+_NONSENSE = b"\x00"  # no request begins with it
+# The first line of a request behind another one, with a space too many.
+_SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
 
@@ -109,7 +114,17 @@ class Room:
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_head_bytes", "_head_timer", "_is_counted", "_is_leaving", "_options", "_room", "listener", "peer")
+    __slots__ = (
+        "_head_bytes",
+        "_head_timer",
+        "_is_counted",
+        "_is_leaving",
+        "_line",
+        "_options",
+        "_room",
+        "listener",
+        "peer",
+    )
 
     def __init__(self, manager: web.Server, *, options: "Options", room: Room, listener: str, **others: Any) -> None:
         super().__init__(manager, **others)
@@ -119,6 +134,7 @@ class Connection(RequestHandler):
         self._room = room
         self._is_counted = False
         self._is_leaving = False
+        self._line: bytes | None = None  # the first line of a request of which not all has come
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
@@ -131,6 +147,8 @@ class Connection(RequestHandler):
         """Parse what came; the first byte of a head starts its timer, its last one ends it."""
         before, current = self._request_count, self._current_request
         between_requests = self._waiter is not None and not self._messages
+        if not self._first_line_is_fine(data):
+            data = _NONSENSE  # so that it is refused in its turn
         super().data_received(data)
         if self._request_count != before:
             self._room.is_busy(self)
@@ -140,6 +158,23 @@ class Connection(RequestHandler):
                 current.content.set_exception(web.RequestPayloadError())
         elif between_requests:
             self._head_goes_on(len(data))
+
+    def _first_line_is_fine(self, data: bytes) -> bool:
+        """Return whether the request that begins here, if one does, has single spaces in its first line.
+
+        aiohttp's parser passes over others (RFC 9112 section 3 has exactly one).
+        """
+        if self._line is None:
+            last = self._messages[-1][1] if self._messages else self._current_request and self._current_request.content
+            if last and not last.is_eof():
+                return True  # a body goes on
+            self._line = b""
+        self._line += data[:MAX_LINE]
+        line, end, behind = self._line.lstrip(b"\r\n").partition(b"\r\n")
+        if not end:
+            return len(self._line) <= MAX_LINE
+        self._line = None
+        return line.count(b" ") == 2 and not _SPACED_LINE.search(behind)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let a write wait until the kernel has all of it: so nothing is left over that no timeout looks at."""

@@ -87,7 +87,11 @@ class AmazonsAnswer(_Plain):
 
 def _passed_on(headers: CIMultiDictProxy[str], mask: Mask) -> CIMultiDict[str]:
     dropped = HOP_BY_HOP | OURS | named_in_connection(headers)
-    return CIMultiDict((name, mask.of(value)) for name, value in headers.items() if name.lower() not in dropped)
+    return CIMultiDict((name, mask.of(value)) for name, value in headers.items() if _plain(name) not in dropped)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 class OwnAnswer(_Plain, web.Response):

@@ -1,23 +1,38 @@
-"""Which connections to Amazon may be used again? Those on which nothing arrived while nobody had asked.
+"""What is believed of what arrives on a connection to Amazon: answers that were asked for, read strictly.
 
 aiohttp keeps what arrives on an idle connection and takes it for the answer to the next request, which may be another
-seller's. The hooks it leaves for this are not public; they are used here and nowhere else.
+seller's. And it reads answers leniently, bare line feeds and folded lines among them. The hooks it leaves for changing
+both are not public; they are used here and nowhere else.
 """
 
+import sys
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import aiohttp
+from aiohttp import http_parser
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
+
+# Where the parser in use looks whether it is being debugged: the C module, or the Python one where there is no other.
+_parsers: Any = sys.modules[http_parser.HttpResponseParser.__module__]
 
 
 class _Watched(ResponseHandler):
     """One connection; `idle` while no request uses it."""
 
     idle = False
+
+    def set_response_params(self, **params: Any) -> None:
+        """Make the parser of the next answer, a strict one: aiohttp does that only while it is being debugged."""
+        before = _parsers.DEBUG
+        _parsers.DEBUG = True
+        try:
+            super().set_response_params(**params)
+        finally:
+            _parsers.DEBUG = before
 
     def data_received(self, data: bytes) -> None:
         if not self.idle:

@@ -146,7 +146,9 @@ def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorwa
 def host_in(authority: str) -> str | None:
     """Return the host of `host` or `host:port` in lower case, without brackets; None for anything else."""
     match = _AUTHORITY.fullmatch(authority)
-    return match[1].lower().strip("[]") if match else None
+    if match is None or int(match[2] or 0) > 65535:
+        return None
+    return match[1].lower().strip("[]")
 
 
 def _allowed(authority: str, doorway: Doorway) -> str:

@@ -6,6 +6,7 @@ otherwise; everything it is told stands in `open_session` and `_send`.
 """
 
 import asyncio
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Self
 
 import aiohttp
 from aiohttp import web
-from aiohttp.http import HttpVersion11
+from aiohttp.http import HttpVersion10, HttpVersion11
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -39,17 +40,20 @@ from proxy.request.mask import Mask
 from proxy.request.tokens import Token
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
-# itself, and what names the hops and traces inside the user's network.
+# itself, what names the hops and traces inside the user's network, and what would have some servers take the request
+# for another method or path than was judged.
 PRIVATE = frozenset(
     {
         "authorization",
         "baggage",
+        "client-ip",
         "cookie",
         "expect",
         "forwarded",
         "host",
         "traceparent",
         "tracestate",
+        "true-client-ip",
         "user-agent",
         "via",
         "x-amz-access-token",
@@ -57,8 +61,17 @@ PRIVATE = frozenset(
         "x-amz-date",
         "x-amz-security-token",
         "x-amz-signature",
+        "x-client-ip",
+        "x-host",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "x-original-host",
+        "x-original-uri",
+        "x-original-url",
         "x-real-ip",
         "x-request-id",
+        "x-rewrite-url",
     }
 )
 PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
@@ -73,6 +86,9 @@ MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 MAX_RESPONSE_LINE = 16 * 1024
 MAX_RESPONSE_FIELD = 64 * 1024
 MAX_RESPONSE_FIELDS = 256
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
@@ -348,12 +364,10 @@ class Upstream:
             # An idle connection that Amazon closed just now, perhaps.
             call.wants_new_connection = isinstance(error, UpstreamBroken) and REUSED.get()
             raise error from exc
-        if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
+        wrong = _what_is_wrong_with(response)
+        if wrong:
             response.close()
-            raise UpstreamBroken("Amazon's answer has no status that ends a request", "Try again.")
-        if any(coding.strip().lower() != "chunked" for coding in response.headers.getall("Transfer-Encoding", ())):
-            response.close()  # it would go on as if it were not coded at all
-            raise UpstreamBroken("Amazon's answer has a transfer coding that nobody asked for", "Try again.")
+            raise UpstreamBroken(f"Amazon's answer {wrong}", "Try again.")
         return response
 
     async def relay(
@@ -391,6 +405,20 @@ class Upstream:
             else:
                 response.release()
         return answer
+
+
+def _what_is_wrong_with(response: aiohttp.ClientResponse) -> str:
+    """Return what makes an answer unfit to be passed on, though aiohttp took it; nothing where it is fit."""
+    if response.version not in {HttpVersion10, HttpVersion11}:
+        return "is of an HTTP version that was not asked for"
+    if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
+        return "has no status that ends a request"
+    codings = response.headers.getall("Transfer-Encoding", ())
+    if codings and (len(codings) > 1 or codings[0].strip().lower() != "chunked" or response.version == HttpVersion10):
+        return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
+    if _CONTROL.search(response.reason or ""):
+        return "has a status line with control characters"
+    return ""
 
 
 async def beginning_of(call: Call, response: aiohttp.ClientResponse) -> bytes:

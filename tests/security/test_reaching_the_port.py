@@ -1,0 +1,324 @@
+"""Rows 1 to 14 of the threats: who may come in, for which account, with whose credentials."""
+
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.security.world import CALLER_KEY, World, request
+
+EU = "sellingpartnerapi-eu.amazon.com"
+
+
+def refused(world: World, data: bytes, status: int, error: str) -> None:
+    got = world.send(data)
+    assert [(one.status, one.error) for one in got] == [(status, error)]
+    assert not [name for name, _ in got[0].fields if name.lower().startswith("access-control")]
+    assert not world.api.arrived
+    assert not world.lwa.arrived
+
+
+FOREIGN = [
+    "evil.test",
+    "evil.test:80",
+    "localhost.evil.test",
+    "evil-localhost",
+    "localhost.",
+    "127.0.0.1.evil.test",
+    "127.0.0.1@evil.test",
+    "evil.test@127.0.0.1",
+    "user:password@localhost",
+    "0.0.0.0",
+    "[::]",
+    "[::1",
+    "127.1",
+    "0x7f000001",
+    "2130706433",
+    "017700000001",
+    "localhost:80:80",
+    "localhost:x",
+    "localhost/x",
+    "local host",
+    "[::ffff:127.0.0.1]",
+    f"{EU}.evil.test",
+    f"x.{EU}",
+    "api.amazon.com",
+    "localhost,evil.test",
+    "*",
+    "",
+    "%6c",
+    "localhost:99999",
+    "127.0.0.1:",
+    "\xc3\xa4",
+    "localhost\x00",
+]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+@pytest.mark.parametrize("target", ["/orders/v0/orders", "/metrics", "/", "/livez"])
+def test_1_4_a_foreign_host_is_refused_on_every_path(world: World, target: str, host: str) -> None:
+    got = world.send(request(target, b"Host: " + host.encode("latin-1")))
+    assert [one.status for one in got] in ([421], [400])
+    assert got[0].error
+    assert not world.api.arrived
+    assert not world.lwa.arrived
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", EU, EU.upper()])
+def test_1_our_own_names_and_amazons_work(world: World, host: str) -> None:
+    assert [one.status for one in world.send(request("/x", f"Host: {host}".encode()))] == [200]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (b"Host: localhost", b"Host: localhost"),
+        (b"Host: localhost", b"Host: evil.test"),
+        (b"X: 1", b"Host: ", b"host: x"),
+    ],
+)
+def test_1_two_hosts_are_refused(world: World, fields: tuple[bytes, ...]) -> None:
+    refused(world, request("/x", *fields), 400, "MalformedRequest")
+
+
+def test_1_no_host_is_refused(world: World) -> None:
+    refused(world, b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "MalformedRequest")
+    refused(world, b"GET /x HTTP/1.0\r\n\r\n", 400, "MalformedRequest")
+
+
+def test_1_the_admin_listener_has_the_same_check(world: World) -> None:
+    for path in ("/", "/metrics", "/readyz", "/livez", "/nothing"):
+        (got,) = world.send(request(path, b"Host: evil.test"), address=world.admin)
+        assert got.status == 421
+        (got,) = world.send(request(path, b"Origin: http://evil.test"), address=world.admin)
+        assert got.status == 403
+
+
+SIGNS = [
+    b"Origin: http://evil.test",
+    b"Origin: null",
+    b"Origin:",
+    b"Origin: http://localhost",
+    b"origin: file://",
+    b"Sec-Fetch-Site: cross-site",
+    b"Sec-Fetch-Site: same-site",
+    b"sec-fetch-site: x",
+    b"Sec-Fetch-Site: none\r\nSec-Fetch-Site: cross-site",
+    b"Access-Control-Request-Method: GET",
+    b"Access-Control-Request-Private-Network: true",
+    b"Sec-Fetch-Site: same-origin\r\nSec-Fetch-Dest: image",
+]
+
+
+@pytest.mark.parametrize("sign", SIGNS, ids=repr)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "PUT", "HEAD"])
+def test_3_5_what_a_web_page_causes_is_refused_whatever_its_method(world: World, sign: bytes, method: str) -> None:
+    body = b"{}" if method in {"POST", "PUT"} else None
+    got = world.send(request("/feeds/2021-06-30/feeds", sign, method=method, body=body), (method,))
+    assert [one.status for one in got] == [403]
+    assert not [name for name, _ in got[0].fields if name.lower().startswith("access-control")]
+    assert not world.api.arrived
+    assert not world.lwa.arrived
+
+
+@pytest.mark.parametrize("sign", [b"Sec-Fetch-Site: none", b"Sec-Fetch-Site: same-origin", b"Referer: http://x.test/"])
+def test_3_what_programs_send_too_passes(world: World, sign: bytes) -> None:
+    assert [one.status for one in world.send(request("/x", sign))] == [200]
+
+
+def test_5_a_preflight_gets_no_leave(world: World) -> None:
+    preflight = (b"Origin: https://evil.test", b"Access-Control-Request-Method: PUT")
+    refused(world, request("/x", *preflight, method="OPTIONS"), 403, "BrowserRefused")
+    refused(world, request("/x", method="OPTIONS"), 405, "MethodNotAllowed")
+
+
+def test_3_a_web_socket_is_refused(world: World) -> None:
+    fields = (b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Key: x", b"Sec-WebSocket-Version: 13")
+    refused(world, request("/x", *fields, b"Origin: http://evil.test"), 403, "BrowserRefused")
+    (got,) = world.send(request("/x", *fields, b"Connection: close"))
+    assert got.status == 200
+    assert not [name for name, _ in world.api.arrived[0].fields if "upgrade" in name.lower()]
+
+
+def test_7_nothing_listens_outside_loopback(world: World) -> None:
+    pid = world.process.pid
+    sockets = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    open_to_others = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            address = local.partition(":")[0]
+            is_loopback = address.endswith("7F") or address == "00000000000000000000000001000000"
+            if state == "0A" and f"socket:[{inode}]" in sockets and not is_loopback:
+                open_to_others.append(local)
+    assert len(sockets) > 2
+    assert not open_to_others
+
+
+def test_8_the_admin_pages_are_not_on_the_proxied_port(world: World) -> None:
+    for path in ("/metrics", "/livez", "/readyz", "/status", "/quitquitquit", "/debug/pprof"):
+        world.send(request(path))
+    assert [one.target for one in world.api.arrived] == [
+        *("/metrics", "/livez", "/readyz", "/status", "/quitquitquit", "/debug/pprof")
+    ]
+
+
+def test_8_the_proxy_is_no_way_to_itself(world: World) -> None:
+    for address in (world.admin, world.addresses[0]):
+        (got,) = world.send(request(f"http://{address}/metrics"))
+        assert b"spapi_proxy" not in got.body
+    assert {one.target for one in world.api.arrived} == {"/metrics"}
+
+
+@pytest.mark.parametrize("path", ["/quitquitquit", "/debug", "/config", "/metrics", "/reload"])
+def test_8_nothing_is_changed_through_the_admin_listener(world: World, path: str) -> None:
+    for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x"):
+        (got,) = world.send(request(path, b"Content-Type: " + kind, method="POST", body=b"x"), address=world.admin)
+        assert got.status in {404, 405, 415}
+    (got,) = world.send(request(path, method="POST", body=b""), address=world.admin)
+    assert got.status in {404, 405}
+    assert world.process.poll() is None
+
+
+# Account: rows 10 to 14 (who gets whose token is looked at in tests/test_never_mixed.py).
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "error"),
+    [
+        ("/x", (b"x-sp-account: acme", b"x-sp-account: zenith"), "MalformedRequest"),
+        ("/x", (b"x-sp-account: acme", b"x-sp-account: acme"), "MalformedRequest"),
+        ("/x", (b"x-sp-account: acme, zenith",), "UnknownAccount"),
+        ("/x", (b"x-sp-account: *",), "UnknownAccount"),
+        ("/x", (b"x-sp-account: ACME",), "UnknownAccount"),
+        ("/x", (b"x-sp-account: nobody",), "UnknownAccount"),
+        ("/x", (b"x-sp-account:",), "UnknownAccount"),
+        ("/x", (b"x-sp-account: ../acme",), "UnknownAccount"),
+        ("/x", (b"x-sp-account: acme%0d%0ax-sp-account: zenith",), "UnknownAccount"),
+        ("/@zenith/x", (b"x-sp-account: acme",), "ConflictingSources"),
+        ("/@nobody/x", (), "UnknownAccount"),
+        ("/@acm%65/x", (), "UnknownAccount"),
+        ("/@acme%2Feu/x", (), "UnknownAccount"),
+        ("/@acme,zenith/x", (), "UnknownAccount"),
+        ("/@/x", (), "BadTarget"),
+        ("/@acme", (), "BadTarget"),
+        ("/@acme//x", (), "BadTarget"),
+        ("/@acme/eu//x", (), "BadTarget"),
+        ("/@acme/na/x", (), "RegionNotConfigured"),
+        ("/@acme/eu/x", (b"x-sp-region: na",), "ConflictingSources"),
+        ("/x", (b"x-sp-region: eu", b"x-sp-region: na"), "MalformedRequest"),
+        ("/x", (b"x-sp-region: mars",), "UnknownRegion"),
+        ("/x?MarketplaceIds=ATVPDKIKX0DER", (b"x-sp-region: eu",), "ConflictingSources"),
+    ],
+)
+def test_11_an_ambiguous_account_or_region_is_refused(
+    world: World, target: str, fields: tuple[bytes, ...], error: str
+) -> None:
+    refused(world, request(target, *fields), 400, error)
+
+
+OWN = [
+    b"x-amz-access-token: mine",
+    b"X-AMZ-ACCESS-TOKEN: mine",
+    b"x-amz-access-token: mine\r\nx-amz-access-token: mine2",
+    b"x_amz_access_token: mine",
+    b"X-Amz_Access-Token: mine",
+    b"Authorization: Bearer mine",
+    b"Cookie: session=mine",
+    b"Proxy-Authorization: Basic mine",
+    b"authorization: AWS4-HMAC-SHA256 mine",
+    b"X-Amz-Security-Token: mine",
+    b"x-amz-date: mine",
+    b"x_amz_date: mine",
+    b"user_agent: mine",
+    b"User-Agent: mine",
+    b"x-sp-key: mine",
+    b"x_sp_account_: mine",
+    b"X-Forwarded-For: mine",
+    b"X-Forwarded-Host: mine",
+    b"Forwarded: for=mine",
+    b"Via: 1.1 mine",
+    b"X-Real-IP: mine",
+    b"X-Request-Id: mine",
+    b"traceparent: mine",
+    b"TE: mine",
+    b"Trailer: mine",
+    b"Keep-Alive: mine",
+    b"Proxy-Connection: mine",
+    b"Upgrade: mine",
+    b"HTTP2-Settings: mine",
+    b"X-Mine: mine\r\nConnection: X-Mine",
+    b"X_Mine: mine\r\nConnection: X-Mine",
+    b"True-Client-IP: mine",
+]
+
+
+@pytest.mark.parametrize("field", OWN, ids=repr)
+def test_12_to_14_and_28_29_what_is_the_apps_own_does_not_go_on(world: World, field: bytes) -> None:
+    (got,) = world.send(request("/x", field))
+    assert got.status == 200
+    (arrived,) = world.api.arrived
+    assert not [value for _, value in arrived.fields if "mine" in value.lower()]
+    token = arrived.get("x-amz-access-token")
+    assert token is not None
+    assert token.startswith("Atza|distinctive-token-of-acme-")
+    assert len([name for name, _ in arrived.fields if name.lower().replace("_", "-") == "x-amz-access-token"]) == 1
+
+
+@pytest.mark.parametrize("named", [b"x-amz-access-token", b"Host", b"x-amz-date", b"user-agent", b"Content-Length, x"])
+def test_28_connection_cannot_name_our_own_fields_away(world: World, named: bytes) -> None:
+    (got,) = world.send(request("/feeds/2021-06-30/feeds", b"Connection: close, " + named, method="POST", body=b"{}"))
+    assert got.status == 200
+    (arrived,) = world.api.arrived
+    assert arrived.body == b"{}"
+    for name in ("host", "x-amz-access-token", "x-amz-date", "user-agent"):
+        assert arrived.get(name)
+
+
+def test_28_several_connection_lines_all_count(world: World) -> None:
+    fields = (b"Connection: x-one", b"X-One: 1", b"connection: X-Two , close", b"X-Two: 2", b"X-Three: 3")
+    world.send(request("/x", *fields))
+    names = {name.lower() for name, _ in world.api.arrived[0].fields}
+    assert names == {"x-three", "host", "x-amz-access-token", "x-amz-date", "user-agent"}
+
+
+def test_14_no_decision_depends_on_what_another_hop_might_have_said(world: World) -> None:
+    fields = (
+        b"X-Forwarded-Host: evil.test",
+        b"X-Forwarded-Proto: https",
+        b"Forwarded: host=evil.test",
+        b"User-Agent: kube",
+    )
+    (got,) = world.send(request("/x", *fields))
+    assert got.status == 200
+    refused_one = world.send(request("/x", b"Host: evil.test", b"X-Forwarded-Host: localhost"))
+    assert [one.status for one in refused_one] == [421]
+
+
+def test_9_a_unix_socket_is_its_owners_alone_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    listeners = [
+        f"unix:{tmp_path}/own.sock",
+        {"address": f"unix:{tmp_path}/group.sock", "mode": "0660", "group": "nogroup"},
+        {"address": f"unix:{tmp_path}/nobody.sock", "owner": "nobody"},
+    ]
+    with World.made(tmp_path, listen=listeners) as world:
+        modes = {name: (tmp_path / f"{name}.sock").stat() for name in ("own", "group", "nobody")}
+        assert [stat.S_IMODE(status.st_mode) for status in modes.values()] == [0o600, 0o660, 0o600]
+        assert (tmp_path / "group.sock").group() == "nogroup"
+        assert (tmp_path / "nobody.sock").owner() == "nobody"
+        assert [one.status for one in world.send(request("/x"))] == [200]
+        attempt = ["setpriv", "--reuid=nobody", "--clear-groups", "curl", "-s", "--unix-socket", f"{tmp_path}/own.sock"]
+        assert subprocess.run([*attempt, "http://localhost/x"], check=False, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("field", [f"x-sp-key: {CALLER_KEY}", f"Authorization: Bearer {CALLER_KEY}"])
+def test_6_a_listener_may_demand_what_a_fetcher_of_urls_cannot_send(tmp_path: Path, field: str) -> None:
+    listen = [{"address": "127.0.0.1:0", "require_header": True}]
+    callers = {"reports": {"key": CALLER_KEY, "accounts": ["acme"]}}
+    with World.made(tmp_path, listen=listen, callers=callers) as world:
+        refused(world, request("/x"), 403, "CallerRefused")
+        refused(world, request("/@acme/x"), 403, "CallerRefused")
+        account = b"x-sp-account: acme" if "Bearer" in field else b"x: y"
+        assert [one.status for one in world.send(request("/x", field.encode(), account))] == [200]
+        assert CALLER_KEY not in str(world.api.arrived[0].fields)
