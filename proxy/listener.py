@@ -134,7 +134,7 @@ class Connection(RequestHandler):
         self._room = room
         self._is_counted = False
         self._is_leaving = False
-        self._line: bytes | None = None  # the first line of a request of which not all has come
+        self._line: bytes | None = b""  # what came of a request's head; None where none is known to begin
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
@@ -146,10 +146,14 @@ class Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Parse what came; the first byte of a head starts its timer, its last one ends it."""
         before, current = self._request_count, self._current_request
-        between_requests = self._waiter is not None and not self._messages
-        if not self._first_line_is_fine(data):
+        # The first bytes may come before the task that waits for them has begun.
+        between_requests = (self._waiter is not None or not before) and not self._messages
+        if self._line is not None and not self._first_line_is_fine(data):
             data = _NONSENSE  # so that it is refused in its turn
         super().data_received(data)
+        if self._request_count != before:
+            is_bare = self._request_count == before + 1 and self._messages and self._messages[-1][1].is_eof()
+            self._line = b"" if is_bare and data.endswith(b"\r\n\r\n") else None
         if self._request_count != before:
             self._room.is_busy(self)
             self._end_head_timer()
@@ -160,20 +164,15 @@ class Connection(RequestHandler):
             self._head_goes_on(len(data))
 
     def _first_line_is_fine(self, data: bytes) -> bool:
-        """Return whether the request that begins here, if one does, has single spaces in its first line.
+        """Return whether the request that begins here has single spaces in its first line (RFC 9112 section 3).
 
-        aiohttp's parser passes over others (RFC 9112 section 3 has exactly one).
+        aiohttp's parser passes over more, and does not tell where a request begins: so this is looked at where it is
+        certain, for the first request of a connection and behind one without a body.
         """
-        if self._line is None:
-            last = self._messages[-1][1] if self._messages else self._current_request and self._current_request.content
-            if last and not last.is_eof():
-                return True  # a body goes on
-            self._line = b""
-        self._line += data[:MAX_LINE]
+        self._line = (self._line or b"") + data[:MAX_LINE]
         line, end, behind = self._line.lstrip(b"\r\n").partition(b"\r\n")
         if not end:
-            return len(self._line) <= MAX_LINE
-        self._line = None
+            return len(self._line) <= 2 * MAX_LINE  # the parser says what is too long
         return line.count(b" ") == 2 and not _SPACED_LINE.search(behind)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

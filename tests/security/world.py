@@ -402,7 +402,11 @@ def connect(address: str, receive: int | None = None) -> socket.socket:
     sock.settimeout(PATIENCE)
     if receive is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-    sock.connect(target)
+    try:
+        sock.connect(target)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
