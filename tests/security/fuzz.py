@@ -1,0 +1,690 @@
+"""Does anything that a client sends get past the proxy's rules? `python -m tests.security.fuzz --seconds 600`.
+
+A real proxy process, a far side that records every byte, a token host, and clients that send what `grammar.py` makes.
+All the time it is checked that
+
+- what arrives upstream is canonical, and is one of the requests that `strict.py` finds in what was sent: the same
+  method, target, body and fields, by the account that was asked for, and each of them at most once. So a request hidden
+  in a body, or sent twice, or cut off and completed, has nothing that it can be;
+- answers come in the order of their requests, each for its own, and every connection is answered or closed in time;
+- no answer, log line or metrics page shows a secret or a token, and none of the proxy's own a part of a request;
+- the proxy stays up, serves good requests in time, writes no traceback, and ends with the descriptors and the memory
+  that it began with.
+
+The exit code is 1 where any of this failed. Linux only: descriptors and memory are read from `/proc`.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import secrets
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from tests.bench.processes import end_on_signals, memory_kib
+from tests.far_side import Received, TokenHost, answer
+from tests.near_side import Client, call
+from tests.proxy_process import ProxyProcess, serving
+from tests.security import strict
+from tests.security.grammar import MARKS, Case, Sender, case
+from tests.security.strict import Message
+
+ENDED_WITHIN = 15.0  # seconds in which the proxy answers or closes, whatever was sent; its timeouts are 2 s and 5 s
+SLOWLY = 0.02  # seconds
+A_MOMENT = 0.02  # seconds in which an answer to what is broken is waited for
+GOOD_WITHIN = 5.0  # seconds in which a good request is answered, whatever else goes on
+SETTLED_WITHIN = 30.0  # seconds
+MOST_GROWTH = 30.0  # MiB
+REMEMBERED = 300  # requests of a client that may still arrive upstream
+SHOWN = 200  # violations
+
+MINT = b"/tokens/2021-03-01/restrictedDataToken"
+METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"}
+OWN_FIELDS = {b"host", b"x-amz-access-token", b"x-amz-date", b"user-agent", b"content-length", b"transfer-encoding"}
+NOT_SENT_ON = re.compile(
+    rb"authorization|baggage|connection|cookie|expect|forwarded|keep-alive|proxy-(?:authenticate|authorization|connection)|te|trailer|upgrade|via|x-amz-security"
+    rb"-token|x-amz-signature|x-amz-content-sha256|x-forwarded-.*|x-real-ip|x-request-id|x-sp-.*"
+)
+CANONICAL_LINE = re.compile(rb"[A-Z]+ /[\x21-\x7e]* HTTP/1\.1\r\n")
+ODD_IN_TARGET = re.compile(rb"[#\\]")
+MARK = re.compile(MARKS)
+RESET = struct.pack("ii", 1, 0)  # linger for no time: the peer sees a reset
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Whose a token is that was issued; without account and region it is the application's own."""
+
+    application: str
+    account: bytes | None
+    region: str | None
+
+
+@dataclass(slots=True)
+class Sent:
+    """One request that a client sent, as a strict reader sees it, and where it is to go."""
+
+    message: Message
+    target: bytes
+    account: bytes | None
+
+
+@dataclass(slots=True)
+class Worker:
+    """One client after another, of accounts that nobody else uses, so that it is known whose request arrives."""
+
+    accounts: tuple[bytes, bytes]
+    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    cases: deque[Case] = field(default_factory=lambda: deque(maxlen=3))
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule that was broken, with the bytes that broke it."""
+
+    rule: str
+    what: str
+    cases: tuple[Case, ...]
+    seen: bytes
+
+    def __str__(self) -> str:
+        lines = [f"VIOLATION ({self.rule}): {self.what}", f"  seen: {self.seen!r}"]
+        for one in self.cases:
+            listener = "fixed" if one.sender.fixed else "open"
+            lines.append(f"  case {one.number}, {listener} listener, then {one.ending}: {one.pieces!r}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Findings:
+    """What a run has seen so far."""
+
+    violations: list[Violation] = field(default_factory=list)
+    answers: Counter[str] = field(default_factory=Counter)
+    cases: int = 0
+    arrived: int = 0
+    cut_off: int = 0
+    exchanges: int = 0
+    good: int = 0
+    slowest_good: float = 0.0
+
+    def violate(self, rule: str, what: str, cases: tuple[Case, ...] = (), seen: bytes = b"") -> None:
+        """Note a broken rule; what is noted is shown as it happens."""
+        marks = set(MARK.findall(seen))
+        guilty = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
+        violation = Violation(rule, what, guilty, seen)
+        self.violations.append(violation)
+        if len(self.violations) <= SHOWN:
+            sys.stderr.write(f"{violation}\n")
+
+
+class World:
+    """Both sides of the proxy under test, and what is known about them."""
+
+    def __init__(self, connections: int) -> None:
+        self.findings = Findings()
+        self.secret = f"NEVERSHOWN{secrets.token_hex(8)}"
+        # Names so far apart that no mutation makes one of another.
+        names = [sha256(b"%d" % number).hexdigest().encode() for number in range(connections)]
+        self.workers = [Worker((b"a" + name[:9], b"b" + name[9:18])) for name in names]
+        self.good = Worker((b"good", b"good-too"))
+        self.issued: dict[bytes, Grant] = {}
+        self.hosts: dict[str, bytes] = {}
+        self.token_host = _TokenHost(self)
+
+    @property
+    def all_workers(self) -> list[Worker]:
+        return [*self.workers, self.good]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the proxy's configuration: for each worker a listener for its first account, and an open one."""
+        names = [tuple(name.decode() for name in worker.accounts) for worker in self.all_workers]
+        accounts = {}
+        for number, (first, second) in enumerate(names):
+            application = f"app-{number}"
+            accounts[first] = self._account(application, first, ("eu",))
+            accounts[second] = self._account(application, second, ("na", "fe"))
+        listeners: list[dict[str, str]] = []
+        for first, _ in names:
+            listeners += [{"address": "127.0.0.1:0", "account": first, "region": "eu"}, {"address": "127.0.0.1:0"}]
+        return {
+            "listen": listeners,
+            "admin": "127.0.0.1:0",
+            "applications": {
+                f"app-{n}": {"client_id": f"app-{n}", "client_secret": f"{self.secret}-client-{n}"}
+                for n in range(len(names))
+            },
+            "accounts": accounts,
+            "endpoints": {
+                **{region: f"http://{host.decode()}" for region, host in self.hosts.items()},
+                "lwa": self.token_host.url,
+            },
+            "limits": {"pace": False},
+            "retry": {"attempts": 1},
+            "timeouts": {"header": "2s", "body_idle": "2s", "keep_alive": "2s"},
+            "pool": {"idle": "1s"},
+            "log": {"level": "debug"},
+        }
+
+    def _account(self, application: str, name: str, regions: tuple[str, ...]) -> dict[str, Any]:
+        tokens = {region: f"Atzr|{self.secret}-refresh-{name}-{region}" for region in regions}
+        return {"application": application, "refresh_tokens": tokens}
+
+    def issue(self, kind: str, grant: Grant) -> str:
+        """Return a new token, and remember whose it is."""
+        self.findings.exchanges += 1
+        token = f"Atza|{self.secret}-{kind}-{len(self.issued)}"
+        self.issued[token.encode()] = grant
+        return token
+
+    def worker_of(self, grant: Grant) -> Worker:
+        return self.all_workers[int(grant.application.removeprefix("app-"))]
+
+    # What arrives upstream.
+
+    def arrived(self, region: str, message: Message) -> bytes:
+        """Check a request that came, whole or cut off, and return the answer to it."""
+        findings = self.findings
+        findings.arrived += message.complete
+        findings.cut_off += not message.complete
+        tokens = message.all(b"x-amz-access-token")
+        grant = self.issued.get(tokens[0]) if len(tokens) == 1 else None
+        worker = self.worker_of(grant) if grant is not None else None
+        cases = tuple(one for each in self.workers for one in each.cases)
+        for odd in not_canonical(message, self.hosts[region]):
+            findings.violate("canonical", odd, cases, message.raw)
+        if grant is None or worker is None:
+            findings.violate("token", "no token that was issued", cases, message.raw)
+        elif grant.region not in {region, None}:
+            findings.violate("token", f"a token of another region than {region}", cases, message.raw)
+        elif message.target == MINT:
+            token = self.issue("restricted", grant)
+            body = json.dumps({"restrictedDataToken": token, "expiresIn": 60})
+            return answer("200 OK", body.encode(), content_type="application/json")
+        elif (fault := not_sent(message, grant, worker)) is not None:
+            findings.violate("as sent", fault, cases, message.raw)
+        return echo(message)
+
+    def begin(self, one: Case, worker: Worker) -> list[Sent]:
+        """Note what a case is about to send, and return it as a strict reader sees it."""
+        worker.cases.append(one)
+        sent = [sent_as(message, one.sender) for message in strict.requests(one.data)]
+        worker.sent.extend(sent)
+        return sent
+
+    def check_hidden(self, rule: str, data: bytes, cases: tuple[Case, ...] = ()) -> None:
+        """Check that no secret, and nothing that was issued, is to be seen."""
+        if self.secret.encode() in data:
+            self.findings.violate(rule, "a secret is to be seen", cases, data[:5000])
+
+
+def sent_as(message: Message, sender: Sender) -> Sent:
+    """Return where a request is to go: its target without authority and prefix, and the account that it names."""
+    target = message.target
+    if not target.startswith(b"/"):
+        target = re.sub(rb"(?i)\Ahttps?://[^/?#]*", b"", target)
+        target = target if target.startswith(b"/") else b"/" + target
+    account = None
+    if target.startswith(b"/@"):
+        account, _, target = target[2:].partition(b"/")
+        region, slash, behind = target.partition(b"/")
+        target = b"/" + (behind if slash and region.lower() in {b"na", b"eu", b"fe"} else target)
+    named = [value for name, value in message.fields if name.lower() == b"x-sp-account"]
+    if sender.fixed:
+        account = sender.account
+    elif account is None and named:
+        account = named[0]
+    return Sent(message, target, account)
+
+
+def not_canonical(message: Message, host: bytes) -> Iterator[str]:
+    """Yield what of a request that arrived upstream could be read in another way, or should not be there."""
+    path = message.target.partition(b"?")[0]
+    plain = re.sub(rb"(?i)%5c|%2f|\\", b"/", re.sub(rb"(?i)%2e", b".", path))
+    names = [name.lower().replace(b"_", b"-") for name, _ in message.fields]
+    lengths, codings = message.all(b"content-length"), message.all(b"transfer-encoding")
+    if CANONICAL_LINE.match(message.raw) is None or ODD_IN_TARGET.search(message.target):
+        yield "the request line is not canonical"
+    if message.method not in METHODS:
+        yield "the method is none that is forwarded"
+    if path.startswith(b"//"):
+        yield "the path begins with //"
+    if {segment.partition(b";")[0] for segment in plain.split(b"/")} & {b".", b".."}:
+        yield "the path has a dot segment"
+    if message.all(b"host") != [host]:
+        yield "the host is not the far side's own"
+    if len(message.all(b"x-amz-access-token")) != 1:
+        yield "there is not exactly one token"
+    if len(lengths) + len(codings) > 1 or not all(re.fullmatch(rb"\d+", one) for one in lengths):
+        yield "the length is not clear"
+    if codings and (
+        codings != [b"chunked"] or not all(re.fullmatch(rb"[0-9a-f]+\r\n", x) for x in message.chunk_lines)
+    ):
+        yield "the chunks are not plain ones"
+    if message.target != MINT and any(NOT_SENT_ON.fullmatch(name) for name in names):
+        yield "a field is there that is not for Amazon"
+
+
+def not_sent(message: Message, grant: Grant, worker: Worker) -> str | None:
+    """Take what arrived off the list of what was sent; return why it cannot be any of that, None where it is."""
+    found = [one for one in worker.sent if (one.message.method, one.target) == (message.method, message.target)]
+    if not found:
+        return "nobody sent such a request"
+    found = [one for one in found if one.message.clear and _is_body_of(one.message, message)]
+    if not found:
+        return "its body, or the end of its body, is not what was sent"
+    found = [one for one in found if grant.account is None or one.account == grant.account]
+    if not found:
+        return "it goes out with the token of another account"
+    own = OWN_FIELDS | {b"content-length"}
+    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in own)
+    found = [one for one in found if not added - Counter((name.lower(), value) for name, value in one.message.fields)]
+    if not found:
+        return "it has fields that were not sent"
+    worker.sent.remove(found[0])
+    return None
+
+
+def _is_body_of(sent: Message, arrived: Message) -> bool:
+    if arrived.complete:
+        return sent.complete and sent.body == arrived.body
+    return sent.body.startswith(arrived.body)
+
+
+def echo(message: Message) -> bytes:
+    """Return an answer that says which request it is for."""
+    what = message.method + b" " + message.target
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nx-echo: " + what + b"\r\n"
+    if message.method == b"HEAD":
+        return head + b"Content-Length: 5\r\n\r\n"
+    if b"/chunky/" in message.target:
+        return head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(what), what)
+    return head + b"Content-Length: %d\r\n\r\n" % len(what) + what
+
+
+class _TokenHost(TokenHost):
+    """Issues tokens that are known again wherever they are seen."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+
+    async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
+        form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
+        grant = Grant(form["client_id"], None, None)
+        if form["grant_type"] == "refresh_token":
+            account, region = form["refresh_token"].partition("-refresh-")[2].rsplit("-", 1)
+            grant = Grant(form["client_id"], account.encode(), region)
+        said = {"access_token": self.world.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
+        self.received.clear()
+        writer.write(answer("200 OK", json.dumps(said).encode(), content_type="application/json"))
+        await writer.drain()
+
+
+class _FarSide(asyncio.Protocol):
+    """One connection from the proxy to one region."""
+
+    def __init__(self, world: World, region: str) -> None:
+        self.world = world
+        self.region = region
+        self.buffer = b""
+        self.answered_early = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (message := strict.request(self.buffer)) is not None:
+            if not message.complete:
+                if b"/early/" in message.target and not self.answered_early:
+                    self.answered_early = True
+                    self.transport.write(echo(message))
+                return
+            self.buffer = self.buffer[len(message.raw) :]
+            said = self.world.arrived(self.region, message)
+            if self.answered_early:
+                self.answered_early = False
+            elif b"/slow/" in message.target:
+                asyncio.get_running_loop().call_later(SLOWLY, self.transport.write, said)
+            else:
+                self.transport.write(said)
+        if b"\r\n\r\n" in self.buffer:
+            self._is_malformed()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - as the base
+        message = strict.request(self.buffer)
+        if message is not None:
+            rest = self.buffer[len(message.raw) :]
+            self.world.arrived(self.region, message)
+            if re.fullmatch(rb"[0-9a-f]*\r?\n?", rest) is None:
+                self._is_malformed()
+        elif self.buffer:
+            self._is_malformed()
+
+    def _is_malformed(self) -> None:
+        cases = tuple(one for worker in self.world.workers for one in worker.cases)
+        self.world.findings.violate("canonical", "what arrives is no HTTP/1.1", cases, self.buffer)
+        self.buffer = b""
+        self.transport.abort()
+
+
+# Clients.
+
+
+async def play(world: World, one: Case, worker: Worker) -> None:
+    """Send one case, read what is answered, and check it."""
+    sent = world.begin(one, worker)
+    world.findings.cases += 1
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.sender.port, limit=2**20)
+    except OSError as exc:
+        world.findings.violate("up", f"no connection: {exc}", (one,))
+        return
+    try:
+        with suppress(OSError):
+            await _send(one, writer)
+        if one.ending == "reset":
+            return
+        data, at_end = await _read(one, sent, reader)
+        check_answers(world, one, sent, data, at_end=at_end)
+    except TimeoutError:
+        world.findings.violate("in time", f"neither answered nor closed in {ENDED_WITHIN:g} s", (one,))
+    finally:
+        _close(writer, resets=one.resets or one.ending == "reset")
+
+
+async def _send(one: Case, writer: asyncio.StreamWriter) -> None:
+    for piece, pause in zip(one.pieces, one.pauses, strict=True):
+        writer.write(piece)
+        await writer.drain()
+        if pause:
+            await asyncio.sleep(pause)
+    if one.ending == "fin":
+        writer.write_eof()
+
+
+async def _read(one: Case, sent: list[Sent], reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """Return what was answered, and whether the connection ended: all answers, or what comes until it is closed."""
+    whole = [item for item in sent if item.message.complete]
+    methods = [item.message.method for item in sent]
+    has_more = sum(len(item.message.raw) for item in whole) < len(one.data)
+    data, end = b"", time.monotonic() + ENDED_WITHIN
+    while True:
+        enough = one.ending == "read" and len(strict.answers(data, methods, at_end=False)[0]) >= len(whole)
+        if enough and not has_more:
+            return data, False
+        try:
+            async with asyncio.timeout(A_MOMENT if enough else end - time.monotonic()):
+                chunk = await reader.read(65536)
+        except TimeoutError:
+            if enough:
+                return data, False
+            raise
+        except ConnectionError:
+            return data, True
+        if not chunk:
+            return data, True
+        data += chunk
+
+
+def _close(writer: asyncio.StreamWriter, *, resets: bool) -> None:
+    sock = writer.get_extra_info("socket")
+    if resets and sock is not None:
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        writer.transport.abort()
+    writer.close()
+
+
+def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_end: bool) -> None:
+    """Check that answers are well-formed, show nothing, and are each for the request of their turn."""
+    findings = world.findings
+    world.check_hidden("hidden", data, (one,))
+    found, rest = strict.answers(data, [item.message.method for item in sent], at_end=at_end)
+    if rest and not rest.startswith(b"HTTP/1."[: len(rest)]):
+        findings.violate("answers", "what is answered is no HTTP/1.1", (one,), data)
+    if len(found) > len(sent) + 1:
+        findings.violate("answers", f"{len(found)} answers to {len(sent)} requests", (one,), data)
+    for number, got in enumerate(found):
+        error = b"".join(got.all(b"x-sp-proxy-error")).decode()
+        findings.answers[f"{got.status} {error}".strip()] += 1
+        if error == "InternalError":
+            findings.violate("up", "an internal error", (one,), got.raw)
+        if error and MARK.search(got.raw):
+            findings.violate("hidden", "an error quotes the request", (one,), got.raw)
+        if error:
+            continue
+        due = sent[number].message.method + b" " + sent[number].target if number < len(sent) else None
+        if got.all(b"x-echo") != [due]:
+            findings.violate("answers", f"answer {number + 1} is not for request {number + 1}", (one,), data)
+    if not found:
+        findings.answers["closed without an answer" if at_end else "nothing to answer"] += 1
+
+
+# Running.
+
+
+@asynccontextmanager
+async def far_sides(world: World) -> AsyncIterator[None]:
+    """Let three regions and the token host listen."""
+    loop = asyncio.get_running_loop()
+    servers = []
+    for region in ("na", "eu", "fe"):
+        server = await loop.create_server(lambda region=region: _FarSide(world, region), "127.0.0.1", 0)  # type: ignore[misc]
+        world.hosts[region] = b"127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        servers.append(server)
+    async with world.token_host:
+        yield
+    for server in servers:
+        server.close()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the proxy holds: descriptors, requests in flight, resident MiB."""
+
+    descriptors: int
+    in_flight: int
+    memory: float
+
+    def __str__(self) -> str:
+        return f"{self.descriptors} descriptors, {self.in_flight} in flight, {self.memory:.1f} MiB"
+
+
+async def state_of(world: World, proxy: ProxyProcess) -> State:
+    """Return what the proxy holds now; what its metrics page shows is checked on the way."""
+    assert proxy.admin is not None
+    page = await call(proxy.admin, "GET", "/metrics", connection="close")
+    world.check_hidden("hidden", page.body)
+    if MARK.search(page.body):
+        world.findings.violate("hidden", "the metrics page quotes a request", (), page.body)
+    in_flight = re.search(rb"^spapi_proxy_requests_in_flight (\S+)$", page.body, re.MULTILINE)
+    assert in_flight is not None
+    pid = proxy.process.pid
+    return State(descriptors_of(pid), int(float(in_flight[1])), memory_kib(pid, "VmRSS") / 1024)
+
+
+def descriptors_of(pid: int) -> int:
+    """Return how many descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+async def settled(world: World, proxy: ProxyProcess, most_descriptors: int = 0) -> State:
+    """Return the proxy's state when nothing is in flight, and descriptors are few enough or do not become fewer."""
+    end, unchanged, least = time.monotonic() + SETTLED_WITHIN, 0, 10**6
+    while True:
+        state = await state_of(world, proxy)
+        unchanged = unchanged + 1 if state.descriptors >= least else 0
+        least = min(least, state.descriptors)
+        is_done = state.descriptors <= most_descriptors if most_descriptors else unchanged >= 15
+        if (state.in_flight == 0 and is_done) or time.monotonic() > end:
+            return state
+        await asyncio.sleep(0.1)
+
+
+def check_log(world: World, proxy: ProxyProcess) -> None:
+    """Check what the proxy wrote since the last look, and drop it."""
+    lines, proxy.log[:] = proxy.log[:], []
+    for line in lines:
+        world.check_hidden("hidden", line.encode())
+        if "internal error" in line or "Traceback" in line or not line.startswith("{"):
+            world.findings.violate("up", f"the log says: {line}")
+        elif MARK.search(line.encode()):
+            said = {**json.loads(line), "request_id": ""}  # which the client chose for the log
+            if MARK.search(json.dumps(said).encode()):
+                world.findings.violate("hidden", f"the log quotes a request: {line}")
+
+
+async def good_request(world: World, port: int) -> None:
+    """Send a good request, and note how long its answer took."""
+    findings, began = world.findings, time.monotonic()
+    target = f"/good/{findings.good}"
+    data = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    world.begin(Case(-1, Sender(*world.good.accounts, port, fixed=True), [data], [0.0], "read", False), world.good)
+    try:
+        async with asyncio.timeout(GOOD_WITHIN):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(data)
+                got = await Client(reader, writer).answer()
+            finally:
+                writer.close()
+        if (got.status, got.body.decode()) != (200, f"GET {target}"):
+            findings.violate("up", f"a good request got {got.status}", (), got.body)
+    except (TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
+        findings.violate("up", f"a good request was not answered within {GOOD_WITHIN:g} s: {exc!r}")
+    findings.good += 1
+    findings.slowest_good = max(findings.slowest_good, time.monotonic() - began)
+
+
+async def watch(world: World, proxy: ProxyProcess, port: int) -> None:
+    """Once a second a good request and a look at the log; every ten seconds a line of progress."""
+    begin = time.monotonic()
+    for tick in range(1, 10**9):
+        await good_request(world, port)
+        check_log(world, proxy)
+        if tick % 10 == 0:
+            findings, seconds = world.findings, time.monotonic() - begin
+            sys.stdout.write(
+                f"{seconds:5.0f} s: {findings.cases} cases ({findings.cases / seconds:.0f}/s), "
+                f"{findings.arrived} arrived and {findings.cut_off} cut off upstream, "
+                f"{len(findings.violations)} violations; {await state_of(world, proxy)}\n"
+            )
+            sys.stdout.flush()
+        await asyncio.sleep(max(0.0, begin + tick - time.monotonic()))
+
+
+async def work(world: World, seed: int, number: int, ports: list[int], until: "Until") -> None:
+    """Play every case that is this worker's, one after the other."""
+    worker, step = world.workers[number], len(world.workers)
+    for index in range(number, 10**9, step):
+        if until.is_over(index):
+            return
+        if until.only is None or index == until.only:
+            await play(world, made(seed, index, worker, ports[2 * number : 2 * number + 2]), worker)
+
+
+def made(seed: int, index: int, worker: Worker, ports: list[int]) -> Case:
+    """Return a case as its worker sends it: every other one to the open listener."""
+    fixed = index // 2 % 2 == 0
+    return case(seed, index, Sender(*worker.accounts, ports[0 if fixed else 1], fixed))
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """When a run is over: at a moment of the monotonic clock, or after so many cases; `only` is the one to play."""
+
+    moment: float = float("inf")
+    cases: int | None = None
+    only: int | None = None
+
+    def is_over(self, index: int) -> bool:
+        return time.monotonic() > self.moment or (self.cases is not None and index >= self.cases)
+
+
+async def fuzz(
+    seed: int, connections: int, *, seconds: float = float("inf"), cases: int | None = None, only: int | None = None
+) -> Findings:
+    """Run against a proxy of its own, for so many seconds or cases, and return what was found."""
+    world = World(connections)
+    with tempfile.TemporaryDirectory() as folder:
+        async with far_sides(world), serving(world.settings(), Path(folder)) as proxy:
+            ports = [int(address.rpartition(":")[2]) for address in proxy.addresses]
+            for _ in range(20):
+                await good_request(world, ports[-2])
+            before = await settled(world, proxy)
+            sys.stdout.write(f"seed {seed}, begins with {before}\n")
+            until = Until(time.monotonic() + seconds, cases, only)
+            watching = asyncio.create_task(watch(world, proxy, ports[-2]))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number in range(connections):
+                        group.create_task(work(world, seed, number, ports, until))
+            finally:
+                watching.cancel()
+                await asyncio.wait([watching])
+            after = await settled(world, proxy, before.descriptors)
+            await check_end(world, proxy, before, after)
+            sys.stdout.write(f"ends with {after}\n")
+    return world.findings
+
+
+async def check_end(world: World, proxy: ProxyProcess, before: State, after: State) -> None:
+    """Check that the proxy holds no more than it did, and ends in order."""
+    findings = world.findings
+    if after.in_flight or after.descriptors > before.descriptors or after.memory > before.memory + MOST_GROWTH:
+        findings.violate("end", f"it began with {before}, and ends with {after}")
+    code = await proxy.stop()
+    if code != 0:
+        findings.violate("end", f"the exit code is {code}")
+    check_log(world, proxy)
+
+
+def report(findings: Findings) -> str:
+    """Return the counts, and every rule that was broken."""
+    kinds = Counter(f"{violation.rule}: {violation.what[:80]}" for violation in findings.violations)
+    rows = [
+        f"{findings.cases} cases: {findings.arrived} requests arrived upstream, {findings.cut_off} cut off",
+        f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_good:.3f} s",
+        *(f"{count:8}  {what}" for what, count in findings.answers.most_common()),
+        f"{len(findings.violations)} violations",
+        *(f"{count:8}  {what}" for what, count in kinds.most_common()),
+    ]
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run, print what was found; 1 where a rule was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.security.fuzz", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600, help="how long it runs (default 600)")
+    parser.add_argument("--seed", type=int, default=1, help="of every case (default 1)")
+    parser.add_argument("--connections", type=int, default=8, help="at once (default 8)")
+    parser.add_argument(
+        "--case", type=int, metavar="N", help="play this one alone; seed and connections as it was found"
+    )
+    options = parser.parse_args()
+    end_on_signals()
+    cases = None if options.case is None else options.case + 1
+    findings = asyncio.run(
+        fuzz(options.seed, options.connections, seconds=options.seconds, cases=cases, only=options.case)
+    )
+    sys.stdout.write(f"{report(findings)}\n")
+    return 1 if findings.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
