@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
@@ -45,6 +45,8 @@ RequestFactory = Callable[..., web.BaseRequest]
 _NONSENSE = b"\x00"  # no request begins with it
 # The first line of a request behind another one, with a space too many.
 _SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
+
+_PLAIN_END = re.compile(rb"(?:\r\n|\A)0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
 
@@ -119,6 +121,7 @@ class Connection(RequestHandler):
         "_head_timer",
         "_is_counted",
         "_is_leaving",
+        "_last",
         "_line",
         "_options",
         "_room",
@@ -134,9 +137,15 @@ class Connection(RequestHandler):
         self._room = room
         self._is_counted = False
         self._is_leaving = False
+        self._last: StreamReader | None = None  # the body of a request behind which nothing is read
         self._line: bytes | None = b""  # what came of a request's head; None where none is known to begin
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it ends with the answer that is next."""
+        return self._is_leaving
 
     @property
     def is_busy(self) -> bool:
@@ -154,6 +163,9 @@ class Connection(RequestHandler):
         if self._request_count != before:
             is_bare = self._request_count == before + 1 and self._messages and self._messages[-1][1].is_eof()
             self._line = b"" if is_bare and data.endswith(b"\r\n\r\n") else None
+            self._look_for_the_last(self._request_count - before)
+        if self._last is not None and self._last.is_eof():
+            self._end_with_the_last(data)
         if self._request_count != before:
             self._room.is_busy(self)
             self._end_head_timer()
@@ -174,6 +186,32 @@ class Connection(RequestHandler):
         if not end:
             return len(self._line) <= 2 * MAX_LINE  # the parser says what is too long
         return line.count(b" ") == 2 and not _SPACED_LINE.search(behind)
+
+    def _look_for_the_last(self, new: int) -> None:
+        """Find a request among the new ones behind which nothing may be read on this connection.
+
+        Behind an attempt to switch protocols aiohttp loses bytes, or reads a CONNECT's body as requests; the last field
+        of a trailer section becomes a field of the next request.
+        """
+        for message, payload in list(self._messages)[-new:]:
+            if not isinstance(message, _ErrInfo) and (
+                message.upgrade or message.chunked or message.method == "CONNECT"
+            ):
+                self._last = payload
+                return
+
+    def _end_with_the_last(self, data: bytes) -> None:
+        """Read no more: what is being served is answered first. A chunked body that plainly had no trailer is fine."""
+        last, self._last = self._last, None
+        is_newest = not self._messages or self._messages[-1][1] is last
+        if is_newest and isinstance(last, StreamReader) and _PLAIN_END.search(data):
+            return
+        while self._messages and self._messages[-1][1] is not last and any(one[1] is last for one in self._messages):
+            self._messages.pop()
+        self._is_leaving = True
+        if self._current_request is not None:
+            self._current_request[LAST_ON_CONNECTION] = True
+        self.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let a write wait until the kernel has all of it: so nothing is left over that no timeout looks at."""
@@ -357,8 +395,11 @@ class Listening(web.Server):
             # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them.
             request[VERSION_REFUSED] = True
             request._version = HttpVersion11  # noqa: SLF001 - see above
-        if isinstance(protocol, Connection) and protocol.peer is not NOBODY:
-            request[PEER] = protocol.peer
+        if isinstance(protocol, Connection):
+            if protocol.peer is not NOBODY:
+                request[PEER] = protocol.peer
+            if protocol.is_leaving:
+                request[LAST_ON_CONNECTION] = True
         return request
 
 

@@ -41,7 +41,7 @@ def parse_duration(value: object) -> float:
     """Return seconds for `10s`, `500ms`, `2m`, `1h`, `1d` or a plain number of seconds; raise a validation error."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
         seconds = float(value)
-    elif isinstance(value, str) and (match := DURATION.fullmatch(value.strip())):
+    elif isinstance(value, str) and (match := DURATION.fullmatch(value.strip(" \t"))):
         seconds = float(match[1]) * DURATION_UNITS[match[2]]
     else:
         raise wrong("must be a duration such as 500ms, 10s, 2m or 1h")

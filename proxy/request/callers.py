@@ -97,7 +97,7 @@ class Callers:
         found = {
             name
             for value in headers.getall("Authorization", ())
-            if value[: len(_SCHEME)].lower() == _SCHEME and (name := self._by_key(value[len(_SCHEME) :].strip()))
+            if value[: len(_SCHEME)].lower() == _SCHEME and (name := self._by_key(value[len(_SCHEME) :].strip(" \t")))
         }
         if len(found) > 1:
             raise MalformedRequest("two keys of different callers are given", "Send one.")
@@ -128,4 +128,4 @@ def _key(headers: CIMultiDictProxy[str]) -> str | None:
     values = headers.getall(KEY_HEADER, ())
     if len(values) > 1:
         raise MalformedRequest(f"the header {KEY_HEADER} is given {len(values)} times", "Send it once.")
-    return values[0].strip() if values else None
+    return values[0].strip(" \t") if values else None

@@ -16,7 +16,7 @@ from aiohttp import web
 from proxy.amazon.operations import OperationTable
 from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
-from proxy.errors import InternalError, ProxyError
+from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, MethodRefused, ProxyError, VersionRefused
 from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import OwnAnswer
@@ -36,6 +36,9 @@ from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, beginning_of, check_body
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
+
+# Errors after which it is not certain where the next request begins (RFC 9112 section 6.3).
+_UNCLEAR = (MalformedRequest, MethodRefused, VersionRefused, HeaderTooLarge)
 
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
 
@@ -340,6 +343,6 @@ def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> 
     """Return the answer for an error of ours, and note it in the exchange."""
     exchange.status, exchange.error, exchange.fault = error.status, error.code, error.fault
     answer = OwnAnswer(error, exchange.summary(), with_body=request.method != "HEAD")
-    if request.body_exists and not request.content.at_eof():
-        answer.force_close()  # what follows on this connection is the unread body, not a request
+    if isinstance(error, _UNCLEAR) or (request.body_exists and not request.content.at_eof()):
+        answer.force_close()  # what follows on this connection is the unread body, or who knows what: not a request
     return answer

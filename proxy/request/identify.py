@@ -220,7 +220,7 @@ def _single(headers: CIMultiDictProxy[str], name: str) -> str | None:
     values = headers.getall(name, ())
     if len(values) > 1:
         raise MalformedRequest(f"the header {name} is given {len(values)} times", "Send it once.")
-    return values[0].strip() if values else None
+    return values[0].strip(" \t") if values else None
 
 
 def _agreed(choices: list[_Choice], what: str) -> _Choice | None:
@@ -301,8 +301,8 @@ def _marketplace_ids(query: str) -> Iterator[str]:
             count += 1
             if count > _MOST_MARKETPLACES:
                 raise BadTarget("the query names too many marketplaces", f"Name at most {_MOST_MARKETPLACES}.")
-            if marketplace.strip():
-                yield marketplace.strip()
+            if marketplace.strip(" \t"):
+                yield marketplace.strip(" \t")
 
 
 def _usual_region(account: _Choice, settings: Account) -> _Choice:
@@ -351,7 +351,7 @@ def _elements(
         wanted = settings.data_elements if permit.elements is None else permit.elements & set(settings.data_elements)
         return _in_order(set(wanted), operation), "the setting data_elements"
     source = f"header {ELEMENTS_HEADER}"
-    asked = {element.strip() for element in header.split(",")} - {""}
+    asked = {element.strip(" \t") for element in header.split(",")} - {""}
     if asked == {"none"}:
         return None, source
     if not asked <= set(ALL_ELEMENTS):

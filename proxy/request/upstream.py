@@ -80,6 +80,9 @@ PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
 BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
 BODILESS = frozenset({"GET", "HEAD"})
 
+# Written with `_`, they are others than these, but not for everybody.
+LOOKALIKES = BODY_FIELDS
+
 MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
 MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 
@@ -106,6 +109,8 @@ def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     for name, value in headers.items():
         # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
         lower = name.lower().replace("_", "-")
+        if "_" in name and lower in LOOKALIKES:
+            continue
         if lower in dropped or lower in PRIVATE or lower.startswith(PRIVATE_PREFIXES):
             continue
         if not value.isascii() and not _is_utf8(value):

@@ -63,7 +63,6 @@ FOUND = {
 }
 
 
-@pytest.mark.xfail(reason="found by the fuzzer, and not mended yet", strict=True)
 @pytest.mark.parametrize(("pieces", "never"), FOUND.values(), ids=FOUND.keys())
 async def test_what_was_found_stays_mended(
     start_proxy: StartProxy, far_side: FarSide, pieces: list[bytes], never: str
