@@ -35,10 +35,14 @@ class _Watched(ResponseHandler):
             _parsers.DEBUG = before
 
     def data_received(self, data: bytes) -> None:
-        if not self.idle:
-            super().data_received(data)
-        elif data:  # aiohttp calls itself with nothing, to go on with what it has
-            self.abort()
+        if self.idle:
+            if data:  # aiohttp calls itself with nothing, to go on with what it has
+                self.abort()
+            return
+        super().data_received(data)
+        if self.exception() is not None and self._payload is not None and not self._payload.is_eof():
+            # The parser gave up within a body, and tells nobody who waits for more of it.
+            self._payload.set_exception(aiohttp.ClientPayloadError("the body is not well-formed"))
 
 
 # Whether the connection of the latest request of this task had served another one before.

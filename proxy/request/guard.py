@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 from multidict import CIMultiDictProxy
 
 from proxy.amazon.marketplaces import HOST_MEANS
@@ -77,6 +78,9 @@ def check_message(request: web.BaseRequest, most: int) -> None:
     """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
+    if request.version < HttpVersion11 and "Transfer-Encoding" in request.headers:
+        # A hop before us that speaks 1.0 does not know chunks (RFC 9112 section 6.1).
+        raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding", "Send a Content-Length, or HTTP/1.1.")
     size = len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
     if size > most:
         raise HeaderTooLarge(

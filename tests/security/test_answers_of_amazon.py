@@ -7,14 +7,15 @@ import gzip
 import json
 import socket
 import ssl
-import subprocess
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 
-from tests.security.world import SELLERS, Arrived, Seen, Server, Stream, World, answer, request
+from tests.certificates import Authority
+from tests.security.world import PATIENCE, SELLERS, Arrived, Seen, Server, Stream, World, answer, request
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -201,6 +202,25 @@ INTERIM = [
 def test_27_interim_answers_are_not_the_answer(world: World, interim: bytes, method: str) -> None:
     (got,) = play(world, interim + answer(b"final"), end="stay", method=method)
     assert (got.status, got.body) == (200, b"final")
+    others_are_well(world)
+
+
+@pytest.mark.parametrize("chunk", [b"2;\r\n", b'2;"\r\n', b"zz\r\n", b"2\r\n{}x", b"-1\r\n"], ids=repr)
+def test_27_a_broken_chunk_behind_good_ones_ends_the_answer_at_once(world: World, chunk: bytes) -> None:
+    def script(stream: Stream, _: Arrived) -> None:
+        stream.send(CHUNKED + b"2\r\n{}\r\n")
+        passed_on.wait(PATIENCE)
+        stream.send(chunk)
+
+    passed_on = threading.Event()
+    world.api.scripts["/played"] = script
+    with world.client() as stream:
+        stream.send(request("/played"))
+        stream.until(b"2\r\n{}\r\n")
+        began = time.monotonic()
+        passed_on.set()
+        assert b"0\r\n\r\n" not in stream.rest()
+    assert time.monotonic() - began < 1.0, "it waits for what cannot come"
     others_are_well(world)
 
 
@@ -482,55 +502,6 @@ def test_38_an_upload_waits_outside_for_a_far_side_that_does_not_read(world: Wor
 # TLS: rows 35 and 36, fault 30.
 
 
-CA = """[ca]
-default_ca = own
-[own]
-database = index.txt
-new_certs_dir = .
-default_md = sha256
-serial = serial.txt
-policy = any
-copy_extensions = copy
-[any]
-commonName = supplied
-"""
-
-
-def certificate(folder: Path, name: str, *, expired: bool = False) -> tuple[str, str]:
-    """Make a certificate of its own for `name`; return the paths of certificate and key."""
-    (folder / "ca.conf").write_text(CA)
-    (folder / "index.txt").write_text("")
-    new = [
-        "req",
-        "-new",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-keyout",
-        f"{name}.key",
-    ]
-    new += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-out", f"{name}.csr"]
-    years = ("20200101000000Z", "20200102000000Z") if expired else ("20200101000000Z", "20990101000000Z")
-    sign = [
-        "ca",
-        "-batch",
-        "-selfsign",
-        "-config",
-        "ca.conf",
-        "-keyfile",
-        f"{name}.key",
-        "-in",
-        f"{name}.csr",
-        "-notext",
-    ]
-    sign += ["-out", f"{name}.crt", "-startdate", years[0], "-enddate", years[1], "-rand_serial"]
-    for command in (new, sign):
-        subprocess.run(["openssl", *command], check=True, capture_output=True, cwd=folder)
-    return str(folder / f"{name}.crt"), str(folder / f"{name}.key")
-
-
 class TlsServer(Server):
     """The same server with TLS; `heard` is what came through in the clear."""
 
@@ -557,8 +528,9 @@ class TlsServer(Server):
 @pytest.mark.parametrize("case", ["good", "untrusted", "wrong name", "expired", "old version"])
 def test_35_a_certificate_that_does_not_hold_gets_no_byte(tmp_path: Path, case: str) -> None:
     name = "elsewhere.test" if case == "wrong name" else "localhost"
-    paths = certificate(tmp_path, name, expired=case == "expired")
-    trusted = certificate(tmp_path, "other.test")[0] if case == "untrusted" else paths[0]
+    authority = Authority.made(tmp_path / "authority")
+    paths = authority.issue(name, expired=case == "expired", alternative=f"DNS:{name}")
+    trusted = Authority.made(tmp_path / "other").certificate if case == "untrusted" else authority.certificate
     server = TlsServer(paths, ssl.TLSVersion.TLSv1_1 if case == "old version" else None)
     endpoints = dict.fromkeys(("na", "eu", "fe"), f"https://localhost:{server.port}")
     try:

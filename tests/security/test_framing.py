@@ -101,7 +101,12 @@ def test_20_chunked_is_taken(world: World, coding: bytes) -> None:
 
 
 def test_20_chunked_in_http_1_0_is_refused(world: World) -> None:
-    refused(world, post(b"Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n", version=b"HTTP/1.0"))
+    for more in ((), (b"Connection: keep-alive",)):
+        data = post(b"Transfer-Encoding: chunked", *more, body=b"2\r\n{}\r\n0\r\n\r\n", version=b"HTTP/1.0")
+        refused(world, data)
+        (got,) = world.send(data)
+        assert got.error == "MalformedRequest"
+        assert not world.api.arrived
 
 
 LENGTHS = [
