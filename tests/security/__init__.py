@@ -1,1 +1,1 @@
-"""What an attacker tries, with the tools that attackers have."""
+"""What must hold whatever bytes arrive: attacks, faults, other parsers' corpora, fuzzing, a browser, a long run."""

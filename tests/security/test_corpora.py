@@ -1,0 +1,424 @@
+"""What other projects test their parsers with, sent through the proxy: does each side see plain messages alone?"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from proxy.app import Running
+from tests.conftest import StartProxy
+from tests.far_side import FarSide, Received, Script, answer
+from tests.near_side import Answer, Client, call, connect
+from tests.security.corpora import Case, Message, gunicorn, llhttp
+
+LONGEST = 30.0  # seconds for one exchange; the proxy's own patience ends long before
+PATIENCE = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
+MOST_PIECES = 256
+PATH = "/brand/new"
+
+# Refused by gunicorn for reasons of its own. The proxy takes them; what then arrives must be plain all the same.
+POLICY = {
+    "invalid/006": "gunicorn's limit for a request line is 4094 bytes, the proxy's 16 KiB",
+    "invalid/007": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
+    "invalid/008": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
+    "invalid/009": "gunicorn's limit is 100 fields, the proxy's 128",
+    "invalid/010": "a limit that the case sets: 10 bytes for a field",
+    "invalid/011": "a limit that the case sets: 2 fields",
+    "invalid/012": "a limit that the case sets: 98 bytes for a field",
+    "invalid/017": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
+    "invalid/019": "X-Forwarded-Proto and X-Forwarded-Ssl disagree; the proxy believes neither and passes none on",
+    "invalid/chunked_07": "a setting of the case refuses names with an underscore; the proxy drops Transfer_Encoding",
+    "invalid/limit_header_default_01": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
+    "invalid/rfc9110_trailer_forbidden_host_01": "trailer fields may be dropped (RFC 9112 section 7.1.2), and all are",
+    "invalid/rfc9112_leading_crlf_02": "more than one empty line may be skipped (RFC 9112 section 2.2)",
+}
+
+# Where gunicorn finds the mistake in the body, so that the request's beginning may already be on its way.
+IN_THE_BODY = ("invalid/chunked_", "invalid/rfc9110_trailer_", "invalid/rfc9112_chunked_")
+
+# The requests of gunicorn's `valid` files that hold more than one.
+PIPELINED = {"valid/018": 2, "valid/022": 2, "valid/023": 2, "valid/pp_02": 2}
+
+# Taken by the other project, and refused here, by why.
+REFUSED_HERE = {
+    "the method is not forwarded": (
+        "valid/031",
+        "valid/031compat",
+        "valid/031compat2",
+        "valid/rfc9112_target_asterisk_options_01",
+        "valid/rfc9112_target_authority_connect_01",
+        "valid/rfc9112_target_authority_ipv6_01",
+        "request/method/report-request",
+        "request/method/connect-request",
+        "request/method/connect-request-with-caps",
+        "request/method/connect-with-body",
+        "request/method/m-search-request",
+        "request/method/purge-request",
+        "request/method/search-request",
+        "request/method/link-request",
+        "request/method/link-request-again",
+        "request/method/source-request",
+        "request/method/source-request-with-ice",
+        "request/method/options-request-with-rtsp",
+        "request/method/announce-request-with-rtsp",
+        "request/method/query-request",
+        "request/sample/255-ascii-in-header-value",
+        "request/sample/simple-request",
+        "request/uri/underscore-in-hostname",
+    ),
+    "a body on GET, which Amazon refuses": (
+        "valid/008",
+        "valid/020",
+        "valid/040",
+        "valid/040_compat",
+        "valid/rfc9110_body_framing_get_cl_nonzero_01",
+        "request/content-length/funky-content-length-with-body",
+    ),
+    "a transfer coding besides chunked": (
+        "valid/025",
+        "valid/025_line",
+        "valid/029",
+        "valid/030",
+        "valid/rfc9112_smuggle_gzip_chunked_01",
+        "valid/rfc9112_smuggle_te_identity_chunked_01",
+        "request/transfer-encoding/post-with-chunked-as-last-transfer-encoding",
+        "request/transfer-encoding/post-with-chunked-as-last-transfer-encoding-multiple-headers",
+    ),
+    "the PROXY protocol, for which gunicorn has a setting": (
+        "valid/pp_01",
+        "valid/pp_02",
+        "valid/pp_04",
+        "valid/pp_05",
+    ),
+    "folded fields, for which gunicorn has a setting": ("valid/compat_obs_fold", "valid/compat_obs_fold_huge"),
+    "a space behind a field's name, for which gunicorn has a setting": ("valid/028",),
+    "spaces in chunk extensions": ("valid/013",),
+    "a target with '#'": ("valid/005", "request/uri/fragment-in-uri"),
+    "a target with a backslash": ("request/uri/quotes-in-uri",),
+    "a target that begins with two slashes": ("valid/100",),
+    "a target with a user in it": ("valid/rfc9112_target_absolute_userinfo_01", "request/uri/host-port-and-basic-auth"),
+    "no version": ("request/sample/no-http-version",),
+    "an Origin: web pages are refused": ("request/connection/upgrade-get-request",),
+    "a body that is shorter than its length": ("valid/099",),
+}
+
+# What comes behind a request that ends its connection is refused, and the request with it where both come at once.
+TOGETHER = {"valid/019", "valid/021"}
+
+# Where the proxy falls short of what is asserted below.
+KNOWN_REQUESTS = {
+    "invalid/chunked_05": "Transfer-Encoding in HTTP/1.0 is faulty framing (RFC 9112 section 6.1); it is sent on",
+}
+KNOWN_RESPONSES = {
+    "response/invalid/only-lfs-present": "lines that end in LF alone are taken",
+    "response/invalid/only-lfs-present-and-no-body": "lines that end in LF alone are taken",
+    "response/sample/no-carriage-ret": "lines that end in LF alone are taken",
+    "response/transfer-encoding/trailing-space-on-chunked-body": "spaces behind a chunk's size are taken",
+}
+
+# Answers that llhttp takes, and the proxy does not pass on, by why.
+NOT_PASSED_ON = {
+    "another protocol that nobody asked for": (
+        "response/connection/http-101-response-with-upgrade-and-content-length-header",
+        "response/connection/http-101-response-with-upgrade-and-transfer-encoding-header",
+    ),
+    "a transfer coding besides chunked": (
+        "response/transfer-encoding/chunked-before-other-transfer-encoding",
+        "response/transfer-encoding/multiple-transfer-encoding-where-chunked-is-not-the-last-one",
+        "response/transfer-encoding/chunkedchunked-transfer-encoding-does-not-enable-chunked-enconding",
+    ),
+}
+
+# The only requests that may go to Amazon: the narrowest form that RFC 9112 has for them.
+_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) /[\x21\x22\x24-\x5b\x5d-\x7e]* HTTP/1\.1")
+_VISIBLE = rb"[\x21-\x7e\x80-\xff]"
+_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: (" + _VISIBLE + rb"([\t\x20-\x7e\x80-\xff]*" + _VISIBLE + rb")?)?")
+_FRAMING = re.compile(rb"content-length: [0-9]+|transfer-encoding: chunked", re.IGNORECASE)
+_CHUNK_SIZE = re.compile(rb"(0|[1-9a-f][0-9a-f]*)\r\n")
+
+
+def mistakes(head: bytes) -> list[str]:
+    """Return what is ambiguous or not canonical in a request's head (without its blank line)."""
+    line, *fields = head.split(b"\r\n")
+    names = [text.partition(b":")[0].strip().lower() for text in fields]
+    framing = [text for text, name in zip(fields, names, strict=True) if _is_framing(name)]
+    found = [] if _LINE.fullmatch(line) else [repr(line)]
+    found += [repr(text) for text in fields if not _FIELD.fullmatch(text)]
+    found += [repr(text) for text in framing if not _FRAMING.fullmatch(text)]
+    if len(framing) > 1:
+        found.append(f"{len(framing)} fields of framing")
+    if names.count(b"host") != 1:
+        found.append(f"{names.count(b'host')} hosts")
+    return found
+
+
+def _is_framing(name: bytes) -> bool:
+    return name.replace(b"_", b"-") in {b"content-length", b"transfer-encoding"}
+
+
+async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
+    """Read a request's body; raise ValueError where its chunks are not canonical."""
+    if request.get("transfer-encoding") is None:
+        return await reader.readexactly(int(request.get("content-length") or 0))
+    body = b""
+    while True:
+        size = await reader.readuntil(b"\r\n")
+        if not _CHUNK_SIZE.fullmatch(size):
+            raise ValueError(f"chunk size {size!r}")
+        chunk = await reader.readexactly(int(size, 16) + 2)
+        if not chunk.endswith(b"\r\n"):
+            raise ValueError(f"chunk {chunk!r}")
+        if chunk == b"\r\n":
+            return body
+        body += chunk[:-2]
+
+
+@dataclass
+class Witness(FarSide):
+    """Amazon's API, which takes plain requests alone, and notes what was not plain and what broke off."""
+
+    not_plain: list[str] = field(default_factory=list)
+    broken_off: list[bytes] = field(default_factory=list)
+
+    async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError as exc:
+            self.not_plain += [f"half a head: {exc.partial!r}"] if exc.partial else []
+            return False
+        if found := mistakes(head.removesuffix(b"\r\n\r\n")):
+            self.not_plain += found
+            return False
+        line, *fields = head.decode("latin-1").split("\r\n")[:-2]
+        request = Received(line, [(name, value) for name, _, value in (text.partition(": ") for text in fields)])
+        request.connection = number
+        try:
+            request.body = await whole_body(request, reader)
+        except asyncio.IncompleteReadError:
+            self.broken_off.append(head)
+            return False
+        except ValueError as exc:
+            self.not_plain.append(str(exc))
+            return False
+        self.received.append(request)
+        await self.respond(request, writer)
+        return not writer.is_closing()
+
+
+@pytest.fixture
+async def far_side() -> AsyncIterator[Witness]:
+    """Amazon's API as these tests need it."""
+    async with Witness() as server:
+        yield server
+
+
+@pytest.fixture
+async def proxy(start_proxy: StartProxy) -> Running:
+    """A proxy that soon gives up on who says no more."""
+    return await start_proxy(timeouts=PATIENCE)
+
+
+def items(cases: list[Case], known: dict[str, str]) -> list[Any]:
+    """Return one parameter for each case; those known to go wrong are expected to."""
+    fails = {name: pytest.mark.xfail(strict=True, raises=AssertionError, reason=why) for name, why in known.items()}
+    return [pytest.param(case, id=case.name, marks=fails.get(case.name, ())) for case in cases]
+
+
+async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_pieces: bool) -> None:
+    """Send it at once, or so that the other side mostly gets to see it byte by byte."""
+    size = max(1, len(data) // MOST_PIECES) if in_pieces else len(data)
+    for start in range(0, len(data), size):
+        await send(data[start : start + size])
+        await asyncio.sleep(0)  # no wait: it lets the other side have a look
+
+
+# Requests.
+
+_HOST = re.compile(rb"^(host:[ \t]*)(\S+)", re.IGNORECASE | re.MULTILINE)
+_NAMES_VERSION = re.compile(rb"[A-Za-z]+/[0-9]\S*\r?\n")
+_ABSOLUTE = re.compile(rb"^(\S+ https?://)[^/?#@\s]+")
+_FRAMED = re.compile(rb"^(?:content-length|transfer-encoding):[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_LAST_CHUNK = re.compile(rb"(?:^|\r\n)0+\r\n(?:[^\r\n]+\r\n)*\r\n")
+
+
+def at_our_door(data: bytes) -> bytes:
+    """Return a corpus' requests with a Host that the proxy answers to, so that they are not refused for that alone.
+
+    A head with several different Hosts stays as it is, and so does a target with a user in it.
+    """
+    result = b""
+    while data:
+        start = len(data) - len(data.lstrip(b"\r\n"))
+        head, blank, rest = data[start:].partition(b"\r\n\r\n")
+        size = _body_size(head, rest)
+        result += data[:start] + _with_our_host(head + blank) + rest[:size]
+        data = rest[size:]
+    return result
+
+
+def _with_our_host(head: bytes) -> bytes:
+    head = _ABSOLUTE.sub(rb"\1localhost", head)
+    hosts = {match[2] for match in _HOST.finditer(head)}
+    if not hosts:
+        return _NAMES_VERSION.sub(rb"\g<0>Host: localhost\r\n", head, count=1)
+    return _HOST.sub(rb"\1localhost", head) if len(hosts) == 1 else head
+
+
+def _body_size(head: bytes, rest: bytes) -> int:
+    """Return how much of `rest` is this request's body; all of it where that is not plain."""
+    framing: list[bytes] = _FRAMED.findall(head)
+    if not framing:
+        return 0
+    if len(framing) == 1 and framing[0].isdigit():
+        return int(framing[0])
+    last = _LAST_CHUNK.search(rest)
+    return last.end() if last is not None and len(framing) == 1 else len(rest)
+
+
+async def answers_of(client: Client, method: str) -> list[Answer]:
+    """Return the answers up to one that says that it is the last, or up to the connection's end."""
+    answers: list[Answer] = []
+    with suppress(OSError):  # a reset is an end too
+        try:
+            while not answers or answers[-1].get("connection") != "close":
+                answers.append(await client.answer(method))
+        except asyncio.IncompleteReadError as exc:
+            if exc.partial:
+                raise
+    return answers
+
+
+async def exchange(address: str, data: bytes, *, in_pieces: bool) -> list[Answer]:
+    """Send raw bytes on a connection of their own; return the answers when the proxy has ended it."""
+    method = data.lstrip().split(b" ")[0].decode("latin-1")
+    async with asyncio.timeout(LONGEST), connect(address) as client:
+        reading = asyncio.create_task(answers_of(client, method))
+        with suppress(OSError):  # the proxy may end the connection before it has all
+            await deliver(data, client.send, in_pieces=in_pieces)
+        answers = await reading
+        with suppress(OSError):
+            client.writer.write_eof()  # the proxy need not wait for more, and may not say more
+        return answers + await answers_of(client, method)
+
+
+def allowed(case: Case) -> int:
+    """Return how many whole requests of a case may reach Amazon."""
+    if case.messages:
+        return sum(message.is_whole for message in case.messages)
+    if case.is_refused:
+        return int(case.name in POLICY)
+    return PIPELINED.get(case.name, 1)
+
+
+def may_break_off(case: Case) -> bool:
+    """Return whether a case ends, or goes wrong, inside a body: then its beginning may have been sent on."""
+    if case.messages:
+        return any(message.has_head and not message.is_whole for message in case.messages)
+    return not case.is_refused or case.name.startswith(IN_THE_BODY)
+
+
+def agrees(request: Received, message: Message) -> bool:
+    """Return whether what arrived is the request that llhttp read."""
+    target = re.sub(r"^https?://[^/?]*", "", message.url)
+    target = target if target.startswith("/") else f"/{target}"
+    return (request.method, request.target, request.body) == (message.method, target, message.body)
+
+
+@pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")], KNOWN_REQUESTS))
+async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
+    proxy: Running, far_side: Witness, case: Case
+) -> None:
+    async def script(request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("200 OK", x_line=request.line))
+        await writer.drain()
+
+    far_side.script = script
+    most_arrived = 0
+    for in_pieces in (False, True):
+        far_side.received.clear()
+        answers = await exchange(proxy.addresses[0], at_our_door(case.data), in_pieces=in_pieces)
+        arrived = far_side.received.copy()
+        good = await call(proxy.addresses[0], "GET", PATH)
+        assert (good.status, good.get("x-line")) == (200, f"GET {PATH} HTTP/1.1")
+
+        assert not far_side.not_plain
+        assert len(arrived) <= allowed(case)
+        assert may_break_off(case) or not far_side.broken_off
+        if case.messages:
+            read = iter(case.messages)
+            assert all(any(agrees(request, message) for message in read) for request in arrived)
+
+        passed = [got for got in answers if got.error is None]
+        assert [got.get("x-line") for got in passed] == [request.line for request in arrived]
+        assert all(got.status == 200 for got in passed)
+        assert all(400 <= got.status <= 505 for got in answers if got.error is not None)
+        most_arrived = max(most_arrived, len(arrived))
+
+    if (case.name in POLICY or not case.is_refused) and case.name not in TOGETHER:
+        is_refused_here = any(case.name in names for names in REFUSED_HERE.values())
+        assert most_arrived == (0 if is_refused_here else allowed(case))
+
+
+# Responses.
+
+
+@pytest.mark.parametrize("case", items(llhttp("response"), KNOWN_RESPONSES))
+async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: Running, far_side: Witness, case: Case) -> None:
+    message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
+    says_its_end = message.is_whole or case.is_refused
+    for in_pieces in (False, True):
+        for closes in (False, True) if says_its_end else (True,):
+            far_side.received.clear()
+            far_side.script = playing(case.data, far_side, in_pieces=in_pieces, closes=closes)
+            first = await call_if_answered(proxy.addresses[0])
+            second = await call_if_answered(proxy.addresses[0])
+            assert is_right(first, message), (in_pieces, closes, first)
+            if not case.is_refused:
+                is_own_error = first is not None and first.error is not None
+                assert is_own_error == any(case.name in names for names in NOT_PASSED_ON.values())
+            assert second is not None
+            assert (second.status, second.reason, second.body, second.complete) == (200, "OK", b"own", True)
+
+
+def playing(data: bytes, far_side: Witness, *, in_pieces: bool, closes: bool) -> Script:
+    """Return a script that answers the first request with these bytes, and every other one properly."""
+
+    async def script(request: Received, writer: asyncio.StreamWriter) -> None:
+        async def send(piece: bytes) -> None:
+            writer.write(piece)
+            await writer.drain()
+
+        if request is not far_side.received[0]:
+            await send(answer("200 OK", b"own"))
+            return
+        await deliver(data, send, in_pieces=in_pieces)
+        if closes:
+            writer.close()
+
+    return script
+
+
+async def call_if_answered(address: str) -> Answer | None:
+    """Send one request that is never repeated; return None where the connection ended instead of an answer."""
+    try:
+        async with asyncio.timeout(LONGEST):
+            return await call(address, "POST", PATH, b"{}", x_sp_retry="off")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+def is_right(got: Answer | None, message: Message) -> bool:
+    """Return whether the app can rely on what it got: Amazon's whole answer, or what cannot be taken for one.
+
+    The proxy may refuse more than llhttp does. A mistake behind a whole answer does not make that answer wrong.
+    """
+    if got is None or got.error is not None:
+        return got is None or got.status in {502, 504}
+    if not got.complete:
+        return not message.is_whole
+    is_whole = message.is_whole or (message.has_head and not message.is_framed)
+    return is_whole and message.status != 101 and (got.status, got.body) == (message.status, message.body)
