@@ -107,18 +107,9 @@ REFUSED_HERE = {
 }
 
 # What comes behind a request that ends its connection is refused, and the request with it where both come at once.
-TOGETHER = {"valid/019", "valid/021"}
-
-# Where the proxy falls short of what is asserted below.
-KNOWN_REQUESTS = {
-    "invalid/chunked_05": "Transfer-Encoding in HTTP/1.0 is faulty framing (RFC 9112 section 6.1); it is sent on",
-}
-KNOWN_RESPONSES = {
-    "response/invalid/only-lfs-present": "lines that end in LF alone are taken",
-    "response/invalid/only-lfs-present-and-no-body": "lines that end in LF alone are taken",
-    "response/sample/no-carriage-ret": "lines that end in LF alone are taken",
-    "response/transfer-encoding/trailing-space-on-chunked-body": "spaces behind a chunk's size are taken",
-}
+# A connection also ends where the next request comes together with the end of a chunked body: there may have been
+# trailer fields in it (tests/security/test_fuzz.py).
+TOGETHER = {"valid/019", "valid/021", "valid/023"}
 
 # Answers that llhttp takes, and the proxy does not pass on, by why.
 NOT_PASSED_ON = {
@@ -126,6 +117,7 @@ NOT_PASSED_ON = {
         "response/connection/http-101-response-with-upgrade-and-content-length-header",
         "response/connection/http-101-response-with-upgrade-and-transfer-encoding-header",
     ),
+    "another version of HTTP": ("response/sample/http-version-0.9",),
     "a transfer coding besides chunked": (
         "response/transfer-encoding/chunked-before-other-transfer-encoding",
         "response/transfer-encoding/multiple-transfer-encoding-where-chunked-is-not-the-last-one",
@@ -222,10 +214,9 @@ async def proxy(start_proxy: StartProxy) -> Running:
     return await start_proxy(timeouts=PATIENCE)
 
 
-def items(cases: list[Case], known: dict[str, str]) -> list[Any]:
-    """Return one parameter for each case; those known to go wrong are expected to."""
-    fails = {name: pytest.mark.xfail(strict=True, raises=AssertionError, reason=why) for name, why in known.items()}
-    return [pytest.param(case, id=case.name, marks=fails.get(case.name, ())) for case in cases]
+def items(cases: list[Case]) -> list[Any]:
+    """Return one parameter for each case."""
+    return [pytest.param(case, id=case.name) for case in cases]
 
 
 async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_pieces: bool) -> None:
@@ -328,7 +319,7 @@ def agrees(request: Received, message: Message) -> bool:
     return (request.method, request.target, request.body) == (message.method, target, message.body)
 
 
-@pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")], KNOWN_REQUESTS))
+@pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")]))
 async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
     proxy: Running, far_side: Witness, case: Case
 ) -> None:
@@ -366,7 +357,7 @@ async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
 # Responses.
 
 
-@pytest.mark.parametrize("case", items(llhttp("response"), KNOWN_RESPONSES))
+@pytest.mark.parametrize("case", items(llhttp("response")))
 async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: Running, far_side: Witness, case: Case) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
     says_its_end = message.is_whole or case.is_refused
