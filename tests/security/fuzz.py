@@ -79,6 +79,7 @@ class Sent:
     message: Message
     target: bytes
     account: bytes | None
+    region: str | None
 
 
 @dataclass(slots=True)
@@ -213,7 +214,7 @@ class World:
             token = self.issue("restricted", grant)
             body = json.dumps({"restrictedDataToken": token, "expiresIn": 60})
             return answer("200 OK", body.encode(), content_type="application/json")
-        elif (fault := not_sent(message, grant, worker)) is not None:
+        elif (fault := not_sent(message, grant, region, worker)) is not None:
             findings.violate("as sent", fault, cases, message.raw)
         return echo(message)
 
@@ -231,22 +232,22 @@ class World:
 
 
 def sent_as(message: Message, sender: Sender) -> Sent:
-    """Return where a request is to go: its target without authority and prefix, and the account that it names."""
+    """Return where a request is to go: its target without authority and prefix, the account and the region it names."""
     target = message.target
     if not target.startswith(b"/"):
         target = re.sub(rb"(?i)\Ahttps?://[^/?#]*", b"", target)
         target = target if target.startswith(b"/") else b"/" + target
-    account = None
+    fields = {name.lower(): value for name, value in message.fields}
+    account, region = fields.get(b"x-sp-account"), fields.get(b"x-sp-region", b"").lower()
     if target.startswith(b"/@"):
         account, _, target = target[2:].partition(b"/")
-        region, slash, behind = target.partition(b"/")
-        target = b"/" + (behind if slash and region.lower() in {b"na", b"eu", b"fe"} else target)
-    named = [value for name, value in message.fields if name.lower() == b"x-sp-account"]
+        first, slash, behind = target.partition(b"/")
+        if slash and first.lower() in {b"na", b"eu", b"fe"}:
+            region, target = first.lower(), behind
+        target = b"/" + target
     if sender.fixed:
-        account = sender.account
-    elif account is None and named:
-        account = named[0]
-    return Sent(message, target, account)
+        account, region = sender.account, b"eu"
+    return Sent(message, target, account, region.decode("latin-1") or None)
 
 
 def not_canonical(message: Message, host: bytes) -> Iterator[str]:
@@ -277,7 +278,7 @@ def not_canonical(message: Message, host: bytes) -> Iterator[str]:
         yield "a field is there that is not for Amazon"
 
 
-def not_sent(message: Message, grant: Grant, worker: Worker) -> str | None:
+def not_sent(message: Message, grant: Grant, region: str, worker: Worker) -> str | None:
     """Take what arrived off the list of what was sent; return why it cannot be any of that, None where it is."""
     found = [one for one in worker.sent if (one.message.method, one.target) == (message.method, message.target)]
     if not found:
@@ -288,8 +289,10 @@ def not_sent(message: Message, grant: Grant, worker: Worker) -> str | None:
     found = [one for one in found if grant.account is None or one.account == grant.account]
     if not found:
         return "it goes out with the token of another account"
-    own = OWN_FIELDS | {b"content-length"}
-    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in own)
+    found = [one for one in found if one.region in {None, region}]
+    if not found:
+        return f"it goes to {region}, and not where it should"
+    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in OWN_FIELDS)
     found = [one for one in found if not added - Counter((name.lower(), value) for name, value in one.message.fields)]
     if not found:
         return "it has fields that were not sent"
@@ -471,6 +474,7 @@ def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_
         due = sent[number].message.method + b" " + sent[number].target if number < len(sent) else None
         if got.all(b"x-echo") != [due]:
             findings.violate("answers", f"answer {number + 1} is not for request {number + 1}", (one,), data)
+            break
     if not found:
         findings.answers["closed without an answer" if at_end else "nothing to answer"] += 1
 
@@ -588,7 +592,19 @@ async def watch(world: World, proxy: ProxyProcess, port: int) -> None:
         await asyncio.sleep(max(0.0, begin + tick - time.monotonic()))
 
 
-async def work(world: World, seed: int, number: int, ports: list[int], until: "Until") -> None:
+@dataclass(frozen=True, slots=True)
+class Until:
+    """When a run is over: at a moment of the monotonic clock, or after so many cases; `only` is the one to play."""
+
+    moment: float = float("inf")
+    cases: int | None = None
+    only: int | None = None
+
+    def is_over(self, index: int) -> bool:
+        return time.monotonic() > self.moment or (self.cases is not None and index >= self.cases)
+
+
+async def work(world: World, seed: int, number: int, ports: list[int], until: Until) -> None:
     """Play every case that is this worker's, one after the other."""
     worker, step = world.workers[number], len(world.workers)
     for index in range(number, 10**9, step):
@@ -602,18 +618,6 @@ def made(seed: int, index: int, worker: Worker, ports: list[int]) -> Case:
     """Return a case as its worker sends it: every other one to the open listener."""
     fixed = index // 2 % 2 == 0
     return case(seed, index, Sender(*worker.accounts, ports[0 if fixed else 1], fixed))
-
-
-@dataclass(frozen=True, slots=True)
-class Until:
-    """When a run is over: at a moment of the monotonic clock, or after so many cases; `only` is the one to play."""
-
-    moment: float = float("inf")
-    cases: int | None = None
-    only: int | None = None
-
-    def is_over(self, index: int) -> bool:
-        return time.monotonic() > self.moment or (self.cases is not None and index >= self.cases)
 
 
 async def fuzz(
@@ -679,9 +683,11 @@ def main() -> int:
     options = parser.parse_args()
     end_on_signals()
     cases = None if options.case is None else options.case + 1
-    findings = asyncio.run(
-        fuzz(options.seed, options.connections, seconds=options.seconds, cases=cases, only=options.case)
-    )
+    run = fuzz(options.seed, options.connections, seconds=options.seconds, cases=cases, only=options.case)
+    try:
+        findings = asyncio.run(run)
+    except KeyboardInterrupt:
+        return 130
     sys.stdout.write(f"{report(findings)}\n")
     return 1 if findings.violations else 0
 

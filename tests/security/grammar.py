@@ -5,7 +5,7 @@ Everything comes from the random generator that is handed in, so that a case can
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
@@ -178,7 +178,6 @@ class Case:
     pauses: list[float]
     ending: str
     resets: bool
-    marks: list[bytes] = field(default_factory=list)
 
     @property
     def data(self) -> bytes:

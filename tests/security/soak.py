@@ -1,0 +1,831 @@
+"""What does half an hour of everything that goes wrong leave behind? `python -m tests.security.soak --minutes 30`.
+
+A real proxy process with two applications and twenty accounts in three regions (and one more for plain requests); a far
+side and a token host that fail in every way there is; and clients that do mixed traffic, leave in every phase, read and
+send slowly, and send nonsense.
+
+Every answer is checked: it is for the very request, by the account that was asked for, and whole or visibly cut off.
+In the end all load stops, and descriptors, memory and requests in flight must be back where they were; SIGTERM must end
+the process with exit code 0. The exit code is 1 where any of that failed. Linux only: `/proc` is read.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import quantiles
+from typing import Any
+from urllib.parse import parse_qs
+from zlib import crc32
+
+from tests.bench.processes import end_on_signals, memory_kib
+from tests.far_side import Received, answer, read_body
+from tests.near_side import Answer, Client, call
+from tests.proxy_process import ProxyProcess, serving
+from tests.security.fuzz import RESET, descriptors_of
+
+REGIONS = ("na", "eu", "fe")
+ACCOUNTS = [f"seller-{number}" for number in range(20)]
+PLAIN = "plain"  # the account whose requests meet no fault: how long they take is measured
+CLIENTS = 40
+ANSWERED_WITHIN = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
+SETTLED_WITHIN = 60.0  # seconds
+MORE_DESCRIPTORS = 5  # in the end, for pooled connections
+MOST_GROWTH = 30.0  # MiB, from a tenth of the time on
+SHOWN = 50  # wrong answers
+MINT = "/tokens/2021-03-01/restrictedDataToken"
+MARKED = "x-soak"  # what a client asks for, told to the far side
+ECHO = "x-soak-echo"  # the same, told by the far side to the client
+SUM = "x-soak-sum"  # of the body that carries it
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What one request is about: whose it is, its number, how long the answer is to be, and the sum of its body."""
+
+    account: str
+    region: str
+    number: int
+    size: int
+    sum: int
+
+    def __str__(self) -> str:
+        return f"{self.account}/{self.region}/{self.number}/{self.size}/{self.sum}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Errand | None":
+        if text is None:
+            return None
+        account, region, *numbers = text.split("/")
+        return cls(account, region, *map(int, numbers))
+
+    def content(self) -> bytes:
+        """Return the body of its answer, in which every line says whose it is."""
+        line = f"{self}\n".encode()
+        return (line * (self.size // len(line) + 1))[: self.size]
+
+
+@dataclass
+class Soak:
+    """What is known while it runs."""
+
+    random: Random
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    number: int = 0
+    tokens: int = 0
+    stopping: bool = False
+
+    def is_wrong(self, what: str) -> None:
+        self.wrong.append(what)
+        if len(self.wrong) <= SHOWN:
+            sys.stderr.write(f"WRONG: {what}\n")
+
+    def one_in(self, count: float) -> bool:
+        return self.random.random() < 1 / count
+
+
+# The far side: answers, and everything that can go wrong with them.
+
+
+def head(errand: Errand, status: str, body: bytes, *fields: str) -> bytes:
+    """Return the head of an answer that says what it answers, and the sum of its body."""
+    lines = [f"HTTP/1.1 {status}", f"{ECHO}: {errand}", f"{SUM}: {crc32(body)}", *fields]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def whole(errand: Errand, status: str = "200 OK", body: bytes | None = None, *fields: str) -> bytes:
+    """Return a whole answer with a Content-Length."""
+    body = errand.content() if body is None else body
+    return head(errand, status, body, f"content-length: {len(body)}", "x-amzn-RateLimit-Limit: 200", *fields) + body
+
+
+def refusal(errand: Errand, status: str, code: str, details: str = "") -> bytes:
+    """Return an error in Amazon's envelope."""
+    error = {"code": code, "message": f"for {errand}", "details": details}
+    return whole(errand, status, json.dumps({"errors": [error]}).encode(), "content-type: application/json")
+
+
+Fault = Callable[[Errand, Received, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def good(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(errand))
+
+
+async def chunked(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = errand.content()
+    writer.write(head(errand, "200 OK", body, "transfer-encoding: chunked"))
+    for at in range(0, len(body), 20_000):
+        piece = body[at : at + 20_000]
+        writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        await writer.drain()
+    writer.write(b"0\r\n\r\n")
+
+
+async def until_closed(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = errand.content()
+    writer.write(head(errand, "200 OK", body, "connection: close") + body)
+    await writer.drain()
+    writer.close()
+
+
+async def slow(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    data = whole(errand)
+    for at in range(0, len(data), len(data) // 4 + 1):
+        if at:
+            await asyncio.sleep(0.3)
+        writer.write(data[at : at + len(data) // 4 + 1])
+        await writer.drain()
+
+
+async def interim(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + whole(errand))
+
+
+async def surplus(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    """Say more than was asked for, at one blow; nobody may ever take it for an answer."""
+    other = Errand("surplus", errand.region, errand.number, 10, 0)
+    writer.write(whole(errand) + (whole(other) if errand.size <= 3000 else b""))
+
+
+async def moved(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(errand, "301 Moved Permanently", None, "location: http://127.0.0.1:1/elsewhere"))
+
+
+async def throttled(errand: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
+    status = "429 Too Many Requests" if "/listings/" in received.target else "200 OK"
+    writer.write(refusal(errand, status, "QuotaExceeded"))
+
+
+async def expired(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(errand, "403 Forbidden", "Unauthorized", "The access token you provided has expired."))
+
+
+async def unauthorized(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(errand, "401 Unauthorized", "Unauthorized", "The access token you provided is revoked."))
+
+
+async def denied(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(errand, "403 Forbidden", "Unauthorized"))
+
+
+async def failing(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(errand, "500 Internal Server Error", "InternalFailure"))
+
+
+async def unavailable(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(errand, "503 Service Unavailable", "ServiceUnavailable"))
+
+
+async def reset(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+    cut(writer)
+
+
+async def closed(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def silent(_: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
+    assert received.reader is not None
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ANSWERED_WITHIN):
+            await received.reader.read()
+    writer.close()
+
+
+async def half_a_head(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(errand)[:40])
+    await writer.drain()
+    writer.close()
+
+
+async def short(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    """End the connection, in order, before all of the announced length was sent."""
+    body = errand.content() + b"and what never comes"
+    writer.write(head(errand, "200 OK", body, f"content-length: {len(body)}") + errand.content())
+    await writer.drain()
+    writer.close()
+
+
+async def short_chunks(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = errand.content()
+    writer.write(head(errand, "200 OK", body, "transfer-encoding: chunked") + b"%x\r\n%s" % (len(body) + 9, body))
+    await writer.drain()
+    writer.close()
+
+
+async def reset_within(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    """Reset an answer that only the end of the connection would end."""
+    body = errand.content() + b"and what never comes"
+    writer.write(head(errand, "200 OK", body, "connection: close") + errand.content())
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    cut(writer)
+
+
+async def bad_chunks(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(head(errand, "200 OK", b"", "transfer-encoding: chunked") + b"5\r\nhello world\r\nzz\r\n0\r\n\r\n")
+
+
+async def garbage(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\x16\x03\x01\x00\xff SSH-2.0 <html>\r\n\r\n")
+
+
+async def endless_head(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(head(errand, "200 OK", b"")[:-2])
+    for number in range(2000):
+        writer.write(b"x-%d: %s\r\n" % (number, b"a" * 1000))
+        await writer.drain()
+    writer.close()
+
+
+async def stalling(errand: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
+    """Fall silent in the middle of the answer."""
+    body = errand.content() + b"and what never comes"
+    writer.write(head(errand, "200 OK", body, f"content-length: {len(body)}") + errand.content())
+    await writer.drain()
+    await silent(errand, received, writer)
+
+
+ORDINARY: tuple[Fault, ...] = (*[good] * 60, *[chunked] * 15, *[until_closed] * 4, *[slow] * 4, *[interim] * 4)
+FAULTS: tuple[Fault, ...] = (
+    *(surplus, moved, throttled, throttled, expired, expired, unauthorized, denied, failing, failing),
+    *(unavailable, unavailable, reset, closed, silent, half_a_head, short, short_chunks, reset_within, bad_chunks),
+    *(garbage, endless_head, stalling),
+)
+
+
+def cut(writer: asyncio.StreamWriter) -> None:
+    """End a connection by a reset."""
+    sock = writer.get_extra_info("socket")
+    if sock is not None:
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    writer.transport.abort()
+
+
+async def far_side(soak: Soak, region: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve one connection from the proxy."""
+    try:
+        while not writer.is_closing():
+            line, *texts = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+            fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
+            await far_request(soak, region, Received(line, fields, reader=reader), writer)
+            await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
+        pass  # the proxy has left
+    finally:
+        writer.close()
+
+
+async def far_request(soak: Soak, region: str, received: Received, writer: asyncio.StreamWriter) -> None:
+    """Answer one request, check whose token it brings, and whether its body came as it was sent."""
+    assert received.reader is not None
+    token = (received.get("x-amz-access-token") or "").split("|")  # what it is, for whom, where, its number
+    errand = Errand.parse(received.get(MARKED))
+    if received.target == MINT:
+        await read_body(received, received.reader)
+        await mint(soak, token, writer)
+        return
+    if errand is None:
+        if received.target != "/soak":  # which is one of the broken ones, of which the head is good
+            soak.is_wrong(f"a request that nobody sent: {received.line}")
+        writer.close()
+        return
+    if token[:3] != token_for(errand, received.target) or errand.region != region:
+        soak.is_wrong(f"{received.line} for {errand} came to {region} with the token {token}")
+    fault = good if errand.account == PLAIN else soak.random.choice(FAULTS if soak.one_in(5) else ORDINARY)
+    is_early = received.method == "POST" and errand.account != PLAIN and soak.one_in(20)
+    soak.faults["early answer" if is_early else fault.__name__] += 1
+    if is_early:
+        writer.write(whole(errand))
+        await writer.drain()
+    body = await read_body(received, received.reader)
+    if crc32(body) != errand.sum:
+        soak.is_wrong(f"{received.line} for {errand} came with another body, or not all of it")
+    if received.method == "HEAD":
+        writer.write(head(errand, "200 OK", b"", "content-length: 5"))
+    elif not is_early:
+        await fault(errand, received, writer)
+
+
+def token_for(errand: Errand, target: str) -> list[str]:
+    """Return what the token of a request must say: what it is, for whom, where."""
+    if "/notifications/" in target:
+        return ["Atza", owner_of(errand.account), "-"]
+    is_restricted = target.endswith("/address") or "/documents/" in target
+    return ["Atz.sprdt" if is_restricted else "Atza", errand.account, errand.region]
+
+
+async def mint(soak: Soak, token: list[str], writer: asyncio.StreamWriter) -> None:
+    """Mint a Restricted Data Token, as a rule."""
+    _, account, region, _ = token
+    soak.tokens += 1
+    granted = {"restrictedDataToken": f"Atz.sprdt|{account}|{region}|{soak.tokens}", "expiresIn": 20}
+    await say_token(soak, granted, writer, may_fail=account != PLAIN)
+
+
+async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve one token exchange, as a rule."""
+    try:
+        line, *texts = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+        fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
+        body = await read_body(Received(line, fields), reader)
+        form = {name: values[0] for name, values in parse_qs(body.decode()).items()}
+        account, region = form["client_id"], "-"
+        if form["grant_type"] == "refresh_token":
+            _, account, region = form["refresh_token"].split("|")
+        soak.tokens += 1
+        granted = {
+            "access_token": f"Atza|{account}|{region}|{soak.tokens}",
+            "expires_in": soak.random.choice((8, 30, 90)),
+        }
+        await say_token(soak, granted, writer, may_fail=account != PLAIN)
+        await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
+        pass  # the proxy has left
+    finally:
+        writer.close()
+
+
+async def say_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamWriter, *, may_fail: bool) -> None:
+    """Answer an exchange; now and then by something else."""
+    good_answer = answer("200 OK", json.dumps(granted).encode(), content_type="application/json")
+    kind = soak.random.randrange(100) if may_fail else 99
+    soak.faults["token refused or nonsense" if kind < 16 else "token"] += 1
+    if kind < 3:
+        writer.write(answer("503 Service Unavailable"))
+    elif kind < 5:
+        cut(writer)
+    elif kind < 7:
+        writer.close()
+    elif kind < 9:
+        writer.write(answer("200 OK", b"<html>not now</html>"))
+    elif kind < 11:
+        writer.write(answer("200 OK", json.dumps({**granted, "expires_in": "soon", "expiresIn": None}).encode()))
+    elif kind < 12:
+        writer.write(answer("400 Bad Request", b'{"error":"invalid_grant"}'))
+    elif kind < 14:
+        await asyncio.sleep(1.0)
+        writer.write(good_answer)
+    elif kind < 15:
+        await asyncio.sleep(3.0)  # longer than the proxy waits
+    elif kind < 16:
+        writer.write(good_answer[:-5])
+        await writer.drain()
+        writer.close()
+    else:
+        writer.write(good_answer)
+
+
+def owner_of(account: str) -> str:
+    """Return the client id of an account's application."""
+    return "client-plain" if account == PLAIN else f"client-{ACCOUNTS.index(account) % 2}"
+
+
+# The near side.
+
+
+class SlowReader(Client):
+    """A client that does not read for a while, and then does."""
+
+    pause = 0.0
+
+    async def _read_body(self, answer: Answer) -> None:
+        await asyncio.sleep(self.pause)
+        await super()._read_body(answer)
+
+
+@dataclass(slots=True)
+class Plan:
+    """How one request is made: its bytes, and how the client behaves."""
+
+    errand: Errand
+    method: str
+    head: bytes
+    body: list[bytes]
+    leaves: str = ""  # in which phase: "head", "upload", "waiting", "download"
+    pause: float = 0.0  # between two pieces of the body
+    reads_after: float = 0.0
+
+
+def plan(soak: Soak, account: str) -> Plan:
+    """Return a request of one account, of any kind."""
+    random = soak.random
+    soak.number += 1
+    region = random.choice(REGIONS)
+    method = random.choice(("GET",) * 6 + ("POST",) * 5 + ("PUT", "PATCH", "DELETE", "HEAD"))
+    size = random.choice((0, 10, 300, 3000, 3000, 40_000, 40_000, 700_000))
+    uploaded = 0 if method in {"GET", "HEAD"} else random.choice((0, 1, 300, 5000, 100_000, 100_000, 2 * 1024**2))
+    body = random.randbytes(uploaded)
+    errand = Errand(account, region, soak.number, size, crc32(body))
+    target = {"GET": "/listings/2021-08-01/items/A1/{}", "POST": "/soak/{}", "HEAD": "/soak/{}"}.get(
+        method, "/listings/2021-08-01/items/A1/{}"
+    ).format(soak.number)
+    if method == "GET" and soak.one_in(3):
+        target = random.choice(
+            (
+                f"/orders/v0/orders/{soak.number}/address",
+                f"/orders/v0/orders/{soak.number}/address",
+                f"/reports/2021-06-30/documents/{soak.number}",
+            )
+        )
+    version = "1.0" if soak.one_in(20) else "1.1"
+    lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-client: c{random.randrange(5)}"]
+    if soak.one_in(2):
+        target = f"/@{account}/{region}{target}"
+    else:
+        lines += [f"x-sp-account: {account}", f"x-sp-region: {region}"]
+    if soak.one_in(30):
+        lines += ["x-sp-timeout: 300ms"]
+    pieces = [body[at : at + 30_000] for at in range(0, len(body), 30_000)]
+    if method not in {"GET", "HEAD"}:
+        if version == "1.1" and soak.one_in(2):
+            lines += ["transfer-encoding: chunked"]
+            pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
+        else:
+            lines += [f"content-length: {uploaded}"]
+    made = Plan(errand, method, "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode(), pieces)
+    if soak.one_in(6):
+        made.leaves = random.choice(("head", "upload", "waiting", "download"))
+    if soak.one_in(12):
+        made.pause = random.choice((0.05, 0.2, 0.2, 3.0))  # the last one is too long
+    if soak.one_in(12):
+        made.reads_after = random.choice((0.3, 1.0, 3.0))
+    return made
+
+
+def grantless(soak: Soak, account: str) -> Plan:
+    """Return a request that goes out with the application's own token."""
+    soak.number += 1
+    errand = Errand(account, "eu", soak.number, 100, 0)
+    lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-account: {account}", "x-sp-region: eu"]
+    return Plan(
+        errand, "GET", "\r\n".join(["GET /notifications/v1/destinations HTTP/1.1", *lines, "", ""]).encode(), []
+    )
+
+
+async def client(soak: Soak, port: int) -> None:
+    """Make requests, one after the other, until the load stops; keep connections now and then."""
+    connection: SlowReader | None = None
+    while not soak.stopping:
+        if connection is None or connection.writer.is_closing():
+            connection = await connected(soak, port)
+        account = soak.random.choice(ACCOUNTS)
+        made = grantless(soak, account) if soak.one_in(15) else plan(soak, account)
+        try:
+            async with asyncio.timeout(ANSWERED_WITHIN):
+                outcome, is_kept = await one_request(soak, connection, made)
+        except TimeoutError:
+            outcome, is_kept = "never answered", False
+            soak.is_wrong(f"{made.head!r} was neither answered nor closed")
+        soak.outcomes[outcome] += 1
+        if not is_kept or soak.one_in(3):
+            await leave(soak, connection)
+            connection = None
+        await asyncio.sleep(soak.random.random() * 0.1)
+    if connection is not None:
+        await leave(soak, connection)
+
+
+async def connected(soak: Soak, port: int) -> SlowReader:
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**16)
+        except OSError as exc:
+            soak.is_wrong(f"no connection: {exc!r}")
+            await asyncio.sleep(1)
+        else:
+            return SlowReader(reader, writer)
+
+
+async def leave(soak: Soak, connection: Client) -> None:
+    """Close a connection, in order or not."""
+    if soak.one_in(3):
+        cut(connection.writer)
+    connection.writer.close()
+    with suppress(ConnectionError):
+        await connection.writer.wait_closed()
+
+
+async def one_request(soak: Soak, connection: SlowReader, made: Plan) -> tuple[str, bool]:
+    """Make one request; return what became of it, and whether its connection can be used again."""
+    connection.pause = made.reads_after
+    with suppress(ConnectionError):  # perhaps it is answered, and closed, before all was sent
+        await send(soak, connection, made)
+    if made.leaves == "waiting":
+        await asyncio.sleep(soak.random.random() * 0.2)
+    elif made.leaves == "download":
+        with suppress(ConnectionError):
+            await connection.reader.read(500)
+    if made.leaves:
+        return f"left: {made.leaves}", False
+    try:
+        got = await connection.answer(made.method)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return "closed without an answer", False
+    except ValueError:
+        soak.is_wrong(f"what was answered to {made.head!r} is no HTTP")
+        return "no HTTP", False
+    if not got.complete:
+        return "cut off", False
+    check(soak, made, got)
+    is_kept = got.get("connection") != "close" and b" HTTP/1.0\r\n" not in made.head
+    return f"{got.status} {got.error or ''}".strip(), is_kept and not connection.writer.is_closing()
+
+
+async def send(soak: Soak, connection: SlowReader, made: Plan) -> None:
+    """Send a request, or as much of it as its plan says."""
+    if made.leaves == "head":
+        await connection.send(made.head[: soak.random.randrange(1, len(made.head))])
+        return
+    await connection.send(made.head)
+    for number, piece in enumerate(made.body):
+        if made.leaves == "upload" and number == len(made.body) // 2:
+            await connection.send(piece[: len(piece) // 2])
+            return
+        await connection.send(piece)
+        if made.pause and number < 20:
+            await asyncio.sleep(made.pause)
+
+
+def check(soak: Soak, made: Plan, got: Answer) -> None:
+    """Check that a whole answer is for this very request."""
+    account = got.decided.get("account")
+    if account not in {made.errand.account, "-"}:
+        soak.is_wrong(f"{made.errand} was decided to be for {account}")
+    if got.error is not None:
+        if got.error == "InternalError" or (b'"errors"' not in got.body and made.method != "HEAD"):
+            soak.is_wrong(f"{made.errand} got {got.status} {got.body!r}")
+        return
+    if got.get(ECHO) != str(made.errand):
+        soak.is_wrong(f"{made.errand} got the answer to {got.get(ECHO)}")
+    elif made.method != "HEAD" and got.get(SUM) != str(crc32(got.body)):
+        soak.is_wrong(f"{made.errand} got {got.status} with {len(got.body)} bytes that are not the answer's")
+
+
+BROKEN = (
+    b"HELLO\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header: 1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+    b"POST /@seller-1/eu/soak HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n",
+    b"GET /../ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 70_000,
+    b"GET / HT",
+    b"",
+)
+
+
+async def nuisance(soak: Soak, port: int) -> None:
+    """Connect, send nonsense or nothing, and wait until the proxy has had enough, or leave before."""
+    while not soak.stopping:
+        connection = await connected(soak, port)
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(soak.random.choice((0.1, 1.0, 10.0))):
+                await connection.send(soak.random.choice(BROKEN))
+                await connection.reader.read()
+        soak.outcomes["nuisance"] += 1
+        await leave(soak, connection)
+
+
+async def plain_requests(soak: Soak, port: int) -> None:
+    """Make plain good requests, twenty in a second, and note how long each takes."""
+    begin = time.monotonic()
+    kept: SlowReader | None = None
+    for tick in range(1, 10**9):
+        if soak.stopping:
+            break
+        soak.number += 1
+        errand = Errand(PLAIN, "eu", soak.number, 2000, 0)
+        lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-account: {PLAIN}"]
+        data = "\r\n".join([f"GET /soak/{soak.number} HTTP/1.1", *lines, "", ""]).encode()
+        asked = time.monotonic()
+        connection = kept or await connected(soak, port)
+        try:
+            async with asyncio.timeout(ANSWERED_WITHIN):
+                outcome, is_kept = await one_request(soak, connection, Plan(errand, "GET", data, []))
+        except TimeoutError:
+            outcome, is_kept = "never answered", False
+        if outcome != "200":
+            soak.is_wrong(f"a plain request: {outcome}")
+        soak.latencies.append(time.monotonic() - asked)
+        kept = connection if is_kept and tick % 2 else None
+        if kept is None:
+            await leave(soak, connection)
+        await asyncio.sleep(max(0.0, begin + tick / 20 - time.monotonic()))
+    if kept is not None:
+        await leave(soak, kept)
+
+
+# Running.
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the proxy holds at one moment, and how long plain requests took since the last one, in milliseconds."""
+
+    seconds: float
+    descriptors: int
+    memory: float
+    threads: int
+    in_flight: int
+    p50: float
+    p99: float
+
+    def row(self, name: str) -> str:
+        return (
+            f"| {name} | {self.descriptors} | {self.memory:.1f} | {self.threads} | {self.in_flight} | {self.p50:.1f} | "
+            f"{self.p99:.1f} |"
+        )
+
+
+HEADING = (
+    "| | descriptors | RSS MiB | threads | in flight | p50 ms | p99 ms |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+async def sample(soak: Soak, proxy: ProxyProcess, seconds: float) -> Sample:
+    """Take a sample from outside."""
+    assert proxy.admin is not None
+    page = (await call(proxy.admin, "GET", "/metrics", connection="close")).body.decode()
+    in_flight = re.search(r"^spapi_proxy_requests_in_flight (\S+)$", page, re.MULTILINE)
+    assert in_flight is not None
+    pid = proxy.process.pid
+    took, soak.latencies = sorted(soak.latencies), []
+    parts = quantiles(took, n=100) if len(took) > 1 else [0.0] * 99
+    return Sample(
+        seconds,
+        descriptors_of(pid),
+        memory_kib(pid, "VmRSS") / 1024,
+        threads_of(pid),
+        int(float(in_flight[1])),
+        parts[49] * 1000,
+        parts[98] * 1000,
+    )
+
+
+def threads_of(pid: int) -> int:
+    """Return how many threads a process has."""
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+@asynccontextmanager
+async def far_sides(soak: Soak) -> AsyncIterator[dict[str, str]]:
+    """Let three regions and the token host listen; yield the proxy's `endpoints`."""
+    handlers = {region: partial(far_side, soak, region) for region in REGIONS}
+    servers = {}
+    for name, handler in {**handlers, "lwa": partial(token_host, soak)}.items():
+        servers[name] = await asyncio.start_server(handler, "127.0.0.1", 0, limit=2**18)
+    ports = {name: server.sockets[0].getsockname()[1] for name, server in servers.items()}
+    endpoints = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+    endpoints["lwa"] += "/auth/o2/token"
+    yield endpoints
+    for server in servers.values():
+        server.close()
+
+
+def settings(endpoints: dict[str, str]) -> dict[str, Any]:
+    """Return the proxy's configuration."""
+    accounts = {
+        name: {
+            "application": "plain" if name == PLAIN else f"app-{number % 2}",
+            "refresh_tokens": {region: f"Atzr|{name}|{region}" for region in (("eu",) if name == PLAIN else REGIONS)},
+        }
+        for number, name in enumerate((*ACCOUNTS, PLAIN))
+    }
+    return {
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "applications": {
+            "app-0": {"client_id": "client-0", "client_secret": "secret-0"},
+            "app-1": {"client_id": "client-1", "client_secret": "secret-1"},
+            "plain": {"client_id": "client-plain", "client_secret": "secret-plain"},
+        },
+        "accounts": accounts,
+        "endpoints": endpoints,
+        "limits": {"max_wait": "2s"},
+        "timeouts": {
+            **dict.fromkeys(("header", "body_idle", "connect", "upstream_idle", "token"), "2s"),
+            "total": "20s",
+            "keep_alive": "5s",
+            "shutdown": "5s",
+        },
+        "pool": {"idle": "3s"},
+    }
+
+
+def read_log(soak: Soak, proxy: ProxyProcess) -> None:
+    """Look for what must not be in the log, and drop the rest."""
+    lines, proxy.log[:] = proxy.log[:], []
+    for line in lines:
+        if "internal error" in line or "Traceback" in line or not line.startswith("{"):
+            soak.is_wrong(f"the log says: {line}")
+
+
+async def watch(soak: Soak, proxy: ProxyProcess, begin: float, samples: list[Sample]) -> None:
+    """Take a sample every ten seconds, and show it."""
+    for tick in range(1, 10**9):
+        await asyncio.sleep(max(0.0, begin + tick * 10 - time.monotonic()))
+        read_log(soak, proxy)
+        samples.append(await sample(soak, proxy, time.monotonic() - begin))
+        say(f"{samples[-1].row(f'{samples[-1].seconds:.0f} s')} {sum(soak.outcomes.values())} requests")
+
+
+async def calm(soak: Soak, proxy: ProxyProcess, most_descriptors: int) -> Sample:
+    """Return a sample when nothing is in flight and descriptors are few; the last one where that does not come."""
+    end = time.monotonic() + SETTLED_WITHIN
+    while True:
+        now = await sample(soak, proxy, 0.0)
+        if (now.in_flight == 0 and now.descriptors <= most_descriptors) or time.monotonic() > end:
+            return now
+        await asyncio.sleep(0.5)
+
+
+async def run(minutes: float, seed: int) -> Soak:
+    """Run for so many minutes, and say what became of it."""
+    soak, samples = Soak(Random(seed)), list[Sample]()
+    with tempfile.TemporaryDirectory() as folder:
+        async with far_sides(soak) as endpoints, serving(settings(endpoints), Path(folder)) as proxy:
+            port = int(proxy.addresses[0].rpartition(":")[2])
+            start = await sample(soak, proxy, 0.0)
+            say(HEADING, start.row("start"))
+            begin = time.monotonic()
+            watching = asyncio.create_task(watch(soak, proxy, begin, samples))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CLIENTS):
+                    group.create_task(client(soak, port))
+                for _ in range(4):
+                    group.create_task(nuisance(soak, port))
+                group.create_task(plain_requests(soak, port))
+                await asyncio.sleep(minutes * 60)
+                soak.stopping = True
+            watching.cancel()
+            await asyncio.wait([watching])
+            samples.append(await sample(soak, proxy, time.monotonic() - begin))
+            end = await calm(soak, proxy, start.descriptors + MORE_DESCRIPTORS)
+            code = await proxy.stop()
+            read_log(soak, proxy)
+    judge(soak, start, samples, end, code)
+    return soak
+
+
+def judge(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: int) -> None:
+    """Say how it ended, and note what is not as it should be."""
+    tenth = next((one for one in samples if one.seconds >= samples[-1].seconds / 10), start)
+    most = Sample(0.0, *(max(values) for values in zip(*map(figures, (*samples, end)), strict=True)))
+    say("", HEADING, start.row("start"), tenth.row("after a tenth"), most.row("most"), end.row("end"), "")
+    for counter in (soak.outcomes, soak.faults):
+        say(*(f"{count:8}  {what}" for what, count in counter.most_common()), "")
+    if end.in_flight:
+        soak.is_wrong(f"{end.in_flight} requests are still in flight")
+    if end.descriptors > start.descriptors + MORE_DESCRIPTORS:
+        soak.is_wrong(f"{end.descriptors} descriptors are open, {start.descriptors} were")
+    if end.memory > tenth.memory + MOST_GROWTH:
+        soak.is_wrong(f"{end.memory:.1f} MiB are resident; after a tenth of the time it was {tenth.memory:.1f}")
+    if code != 0:
+        soak.is_wrong(f"after SIGTERM the exit code is {code}")
+    say(f"{len(soak.wrong)} things are wrong, exit code of the proxy {code}", *soak.wrong[:SHOWN])
+
+
+def figures(one: Sample) -> tuple[float, ...]:
+    return (one.descriptors, one.memory, one.threads, one.in_flight, one.p50, one.p99)
+
+
+def say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run, say what became of it; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.security.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30, help="how long (default 30)")
+    parser.add_argument("--seed", type=int, default=1, help="of what is sent and what goes wrong (default 1)")
+    options = parser.parse_args()
+    end_on_signals()
+    try:
+        return 1 if asyncio.run(run(options.minutes, options.seed)).wrong else 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
