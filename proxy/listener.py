@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import StreamReader, web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from proxy.config import Config
@@ -38,6 +39,9 @@ MAX_LINE = 16 * 1024
 MAX_FIELD = 32 * 1024 + 512
 SPOKEN = (HttpVersion10, HttpVersion11)
 LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the client gets to read its answer
+
+# The parser that comes with aiohttp as C (llhttp) is strict; the one in Python, where there is no other, takes more.
+HAS_STRICT_PARSER = HttpRequestParser.__module__ == "aiohttp._http_parser"
 
 Handle = Callable[..., Awaitable[web.StreamResponse]]
 RequestFactory = Callable[..., web.BaseRequest]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxy.config import Address, Bounds, Config, Listener, Problem, Tls
-from proxy.listener import Listening
+from proxy.listener import HAS_STRICT_PARSER, Listening
 from proxy.logs import LOGGER, fields
 
 BACKLOG = 1024
@@ -104,6 +104,11 @@ async def listen(
 
     Raises CannotListen.
     """
+    if not HAS_STRICT_PARSER:
+        raise CannotListen(
+            "aiohttp came without its C parser, and the other one takes requests that this one refuses: install a "
+            "wheel of aiohttp for this system, and do not set AIOHTTP_NO_EXTENSIONS"
+        )
     loop = asyncio.get_running_loop()
     # A handshake is part of a request's head: it has as long.
     handshake = None if tls is None else server.header_timeout

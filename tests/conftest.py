@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -90,6 +91,36 @@ def log() -> Iterator[StringIO]:
     root.handlers[:] = before
     root.setLevel(levels[0])
     logs.LOGGER.setLevel(levels[1])
+
+
+# What may stand in no line that any logger writes, whatever its level: the tests' tokens and secrets.
+_SECRETS = re.compile(r"Atz[ar]\|\S|sprdt\|\S|client-secret|distinctive-", re.ASCII)
+
+
+class _Overheard(logging.Handler):
+    """Keeps what is said, with the whole text of exceptions, as a careless log would write it."""
+
+    def __init__(self) -> None:
+        super().__init__(level=0)
+        self.setFormatter(logging.Formatter("%(name)s %(message)s %(fields)s", defaults={"fields": ""}))
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_logged() -> Iterator[None]:
+    """Fail a test in which any logger of this process says a secret, at any level, in a message or an exception."""
+    overheard, root = _Overheard(), logging.getLogger()
+    level = root.level
+    root.addHandler(overheard)
+    root.setLevel(logging.DEBUG)
+    yield
+    root.removeHandler(overheard)
+    root.setLevel(level)
+    told = [line for line in overheard.lines if _SECRETS.search(line)]
+    assert not told
 
 
 def needs(available: bool, what: str) -> None:

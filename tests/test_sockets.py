@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
 import ssl
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -236,3 +239,15 @@ def test_descriptors_are_shared_so_that_all_find_one(available: int | None, expe
 
 def test_an_address_is_shown_as_it_is_written() -> None:
     assert str(Address("::1", 80)) == "[::1]:80"
+
+
+def test_without_the_strict_parser_nothing_is_listened_on(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings_for(far_side, token_host)))
+    command = [sys.executable, "-m", "proxy", "serve", "--config", str(path)]
+    environment = {**os.environ, "AIOHTTP_NO_EXTENSIONS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=30)
+    assert done.returncode == 1
+    assert "aiohttp came without its C parser" in done.stderr

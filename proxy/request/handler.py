@@ -16,7 +16,7 @@ from aiohttp import web
 from proxy.amazon.operations import OperationTable
 from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
-from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, MethodRefused, ProxyError, VersionRefused
+from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
 from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import OwnAnswer
@@ -38,7 +38,7 @@ from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, be
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 # Errors after which it is not certain where the next request begins (RFC 9112 section 6.3).
-_UNCLEAR = (MalformedRequest, MethodRefused, VersionRefused, HeaderTooLarge)
+_UNCLEAR = (MalformedRequest, VersionRefused, HeaderTooLarge)
 
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
 

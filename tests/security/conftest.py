@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.security.world import SECRETS, World
+from tests.security.world import SECRETS, World, request
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +12,10 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The one process."""
     with World.made(tmp_path_factory.mktemp("world")) as world:
         yield world
+        for path in ("/metrics", "/readyz?verbose", "/livez", "/", "/nothing"):
+            (page,) = world.send(request(path), address=world.admin)
+            assert page.body
+            assert not [secret for secret in SECRETS if secret.encode() in page.body]
 
 
 @pytest.fixture
