@@ -225,7 +225,10 @@ class Connection(RequestHandler):
         self.transport.set_write_buffer_limits(0)
         self._is_counted = True
         if not self._room.enter(self, self.listener):
-            self._refuse(TooManyConnections("there are too many connections", "Use fewer, and keep them open."))
+            busy = TooManyConnections(
+                "there are too many connections", "Use fewer, and keep them open.", retry_after=1.0
+            )
+            self._refuse(busy)
             return
         self.peer = _peer_of(self.transport)
         # From the connection's first moment, not its first byte: one that stays silent holds a descriptor too.

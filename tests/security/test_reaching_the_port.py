@@ -1,12 +1,15 @@
 """Rows 1 to 14 of the threats: who may come in, for which account, with whose credentials."""
 
+import os
+import ssl
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.security.world import CALLER_KEY, World, request
+from tests.certificates import Authority
+from tests.security.world import CALLER_KEY, Stream, World, connect, request
 
 EU = "sellingpartnerapi-eu.amazon.com"
 
@@ -322,3 +325,35 @@ def test_6_a_listener_may_demand_what_a_fetcher_of_urls_cannot_send(tmp_path: Pa
         account = b"x-sp-account: acme" if "Bearer" in field else b"x: y"
         assert [one.status for one in world.send(request("/x", field.encode(), account))] == [200]
         assert CALLER_KEY not in str(world.api.arrived[0].fields)
+
+
+def test_7_9_a_process_knows_its_callers_by_certificate_and_by_user(tmp_path: Path) -> None:
+    authority = Authority.made(tmp_path / "authority")
+    certificate, key = authority.issue("localhost", alternative="DNS:localhost,IP:127.0.0.1")
+    tls = {"certificate": certificate, "key": key, "client_ca": authority.certificate}
+    listen = [{"address": "127.0.0.1:0", "tls": tls}, f"unix:{tmp_path}/x.sock"]
+    callers = {"warehouse": {"certificate": "warehouse"}, "me": {"uid": os.getuid(), "operations": ["sellers.*"]}}
+    with World.made(tmp_path, listen=listen, callers=callers) as world:
+        context = ssl.create_default_context(cafile=authority.certificate)
+        for name, expected in (("warehouse", b"HTTP/1.1 200 "), ("stranger", b"HTTP/1.1 403 ")):
+            context.load_cert_chain(*authority.issue(name))
+            with (
+                connect(world.addresses[0]) as plain,
+                context.wrap_socket(plain, server_hostname="localhost") as encrypted,
+            ):
+                stream = Stream(encrypted)
+                stream.send(request("/x"))
+                assert stream.rest().startswith(expected)
+        assert [one.status for one in world.send(request(), address=world.addresses[1])] == [200]
+        assert [one.error for one in world.send(request("/x"), address=world.addresses[1])] == ["NotAllowed"]
+        with connect(world.addresses[0]) as silent:  # it does not even begin the handshake
+            assert Stream(silent).rest() == b""
+    assert any('"caller": "warehouse"' in line for line in world.log)
+
+
+def test_8_39_the_admin_listener_does_not_wait_for_ever_either(world: World) -> None:
+    for said in (b"", b"GET /livez HTTP/1.1\r\nHost: loc"):
+        with world.client(world.admin) as stream:
+            stream.send(said)
+            got = stream.rest()
+        assert got == b"" or got.startswith(b"HTTP/1.1 408 ")
