@@ -127,6 +127,7 @@ class Connection(RequestHandler):
         "_is_leaving",
         "_last",
         "_line",
+        "_may_go_on",
         "_options",
         "_room",
         "listener",
@@ -142,6 +143,7 @@ class Connection(RequestHandler):
         self._is_counted = False
         self._is_leaving = False
         self._last: StreamReader | None = None  # the body of a request behind which nothing is read
+        self._may_go_on = False  # but where that body is seen to end without a trailer section
         self._line: bytes | None = b""  # what came of a request's head; None where none is known to begin
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
@@ -197,18 +199,21 @@ class Connection(RequestHandler):
         Behind an attempt to switch protocols aiohttp loses bytes, or reads a CONNECT's body as requests; the last field
         of a trailer section becomes a field of the next request.
         """
+        if self._last is not None:
+            return  # it ended just now, and these came with its end
         for message, payload in list(self._messages)[-new:]:
-            if not isinstance(message, _ErrInfo) and (
-                message.upgrade or message.chunked or message.method == "CONNECT"
-            ):
+            if isinstance(message, _ErrInfo):
+                continue
+            if message.upgrade or message.chunked or message.method == "CONNECT":
                 self._last = payload
+                self._may_go_on = message.chunked and not message.upgrade and message.method != "CONNECT"
                 return
 
     def _end_with_the_last(self, data: bytes) -> None:
         """Read no more: what is being served is answered first. A chunked body that plainly had no trailer is fine."""
         last, self._last = self._last, None
         is_newest = not self._messages or self._messages[-1][1] is last
-        if is_newest and isinstance(last, StreamReader) and _PLAIN_END.search(data):
+        if is_newest and self._may_go_on and _PLAIN_END.search(data):
             return
         while self._messages and self._messages[-1][1] is not last and any(one[1] is last for one in self._messages):
             self._messages.pop()

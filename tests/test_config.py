@@ -1168,3 +1168,86 @@ def test_a_secret_of_a_variable_or_a_file_is_read_anew(tmp_path: Path) -> None:
     environ.clear()
     (tmp_path / "refresh").write_bytes(b"\xff")
     assert [one.current() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
+
+
+# Callers, policies and the listeners they come in by.
+
+OPEN = "{address: '0.0.0.0:80'"
+SAME = "is that of callers.a too: the two cannot be told apart"
+NO_MODE = "must be three octal digits, such as 0600 or 0660"
+NO_PATTERN = "must be a method and a name such as GET *, READ *, reports.* or POST feeds.2021-06-30.createFeed"
+KEY = "callers: {job: {key: some-key-of-a-caller}}\n"
+
+
+@pytest.mark.parametrize(
+    ("listener", "callers", "is_fine"),
+    [
+        (f"{OPEN}}}", "", False),
+        (f"{OPEN}}}", KEY, True),
+        (f"{OPEN}, anonymous: true}}", KEY, False),
+        (f"{OPEN}, anonymous: yes}}", KEY, False),
+        (f"{OPEN}, tls: {{certificate: c, key: k}}}}", "", False),
+        (f"{OPEN}, tls: {{certificate: c, key: k, client_ca: a}}}}", "", True),
+        (f"{OPEN}, tls: {{certificate: c, key: k, client_ca: a}}, anonymous: true}}", KEY, True),
+        (f"{OPEN}, tls: {{certificate: c, key: k, client_ca: a}}}}", "callers: {a: {certificate: a}}\n", True),
+        ("['unix:/run/x', '0.0.0.0:80']", "callers: {a: {uid: 1}}\n", False),
+        (f"{OPEN}, require_header: true}}", "", False),
+        (f"{OPEN}, operations: ['GET *']}}", "", False),
+    ],
+)
+def test_an_open_listener_needs_keys_or_client_certificates(
+    tmp_path: Path, listener: str, callers: str, is_fine: bool
+) -> None:
+    text = f"{BASE}listen: {listener}\n{callers}"
+    if is_fine:
+        load(tmp_path, text)
+    else:
+        assert any("can be reached by other machines" in line for line in problems(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("callers: {a: {}}", "callers.a: needs a key, a certificate or a uid to be known by"),
+        ("callers: {a: {accounts: [acme]}}", "callers.a: needs a key, a certificate or a uid to be known by"),
+        (
+            "callers: {a: {key: k}, b: {key: k}}",
+            "callers.b.key: is that of callers.a too: the two cannot be told apart",
+        ),
+        (
+            "listen: 'unix:/run/x'\ncallers: {a: {uid: 1}, b: {uid: 1}}",
+            "callers.b.uid: is that of callers.a too: the two cannot be told apart",
+        ),
+        ("callers: {a: {certificate: x}}", "callers.a.certificate: can never be seen: no listener has tls.client_ca"),
+        ("callers: {a: {uid: 1}}", "callers.a.uid: can never be seen: no listener is a Unix socket"),
+        ("callers: {a: {key: k, accounts: [nobody]}}", "callers.a.accounts[0]: names no account"),
+        ("listen: {address: 'unix:/x', accounts: [acme, x]}", "listen[0].accounts[1]: names no account"),
+        (
+            "callers: {a: {key: k, operations: ['FETCH *']}}",
+            f"callers.a.operations[0]: {NO_PATTERN}",
+        ),
+        (
+            "listen: {address: 'unix:/x', mode: '0999'}",
+            "listen[0].mode: must be three octal digits, such as 0600 or 0660",
+        ),
+        ("callers: {a: {key: ''}}", "callers.a.key: must be a text that is not empty"),
+    ],
+)
+def test_a_mistake_about_callers_is_found_at_start(tmp_path: Path, extra: str, expected: str) -> None:
+    found = problems(tmp_path, f"{BASE}{extra}\n")
+    assert [line.partition(": ")[2] for line in found] == [expected]
+
+
+def test_the_key_of_a_listeners_certificate_is_a_secret_too(tmp_path: Path) -> None:
+    key = tmp_path / "tls.key"
+    key.write_text("key")
+    key.chmod(0o644)
+    text = f"{BASE}listen: {{address: '127.0.0.1:1', tls: {{certificate: c, key: '{key}'}}}}\n"
+    assert any(problem.key == "listen[0].tls.key" for problem in load(tmp_path, text).warnings)
+
+
+def test_a_socket_mode_is_octal_and_shown_as_it_is_written(tmp_path: Path) -> None:
+    for text in ("0660", "660", "'0660'"):
+        config = load(tmp_path, f"{BASE}listen: {{address: 'unix:/x', mode: {text}}}\n").config
+        assert config.listen[0].mode == 0o660
+        assert dump(config)["listen"][0]["mode"] == "0660"

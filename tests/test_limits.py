@@ -600,3 +600,24 @@ async def test_what_is_known_of_plans_is_exported(tmp_path: Path, clock: FakeClo
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert value("limit_queue_length") == 0
+
+
+async def test_a_queue_takes_no_more_than_its_bound(tmp_path: Path, clock: FakeClock) -> None:
+    metrics = Metrics()
+    limits = Limits(metrics, pace=True, max_queue=3, now=clock, call_later=clock.call_later)
+    orders = target(config(tmp_path))
+    limits.learn(orders, 200, "1")
+    await drain(limits, orders)
+    tasks = [asyncio.create_task(limits.admit(orders, Claim(1000))) for _ in range(3)]
+    await settle()
+    with pytest.raises(UsagePlanExhausted, match="3 calls wait for the usage plan of") as caught:
+        await limits.admit(orders, Claim(1000))
+    assert caught.value.headers()["Retry-After"] == "4"
+    clock.advance(1.1)
+    await settle()
+    tasks.append(asyncio.create_task(limits.admit(orders, Claim(1000))))
+    await settle()
+    assert sum(task.done() for task in tasks) == 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.logs import LOGGER, fields, set_up
+from proxy.logs import LOGGER, LOST, Behind, fields, set_up
 
 SECRET = "Atza|leaked"
 OTHERS = ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio", "sp-api-proxy")
@@ -198,3 +199,56 @@ def test_the_stream_is_standard_error_unless_told_otherwise(capsys: pytest.Captu
     LOGGER.info("here")
     captured = capsys.readouterr()
     assert (captured.out, json.loads(captured.err)["message"]) == ("", "here")
+
+
+# Lines that a thread writes.
+
+
+class Stuck(io.StringIO):
+    """A stream whose reader stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.goes_on.wait(10)
+        return super().write(text)
+
+
+def record(number: int) -> logging.LogRecord:
+    return logging.LogRecord("x", logging.INFO, "", 0, f"line {number}", None, None)
+
+
+def test_a_stream_that_takes_nothing_holds_up_nobody_and_what_is_lost_is_counted() -> None:
+    stream = Stuck()
+    behind = Behind(logging.StreamHandler(stream), "stuck", most=5)
+    before = LOST["stuck"]
+    for number in range(50):
+        behind.handle(record(number))
+    assert LOST["stuck"] - before in {44, 45}  # one may be in the thread's hands
+    stream.goes_on.set()
+    behind.finish()
+    lines = stream.getvalue().splitlines()
+    assert lines == [f"line {number}" for number in range(len(lines))]
+    assert len(lines) in {5, 6}
+
+
+def test_a_stream_that_fails_is_counted_and_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    stream.close()
+    behind = Behind(logging.StreamHandler(stream), "closed")
+    for number in range(3):
+        behind.handle(record(number))
+    behind.finish()
+    assert LOST["closed"] == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_what_waits_is_written_in_the_end() -> None:
+    stream = io.StringIO()
+    behind = Behind(logging.StreamHandler(stream), "whole")
+    for number in range(1000):
+        behind.handle(record(number))
+    behind.finish()
+    assert len(stream.getvalue().splitlines()) == 1000

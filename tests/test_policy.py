@@ -146,6 +146,7 @@ ADDRESS, BUYER = f"{ORDER}/address", f"{ORDER}/buyerInfo"
         (["buyerInfo"], "/reports/2021-06-30/documents/1", [], "lwa", ()),
         (["buyerInfo"], "/reports/2021-06-30/documents/1", [("x-sp-data-elements", "buyerInfo")], "lwa", ()),
         (None, "/reports/2021-06-30/documents/1", [], "rdt", ()),
+        (["buyerInfo", "shippingAddress", "buyerTaxInformation"], "/reports/2021-06-30/documents/1", [], "rdt", ()),
         ([], "/reports/2021-06-30/reports", [], "lwa", ()),
         ([], "/something/new", [], "refused", ()),
         ([], f"{ORDERS}/", [], "refused", ()),
@@ -208,6 +209,11 @@ def test_listener_and_caller_must_both_allow(tmp_path: Path) -> None:
         decide(made, permit, f"{ORDER}/shipment", method="POST")
     with pytest.raises(NotAllowed, match=r"callers\.job\.operations"):
         decide(made, permit, "/reports/2021-06-30/reports")
+
+
+def test_the_only_account_that_both_allow_is_the_usual_one(tmp_path: Path) -> None:
+    made = config(tmp_path, {"accounts": ["zeta"]}, of_caller=True, accounts=["acme", "zeta"])
+    assert decide(made, permits(made, 0)["job"], "/x").account == "zeta"
 
 
 @pytest.mark.parametrize("pattern", ["order.*", "GET reports.v0.*", "orders.v0.getOrderz"])

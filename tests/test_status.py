@@ -9,7 +9,7 @@ import pytest
 from proxy.app import Running
 from tests.conftest import StartProxy, needs
 from tests.far_side import TokenHost, answer
-from tests.near_side import call
+from tests.near_side import call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 
@@ -93,3 +93,42 @@ async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: Running, tok
     text = (await call(admin(proxy), "GET", "/metrics")).body
     result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        ("127.0.0.1:9091", True),
+        ("10.1.2.3:9091", True),
+        ("[fd00::1]:9091", True),
+        ("localhost", True),
+        ("sp-api-proxy:9091", True),
+        ("metrics.internal", True),
+        ("evil.test", False),
+        ("127.0.0.1.evil.test", False),
+        ("", False),
+        ("x@y", False),
+    ],
+)
+async def test_the_health_address_answers_to_what_no_web_page_can_be_called(
+    start_proxy: StartProxy, host: str, is_answered: bool
+) -> None:
+    proxy = await start_proxy(health="127.0.0.1:0", allowed_hosts=["metrics.internal"])
+    assert proxy.health is not None
+    got = await call(proxy.health, "GET", "/metrics", host=host)
+    assert got.status == (200 if is_answered else 421)
+    got = await call(proxy.health, "GET", "/livez", origin="http://evil.test")
+    assert got.status == 403
+
+
+async def test_forms_are_refused_by_the_admin_address(proxy: Running) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert (await call(admin(proxy), "POST", "/livez", b"x", content_type=kind)).status == 415
+    assert (await call(admin(proxy), "POST", "/livez", b"{}", content_type="application/json")).status == 405
+    assert (await call(admin(proxy), "POST", "/livez")).status == 405
+
+
+async def test_other_versions_are_refused_by_the_admin_address_in_its_own(proxy: Running) -> None:
+    async with connect(admin(proxy)) as client:
+        await client.send(b"GET /livez HTTP/2.0\r\nHost: localhost\r\n\r\n")
+        assert (await client.reader.readline()).startswith(b"HTTP/1.1 505 ")

@@ -17,7 +17,7 @@ from proxy.errors import MalformedRequest
 from proxy.request.upstream import cleaned
 from tests.conftest import StartProxy, needs
 from tests.far_side import FarSide, Received, TokenHost, answer
-from tests.near_side import call, connect, request
+from tests.near_side import Client, call, connect, request
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 FEEDS = "/feeds/2021-06-30/feeds"
@@ -460,6 +460,40 @@ async def test_a_client_that_stops_reading_is_given_up(start_proxy: StartProxy, 
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
         await asyncio.wait_for(gave_up.wait(), 20)
+
+
+async def test_a_client_that_sends_too_little_too_long_runs_out_of_time(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(timeouts={"body_idle": "200ms"}, bounds={"body_rate": 1000})
+
+    async def drip(client: Client) -> None:
+        while True:
+            await client.send(b"x")
+            await asyncio.sleep(0.01)
+
+    async with connect(proxy.addresses[0]) as client:
+        await client.send(request("POST", FEEDS, content_length="100000"))
+        dripping = asyncio.create_task(drip(client))
+        got = await asyncio.wait_for(client.answer(), 20)
+        dripping.cancel()
+    assert (got.status, got.error) == (408, "BodyTimeout")
+
+
+async def test_a_slow_far_side_is_not_the_clients_fault(start_proxy: StartProxy, far_side: FarSide) -> None:
+    far_side.reads_bodies = False
+
+    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+        assert received.reader is not None
+        left = 4_000_000
+        while left:
+            await asyncio.sleep(0.02)  # so that it takes longer than the client itself might
+            left -= len(await received.reader.read(100_000))
+        writer.write(answer("200 OK", b"{}"))
+        await writer.drain()
+
+    far_side.script = script
+    proxy = await start_proxy(timeouts={"body_idle": "300ms"}, bounds={"body_rate": 100_000_000})
+    got = await call(proxy.addresses[0], "POST", FEEDS, b"x" * 4_000_000)
+    assert got.status == 200
 
 
 async def test_a_client_that_leaves_ends_the_call_to_amazon(proxy: Running, far_side: FarSide) -> None:

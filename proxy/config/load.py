@@ -274,6 +274,8 @@ def _validated(draft: _Draft) -> Config | None:
         return Config.model_validate(tree)
     except ValidationError as exc:
         for error in exc.errors(include_url=False, include_input=False):
+            if error["type"] == "too_short" and len(error["loc"]) == 1 and tree.get(str(error["loc"][0])):
+                continue  # it has items, but none that is good, and each says why
             draft.problems.append(_problem(error["loc"], error["type"], error["msg"], draft))
         return None
 

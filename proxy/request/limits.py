@@ -246,7 +246,7 @@ class Limits:
             raise UsagePlanExhausted(
                 f"{self._max_queue} calls wait for the usage plan of {target.operation_name} already",
                 "Come back after Retry-After, or raise limits.max_queue.",
-                retry_after=wait,
+                retry_after=wait - plan.bucket.margin,
             )
         try:
             await plan.turn(claim)

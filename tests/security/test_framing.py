@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.security.world import SELLERS, World, request
+from tests.security.world import SELLERS, World, request, until
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FEEDS = b"/feeds/2021-06-30/feeds"
@@ -429,3 +429,17 @@ def test_26_a_body_is_exactly_as_long_as_it_says(world: World) -> None:
 def test_a_body_where_none_belongs_is_refused(world: World, method: str) -> None:
     refused(world, request("/x", method=method, body=b"{}"))
     refused(world, request("/x", b"Transfer-Encoding: chunked", method=method) + b"2\r\n{}\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "second", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
+)
+def test_23_a_trailer_becomes_no_field_of_what_comes_with_it(world: World, second: bytes) -> None:
+    # The far side takes note of /early/… before its body.
+    head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+    with world.client() as stream:
+        stream.send(head)
+        until(lambda: bool(world.api.arrived), "nothing arrives")
+        stream.send(b"0\r\nx-leaked: 1\r\n\r\nPOST /second HTTP/1.1\r\nHost: localhost\r\n" + second)
+        stream.rest()
+    assert [one.target for one in world.api.arrived] == ["/early/first"]

@@ -40,6 +40,18 @@ FOUND = {
         [b"CONNECT /first HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN],
         "/hidden",
     ),
+    "behind a refused CONNECT, its body is read as a request where another one ends in chunks": (
+        [
+            b"CONNECT /first HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: %d\r\n\r\n" % len(HIDDEN)
+            + HIDDEN
+            + b"POST /second HTTP/1.1\r\n"
+            + HOST
+            + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        ],
+        "/hidden",
+    ),
     "behind an empty Transfer-Encoding, which says nothing about where the body ends, requests are served": (
         [b"POST /first HTTP/1.1\r\n" + HOST + b"Transfer-Encoding:\r\n\r\n" + HIDDEN],
         "/hidden",

@@ -16,18 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.world import PATIENCE, SELLERS, Arrived, Stream, World, answer, connect, request
+from tests.security.world import PATIENCE, SELLERS, Arrived, Stream, World, answer, connect, request, until
 
 FEEDS = "/feeds/2021-06-30/feeds"
 OK = b"HTTP/1.1 200 OK\r\n"
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, looking again and again for a bounded time."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def served(world: World) -> None:

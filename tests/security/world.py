@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -408,6 +409,14 @@ def connect(address: str, receive: int | None = None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition, looking again and again for a bounded time."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
 
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
