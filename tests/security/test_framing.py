@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.security.world import SELLERS, World, request, until
+from tests.security.world import SELLERS, Arrived, Stream, World, answer, request, until
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FEEDS = b"/feeds/2021-06-30/feeds"
@@ -435,7 +435,11 @@ def test_a_body_where_none_belongs_is_refused(world: World, method: str) -> None
     "second", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
 )
 def test_23_a_trailer_becomes_no_field_of_what_comes_with_it(world: World, second: bytes) -> None:
-    # The far side takes note of /early/… before its body.
+    def script(stream: Stream, arrived: Arrived) -> None:
+        world.api.body_of(stream, arrived)
+        stream.send(answer())
+
+    world.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
     head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
     with world.client() as stream:
         stream.send(head)

@@ -173,10 +173,10 @@ class Server:
                 self.improper.append(f"{len(request.all(name))} times {name}")
         self.arrived.append(request)
         if "early" not in request.target:
-            request.body = self._body(stream, request)
+            request.body = self.body_of(stream, request)
         return request
 
-    def _body(self, stream: Stream, request: Arrived) -> bytes:
+    def body_of(self, stream: Stream, request: Arrived) -> bytes:
         if not request.all("transfer-encoding"):
             return stream.exactly(int((request.all("content-length") or ["0"])[0]))
         body = b""
