@@ -76,18 +76,20 @@ async def test_a_newcomer_does_not_pass_those_who_wait(crowd: Crowd) -> None:
     await waiting
 
 
-@pytest.mark.parametrize("place_came", [False, True])
-async def test_who_leaves_while_waiting_leaves_nothing_behind(crowd: Crowd, metrics: Metrics, place_came: bool) -> None:
+@pytest.mark.parametrize("place_came", ["never", "before", "in the very moment"])
+async def test_who_leaves_while_waiting_leaves_nothing_behind(crowd: Crowd, metrics: Metrics, place_came: str) -> None:
     for _ in range(2):
         await crowd.go("acme", LONG)
     leaving, staying = (asyncio.create_task(crowd.go("acme", LONG)) for _ in range(2))
     await asyncio.sleep(0)
-    if place_came:
+    if place_came == "before":
         crowd.come_back("acme")
     leaving.cancel()
+    if place_came == "in the very moment":
+        crowd.come_back("acme")
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    if not place_came:
+    if place_came == "never":
         crowd.come_back("acme")
     await staying
     for _ in range(2):

@@ -95,6 +95,11 @@ async def test_a_listener_does_not_speak_what_is_older(
     assert not far_side.received
 
 
+def test_no_older_version_is_spoken_whatever_the_system_allows(authority: Authority, tmp_path: Path) -> None:
+    tls = ServerTls(Tls(**tls_of(authority, tmp_path)))
+    assert tls.context.minimum_version == tls._current.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
 async def test_plain_http_to_a_tls_listener_gets_nowhere(
     start_proxy: StartProxy, far_side: FarSide, authority: Authority, tmp_path: Path
 ) -> None:
