@@ -188,7 +188,7 @@ def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = loaded.config
     process.harden()
-    process.forget_secrets(os.environ, config)
+    process.wipe_variables(process.forget_secrets(os.environ, config))
     with _logging(config):
         for problem in loaded.warnings:
             logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))

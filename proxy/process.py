@@ -3,7 +3,8 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from pathlib import Path
 from types import TracebackType
 
 from proxy import logs
@@ -33,12 +34,36 @@ def harden() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def forget_secrets(environ: MutableMapping[str, str], config: Config) -> None:
-    """Take the variables that hold a secret out of the environment: whatever is started later gets none of them."""
+def forget_secrets(environ: MutableMapping[str, str], config: Config) -> list[str]:
+    """Take the variables that hold a secret out of the environment and return their names.
+
+    Whatever is started later gets none of them.
+    """
     secrets = set(_secrets_in(config))
-    for name, value in list(environ.items()):
-        if any(secret == value.strip() or (len(secret) >= _LONG and secret in value) for secret in secrets):
-            del environ[name]
+    found = [
+        name
+        for name, value in environ.items()
+        if any(secret == value.strip() or (len(secret) >= _LONG and secret in value) for secret in secrets)
+    ]
+    for name in found:
+        del environ[name]
+    return found
+
+
+def wipe_variables(names: Iterable[str]) -> None:
+    """Write over these variables where the process was given them: `/proc/PID/environ` shows that place for ever."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # Fields 50 and 51 (proc(5)); the second, a name in brackets, may hold blanks.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        start, end = int(fields[47]), int(fields[48])
+        wanted = {name.encode() for name in names}
+        for entry in ctypes.string_at(start, end - start).split(b"\0"):
+            name, equals, value = entry.partition(b"=")
+            if equals and name in wanted:
+                ctypes.memset(start + len(name) + 1, ord("*"), len(value))
+            start += len(entry) + 1
 
 
 def _secrets_in(config: Config) -> Iterator[str]:

@@ -35,6 +35,29 @@ def test_variables_that_hold_a_secret_are_forgotten() -> None:
     assert config.applications["main"].client_secret.current().reveal() == "distinctive-client-secret"
 
 
+def environment_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such thing elsewhere")
+async def test_no_secret_is_left_where_others_see_the_environment(far_side: FarSide, token_host: TokenHost) -> None:
+    settings = settings_for(far_side, token_host)
+    given = {
+        **ENVIRONMENT,
+        **{f"SP_API_PROXY_ENDPOINTS_{name.upper()}": url for name, url in settings["endpoints"].items()},
+        "SP_API_PROXY_LISTEN": "127.0.0.1:0",
+        "SP_API_PROXY_ADMIN": "127.0.0.1:0",
+    }
+    del given["PATH"]
+    async with started("serve", "--log-format", "json", environment=given) as proxy:
+        shown = environment_of(proxy.process.pid)
+        assert b"distinctive" not in shown
+        assert b"LWA_APP_ID=amzn1.client\0" in shown
+        assert b"LWA_CLIENT_SECRET=****" in shown
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+    assert token_host.received[0].body.count(b"distinctive-refresh-token") == 1
+
+
 def test_an_exception_that_ends_the_process_is_named_without_its_text() -> None:
     code = "from proxy import process; process.harden()\ndef fail(): raise ValueError('distinctive')\nfail()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -29,6 +29,13 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
 _UNFIT = re.compile(r"[^\x21-\x7e]|[\\#]")
+# What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
+_PREFLIGHT = (
+    "Access-Control-Request-Method",
+    "Access-Control-Request-Headers",
+    "Access-Control-Request-Private-Network",
+    "Access-Control-Request-Local-Network",
+)
 _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
@@ -109,7 +116,7 @@ def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
         raise BrowserRefused(
             "the request comes from a web page", "The proxy serves programs; call it from your server, not a browser."
         )
-    if "Access-Control-Request-Method" in headers or "Access-Control-Request-Private-Network" in headers:
+    if any(name in headers for name in _PREFLIGHT):
         raise BrowserRefused("the request is a browser's preflight", "The proxy serves programs, not web pages.")
 
 
