@@ -85,6 +85,7 @@ def sp_api_proxy(end: FarEnd, cores: Cores, folder: Path, *, large: bool = False
     path = folder / "proxy.yaml"
     # JSON is YAML.
     path.write_text(json.dumps(_proxy_config(end, port, end.large_port if large else end.api_port)))
+    path.chmod(0o600)
     command = python("proxy", "serve", "--config", path)
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
         yield Contender("sp-api-proxy", process, port)

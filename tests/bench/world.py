@@ -113,6 +113,7 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
             port, admin = free_port(), free_port()
             path = Path(name) / "config.yaml"
             path.write_text(yaml.safe_dump(_settings(accounts, simulator, port, admin, settings)))
+            path.chmod(0o600)
             began = time.monotonic()
             command = python("proxy", "serve", "--config", path, "--log-level", "error")
             with started("proxy", command, port, cores.proxy, Path(name)) as proxy:
