@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from proxy import __version__
@@ -23,7 +22,6 @@ from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
-from proxy.request.connector import Connector
 from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
@@ -32,9 +30,10 @@ from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
 from proxy.request.policy import permits
+from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
 from proxy.request.tokens import Tokens
-from proxy.request.upstream import Upstream, open_session, tls_context
+from proxy.request.upstream import Upstream, open_session
 from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
@@ -42,6 +41,7 @@ from proxy.store import Store
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
 STATUS_CONNECTIONS = 256  # of the admin listener, and of the health listener
+LWA_CONNECTIONS = 32
 LAG_INTERVAL = 0.5  # seconds
 LAST_MOMENT = 0.2  # seconds in which what was cut off may notice it
 
@@ -86,14 +86,13 @@ async def running(config: Config) -> AsyncIterator[Running]:
                 extra=fields(files=descriptors(), from_clients=most_clients, to_amazon=most_upstream),
             )
         session = await stack.enter_async_context(open_session(config, most_upstream))
-        fresh_session = await stack.enter_async_context(open_session(config, most_upstream, fresh=True))
         lwa_session = await stack.enter_async_context(open_lwa_session(config))
         table = load_table()
         limits = Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
         grants = Grants(
             config,
             lwa_session=lwa_session,
-            amazon_session=fresh_session,  # mints are rare as well
+            amazon_session=session,
             user_agents=agents,
             limits=limits,
             mint=table.match("POST", rdt.PATH),
@@ -103,7 +102,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         tokens = Tokens(config, grants=grants, documents=documents, store=store, metrics=metrics)
         stack.push_async_callback(tokens.close)
         show_secrets_age(config, metrics, time.time)
-        upstream = Upstream(config, session=session, fresh_session=fresh_session, user_agents=agents)
+        upstream = Upstream(session=session, user_agents=agents)
         attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
         who = (Callers(config), Crowd(config.bounds, metrics))
         parts = (table, limits, tokens, upstream, attempts, circuits, documents, Experience(table), metrics)
@@ -167,18 +166,9 @@ def user_agents(config: Config) -> dict[str, str]:
     }
 
 
-def open_lwa_session(config: Config) -> aiohttp.ClientSession:
-    """Return the session for token exchanges: apart from Amazon's, and each exchange on a connection of its own.
-
-    Exchanges are rare, so that a kept connection would mostly have died, or hold what nobody asked for.
-    """
-    return aiohttp.ClientSession(
-        connector=Connector(limit=32, ssl=tls_context(config), force_close=True, ttl_dns_cache=30),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": f"sp-api-proxy/{__version__}"},
-        timeout=aiohttp.ClientTimeout(total=config.timeouts.token),
-        trust_env=False,
-    )
+def open_lwa_session(config: Config) -> Pool:
+    """Return the connections for token exchanges, apart from Amazon's, so that neither waits for the other."""
+    return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"})
 
 
 async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) -> None:

@@ -30,7 +30,7 @@ from proxy.errors import (
     TooManyConnections,
 )
 from proxy.metrics import Metrics
-from proxy.request.answers import LAST_ON_CONNECTION, OwnAnswer, break_off
+from proxy.request.answers import LAST_ON_CONNECTION, AmazonsAnswer, OwnAnswer, break_off
 from proxy.request.callers import NOBODY, PEER, Peer
 from proxy.request.exchange import Exchange
 from proxy.request.guard import VERSION_REFUSED
@@ -43,7 +43,7 @@ LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the cli
 # The parser that comes with aiohttp as C (llhttp) is strict; the one in Python, where there is no other, takes more.
 HAS_STRICT_PARSER = HttpRequestParser.__module__ == "aiohttp._http_parser"
 
-Handle = Callable[..., Awaitable[web.StreamResponse]]
+Handle = Callable[..., Awaitable[Any]]  # of a web.StreamResponse, or of an answer that is written already
 RequestFactory = Callable[..., web.BaseRequest]
 
 _NONSENSE = b"\x00"  # no request begins with it
@@ -252,6 +252,11 @@ class Connection(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send what is still to be sent of an answer, in bounded time, and end a connection that is to leave."""
+        if isinstance(resp, AmazonsAnswer):  # it was streamed, under timeouts of its own
+            resp.keep_alive = resp.keep_alive and not self._is_leaving
+            if not self._messages and self._is_counted:
+                self._room.is_idle(self)
+            return resp, False
         if self._is_leaving:
             resp.force_close()
         if resp.prepared:  # it was streamed, under timeouts of its own

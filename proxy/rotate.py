@@ -4,15 +4,15 @@ Amazon answers 204 and nothing else: the new secret comes by a message to the SQ
 old one works for seven days more.
 """
 
+import asyncio
 import time
-
-import aiohttp
 
 from proxy.amazon import lwa
 from proxy.amazon.headers import credential_headers
 from proxy.amazon.refusals import parse_refusal
 from proxy.app import open_lwa_session, user_agents
 from proxy.config import Config, Region
+from proxy.request.http1 import Broken
 from proxy.request.identify import endpoint_of
 from proxy.request.upstream import open_session
 
@@ -34,24 +34,21 @@ async def rotate_client_secret(config: Config, name: str, region: Region) -> Non
     """Ask Amazon for a new client secret of the application `name`; raise RotationFailed."""
     application = config.applications[name]
     try:
-        async with (
-            open_lwa_session(config) as lwa_session,
-            open_session(config, 1, fresh=True) as session,
-        ):
+        async with open_lwa_session(config) as lwa_session, open_session(config, 1) as session:
+            secret = application.client_secret.current()
             grant = await lwa.client_credentials_grant(
-                lwa_session, config.endpoints.lwa, application.client_id, application.client_secret.current(), SCOPE
+                lwa_session.post, config.endpoints.lwa, application.client_id, secret, SCOPE
             )
             headers = credential_headers(grant.value, user_agents(config)[name], time.time())
             url = endpoint_of(config, "production", region) + PATH
-            timeout = aiohttp.ClientTimeout(total=config.timeouts.upstream_idle)
-            async with session.post(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
-                body = await lwa.read_bounded(response, lwa.MAX_ANSWER)
+            async with asyncio.timeout(config.timeouts.upstream_idle):
+                status, body = await session.post(url, headers, b"", lwa.MAX_ANSWER)
     except lwa.ExchangeRefused as exc:
         raise RotationFailed(f"Login with Amazon refuses the application {name}: {exc.reason}") from exc
-    except (lwa.ExchangeFailed, aiohttp.ClientError, OSError) as exc:
+    except (lwa.ExchangeFailed, Broken, OSError) as exc:
         raise RotationFailed("Amazon did not answer properly; it may or may not have made a new secret") from exc
-    if response.status != 204:
+    if status != 204:
         refusal = parse_refusal(body)
         said = " ".join(text for text in (refusal.code, refusal.message, refusal.details) if text)
-        advice = _WHAT_TO_DO.get(response.status, "Try again later.")
-        raise RotationFailed(f"Amazon answers {response.status}: {said or 'no reason given'}. {advice}")
+        advice = _WHAT_TO_DO.get(status, "Try again later.")
+        raise RotationFailed(f"Amazon answers {status}: {said or 'no reason given'}. {advice}")

@@ -3,10 +3,9 @@
 One call, no clock and no state: keeping tokens is `request/tokens.py`'s work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-
-import aiohttp
+from urllib.parse import urlencode
 
 from proxy.amazon.refusals import parse_object
 from proxy.config import Secret
@@ -20,6 +19,11 @@ REFUSALS = frozenset(
     {"invalid_grant", "invalid_client", "unauthorized_client", "invalid_scope", "invalid_request",
      "unsupported_grant_type", "access_denied"}
 )  # fmt: skip
+
+
+# Sends a request to a URL, with headers and a body; returns the answer's status, and its body up to one byte more than
+# the number of bytes given. It follows no redirect, which would carry the secrets to another address.
+Post = Callable[[str, Mapping[str, str], bytes, int], Awaitable[tuple[int, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,44 +52,34 @@ class ExchangeFailed(Exception):
 
 
 async def refresh_token_grant(
-    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, refresh_token: Secret
+    post: Post, url: str, client_id: str, client_secret: Secret, refresh_token: Secret
 ) -> Grant:
     """Exchange a seller's refresh token for an access token (SEED "Request a Login with Amazon access token").
 
-    Raises ExchangeRefused, ExchangeFailed, and what the session raises (`aiohttp.ClientError`, `TimeoutError`).
+    Raises ExchangeRefused, ExchangeFailed, and what `post` raises.
     """
     form = {"grant_type": "refresh_token", "refresh_token": refresh_token.reveal()}
-    return await _exchange(session, url, client_id, client_secret, form)
+    return await _exchange(post, url, client_id, client_secret, form)
 
 
-async def client_credentials_grant(
-    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, scope: str
-) -> Grant:
+async def client_credentials_grant(post: Post, url: str, client_id: str, client_secret: Secret, scope: str) -> Grant:
     """Get a token for grantless operations of `scope` (DOC "Grantless Operations"); raises as `refresh_token_grant`."""
     form = {"grant_type": "client_credentials", "scope": scope}
-    return await _exchange(session, url, client_id, client_secret, form)
+    return await _exchange(post, url, client_id, client_secret, form)
 
 
-async def _exchange(
-    session: aiohttp.ClientSession, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
-) -> Grant:
+async def _exchange(post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]) -> Grant:
     form = {**grant, "client_id": client_id, "client_secret": client_secret.reveal()}
     headers = {"Content-Type": "application/x-www-form-urlencoded;charset=UTF-8", "Accept": "application/json"}
-    # A redirect would carry the secrets to another address.
-    async with session.post(url, data=form, headers=headers, allow_redirects=False) as response:
-        body = await read_bounded(response, MAX_ANSWER)
-        return parse_answer(response.status, body)
+    return parse_answer(*await bounded(post, url, headers, urlencode(form).encode()))
 
 
-async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Return the body of `response`; raise ExchangeFailed where it is longer than `limit` bytes."""
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            response.close()
-            raise ExchangeFailed("answer_too_large")
-    return bytes(body)
+async def bounded(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+    """Return status and body of an answer; raise ExchangeFailed where it is longer than MAX_ANSWER."""
+    status, answer = await post(url, headers, body, MAX_ANSWER)
+    if len(answer) > MAX_ANSWER:
+        raise ExchangeFailed("answer_too_large")
+    return status, answer
 
 
 def parse_answer(status: int, body: bytes) -> Grant:

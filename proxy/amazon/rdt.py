@@ -4,9 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-import aiohttp
-
-from proxy.amazon.lwa import MAX_ANSWER, ExchangeFailed, Grant, parse_grant, read_bounded
+from proxy.amazon.lwa import ExchangeFailed, Grant, Post, bounded, parse_grant
 from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
@@ -39,7 +37,7 @@ class RdtRefused(Exception):
 
 
 async def create_restricted_data_token(
-    session: aiohttp.ClientSession,
+    post: Post,
     endpoint: str,
     headers: Mapping[str, str],
     method: str,
@@ -50,7 +48,7 @@ async def create_restricted_data_token(
     """Mint an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's ordinary token.
 
     `path` has no query string and no trailing slash. With `target_application`, only that application can use the
-    token (delegation). Raises RdtRefused, ExchangeFailed, and what the session raises.
+    token (delegation). Raises RdtRefused, ExchangeFailed, and what `post` raises.
     """
     resource: dict[str, object] = {"method": method, "path": path}
     if data_elements:
@@ -60,8 +58,7 @@ async def create_restricted_data_token(
         asked["targetApplication"] = target_application
     body = json.dumps(asked).encode()
     all_headers = {**headers, "Content-Type": "application/json", "Accept": "application/json"}
-    async with session.post(endpoint + PATH, data=body, headers=all_headers, allow_redirects=False) as response:
-        return parse_answer(response.status, await read_bounded(response, MAX_ANSWER))
+    return parse_answer(*await bounded(post, endpoint + PATH, all_headers, body))
 
 
 def parse_answer(status: int, body: bytes) -> Grant:

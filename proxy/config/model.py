@@ -415,6 +415,14 @@ class Pool(Settings):
     max_connections: int = Field(1000, ge=1, description="Connections to all of Amazon's hosts together.")
     idle: PositiveDuration = Field(20.0, description="How long an unused connection is kept.")
     ca_file: str | None = Field(None, description="A PEM file of certificates to trust instead of the system's.")
+    proxy: Secret | None = Field(
+        None,
+        description="A forward proxy on the way to Amazon, as http://[user:password@]host:port; HTTPS_PROXY where this "
+        "is not set. Hosts of this machine are reached directly.",
+    )
+    no_proxy: tuple[str, ...] = Field(
+        (), description="Hosts, and domains with all below them, that are reached directly; NO_PROXY where not set."
+    )
 
 
 class Log(Settings):

@@ -3,14 +3,15 @@
 import math
 import socket
 import struct
+from functools import lru_cache
 
-import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpVersion11
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
+from proxy.request.http1 import Answer
 from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
@@ -29,6 +30,8 @@ HOP_BY_HOP = frozenset(
     }
 )
 
+BODILESS_STATUSES = frozenset({204, 304})
+
 # Only the proxy may say these: an answer that brings them is not to be taken for the proxy's own.
 OURS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
 
@@ -36,9 +39,11 @@ OURS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
 def named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
     """Return the field names, with `_` as `-`, that `Connection` declares to be for one hop alone."""
     values = headers.getall("Connection", None)
-    if not values:
-        return frozenset()
-    return frozenset(name.strip().lower().replace("_", "-") for value in values for name in value.split(","))
+    return _named(values) if values else frozenset()
+
+
+def _named(values: list[str]) -> frozenset[str]:
+    return frozenset(_plain(name.strip()) for value in values for name in value.split(","))
 
 
 # Set on a request whose connection ends with its answer, because the proxy is about to stop.
@@ -74,20 +79,78 @@ class _Plain(web.StreamResponse):
                 self.headers.popall(name, None)
 
 
-class AmazonsAnswer(_Plain):
-    """Amazon's answer with one header more: what the proxy decided and did. Its body is still to be written."""
+class AmazonsAnswer:
+    """How Amazon's answer is written to the app: with one field more, what the proxy decided and did.
 
-    def __init__(self, response: aiohttp.ClientResponse, exchange: Exchange, mask: Mask) -> None:
-        headers = _passed_on(response.headers, mask)
-        super().__init__(status=response.status, reason=mask.of(response.reason or ""), headers=headers)
-        self.headers["x-sp-proxy"] = exchange.summary()
-        if exchange.retry_after is not None:
-            self.headers.setdefault("Retry-After", str(max(1, math.ceil(exchange.retry_after))))
+    The rest of a field line is passed on byte for byte. `is_last` ends the app's connection with it.
+    """
+
+    __slots__ = ("head", "is_chunked", "keep_alive")
+
+    def __init__(
+        self, answer: Answer, request: web.BaseRequest, exchange: Exchange, mask: Mask, *, is_last: bool
+    ) -> None:
+        is_1_0 = request.version < HttpVersion11
+        self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
+        self.is_chunked = False
+        lines = [b"HTTP/1.%d %d %b" % (not is_1_0, answer.status, answer.reason)]
+        has_length = self._add_fields(lines, answer)
+        if not has_length and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
+            self.is_chunked = not is_1_0
+            if is_1_0:
+                self.keep_alive = False  # the end of the connection is the end of the answer
+            else:
+                lines.append(b"Transfer-Encoding: chunked")
+        if is_1_0 is self.keep_alive:
+            lines.append(b"Connection: keep-alive" if is_1_0 else b"Connection: close")
+        lines.append(b"x-sp-proxy: " + exchange.summary().encode())
+        if exchange.retry_after is not None and answer.first(b"retry-after") is None:
+            lines.append(b"Retry-After: %d" % max(1, math.ceil(exchange.retry_after)))
+        lines.append(b"\r\n")
+        self.head = mask.of(b"\r\n".join(lines).decode("latin-1")).encode("latin-1")
+
+    def _add_fields(self, lines: list[bytes], answer: Answer) -> bool:
+        """Add what is passed on; return whether a length is among it."""
+        has_length = False
+        named = _named_by_answer(answer)
+        for name, value in answer.fields:
+            kind = _kind_of(name)
+            if kind == _OF_ONE_HOP or (named and _plain(name.decode("latin-1")) in named):
+                continue
+            if kind == _LENGTH:
+                if answer.status == 204:
+                    continue  # RFC 9110 section 8.6
+                has_length = True
+            lines.append(b"%b: %b" % (name, value))
+        return has_length
+
+    def framed(self, data: bytes) -> bytes:
+        """Return a piece of the body as it is written."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked and data else data
+
+    @property
+    def end(self) -> bytes:
+        """What is written behind the body."""
+        return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-def _passed_on(headers: CIMultiDictProxy[str], mask: Mask) -> CIMultiDict[str]:
-    dropped = HOP_BY_HOP | OURS | named_in_connection(headers)
-    return CIMultiDict((name, mask.of(value)) for name, value in headers.items() if _plain(name) not in dropped)
+_OF_ONE_HOP, _LENGTH, _PASSED_ON = range(3)
+
+
+@lru_cache(maxsize=512)
+def _kind_of(name: bytes) -> int:
+    """Return what is done with an answer's field; the few names that Amazon uses are judged once."""
+    plain = _plain(name.decode("latin-1"))
+    if plain in HOP_BY_HOP or plain in OURS:
+        return _OF_ONE_HOP
+    return _LENGTH if name.lower() == b"content-length" else _PASSED_ON
+
+
+def _named_by_answer(answer: Answer) -> frozenset[str]:
+    if answer.first(b"connection") is None:
+        return frozenset()
+    values = [value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"]
+    return _named(values)
 
 
 def _plain(name: str) -> str:

@@ -7,9 +7,8 @@ What is not known is asked with a Restricted Data Token first.
 import zlib
 from collections import OrderedDict
 
-import aiohttp
-
 from proxy.amazon.reports import OPERATIONS_THAT_TELL, RESTRICTED_TYPES, documents_in
+from proxy.request.http1 import Answer
 from proxy.request.identify import Credential, Target
 
 MOST_READ = 256 * 1024  # bytes of an answer that are looked at; getReports names a hundred reports in a fifth of that
@@ -39,14 +38,14 @@ class Documents:
         """Unlearn a document that Amazon refused without a Restricted Data Token."""
         self._unrestricted.get(_owner(credential), OrderedDict()).pop(_document(credential), None)
 
-    def reader(self, target: Target, response: aiohttp.ClientResponse) -> "Reader | None":
+    def reader(self, target: Target, answer: Answer) -> "Reader | None":
         """Return what reads along with an answer that may name documents; None for every other answer."""
-        if target.operation_name not in OPERATIONS_THAT_TELL or response.status != 200:
+        if target.operation_name not in OPERATIONS_THAT_TELL or answer.status != 200:
             return None
-        length = response.headers.get("Content-Length", "0")
+        length = answer.first(b"content-length") or "0"
         if not length.isdigit() or int(length) > MOST_READ:
             return None
-        return Reader(self, _owner(target.credential), response.headers.get("Content-Encoding", ""))
+        return Reader(self, _owner(target.credential), answer.first(b"content-encoding") or "")
 
     def _add(self, owner: Owner, document: str) -> None:
         known = self._unrestricted.setdefault(owner, OrderedDict())

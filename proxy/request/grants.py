@@ -9,8 +9,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import aiohttp
-
 from proxy.amazon import lwa, rdt
 from proxy.amazon.headers import credential_headers
 from proxy.amazon.operations import Operation
@@ -18,8 +16,10 @@ from proxy.config import Config, Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
+from proxy.request.http1 import Broken
 from proxy.request.identify import Credential, Target, endpoint_of, ordinary_of
 from proxy.request.limits import Claim, Limits
+from proxy.request.pool import Pool
 
 TRIES = 3  # of one exchange, within timeouts.token
 FIRST_WAIT = 0.2  # seconds between the first two tries, doubled for the next
@@ -69,8 +69,8 @@ class Grants:
         self,
         config: Config,
         *,
-        lwa_session: aiohttp.ClientSession,
-        amazon_session: aiohttp.ClientSession,
+        lwa_session: Pool,
+        amazon_session: Pool,
         user_agents: dict[str, str],
         limits: Limits,
         mint: Operation | None,
@@ -104,8 +104,8 @@ class Grants:
 
         def call() -> Awaitable[lwa.Grant]:
             if credential.kind == "grantless":
-                return lwa.client_credentials_grant(self._lwa_session, url, *client, credential.scope)
-            return lwa.refresh_token_grant(self._lwa_session, url, *client, secrets[1])
+                return lwa.client_credentials_grant(self._lwa_session.post, url, *client, credential.scope)
+            return lwa.refresh_token_grant(self._lwa_session.post, url, *client, secrets[1])
 
         return await self._tried(credential, call)
 
@@ -124,7 +124,7 @@ class Grants:
             headers = credential_headers(ordinary, self._user_agents[credential.application], time.time())
             try:
                 return await rdt.create_restricted_data_token(
-                    self._amazon_session,
+                    self._amazon_session.post,
                     endpoint,
                     headers,
                     credential.method,
@@ -170,7 +170,7 @@ class Grants:
                         grant = await call()
                     except lwa.ExchangeFailed as exc:
                         reason = exc.reason
-                    except (aiohttp.ClientError, OSError, ValueError) as exc:
+                    except (Broken, OSError) as exc:
                         reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
                     else:
                         self._count(credential, "ok", "", asked)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import aiohttp
 from aiohttp import web
 
 from proxy.amazon.operations import OperationTable
@@ -19,7 +18,7 @@ from proxy.config import Config, Listener
 from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
 from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
-from proxy.request.answers import OwnAnswer
+from proxy.request.answers import AmazonsAnswer, OwnAnswer
 from proxy.request.callers import Callers, peer_of
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
@@ -27,6 +26,7 @@ from proxy.request.documents import Documents, unpacked
 from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
 from proxy.request.guard import Admitted, Doorway, admit, check_message
+from proxy.request.http1 import Answer
 from proxy.request.identify import identify
 from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
@@ -65,11 +65,12 @@ class Handler:
     metrics: Metrics
     now: Callable[[], float] = time.monotonic
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
         """Answer one request; every outcome is counted and logged once."""
         exchange = Exchange(request.method, self.now())
         self.metrics.in_flight.inc()
         entered: str | None = None
+        answer: AmazonsAnswer | OwnAnswer
         try:
             admitted = self._admitted(request, exchange)
             self.crowd.enter(exchange.caller or self.name)
@@ -108,7 +109,7 @@ class Handler:
         exchange.caller = self.callers.who(headers, peer_of(request), self.listener)
         return admitted
 
-    async def _serve(self, request: web.BaseRequest, admitted: Admitted, exchange: Exchange) -> web.StreamResponse:
+    async def _serve(self, request: web.BaseRequest, admitted: Admitted, exchange: Exchange) -> AmazonsAnswer:
         headers, permit = request.headers, self.permits[exchange.caller]
         if "x-amz-access-token" in headers:
             self.metrics.replaced_tokens.inc()
@@ -128,7 +129,7 @@ class Handler:
                 if call.mask.was_needed:
                     self.metrics.masked_tokens.inc()
 
-    async def _answered(self, call: Call, options: Options) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _answered(self, call: Call, options: Options) -> tuple[Answer, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.
 
         Raises the error that stands in for an answer.
@@ -180,9 +181,7 @@ class Handler:
         call.exchange.retry_after = wait
         return None
 
-    async def _accepted(
-        self, call: Call, response: aiohttp.ClientResponse, token: Token
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _accepted(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:
         """Return an answer that is to be passed on; of a refusal, what is behind it is found out first."""
         if response.status in REFUSED:
             return await self._refused(call, response, token)
@@ -190,7 +189,7 @@ class Handler:
             self.experience.note_worked(call.target)
         return response, b""
 
-    async def _send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
+    async def _send(self, call: Call, token: Token) -> Answer:
         """Send the request with this token, and note what the head of its answer says."""
         exchange = call.exchange
         exchange.note_token(token.kind, token.data_elements)
@@ -205,18 +204,16 @@ class Handler:
                 self.circuits.failed(where, call.target.operation_name, answered=False)
             raise
         exchange.status, exchange.upstream_duration = response.status, self.now() - sent
-        exchange.amazon_request_id = _well_formed_id(response.headers.get("x-amzn-RequestId"))
+        exchange.amazon_request_id = _well_formed_id(response.first(b"x-amzn-requestid"))
         if response.status >= 500:
             self.circuits.failed(where, call.target.operation_name, answered=True)
         else:
             self.circuits.worked(where)
-        rate = response.headers.get(RATE_HEADER)
+        rate = response.first(RATE_HEADER)
         self.limits.learn(call.target, response.status, rate, waited=exchange.waited > 0)
         return response
 
-    async def _refused(
-        self, call: Call, response: aiohttp.ClientResponse, token: Token
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _refused(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:
         """Send a refused call once more where another token may help; return the answer that counts, and its beginning.
 
         What was refused was not executed, so any method may be sent again.
@@ -280,11 +277,11 @@ class Handler:
             AUDIT.info("request", extra=fields(listener=self.name, **_audit_line(exchange)))
 
 
-def refusal_of(response: aiohttp.ClientResponse, beginning: bytes) -> Refusal:
+def refusal_of(response: Answer, beginning: bytes) -> Refusal:
     """Return what Amazon says in a refusal, whatever its content coding."""
-    coding = response.headers.get("Content-Encoding", "")
+    coding = response.first(b"content-encoding") or ""
     body = unpacked(beginning, coding, MOST_OF_REFUSAL * 4)
-    return parse_refusal(body, response.headers.get("x-amzn-ErrorType", ""))
+    return parse_refusal(body, response.first(b"x-amzn-errortype") or "")
 
 
 def _label(method: str) -> str:

@@ -19,7 +19,7 @@ from proxy.request.buckets import Bucket, Estimate, Queue
 from proxy.request.identify import Target
 
 MAX_WAIT_HEADER = "x-sp-max-wait"
-RATE_HEADER = "x-amzn-RateLimit-Limit"
+RATE_HEADER = b"x-amzn-ratelimit-limit"
 
 
 _RATE = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)

@@ -1,22 +1,19 @@
 """How does the request reach Amazon, and the answer the app, changed in nothing but what must change?
 
 Strip first, add last: what belongs to one hop, to the proxy or to the app's own credentials goes, then Amazon's
-headers are set. Bodies are streamed both ways as they are. aiohttp's client behaves like a browser unless it is told
-otherwise; everything it is told stands in `open_session` and `_send`.
+headers are set. Bodies are streamed both ways as they are, and both ways at once.
 """
 
 import asyncio
-import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import lru_cache
 from typing import Self
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http import HttpVersion10, HttpVersion11
+from aiohttp import ClientError, web
+from aiohttp.http import HttpVersion11
 from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from proxy.amazon.headers import credential_headers
 from proxy.config import Config
@@ -32,11 +29,13 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
-from proxy.request.connector import REUSED, Connector
+from proxy.request.dial import Origin
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
+from proxy.request.http1 import Answer, Broken, Wire
 from proxy.request.identify import Target
 from proxy.request.mask import Mask
+from proxy.request.pool import Pool, request_head
 from proxy.request.tokens import Token
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
@@ -86,12 +85,7 @@ LOOKALIKES = BODY_FIELDS
 MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
 MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 
-MAX_RESPONSE_LINE = 16 * 1024
-MAX_RESPONSE_FIELD = 64 * 1024
-MAX_RESPONSE_FIELDS = 256
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_MOST_ORIGINS = 64  # addresses that are kept taken apart
 
 
 def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
@@ -102,21 +96,28 @@ def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
 
 def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
-    dropped = HOP_BY_HOP | named_in_connection(headers)
-    if method in BODILESS:
-        dropped |= BODY_FIELDS
+    named = named_in_connection(headers)
+    is_bodiless = method in BODILESS
     kept: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
-        # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
-        lower = name.lower().replace("_", "-")
-        if "_" in name and lower in LOOKALIKES:
+        if not _is_for_amazon(name, is_bodiless=is_bodiless):
             continue
-        if lower in dropped or lower in PRIVATE or lower.startswith(PRIVATE_PREFIXES):
+        if named and name.lower().replace("_", "-") in named:
             continue
         if not value.isascii() and not _is_utf8(value):
             raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
         kept.add(name, value)
     return kept
+
+
+@lru_cache(maxsize=512)
+def _is_for_amazon(name: str, *, is_bodiless: bool) -> bool:
+    """Return whether a field goes to Amazon, as far as its name says; the names that apps use are judged once."""
+    # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
+    lower = name.lower().replace("_", "-")
+    if ("_" in name and lower in LOOKALIKES) or (is_bodiless and lower in BODY_FIELDS):
+        return False
+    return lower not in HOP_BY_HOP and lower not in PRIVATE and not lower.startswith(PRIVATE_PREFIXES)
 
 
 def _is_utf8(value: str) -> bool:
@@ -262,11 +263,22 @@ class Call:
             yield chunk
         self._is_read = True
 
+    def at_hand(self) -> bytes | None:
+        """Return the body where all of it has come already; None where it is still to be waited for."""
+        content = self.request.content
+        if not self._is_read and content.is_eof() and content.exception() is None:
+            self._is_read = True
+            data = content.read_nowait()
+            self._keep(data)
+            self.exchange.request_bytes += len(data)
+            return data
+        return b"".join(self._kept) if self._is_read and self._kept is not None else None
+
     async def _next(self) -> bytes:
         self.patience.for_app(self.exchange.request_bytes)
         try:
             chunk = await self.request.content.readany()
-        except (web.RequestPayloadError, aiohttp.ClientError, ValueError) as exc:
+        except (web.RequestPayloadError, ClientError, ValueError) as exc:
             error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
             self.exchange.upload_error = error
             raise error from exc
@@ -288,192 +300,190 @@ def _say_continue(request: web.BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def tls_context(config: Config) -> ssl.SSLContext:
-    """Return what verifies Amazon's hosts: TLS 1.2 and up, the system's certificates or those of `pool.ca_file`."""
-    context = ssl.create_default_context(cafile=config.pool.ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+def open_session(config: Config, limit: int) -> Pool:
+    """Return the connections to Amazon, `limit` of them at most."""
+    return Pool(config, limit)
 
 
-def open_session(config: Config, limit: int, *, fresh: bool = False) -> aiohttp.ClientSession:
-    """Return a session that does nothing of its own accord, with `limit` connections at most.
-
-    `fresh` ones never reuse a connection.
-    """
-    connector = Connector(
-        limit=limit,
-        ssl=tls_context(config),
-        force_close=fresh,
-        ttl_dns_cache=30,
-        keepalive_timeout=None if fresh else config.pool.idle,
-    )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        # With a real jar, one seller's cookie would go out with another seller's request.
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        timeout=aiohttp.ClientTimeout(total=None, connect=config.timeouts.connect),
-        trust_env=False,
-        max_line_size=MAX_RESPONSE_LINE,
-        max_field_size=MAX_RESPONSE_FIELD,
-        max_headers=MAX_RESPONSE_FIELDS,
-    )
-    # aiohttp repeats idempotent calls by itself, unseen; there is no public switch. Ours is counted, and once only.
-    session._retry_connection = False  # noqa: SLF001
-    return session
+@lru_cache(maxsize=_MOST_ORIGINS)
+def _origin_of(endpoint: str) -> Origin:
+    return Origin.of(endpoint)
 
 
 class Upstream:
     """Sends requests to Amazon and streams the answers back."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        user_agents: Mapping[str, str],
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._config = config
+    def __init__(self, *, session: Pool, user_agents: Mapping[str, str], wall: Callable[[], float] = time.time) -> None:
         self._session = session
-        self._fresh_session = fresh_session
         self._user_agents = user_agents
         self._wall = wall
 
-    async def send(self, call: Call, token: Token) -> aiohttp.ClientResponse:
+    async def send(self, call: Call, token: Token) -> Answer:
         """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
 
         Raises an error of ours for everything that keeps an answer from coming.
         """
         call.exchange.attempts += 1
         call.mask = Mask(token.value.reveal())
-        session = self._fresh_session if call.wants_new_connection else self._session
-        request, target = call.request, call.target
-        headers = cleaned(request.method, request.headers)
-        headers.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
         call.patience.for_amazon()
+        origin = _origin_of(call.target.endpoint)
+        head, is_chunked = self._head(call, token, origin)
+        wire = await self._connection(origin, fresh=call.wants_new_connection)
+        was_used = wire.served > 0
+        answer = _begin(wire, call, head, is_chunked=is_chunked)
         try:
-            response = await session.request(
-                request.method,
-                # As an encoded path, query and all: escapes are not tidied, and an empty query is kept. The path that
-                # Amazon sees is the one that was decided on.
-                URL(target.endpoint).with_path(target.path_and_query, encoded=True),
-                headers=headers,
-                data=call.body() if request.body_exists else None,
-                allow_redirects=False,
+            await answer.head()
+        except Broken as exc:
+            error = call.exchange.upload_error or UpstreamBroken(
+                f"Amazon gave no proper answer: {exc}",
+                "A write may or may not have been done: look before you repeat it.",
             )
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            error = call.exchange.upload_error or _translated(exc)
             # An idle connection that Amazon closed just now, perhaps.
-            call.wants_new_connection = isinstance(error, UpstreamBroken) and REUSED.get()
+            call.wants_new_connection = was_used and isinstance(error, UpstreamBroken)
             raise error from exc
-        wrong = _what_is_wrong_with(response)
-        if wrong:
-            response.close()
-            raise UpstreamBroken(f"Amazon's answer {wrong}", "Try again.")
-        return response
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def _head(self, call: Call, token: Token, origin: Origin) -> tuple[bytes, bool]:
+        """Return the request's head, and whether its body goes in chunks."""
+        request, target = call.request, call.target
+        fields = cleaned(request.method, request.headers)
+        fields.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
+        is_chunked = request.body_exists and "Content-Length" not in fields
+        if is_chunked:
+            fields["Transfer-Encoding"] = "chunked"
+        elif request.method not in BODILESS and "Content-Length" not in fields:
+            fields["Content-Length"] = "0"
+        lines = [("Host", origin.authority), *fields.items()]
+        # The path that Amazon sees is the one that was decided on, byte for byte.
+        return request_head(request.method, target.path_and_query, lines), is_chunked
+
+    async def _connection(self, origin: Origin, *, fresh: bool) -> Wire:
+        wire = None if fresh else self._session.free(origin)
+        if wire is not None:
+            return wire
+        try:
+            return await self._session.take(origin, fresh=fresh)
+        except OSError as exc:
+            raise _unreachable(exc) from exc
 
     async def relay(
-        self, call: Call, response: aiohttp.ClientResponse, *, beginning: bytes = b"", reader: Reader | None = None
-    ) -> web.StreamResponse:
+        self, call: Call, answer: Answer, *, beginning: bytes = b"", reader: Reader | None = None
+    ) -> AmazonsAnswer:
         """Stream the answer to the app; break its connection where Amazon's answer breaks off.
 
         A client must never take half an answer for a whole one. `beginning` is what was read of it before; `reader`
         reads along.
         """
         request, exchange = call.request, call.exchange
-        answer = AmazonsAnswer(response, exchange, call.mask)
-        if request.body_exists and not request.content.at_eof():
-            answer.force_close()  # answered before the upload ended: what still comes is not a request
-        connection = response.connection.protocol if response.connection is not None else None
+        # Where it came before the upload ended, what still comes is not a request.
+        is_early = request.body_exists and not request.content.at_eof()
+        passed = AmazonsAnswer(answer, request, exchange, call.mask, is_last=is_early)
         try:
-            call.patience.for_app()
             exchange.begun = True
-            await answer.prepare(request)
-            await _stream(call, response, answer, beginning, reader)
-            if connection is not None and isinstance(connection.exception(), aiohttp.ClientOSError):
-                raise aiohttp.ClientPayloadError  # its end is the connection's, and that was a reset
-            call.patience.for_app()
-            await answer.write_eof()
-            await request.writer.drain()  # or what is left would be waited for outside all timeouts
-        except (aiohttp.ClientError, ConnectionError):
+            await _stream(call, answer, passed, beginning, reader)
+        except (Broken, ConnectionError):
             exchange.broken = True
             break_off(request)
         except asyncio.CancelledError:
             break_off(request)
             raise
         finally:
-            if exchange.broken or not response.content.at_eof():
-                response.close()
-            else:
-                response.release()
-        return answer
+            if exchange.broken or not answer.at_end:
+                answer.close()
+        return passed
 
 
-def _what_is_wrong_with(response: aiohttp.ClientResponse) -> str:
-    """Return what makes an answer unfit to be passed on, though aiohttp took it; nothing where it is fit."""
-    if response.version not in {HttpVersion10, HttpVersion11}:
-        return "is of an HTTP version that was not asked for"
-    if response.status < 200:  # aiohttp takes 099 for a status, and 101 for the end of HTTP
-        return "has no status that ends a request"
-    codings = response.headers.getall("Transfer-Encoding", ())
-    if codings and (len(codings) > 1 or codings[0].strip().lower() != "chunked" or response.version == HttpVersion10):
-        return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
-    if _CONTROL.search(response.reason or ""):
-        return "has a status line with control characters"
-    return ""
+def _begin(wire: Wire, call: Call, head: bytes, *, is_chunked: bool) -> Answer:
+    """Send what is there of a request; where more of its body is to come, that goes on beside the answer."""
+    if not call.request.body_exists:
+        return wire.send(call.request.method, head)
+    body = call.at_hand()
+    if body is not None:
+        return wire.send(call.request.method, head + _framed(body, is_chunked=is_chunked) + _end(is_chunked=is_chunked))
+    answer = wire.send(call.request.method, head)
+    answer.upload = asyncio.create_task(_upload(wire, call, is_chunked=is_chunked), name="upload")
+    return answer
 
 
-async def beginning_of(call: Call, response: aiohttp.ClientResponse) -> bytes:
+async def _upload(wire: Wire, call: Call, *, is_chunked: bool) -> None:
+    """Send the body as it comes. Where it does not come whole, the request must not seem to."""
+    try:
+        async for chunk in call.body():
+            await wire.write(_framed(chunk, is_chunked=is_chunked))
+        if is_chunked:
+            await wire.write(_end(is_chunked=True))
+    except Broken:
+        pass  # whoever waits for the answer learns of it
+    except BaseException as exc:
+        wire.abort()
+        if not isinstance(exc, MalformedRequest):
+            raise
+
+
+def _framed(data: bytes, *, is_chunked: bool) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if is_chunked and data else data
+
+
+def _end(*, is_chunked: bool) -> bytes:
+    return b"0\r\n\r\n" if is_chunked else b""
+
+
+async def beginning_of(call: Call, answer: Answer) -> bytes:
     """Read the beginning of a refusal: all of it, as a rule; `relay` passes it on before the rest."""
     read = b""
     call.patience.for_amazon()
     try:
-        while len(read) < MOST_OF_REFUSAL and (chunk := await response.content.readany()):
+        while len(read) < MOST_OF_REFUSAL and (chunk := await answer.read()):
             read += chunk
-    except (aiohttp.ClientError, OSError):
+    except Broken:
         pass  # relay meets the same end, and knows what to do
     return read
 
 
-async def _stream(
-    call: Call, response: aiohttp.ClientResponse, answer: web.StreamResponse, chunk: bytes, reader: Reader | None
-) -> None:
-    """Pass the rest of an answer's body on, behind the `chunk` that was read before."""
+async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
+    """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
+    out = passed.head
     while True:
         if chunk:
-            await _pass_on(call, answer, call.mask.feed(chunk))
             if reader is not None:
                 reader.feed(chunk)
-        call.patience.for_amazon()
-        chunk = await response.content.readany()
-        if not chunk:
+            data = call.mask.feed(chunk)
+            call.exchange.response_bytes += len(data)
+            out += passed.framed(data)
+        if answer.at_end:
             break
-    await _pass_on(call, answer, call.mask.end())
+        if out and not answer.is_waiting:
+            await _write(call, out)
+            out = b""
+        call.patience.for_amazon()
+        chunk = await answer.read()
     if reader is not None:
         reader.end()
+    data = call.mask.end()
+    call.exchange.response_bytes += len(data)
+    await _write(call, out + passed.framed(data) + passed.end)
 
 
-async def _pass_on(call: Call, answer: web.StreamResponse, data: bytes) -> None:
+async def _write(call: Call, data: bytes) -> None:
+    transport, protocol = call.request.transport, call.request.protocol
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the app left")
+    call.patience.for_app(call.exchange.response_bytes)
     if data:
-        call.patience.for_app(call.exchange.response_bytes)
-        await answer.write(data)
-        call.exchange.response_bytes += len(data)
+        transport.write(data)
+    if protocol.writing_paused:
+        await call.request.writer.drain()
 
 
-def _translated(exc: Exception) -> ProxyError:
-    """Return the error of ours for what aiohttp raised; its own text may quote the request, so none of it is kept."""
-    if isinstance(exc, (aiohttp.ConnectionTimeoutError, TimeoutError)):
+def _unreachable(exc: OSError) -> ProxyError:
+    """Return the error of ours for what kept a connection from coming about."""
+    if isinstance(exc, TimeoutError):
         return ConnectTimeout("no connection to Amazon in time", "Try again; check the network if it goes on.")
-    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+    if isinstance(exc, ssl.SSLCertVerificationError):
         return UpstreamUnreachable(
             "Amazon's TLS certificate is not trusted", "Check pool.ca_file and what stands between here and Amazon."
         )
-    if isinstance(exc, (aiohttp.ClientConnectorError, aiohttp.ClientSSLError)):
-        return UpstreamUnreachable("no connection to Amazon", "Check the network and the endpoints setting.")
-    return UpstreamBroken(
-        "Amazon ended the connection without a proper answer",
-        "A write may or may not have been done: look before you repeat it.",
-    )
+    return UpstreamUnreachable("no connection to Amazon", "Check the network and the endpoints setting.")

@@ -1,0 +1,410 @@
+"""How does one connection to a server speak HTTP/1.1: a request out, its answer in, read strictly (RFC 9112)?
+
+llhttp, by httptools, reads the answers. Around it stands what a proxy needs and a parser does not know: which answer
+belongs to a request, where it ends, how large it may grow, and whether another request may follow. When in doubt, the
+connection is not used again; what arrives on one that nobody waits on ends it.
+"""
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import Callable
+from typing import cast
+
+import httptools
+
+MAX_REASON = 16 * 1024
+MAX_FIELD = 64 * 1024
+MAX_FIELDS = 256  # of a head, and of a trailer section, which is dropped
+MAX_BETWEEN = 256 * 1024  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
+HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server is made to wait
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_SPOKEN = ("1.1", "1.0")
+_NO_BODY = frozenset({204, 304})
+
+
+class Broken(Exception):
+    """The server gave no proper answer, or only part of one; the text says what is wrong, and nothing of it."""
+
+
+class _Malformed(Exception):
+    """What came is no answer to be passed on."""
+
+
+class Answer:
+    """One answer: its head once `head` has returned, its body by `read`.
+
+    `fields` are names and values as they came, in order. An answer that is not wanted to its end must be closed.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_error",
+        "_first",
+        "_held",
+        "_waiter",
+        "_wire",
+        "fields",
+        "has_head",
+        "is_complete",
+        "method",
+        "reason",
+        "status",
+        "upload",
+        "version",
+    )
+
+    def __init__(self, wire: "Wire", method: str) -> None:
+        self.method = method
+        self.status = 0
+        self.reason = b""
+        self.version = ""
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.has_head = False
+        self.is_complete = False  # all of it is here, though perhaps not read yet
+        self.upload: asyncio.Task[None] | None = None  # of the request's body, where that goes on
+        self._wire: Wire | None = wire
+        self._error: Exception | None = None
+        self._chunks: list[bytes] = []
+        self._held = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._first: dict[bytes, bytes] | None = None
+
+    def first(self, name: bytes) -> str | None:
+        """Return the first value of the field with this name in lower case, None where there is none."""
+        if self._first is None:
+            self._first = {known.lower(): value for known, value in reversed(self.fields)}
+        value = self._first.get(name)
+        return value.decode("latin-1") if value is not None else None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some of the body waits to be read."""
+        return bool(self._chunks)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of it came and was read."""
+        return self.is_complete and not self._chunks
+
+    @property
+    def waits_for_close(self) -> bool:
+        """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
+        return not (
+            self.method == "HEAD"
+            or self.status in _NO_BODY
+            or self.first(b"content-length") is not None
+            or self.first(b"transfer-encoding") is not None
+        )
+
+    async def head(self) -> None:
+        """Wait for the head; raise Broken where none comes."""
+        while not self.has_head:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return what has come of the body, nothing at its end; raise Broken where it was cut off."""
+        while not self._chunks:
+            if self.is_complete:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        data = self.taken()
+        if self._wire is not None:
+            self._wire.resume()
+        return data
+
+    def taken(self) -> bytes:
+        """Return what waits to be read, without waiting for more."""
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks, self._held = [], 0
+        return data
+
+    def close(self) -> None:
+        """Give the answer up: where not all of it came, its connection ends."""
+        if self.upload is not None:
+            self.upload.cancel()
+        if self._wire is not None:
+            self._wire.abort()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    # What the connection tells.
+
+    def came(self, chunk: bytes) -> bool:
+        """Take a piece of the body; return whether so much waits that no more should come."""
+        self._chunks.append(chunk)
+        self._held += len(chunk)
+        self._wake()
+        return self._held > HIGH_WATER
+
+    def begun(self) -> None:
+        """Note that the head is whole."""
+        self.has_head = True
+        self._wake()
+
+    def completed(self) -> None:
+        """Note that the last of it has come: nothing binds it to its connection any more."""
+        self.is_complete = True
+        self._wire = None
+        self._wake()
+
+    def failed(self, error: Exception) -> None:
+        """Note that no more will come."""
+        self._error = error
+        self._wire = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Wire(asyncio.Protocol):
+    """One connection: idle, or with one request whose answer is not complete.
+
+    `sock` is what the transport uses; `on_idle` is called when another request may be sent, `on_lost` once, when the connection is gone.
+    """
+
+    def __init__(
+        self, sock: socket.socket, on_idle: Callable[["Wire"], None], on_lost: Callable[["Wire"], None]
+    ) -> None:
+        self.served = 0  # requests that were sent
+        self.made_at = self.idle_since = 0.0
+        self._socket = sock
+        self._on_idle = on_idle
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._answer: Answer | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._between = 0
+        self._trailers: list[tuple[bytes, bytes]] = []
+        self._may_be_kept = False
+        self._is_paused = False
+        self._can_write: asyncio.Future[None] | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a request may be sent."""
+        return self._transport is not None and self._answer is None and not self._transport.is_closing()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has arrived on an idle connection, not even its end: the event loop may not know yet."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """The TLS of this connection, None where there is none."""
+        return self._transport.get_extra_info("ssl_object") if self._transport is not None else None
+
+    def send(self, method: str, message: bytes) -> Answer:
+        """Send a request's head and what of its body is at hand; return its answer, of which nothing is there yet."""
+        if self._transport is None or self._answer is not None:
+            raise Broken("the connection is not free")
+        self.served += 1
+        self._between = 0
+        self._trailers = []
+        self._may_be_kept = False
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        self._answer = answer = Answer(self, method)
+        self._transport.write(message)
+        return answer
+
+    async def write(self, data: bytes) -> None:
+        """Send more of the request's body, as fast as the server takes it."""
+        if self._transport is None:
+            raise Broken("the connection ended")
+        self._transport.write(data)
+        if self._can_write is not None:
+            await self._can_write
+
+    def resume(self) -> None:
+        """Let the server send on."""
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._gone(Broken("the connection was given up"))
+
+    def close(self) -> None:
+        """End an idle connection in order."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # What the transport tells.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
+        self._transport.set_write_buffer_limits(HIGH_WATER)
+
+    def data_received(self, data: bytes) -> None:
+        """Read what came, for the answer that is waited for."""
+        answer, parser = self._answer, self._parser
+        if answer is None or parser is None:
+            self.abort()  # nobody asked for this: it must not become the answer to the next request
+            return
+        self._between += len(data)
+        try:
+            parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._may_be_kept = False
+            if not answer.is_complete:
+                self._give_up(exc)
+        if answer.is_complete:
+            self._end_of(answer)
+        elif self._between > MAX_BETWEEN:
+            self._give_up(None)
+
+    def eof_received(self) -> None:
+        """Let the transport close: no server of ours ends one direction alone."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End what is under way; an answer that only this could end is complete."""
+        answer = self._answer
+        if answer is not None and exc is None and answer.has_head and answer.waits_for_close:
+            self._answer = None
+            answer.completed()
+        self._gone(Broken("the connection ended"))
+
+    def pause_writing(self) -> None:
+        """Make writers wait."""
+        self._can_write = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        """Let writers go on."""
+        if self._can_write is not None:
+            if not self._can_write.done():
+                self._can_write.set_result(None)
+            self._can_write = None
+
+    def _give_up(self, cause: Exception | None) -> None:
+        context = cause.__context__ if cause is not None else None
+        text = str(context) if isinstance(context, _Malformed) else "is not well-formed"
+        if self._transport is not None:
+            self._transport.abort()
+        self._gone(Broken(f"it {text}"))
+
+    def _end_of(self, answer: Answer) -> None:
+        """Keep the connection for another request, where the server lets us and all of this one was sent."""
+        self._answer = None
+        all_sent = answer.upload is None or answer.upload.done()
+        if not all_sent and answer.upload is not None:
+            answer.upload.cancel()
+        if not (self._may_be_kept and all_sent) or self._transport is None or self._transport.is_closing():
+            self.abort()
+            return
+        self.resume()
+        self._on_idle(self)
+
+    def _gone(self, error: Broken) -> None:
+        """Forget the connection, once."""
+        if self._transport is None:
+            return
+        self._transport = self._parser = None
+        self.resume_writing()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.failed(error)
+        self._on_lost(self)
+
+    # What the parser tells. What is raised here becomes the context of its error.
+
+    def on_message_begin(self) -> None:
+        """Refuse an answer behind the one that was asked for."""
+        answer = self._answer
+        if answer is None or answer.is_complete:
+            raise _Malformed("is followed by another one")
+        answer.reason = b""
+        answer.fields.clear()
+
+    def on_status(self, reason: bytes) -> None:
+        """Take the reason phrase, or a part of it."""
+        answer = cast("Answer", self._answer)
+        answer.reason += reason
+        if len(answer.reason) > MAX_REASON:
+            raise _Malformed("has a status line that is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field of the head; those of a trailer section go no further, and are only counted."""
+        answer = cast("Answer", self._answer)
+        fields = self._trailers if answer.has_head else answer.fields
+        if len(fields) >= MAX_FIELDS or len(name) + len(value) > MAX_FIELD:
+            raise _Malformed("has fields that are too many or too long")
+        fields.append((name, value.rstrip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
+        answer, parser = cast("Answer", self._answer), cast("httptools.HttpResponseParser", self._parser)
+        answer.status, answer.version = parser.get_status_code(), parser.get_http_version()
+        if 100 <= answer.status < 200 and answer.status != 101:
+            return
+        wrong = _what_is_wrong_with(answer)
+        if wrong:
+            raise _Malformed(wrong)
+        answer.begun()
+        if answer.method == "HEAD":
+            # The parser does not know the method, and would wait for a body.
+            self._may_be_kept = parser.should_keep_alive()
+            self._parser = None
+            answer.completed()
+
+    def on_body(self, chunk: bytes) -> None:
+        """Pass a piece of the body on."""
+        answer = cast("Answer", self._answer)
+        if answer.is_complete:
+            raise _Malformed("has a body that it may not have")
+        self._between = 0
+        if answer.came(chunk) and not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """Note the end of an answer; of an interim one, nothing is kept."""
+        answer, parser = cast("Answer", self._answer), cast("httptools.HttpResponseParser", self._parser)
+        if not answer.has_head:
+            return
+        self._may_be_kept = parser.should_keep_alive()
+        if answer.first(b"transfer-encoding") is not None:
+            # The last field of a trailer section would come out as the first one of the next answer.
+            self._parser = None
+        answer.completed()
+
+
+def _what_is_wrong_with(answer: Answer) -> str:
+    """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit."""
+    if answer.version not in _SPOKEN:
+        return "is of an HTTP version that was not asked for"
+    if answer.status < 200:
+        return "has no status that ends a request"
+    coding = answer.first(b"transfer-encoding")
+    if coding is not None:
+        codings = [value for name, value in answer.fields if name.lower() == b"transfer-encoding"]
+        if len(codings) > 1 or coding.lower() != "chunked" or answer.version == "1.0":
+            return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
+    if _CONTROL.search(answer.reason):
+        return "has a status line with control characters"
+    return ""
