@@ -29,6 +29,7 @@ from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.limits import Limits
+from proxy.request.patience import Deadlines
 from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
@@ -105,7 +106,18 @@ async def running(config: Config) -> AsyncIterator[Running]:
         upstream = Upstream(session=session, user_agents=agents)
         attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
         who = (Callers(config), Crowd(config.bounds, metrics))
-        parts = (table, limits, tokens, upstream, attempts, circuits, documents, Experience(table), metrics)
+        parts = (
+            table,
+            limits,
+            tokens,
+            upstream,
+            attempts,
+            circuits,
+            documents,
+            Experience(table),
+            Deadlines(config),
+            metrics,
+        )
         ports = _Ports(config, metrics, Room(most_clients, metrics))
         admin = health = None
         if config.admin is not None:

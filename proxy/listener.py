@@ -329,7 +329,7 @@ class Connection(RequestHandler):
     def _count(self, error: ProxyError) -> None:
         metrics = self._options.metrics
         metrics.errors.labels(error.code, error.fault).inc()
-        metrics.requests.labels("-", "-", "unknown", "other", error.status, "none", "proxy").inc()
+        metrics.series_of("-", "-", "unknown", "other", str(error.status), "none", "proxy").requests += 1
 
 
 def _error_for(status: int, exc: BaseException | None) -> ProxyError:

@@ -6,7 +6,7 @@ ever becomes one.
 """
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, PlatformCollector, ProcessCollector
@@ -14,23 +14,28 @@ from prometheus_client import disable_created_metrics as _disable_created_metric
 from prometheus_client.registry import Collector
 
 from proxy import __version__
-
-# From a local refusal (1 ms) to a slow report call (60 s).
-DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+from proxy.tallies import DURATION_BUCKETS, Durations, Tallied
 
 # The `_created` series double the number of series and nobody asks them anything.
 _disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Traffic:
+    """Body bytes of one account, region and operation."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(slots=True)
 class RequestSeries:
     """The series that one finished request counts in; found once for each combination of labels."""
 
-    requests: Counter
-    duration: Histogram
-    upstream_duration: Histogram
-    sent_bytes: Counter
-    received_bytes: Counter
+    duration: Durations
+    upstream_duration: Durations
+    traffic: Traffic
+    requests: int = 0
 
 
 class _BeforeExport(Collector):
@@ -61,6 +66,9 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self.account_on_histograms = account_on_histograms
         self._series: dict[tuple[str, ...], RequestSeries] = {}
+        self._durations: dict[tuple[str, ...], Durations] = {}
+        self._upstream_durations: dict[tuple[str, ...], Durations] = {}
+        self._traffic: dict[tuple[str, ...], Traffic] = {}
         self._requests()
         self._waiting()
         self._tokens()
@@ -69,16 +77,25 @@ class Metrics:
 
     def _requests(self) -> None:
         by_operation = ("account", "region", "operation") if self.account_on_histograms else ("region", "operation")
-        self.requests = self._counter(
+        self._tallied(
             "requests_total",
             "Requests answered, by what they were and who answered (source: amazon or proxy).",
-            *("account", "region", "operation", "method", "code", "token", "source"),
+            ("account", "region", "operation", "method", "code", "token", "source"),
+            lambda: ((labels, series.requests) for labels, series in self._series.items()),
         )
-        self.request_duration = self._histogram(
-            "request_duration_seconds", "From a request's head to the last byte of its answer.", *by_operation
+        self._tallied(
+            "request_duration_seconds",
+            "From a request's head to the last byte of its answer.",
+            by_operation,
+            self._durations.items,
+            is_histogram=True,
         )
-        self.upstream_duration = self._histogram(
-            "upstream_duration_seconds", "From sending to Amazon to the head of its answer.", *by_operation
+        self._tallied(
+            "upstream_duration_seconds",
+            "From sending to Amazon to the head of its answer.",
+            by_operation,
+            self._upstream_durations.items,
+            is_histogram=True,
         )
         self.in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
         self.caller_requests = self._gauge(
@@ -104,11 +121,17 @@ class Metrics:
         self.lost_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
         )
-        self.request_bytes = self._counter(
-            "request_body_bytes_total", "Body bytes sent to Amazon.", "account", "region", "operation"
+        self._tallied(
+            "request_body_bytes_total",
+            "Body bytes sent to Amazon.",
+            ("account", "region", "operation"),
+            lambda: ((where, traffic.sent) for where, traffic in self._traffic.items()),
         )
-        self.response_bytes = self._counter(
-            "response_body_bytes_total", "Body bytes sent to apps.", "account", "region", "operation"
+        self._tallied(
+            "response_body_bytes_total",
+            "Body bytes sent to apps.",
+            ("account", "region", "operation"),
+            lambda: ((where, traffic.received) for where, traffic in self._traffic.items()),
         )
         self.errors = self._counter(
             "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
@@ -132,16 +155,14 @@ class Metrics:
             account, region, operation = where = labels[:3]
             by_operation = where if self.account_on_histograms else (region, operation)
             found = self._series[labels] = RequestSeries(
-                self.requests.labels(*labels),
-                self.request_duration.labels(*by_operation),
-                self.upstream_duration.labels(*by_operation),
-                self.request_bytes.labels(account, region, operation),
-                self.response_bytes.labels(account, region, operation),
+                self._durations.setdefault(by_operation, Durations()),
+                self._upstream_durations.setdefault(by_operation, Durations()),
+                self._traffic.setdefault((account, region, operation), Traffic()),
             )
         return found
 
     def _waiting(self) -> None:
-        self.limit_wait = self._histogram("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
+        self.limit_wait = self._durations_of("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
         self.queue_length = self._gauge(
             "limit_queue_length", "Calls that wait for a place in a usage plan now.", "account", "region", "operation"
         )
@@ -173,7 +194,7 @@ class Metrics:
         self.token_refresh_duration = self._histogram(
             "token_refresh_duration_seconds", "How long a token exchange took.", "kind"
         )
-        self.token_wait = self._histogram("token_wait_seconds", "Time a request waited for its token.")
+        self.token_wait = self._durations_of("token_wait_seconds", "Time a request waited for its token.")
         self.refused_elements = self._counter(
             "data_elements_refused_total",
             "Data elements that Amazon refused a Restricted Data Token for, and that are left out for a while.",
@@ -195,6 +216,23 @@ class Metrics:
         self.token_expiry = self._gauge(
             "token_expiry_timestamp_seconds", "When the token in use expires.", "account", "region", "kind"
         )
+
+    def _tallied(
+        self,
+        name: str,
+        help_text: str,
+        labels: Sequence[str],
+        read: Callable[[], Iterable[tuple[Sequence[str], float | Durations]]],
+        *,
+        is_histogram: bool = False,
+    ) -> None:
+        self.registry.register(Tallied(f"spapi_proxy_{name}", help_text, labels, read, is_histogram=is_histogram))
+
+    def _durations_of(self, name: str, help_text: str) -> Durations:
+        """Return a histogram without labels."""
+        durations = Durations()
+        self._tallied(name, help_text, (), lambda: (((), durations),), is_histogram=True)
+        return durations
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"spapi_proxy_{name}", help_text, labels, registry=self.registry)

@@ -3,6 +3,7 @@
 import platform
 import re
 import time
+from functools import lru_cache
 
 from proxy.config import Secret
 
@@ -38,7 +39,12 @@ def user_agent(name: str, version: str, language: str | None = None, system: str
 
 def amz_date(epoch: float) -> str:
     """Return `x-amz-date` for a moment in seconds of the Unix epoch: UTC as `YYYYMMDDTHHMMSSZ` (SEED)."""
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(epoch))
+    return _date_of(int(epoch))
+
+
+@lru_cache(maxsize=2)
+def _date_of(second: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
 
 
 def credential_headers(token: Secret, agent: str, epoch: float) -> dict[str, str]:

@@ -6,6 +6,8 @@ this machine: hence the checks of `Host` (DNS rebinding) and of the signs that b
 
 import re
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -30,11 +32,13 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
 _UNFIT = re.compile(r"[^\x21-\x7e]|[\\#]")
 # What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
-_PREFLIGHT = (
-    "Access-Control-Request-Method",
-    "Access-Control-Request-Headers",
-    "Access-Control-Request-Private-Network",
-    "Access-Control-Request-Local-Network",
+_PREFLIGHT = frozenset(
+    {
+        "access-control-request-method",
+        "access-control-request-headers",
+        "access-control-request-private-network",
+        "access-control-request-local-network",
+    }
 )
 _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
@@ -43,8 +47,7 @@ _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used."""
 
     target: str
@@ -85,10 +88,11 @@ def check_message(request: web.BaseRequest, most: int) -> None:
     """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
-    if request.version < HttpVersion11 and "Transfer-Encoding" in request.headers:
+    if request.version != HttpVersion11 and "Transfer-Encoding" in request.headers:
         # A hop before us that speaks 1.0 does not know chunks (RFC 9112 section 6.1).
         raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding", "Send a Content-Length, or HTTP/1.1.")
-    size = len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+    fields = request.raw_headers
+    size = len(request.raw_path) + sum(map(len, chain.from_iterable(fields))) + 4 * len(fields)
     if size > most:
         raise HeaderTooLarge(
             f"the header block is larger than {most} bytes",
@@ -103,30 +107,35 @@ def _shown(text: str) -> str:
 
 def is_of_web_page(headers: CIMultiDictProxy[str]) -> bool:
     """Return whether the headers show that a foreign web page caused the request."""
-    site = headers.getall("Sec-Fetch-Site", ())
-    return "Origin" in headers or any(value not in {"none", "same-origin"} for value in site)
+    if "Origin" in headers:
+        return True
+    if "Sec-Fetch-Site" not in headers:
+        return False
+    return any(value not in {"none", "same-origin"} for value in headers.getall("Sec-Fetch-Site"))
 
 
 def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
     """Refuse what a web page causes, GET included: it would spend quota and touch the seller's data."""
     # The proxy serves no page, so a browser that speaks of the same origin speaks of what was on this port before, or
     # looks for the icon of an answer that it got.
-    is_same_origin = "same-origin" in headers.getall("Sec-Fetch-Site", ()) and "Sec-Fetch-Dest" in headers
-    if is_of_web_page(headers) or is_same_origin:
+    is_same_origin = "Sec-Fetch-Dest" in headers and "same-origin" in headers.getall("Sec-Fetch-Site", ())
+    if is_same_origin or is_of_web_page(headers):
         raise BrowserRefused(
             "the request comes from a web page", "The proxy serves programs; call it from your server, not a browser."
         )
-    if any(name in headers for name in _PREFLIGHT):
+    if not _PREFLIGHT.isdisjoint(map(str.lower, headers)):
         raise BrowserRefused("the request is a browser's preflight", "The proxy serves programs, not web pages.")
 
 
 def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
     """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
-    codings = headers.getall("Transfer-Encoding", ())
+    if "Transfer-Encoding" not in headers:
+        return
+    codings = headers.getall("Transfer-Encoding")
     # `lower` makes an ASCII letter of some that are none.
-    if codings and (len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked"):
+    if len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked":
         raise MalformedRequest("Transfer-Encoding must be chunked, once", "Send a Content-Length, or chunked alone.")
-    if codings and "Content-Length" in headers:
+    if "Content-Length" in headers:
         raise MalformedRequest("both Content-Length and Transfer-Encoding are given", "Send one of them.")
 
 
@@ -148,10 +157,8 @@ def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorwa
     given = headers.getall("Host", ())
     if len(given) != 1:
         raise MalformedRequest(f"there are {len(given)} Host headers", "Send one Host header.")
-    names = [_allowed(given[0], doorway)]
-    if authority is not None:
-        names.insert(0, _allowed(authority, doorway))
-    return names[0]
+    host = _allowed(given[0], doorway)
+    return host if authority is None else _allowed(authority, doorway)
 
 
 def host_in(authority: str) -> str | None:

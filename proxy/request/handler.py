@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -30,16 +30,18 @@ from proxy.request.http1 import Answer
 from proxy.request.identify import identify
 from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
+from proxy.request.patience import Deadlines, Patience
 from proxy.request.policy import Permit
 from proxy.request.retries import NO_ANSWER, AllAttempts
 from proxy.request.tokens import Token, Tokens
-from proxy.request.upstream import MOST_OF_REFUSAL, Call, Patience, Upstream, beginning_of, check_body
+from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 # Errors after which it is not certain where the next request begins (RFC 9112 section 6.3).
 _UNCLEAR = (MalformedRequest, VersionRefused, HeaderTooLarge)
 
+AGED = 0.05  # seconds of waiting after which a token is looked at again
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
 
 
@@ -62,6 +64,7 @@ class Handler:
     circuits: Circuits
     documents: Documents
     experience: Experience
+    deadlines: Deadlines
     metrics: Metrics
     now: Callable[[], float] = time.monotonic
 
@@ -117,7 +120,7 @@ class Handler:
             request.method, admitted, headers, self.listener, self.config, self.table, permit
         )
         options = parse_options(headers, (self.name, exchange.caller), self.config.limits.max_wait)
-        async with Patience(self.config, options.timeout) as patience:
+        with Patience(self.deadlines, options.timeout) as patience:
             call = Call(request, target, exchange, patience)
             try:
                 response, beginning = await self._answered(call, options)
@@ -140,13 +143,14 @@ class Handler:
             call.patience.for_proxy()
             self.circuits.check((target.environment, target.region))
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
-            await self._token(call)
+            token = await self._token(call)
+            began = self.now()
             exchange.waited += await self.limits.admit(target, claim)
             if not call.has_place:
                 await self.crowd.go(target.account, claim.max_wait)
                 call.has_place = True
-            # And after it, since a token may have aged in the queue.
-            token = await self._token(call)
+            if self.now() - began > AGED:  # and after it, since a token may have aged in the queue
+                token = await self._token(call)
             try:
                 response = await self._send(call, token)
             except NO_ANSWER:
@@ -155,7 +159,7 @@ class Handler:
                     raise
             else:
                 if response.status == 429:
-                    claim = replace(claim, max_wait=options.claim.max_wait - exchange.waited, first=True)
+                    claim = claim._replace(max_wait=options.claim.max_wait - exchange.waited, first=True)
                     pause = self._after_429(call, claim, may_repeat=options.may_repeat)
                 else:
                     pause = attempts.after_status(response.status, call)
@@ -262,15 +266,15 @@ class Handler:
             exchange.token,
             source,
         )
-        series.requests.inc()
+        series.requests += 1
         series.duration.observe(duration)
         if exchange.target is not None:
             self.metrics.limit_wait.observe(exchange.waited)
         if exchange.upstream_duration is not None:
             series.upstream_duration.observe(exchange.upstream_duration)
             self.metrics.token_wait.observe(exchange.token_wait)
-            series.sent_bytes.inc(exchange.request_bytes)
-            series.received_bytes.inc(exchange.response_bytes)
+            series.traffic.sent += exchange.request_bytes
+            series.traffic.received += exchange.response_bytes
         if LOGGER.isEnabledFor(logging.INFO):
             LOGGER.info("request", extra=fields(**_line(exchange, duration)))
         if AUDIT.isEnabledFor(logging.INFO):

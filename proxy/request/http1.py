@@ -74,10 +74,22 @@ class Answer:
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
+        value = self._by_name().get(name)
+        return value.decode("latin-1").rstrip(" \t") if value is not None else None
+
+    def has(self, name: bytes) -> bool:
+        """Return whether there is a field with this name in lower case."""
+        return name in self._by_name()
+
+    def _by_name(self) -> dict[bytes, bytes]:
         if self._first is None:
             self._first = {known.lower(): value for known, value in reversed(self.fields)}
-        value = self._first.get(name)
-        return value.decode("latin-1") if value is not None else None
+        return self._first
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether it has a transfer coding; no other than chunks is taken."""
+        return b"transfer-encoding" in self._by_name()
 
     @property
     def is_waiting(self) -> bool:
@@ -92,12 +104,7 @@ class Answer:
     @property
     def waits_for_close(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
-        return not (
-            self.method == "HEAD"
-            or self.status in _NO_BODY
-            or self.first(b"content-length") is not None
-            or self.first(b"transfer-encoding") is not None
-        )
+        return not (self.method == "HEAD" or self.status in _NO_BODY or self.has(b"content-length") or self.is_chunked)
 
     async def head(self) -> None:
         """Wait for the head; raise Broken where none comes."""
@@ -146,27 +153,23 @@ class Answer:
         """Take a piece of the body; return whether so much waits that no more should come."""
         self._chunks.append(chunk)
         self._held += len(chunk)
-        self._wake()
+        self.wake()
         return self._held > HIGH_WATER
-
-    def begun(self) -> None:
-        """Note that the head is whole."""
-        self.has_head = True
-        self._wake()
 
     def completed(self) -> None:
         """Note that the last of it has come: nothing binds it to its connection any more."""
         self.is_complete = True
         self._wire = None
-        self._wake()
+        self.wake()
 
     def failed(self, error: Exception) -> None:
         """Note that no more will come."""
         self._error = error
         self._wire = None
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let who waits look again."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -174,7 +177,8 @@ class Answer:
 class Wire(asyncio.Protocol):
     """One connection: idle, or with one request whose answer is not complete.
 
-    `sock` is what the transport uses; `on_idle` is called when another request may be sent, `on_lost` once, when the connection is gone.
+    `sock` is what the transport uses. `on_idle` is called when another request may be sent, `on_lost` once, when the
+    connection is gone.
     """
 
     def __init__(
@@ -189,7 +193,7 @@ class Wire(asyncio.Protocol):
         self._answer: Answer | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._between = 0
-        self._trailers: list[tuple[bytes, bytes]] = []
+        self._fields: list[tuple[bytes, bytes]] = []  # where those that come are put
         self._may_be_kept = False
         self._is_paused = False
         self._can_write: asyncio.Future[None] | None = None
@@ -221,11 +225,11 @@ class Wire(asyncio.Protocol):
             raise Broken("the connection is not free")
         self.served += 1
         self._between = 0
-        self._trailers = []
         self._may_be_kept = False
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
         self._answer = answer = Answer(self, method)
+        self._fields = answer.fields
         self._transport.write(message)
         return answer
 
@@ -334,38 +338,43 @@ class Wire(asyncio.Protocol):
     # What the parser tells. What is raised here becomes the context of its error.
 
     def on_message_begin(self) -> None:
-        """Refuse an answer behind the one that was asked for."""
+        """Refuse an answer behind the one that was asked for; forget what an interim one brought."""
         answer = self._answer
         if answer is None or answer.is_complete:
             raise _Malformed("is followed by another one")
+        if self._fields:
+            answer.fields = self._fields = []
         answer.reason = b""
-        answer.fields.clear()
 
     def on_status(self, reason: bytes) -> None:
         """Take the reason phrase, or a part of it."""
-        answer = cast("Answer", self._answer)
-        answer.reason += reason
-        if len(answer.reason) > MAX_REASON:
-            raise _Malformed("has a status line that is too long")
+        if self._answer is not None:
+            self._answer.reason += reason
+            if len(self._answer.reason) > MAX_REASON:
+                raise _Malformed("has a status line that is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a field of the head; those of a trailer section go no further, and are only counted."""
-        answer = cast("Answer", self._answer)
-        fields = self._trailers if answer.has_head else answer.fields
+        """Take a field of the head, or of a trailer section, which goes no further."""
+        fields = self._fields
         if len(fields) >= MAX_FIELDS or len(name) + len(value) > MAX_FIELD:
             raise _Malformed("has fields that are too many or too long")
-        fields.append((name, value.rstrip(b" \t")))
+        fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
-        answer, parser = cast("Answer", self._answer), cast("httptools.HttpResponseParser", self._parser)
-        answer.status, answer.version = parser.get_status_code(), parser.get_http_version()
-        if 100 <= answer.status < 200 and answer.status != 101:
+        answer, parser = self._answer, self._parser
+        if answer is None or parser is None:
+            raise _Malformed("was not asked for")
+        answer.status = status = parser.get_status_code()
+        if 100 <= status < 200 and status != 101:
             return
+        answer.version = parser.get_http_version()
         wrong = _what_is_wrong_with(answer)
         if wrong:
             raise _Malformed(wrong)
-        answer.begun()
+        self._fields = []  # what still comes is no part of the head
+        answer.has_head = True
+        answer.wake()
         if answer.method == "HEAD":
             # The parser does not know the method, and would wait for a body.
             self._may_be_kept = parser.should_keep_alive()
@@ -374,8 +383,8 @@ class Wire(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         """Pass a piece of the body on."""
-        answer = cast("Answer", self._answer)
-        if answer.is_complete:
+        answer = self._answer
+        if answer is None or answer.is_complete:
             raise _Malformed("has a body that it may not have")
         self._between = 0
         if answer.came(chunk) and not self._is_paused and self._transport is not None:
@@ -384,11 +393,11 @@ class Wire(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Note the end of an answer; of an interim one, nothing is kept."""
-        answer, parser = cast("Answer", self._answer), cast("httptools.HttpResponseParser", self._parser)
-        if not answer.has_head:
+        answer, parser = self._answer, self._parser
+        if answer is None or parser is None or not answer.has_head:
             return
         self._may_be_kept = parser.should_keep_alive()
-        if answer.first(b"transfer-encoding") is not None:
+        if answer.is_chunked:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
         answer.completed()
@@ -400,10 +409,9 @@ def _what_is_wrong_with(answer: Answer) -> str:
         return "is of an HTTP version that was not asked for"
     if answer.status < 200:
         return "has no status that ends a request"
-    coding = answer.first(b"transfer-encoding")
-    if coding is not None:
+    if answer.is_chunked:
         codings = [value for name, value in answer.fields if name.lower() == b"transfer-encoding"]
-        if len(codings) > 1 or coding.lower() != "chunked" or answer.version == "1.0":
+        if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
     if _CONTROL.search(answer.reason):
         return "has a status line with control characters"

@@ -7,7 +7,8 @@ disagree are refused, never guessed about.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 from urllib.parse import unquote_plus
 
 from multidict import CIMultiDictProxy
@@ -43,6 +44,7 @@ ELEMENTS_HEADER = "x-sp-data-elements"
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
 _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
 _MOST_MARKETPLACES = 64
+_REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,7 @@ class Credential:
     reusable: bool = True  # False where the path names one document: no other request will ask for this token
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """What the proxy decided about one request."""
 
     account: str
@@ -84,8 +85,7 @@ class Target:
         return self.operation.name if self.operation else "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
+class _Choice(NamedTuple):
     """A value and the words for where it came from."""
 
     value: str
@@ -145,8 +145,9 @@ def ordinary_of(credential: Credential) -> Credential:
     return ordinary_credential(credential.application, credential.account, credential.environment, credential.region)
 
 
+@lru_cache(maxsize=4096)
 def ordinary_credential(application: str, account: str, environment: Environment, region: Region) -> Credential:
-    """Return the credential of an account's ordinary LWA token for a region."""
+    """Return the credential of an account's ordinary LWA token for a region; the same object each time."""
     return Credential("lwa", application, account, environment, region)
 
 
@@ -217,10 +218,12 @@ def _usual_account(config: Config, permit: Permit) -> _Choice:
 
 def _single(headers: CIMultiDictProxy[str], name: str) -> str | None:
     """Return the header's value, None where it is absent; raise where it is given more than once."""
-    values = headers.getall(name, ())
+    if name not in headers:
+        return None
+    values = headers.getall(name)
     if len(values) > 1:
         raise MalformedRequest(f"the header {name} is given {len(values)} times", "Send it once.")
-    return values[0].strip(" \t") if values else None
+    return values[0].strip(" \t")
 
 
 def _agreed(choices: list[_Choice], what: str) -> _Choice | None:
@@ -295,14 +298,18 @@ def _marketplace_ids(query: str) -> Iterator[str]:
     count = 0
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
-        if unquote_plus(name) not in MARKETPLACE_PARAMETERS:
+        if _decoded(name) not in MARKETPLACE_PARAMETERS:
             continue
-        for marketplace in unquote_plus(value).split(","):
+        for marketplace in _decoded(value).split(","):
             count += 1
             if count > _MOST_MARKETPLACES:
                 raise BadTarget("the query names too many marketplaces", f"Name at most {_MOST_MARKETPLACES}.")
             if marketplace.strip(" \t"):
                 yield marketplace.strip(" \t")
+
+
+def _decoded(text: str) -> str:
+    return unquote_plus(text) if "%" in text or "+" in text else text
 
 
 def _usual_region(account: _Choice, settings: Account) -> _Choice:
@@ -317,7 +324,7 @@ def _usual_region(account: _Choice, settings: Account) -> _Choice:
 
 
 def _known(region: _Choice) -> Region:
-    return next(known for known in REGIONS if known == region.value)
+    return _REGIONS[region.value]
 
 
 def _no_refresh_token(account: _Choice, region: _Choice, settings: Account) -> RegionNotConfigured:

@@ -10,8 +10,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from proxy.errors import UsagePlanExhausted
 from proxy.metrics import Metrics
@@ -35,14 +36,18 @@ CallLater = Callable[..., Any]
 
 def parse_rate(text: str) -> float | None:
     """Return calls per second of an `x-amzn-RateLimit-Limit`, or None for anything that is no plan's rate."""
-    if len(text) > 32 or not _RATE.fullmatch(text.strip(" \t")):
+    return _rate_of(text) if len(text) <= 32 else None
+
+
+@lru_cache(maxsize=256)  # Amazon says the same few over and over
+def _rate_of(text: str) -> float | None:
+    if not _RATE.fullmatch(text.strip(" \t")):
         return None
     rate = float(text)
     return rate if _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """How a call wants its place: how long it may wait in seconds, who sends it, and how it stands in the queue."""
 
     max_wait: float
@@ -51,8 +56,7 @@ class Claim:
     first: bool = False  # it waited already, and Amazon answered 429
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(NamedTuple):
     """A usage plan as it is published; `rate` is None where only a 429 tells that there is one."""
 
     name: str
@@ -73,9 +77,13 @@ def _published(target: Target) -> Published:
         # Its path is all there is to go by; the first segments name API and version.
         path = target.path_and_query.partition("?")[0]
         return Published("unknown " + "/".join(path.split("/", 4)[:4])[:100], None, 1.0)
+    return _published_as(operation.method, operation.name, operation.rate, operation.burst)
+
+
+@lru_cache(maxsize=2048)
+def _published_as(method: str, name: str, rate: float | None, burst: int | None) -> Published:
     # With the method: one name stands for two operations with plans of their own (shipping v2 linkCarrierAccount).
-    name = f"{operation.method} {operation.name}"
-    return Published(name, operation.rate, float(operation.burst or 1))
+    return Published(f"{method} {name}", rate, float(burst or 1))
 
 
 def _published_for_all(target: Target) -> Published | None:
@@ -227,7 +235,7 @@ class Limits:
         if for_all is not None:
             try:
                 left = max(0.0, claim.max_wait - (self._now() - began))
-                await self._place_in(for_all, target, replace(claim, max_wait=left))
+                await self._place_in(for_all, target, claim._replace(max_wait=left))
             except BaseException:
                 if plan is not None:
                     plan.give_back()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from multidict import CIMultiDictProxy
 
@@ -19,8 +19,7 @@ _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """The wishes of one call; `timeout` in seconds, None for none of its own."""
 
     claim: Claim
@@ -30,13 +29,14 @@ class Options:
 
 def parse_options(headers: CIMultiDictProxy[str], listener: Hashable, max_wait: float) -> Options:
     """Return the Options in an app's headers; raise BadOption for one that means nothing."""
-    timeout = headers.get(TIMEOUT_HEADER)
+    get = headers.get
+    timeout = get(TIMEOUT_HEADER)
     claim = Claim(
-        max_wait=parse_max_wait(headers.get(MAX_WAIT_HEADER), max_wait),
-        caller=(listener, parse_client(headers.get(CLIENT_HEADER))),
-        background=parse_priority(headers.get(PRIORITY_HEADER)),
+        parse_max_wait(get(MAX_WAIT_HEADER), max_wait),
+        (listener, parse_client(get(CLIENT_HEADER))),
+        parse_priority(get(PRIORITY_HEADER)),
     )
-    return Options(claim, parse_retry(headers.get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
+    return Options(claim, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
 
 
 def parse_timeout(text: str) -> float:

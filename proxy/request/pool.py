@@ -174,9 +174,7 @@ def request_head(method: str, path: str, fields: list[tuple[str, str]]) -> bytes
 
     Raises ValueError for such a one.
     """
-    lines = [f"{method} {path} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in fields]
-    text = "\r\n".join(lines)
+    text = f"{method} {path} HTTP/1.1\r\n" + "\r\n".join(map(": ".join, fields))
     if text.count("\n") != len(fields) or text.count("\r") != len(fields):
         raise ValueError("a line break in a request's head")
     return f"{text}\r\n\r\n".encode()

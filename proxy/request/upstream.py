@@ -9,7 +9,6 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache
-from typing import Self
 
 from aiohttp import ClientError, web
 from aiohttp.http import HttpVersion11
@@ -17,17 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon.headers import credential_headers
 from proxy.config import Config
-from proxy.errors import (
-    BodyTimeout,
-    CallTimeout,
-    ConnectTimeout,
-    MalformedRequest,
-    ProxyError,
-    TotalTimeout,
-    UpstreamBroken,
-    UpstreamTimeout,
-    UpstreamUnreachable,
-)
+from proxy.errors import ConnectTimeout, MalformedRequest, ProxyError, UpstreamBroken, UpstreamUnreachable
 from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
 from proxy.request.dial import Origin
 from proxy.request.documents import Reader
@@ -35,6 +24,7 @@ from proxy.request.exchange import Exchange
 from proxy.request.http1 import Answer, Broken, Wire
 from proxy.request.identify import Target
 from proxy.request.mask import Mask
+from proxy.request.patience import Patience
 from proxy.request.pool import Pool, request_head
 from proxy.request.tokens import Token
 
@@ -127,104 +117,6 @@ def _is_utf8(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-_APP_STALLED = BodyTimeout(
-    "the app stopped sending its body, or reading the answer", "Send or read without long pauses (timeouts.body_idle)."
-)
-_AMAZON_SILENT = UpstreamTimeout(
-    "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
-)
-_CALL_OVER = CallTimeout(
-    "the time that the call had (x-sp-timeout) is over",
-    "A write may or may not have been done: look before you repeat it.",
-)
-_TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
-
-
-class Patience:
-    """One bound for all the waits of one exchange: each phase sets how long it may take and what its end is called.
-
-    Use it as an asynchronous context manager; a phase that outlasts its time raises its error there. A phase only
-    notes its end; the timer looks at it no more often than the shortest phase is long, so that no end is missed and
-    a phase costs next to nothing.
-    """
-
-    def __init__(self, config: Config, timeout: float | None = None) -> None:
-        timeouts = config.timeouts
-        self._body_idle, self._upstream_idle = timeouts.body_idle, timeouts.upstream_idle
-        self._body_rate = config.bounds.body_rate
-        self._app_time, self._app_since = 0.0, None  # type: float, float | None
-        has_own = timeout is not None and timeout < timeouts.total
-        total = timeout if timeout is not None and has_own else timeouts.total
-        self._shortest = min(timeouts.body_idle, timeouts.upstream_idle, total)
-        self._loop = asyncio.get_running_loop()
-        self._ends_at = self._deadline = self._loop.time() + total
-        self._error: ProxyError = _CALL_OVER if has_own else _TOO_LONG
-        self._too_long = self._error
-        self._expiry = asyncio.timeout(None)
-        self._timer: asyncio.TimerHandle | None = None
-
-    def for_app(self, moved: int = 0) -> None:
-        """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
-
-        It may pause for `timeouts.body_idle`, but all its pauses together may not be longer than that and what
-        `bounds.body_rate` gives it for what it has moved: one byte every few seconds would never end.
-        """
-        self._end_phase()
-        self._app_since = now = self._loop.time()
-        left = self._body_idle
-        if self._body_rate:
-            left = min(left, self._body_idle + moved / self._body_rate - self._app_time)
-        self._wait_until(now + left, _APP_STALLED)
-
-    def for_proxy(self) -> None:
-        """Wait for what the proxy itself does, each part of which has a bound of its own."""
-        self._end_phase()
-        self._deadline, self._error = self._ends_at, self._too_long
-
-    @property
-    def left(self) -> float:
-        """The seconds that the whole exchange still has."""
-        return max(0.0, self._ends_at - self._loop.time())
-
-    def for_amazon(self) -> None:
-        """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        self._end_phase()
-        self._wait_until(self._loop.time() + self._upstream_idle, _AMAZON_SILENT)
-
-    @property
-    def amazon_was_silent(self) -> bool:
-        """Whether time ran out while it was Amazon's turn."""
-        return self._expiry.expired() and isinstance(self._error, UpstreamTimeout)
-
-    def _end_phase(self) -> None:
-        if self._app_since is not None:
-            self._app_time += self._loop.time() - self._app_since
-            self._app_since = None
-
-    def _wait_until(self, end: float, error: ProxyError) -> None:
-        self._deadline, self._error = (end, error) if end < self._ends_at else (self._ends_at, self._too_long)
-
-    def _look(self) -> None:
-        now = self._loop.time()
-        if now >= self._deadline:
-            self._expiry.reschedule(now)
-        else:
-            self._timer = self._loop.call_at(min(self._deadline, now + self._shortest), self._look)
-
-    async def __aenter__(self) -> Self:
-        await self._expiry.__aenter__()
-        self._look()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        try:
-            await self._expiry.__aexit__(*exc_info)  # type: ignore[arg-type]  # the same triple, passed on
-        except TimeoutError as exc:
-            raise type(self._error)(self._error.message, self._error.hint) from exc
 
 
 class Call:
