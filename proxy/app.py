@@ -28,6 +28,7 @@ from proxy.request.forbidden import Experience
 from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
+from proxy.request.identify import Decisions
 from proxy.request.limits import Limits
 from proxy.request.patience import Deadlines
 from proxy.request.policy import permits
@@ -107,7 +108,6 @@ async def running(config: Config) -> AsyncIterator[Running]:
         attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
         who = (Callers(config), Crowd(config.bounds, metrics))
         parts = (
-            table,
             limits,
             tokens,
             upstream,
@@ -130,7 +130,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         addresses = []
         certificates = [ServerTls(listener.tls) if listener.tls else None for listener in config.listen]
         for index, tls in enumerate(certificates):
-            handler = handler_of(config, index, *who, parts)
+            handler = handler_of(config, index, *who, Decisions(config.listen[index], config, table), parts)
             addresses.append(await ports.start(handler, tls))
         metrics.before_export.append(_export_lost_lines(metrics))
         lag = asyncio.create_task(_Lag(metrics).watch(), name="event loop lag")
@@ -145,11 +145,15 @@ async def running(config: Config) -> AsyncIterator[Running]:
         yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, ports.ending)
 
 
-def handler_of(config: Config, index: int, callers: Callers, crowd: Crowd, parts: tuple[Any, ...]) -> Handler:
+def handler_of(
+    config: Config, index: int, callers: Callers, crowd: Crowd, decisions: Decisions, parts: tuple[Any, ...]
+) -> Handler:
     """Return what serves the requests of the listener with this index."""
     listener = config.listen[index]
     doorway = Doorway.of(listener, config)
-    return Handler(config, listener, f"listen[{index}]", doorway, callers, permits(config, index), crowd, *parts)
+    return Handler(
+        config, listener, f"listen[{index}]", doorway, callers, permits(config, index), crowd, decisions, *parts
+    )
 
 
 def show_secrets_age(config: Config, metrics: Metrics, wall: Callable[[], float]) -> None:

@@ -150,7 +150,20 @@ class OperationTable:
         """
         # No deeper than the table: a path of ten thousand slashes is one piece more, and matches nothing.
         segments = raw_path.split("/", self._deepest + 1)
-        return _find(self._root, method, segments, 1) if segments[0] == "" else None
+        if segments[0]:
+            return None
+        node = self._root
+        for index, segment in enumerate(segments):
+            if not index:
+                continue
+            literal = node.literals.get(segment)
+            if not segment or "%" in segment or node.greedy is not None or (literal and node.parameter):
+                return _find(node, method, segments, index)  # there are several ways to look at it
+            following = literal or node.parameter
+            if following is None:
+                return None
+            node = following
+        return node.operations.get(method)
 
     def _add(self, operation: Operation) -> None:
         segments = operation.template.split("/")[1:]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from proxy.amazon.operations import OperationTable
 from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
 from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
@@ -27,7 +26,7 @@ from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
 from proxy.request.guard import Admitted, Doorway, admit, check_message
 from proxy.request.http1 import Answer
-from proxy.request.identify import identify
+from proxy.request.identify import Decisions
 from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
 from proxy.request.patience import Deadlines, Patience
@@ -56,7 +55,7 @@ class Handler:
     callers: Callers
     permits: Mapping[str, Permit]  # by caller
     crowd: Crowd
-    table: OperationTable
+    decisions: Decisions
     limits: Limits
     tokens: Tokens
     upstream: Upstream
@@ -116,9 +115,7 @@ class Handler:
         headers, permit = request.headers, self.permits[exchange.caller]
         if "x-amz-access-token" in headers:
             self.metrics.replaced_tokens.inc()
-        exchange.target = target = identify(
-            request.method, admitted, headers, self.listener, self.config, self.table, permit
-        )
+        exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
         options = parse_options(headers, (self.name, exchange.caller), self.config.limits.max_wait)
         with Patience(self.deadlines, options.timeout) as patience:
             call = Call(request, target, exchange, patience)

@@ -8,7 +8,7 @@ disagree are refused, never guessed about.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote_plus
 
 from multidict import CIMultiDictProxy
@@ -44,6 +44,8 @@ ELEMENTS_HEADER = "x-sp-data-elements"
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
 _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
 _MOST_MARKETPLACES = 64
+_MOST_DECISIONS = 10_000
+_LONGEST_KEY = 1000  # characters
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
@@ -75,14 +77,59 @@ class Target(NamedTuple):
     application: str
     operation: Operation | None
     endpoint: str
-    path_and_query: str
     credential: Credential
     elements_source: str
+    path_and_query: str
 
     @property
     def operation_name(self) -> str:
         """The operation's name in metrics, logs and `x-sp-proxy`; `unknown` outside the table."""
         return self.operation.name if self.operation else "unknown"
+
+
+class Decisions:
+    """What was decided by one listener before, so that the next request of the same kind is decided at once.
+
+    Nothing is kept of a path or a query but the operation and the marketplaces, and nothing where the token is for one
+    path alone.
+    """
+
+    def __init__(self, listener: Listener, config: Config, table: OperationTable) -> None:
+        self._by = (listener, config, table)
+        self._match = table.match
+        self._known: dict[tuple[object, ...], tuple[Any, ...]] = {}
+
+    def target(
+        self, method: str, admitted: Admitted, headers: CIMultiDictProxy[str], caller: str, permit: Permit
+    ) -> Target:
+        """Return what `identify` returns, and raise what it raises."""
+        account, region, path_and_query = _split_prefix(admitted.target)
+        path, _, query = path_and_query.partition("?")
+        operation = self._match(method, path)
+        key = (
+            method,
+            operation.name if operation is not None else "",
+            caller,
+            account,
+            region,
+            admitted.amazon,
+            tuple(headers.getall(ACCOUNT_HEADER, ())),
+            tuple(headers.getall(REGION_HEADER, ())),
+            tuple(headers.getall(ELEMENTS_HEADER, ())),
+            KEY_HEADER in headers,
+            tuple(_marketplace_ids(query)) if query else (),
+        )
+        known = self._known.get(key)
+        if known is not None:
+            return Target._make((*known, path_and_query))
+        target = identify(method, admitted, headers, *self._by, permit)
+        for_this_path = target.credential.kind == "rdt" and not target.credential.reusable
+        # What a query may bring is looked at anew each time where not all of it is allowed.
+        if not for_this_path and permit.elements is None and len(str(key)) <= _LONGEST_KEY:
+            if len(self._known) >= _MOST_DECISIONS:
+                self._known.clear()
+            self._known[key] = target[:-1]
+        return target
 
 
 class _Choice(NamedTuple):
@@ -129,9 +176,9 @@ def identify(
         application=application,
         operation=operation,
         endpoint=endpoint_of(config, environment, _known(region)),
-        path_and_query=path_and_query,
         credential=credential,
         elements_source=elements_source,
+        path_and_query=path_and_query,
     )
 
 
