@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import StreamReader, web
-from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, StreamWriter
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
@@ -29,6 +29,7 @@ from proxy.errors import (
     ProxyError,
     TooManyConnections,
 )
+from proxy.logs import LOGGER
 from proxy.metrics import Metrics
 from proxy.request.answers import LAST_ON_CONNECTION, AmazonsAnswer, OwnAnswer, break_off
 from proxy.request.callers import NOBODY, PEER, Peer
@@ -252,11 +253,6 @@ class Connection(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send what is still to be sent of an answer, in bounded time, and end a connection that is to leave."""
-        if isinstance(resp, AmazonsAnswer):  # it was streamed, under timeouts of its own
-            resp.keep_alive = resp.keep_alive and not self._is_leaving
-            if not self._messages and self._is_counted:
-                self._room.is_idle(self)
-            return resp, False
         if self._is_leaving:
             resp.force_close()
         if resp.prepared:  # it was streamed, under timeouts of its own
@@ -332,6 +328,93 @@ class Connection(RequestHandler):
         metrics.series_of("-", "-", "unknown", "other", str(error.status), "none", "proxy").requests += 1
 
 
+class ProxiedConnection(Connection):
+    """A client connection whose requests go to Amazon; what serves them writes Amazon's answers itself."""
+
+    __slots__ = ()
+
+    async def start(self) -> None:
+        """Serve one request after the other: as aiohttp does it, but for the task that it makes for each."""
+        if self._manager is None or self._request_handler is None:
+            return
+        manager, handle = self._manager, self._request_handler
+        while not self._force_close:
+            if not self._messages:
+                self._waiter = self._loop.create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            message, payload = self._messages.popleft()
+            if self._parser is not None:
+                self._parser.message_consumed()
+            if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+                self._resume_reading_if_drained()
+            manager.requests_count += 1
+            if not await self._serve(message, payload, handle):
+                break
+            self._next_keepalive_close_time = now = self._loop.time() + self._keepalive_timeout
+            if self._keepalive_handle is None:
+                self._keepalive_handle = self._loop.call_at(now, self._process_keepalive)
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _serve(self, message: RawRequestMessage | _ErrInfo, payload: StreamReader, handle: Handle) -> bool:
+        """Answer one request; return whether another one may follow on this connection."""
+        request = self._request_of(ERROR if isinstance(message, _ErrInfo) else message, payload)
+        self._request_in_progress = True
+        self._current_request = request
+        try:
+            if isinstance(message, _ErrInfo):
+                answer = self.handle_error(request, message.status, message.exc)
+            else:
+                answer = await handle(request)
+            self._current_request = None
+            if isinstance(answer, AmazonsAnswer):  # it was streamed, under timeouts of its own
+                may_go_on = answer.keep_alive and not self._is_leaving
+                if not self._messages and self._is_counted:
+                    self._room.is_idle(self)
+            else:
+                answer, is_cut_off = await self.finish_response(request, answer, None)
+                may_go_on = bool(answer.keep_alive) and not is_cut_off
+        except ConnectionError:
+            break_off(request)  # half an answer is out
+            return False
+        except asyncio.CancelledError:
+            self.force_close()
+            raise
+        except Exception:
+            LOGGER.exception("internal error")  # the last net, below the handler's own
+            break_off(request)
+            return False
+        finally:
+            self._current_request = None
+            self._request_in_progress = False
+            if self._handler_waiter is not None:
+                self._handler_waiter.set_result(None)
+        if not payload.is_eof():
+            await self._swallow(payload)
+        return may_go_on and not self._close and not self._force_close
+
+    def _request_of(self, message: RawRequestMessage, payload: StreamReader) -> web.BaseRequest:
+        if self._request_factory is None or self._task_handler is None:
+            raise ConnectionError("the connection ended")
+        return self._request_factory(message, payload, self, StreamWriter(self, self._loop), self._task_handler)
+
+    async def _swallow(self, payload: StreamReader) -> None:
+        """Read what is left of a body, for a while, so that the client gets to read its answer; then end."""
+        if self._force_close:
+            return
+        try:
+            async with asyncio.timeout(LINGERING):
+                while not payload.is_eof():
+                    await payload.readany()
+        except (TimeoutError, web.RequestPayloadError):
+            self.close()
+
+
 def _error_for(status: int, exc: BaseException | None) -> ProxyError:
     if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
         return HeaderTooLarge("a line of the request's head is too long", "Send fewer or shorter headers.")
@@ -369,6 +452,7 @@ class Listening(web.Server):
         )
         self.request_factory = self._marked
         self._make = request_factory or self._make_request
+        self._is_status = request_factory is not None
         self._options = Options(
             header_timeout=config.timeouts.header,
             header_size=config.bounds.header_size,
@@ -397,9 +481,8 @@ class Listening(web.Server):
 
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
-        return Connection(
-            self, loop=self._loop, options=self._options, room=self._room, listener=self._name, **self._kwargs
-        )
+        kind = Connection if self._is_status else ProxiedConnection
+        return kind(self, loop=self._loop, options=self._options, room=self._room, listener=self._name, **self._kwargs)
 
     def _marked(
         self, message: RawRequestMessage, payload: Any, protocol: RequestHandler, *parts: Any

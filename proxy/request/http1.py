@@ -140,6 +140,12 @@ class Answer:
         if self._wire is not None:
             self._wire.abort()
 
+    async def end(self) -> None:
+        """Close it, and wait until nobody reads the request's body any more."""
+        self.close()
+        if self.upload is not None and not self.upload.done():
+            await asyncio.wait([self.upload])
+
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         try:

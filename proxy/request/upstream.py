@@ -234,7 +234,7 @@ class Upstream:
             call.wants_new_connection = was_used and isinstance(error, UpstreamBroken)
             raise error from exc
         except BaseException:
-            answer.close()
+            await answer.end()
             raise
         return answer
 
@@ -283,8 +283,8 @@ class Upstream:
             break_off(request)
             raise
         finally:
-            if exchange.broken or not answer.at_end:
-                answer.close()
+            if answer.upload is not None or exchange.broken or not answer.at_end:
+                await answer.end()
         return passed
 
 

@@ -1,0 +1,166 @@
+"""How long may each phase of an exchange take, and what is its running out called?
+
+Every exchange has a deadline, which moves with its phases. Hardly any comes to pass, so that one timer serves them all:
+a phase costs a few comparisons, and no timer of its own.
+"""
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from proxy.config import Config
+from proxy.errors import BodyTimeout, CallTimeout, ProxyError, TotalTimeout, UpstreamTimeout
+
+_APP_STALLED = BodyTimeout(
+    "the app stopped sending its body, or reading the answer", "Send or read without long pauses (timeouts.body_idle)."
+)
+_AMAZON_SILENT = UpstreamTimeout(
+    "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
+)
+_CALL_OVER = CallTimeout(
+    "the time that the call had (x-sp-timeout) is over",
+    "A write may or may not have been done: look before you repeat it.",
+)
+_TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
+
+_NEVER = float("inf")
+
+
+class Deadlines:
+    """The deadlines of all exchanges under way, and the one timer that looks after them."""
+
+    def __init__(self, config: Config) -> None:
+        self.timeouts = config.timeouts
+        self.body_rate = config.bounds.body_rate
+        self._waiting: set[Patience] = set()
+        self._next = _NEVER
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, patience: "Patience") -> None:
+        """Look after a deadline from now on."""
+        self._waiting.add(patience)
+
+    def discard(self, patience: "Patience") -> None:
+        """Look after it no more."""
+        self._waiting.discard(patience)
+
+    def note(self, deadline: float) -> None:
+        """Be there at this moment, which may be earlier than any other."""
+        if deadline < self._next:
+            self._be_there(deadline)
+
+    def _be_there(self, moment: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = moment
+        self._timer = asyncio.get_running_loop().call_at(moment, self._look)
+
+    def _look(self) -> None:
+        self._timer, self._next = None, _NEVER
+        now = asyncio.get_running_loop().time()
+        for patience in [one for one in self._waiting if one.deadline <= now]:
+            self._waiting.discard(patience)
+            patience.expire()
+        earliest = min((one.deadline for one in self._waiting), default=_NEVER)
+        if earliest < _NEVER:
+            self._be_there(earliest)
+
+
+class Patience:
+    """One bound for all the waits of one exchange: each phase sets how long it may take and what its end is called.
+
+    Use it as a context manager around the waits of one task; a phase that outlasts its time raises its error there.
+    `timeout` is what the call has in all, in seconds, where it says so.
+    """
+
+    __slots__ = (
+        "_app_since",
+        "_app_time",
+        "_cancelling",
+        "_deadlines",
+        "_ends_at",
+        "_error",
+        "_has_expired",
+        "_now",
+        "_task",
+        "_too_long",
+        "deadline",
+    )
+
+    def __init__(self, deadlines: Deadlines, timeout: float | None = None) -> None:
+        total = deadlines.timeouts.total
+        self._too_long: ProxyError = _TOO_LONG
+        if timeout is not None and timeout < total:
+            total, self._too_long = timeout, _CALL_OVER
+        self._deadlines = deadlines
+        self._now = asyncio.get_running_loop().time
+        self._app_time, self._app_since = 0.0, None  # type: float, float | None
+        self._error: ProxyError = self._too_long
+        self.deadline = self._ends_at = self._now() + total
+        self._has_expired = False
+
+    def for_app(self, moved: int = 0) -> None:
+        """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
+
+        It may pause for `timeouts.body_idle`, but all its pauses together may not be longer than that and what
+        `bounds.body_rate` gives it for what it has moved: one byte every few seconds would never end.
+        """
+        self._app_since = now = self._end_phase()
+        idle, rate = self._deadlines.timeouts.body_idle, self._deadlines.body_rate
+        left = min(idle, idle + moved / rate - self._app_time) if rate else idle
+        self._wait_until(now + left, _APP_STALLED)
+
+    def for_proxy(self) -> None:
+        """Wait for what the proxy itself does, each part of which has a bound of its own."""
+        self._end_phase()
+        self.deadline, self._error = self._ends_at, self._too_long
+
+    def for_amazon(self) -> None:
+        """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
+        self._wait_until(self._end_phase() + self._deadlines.timeouts.upstream_idle, _AMAZON_SILENT)
+
+    @property
+    def left(self) -> float:
+        """The seconds that the whole exchange still has."""
+        return max(0.0, self._ends_at - self._now())
+
+    @property
+    def amazon_was_silent(self) -> bool:
+        """Whether time ran out while it was Amazon's turn."""
+        return self._has_expired and isinstance(self._error, UpstreamTimeout)
+
+    def expire(self) -> None:
+        """Break the wait off."""
+        self._has_expired = True
+        self._task.cancel()
+
+    def _end_phase(self) -> float:
+        """Note how long the app took, where it was waited for; return the moment."""
+        now = self._now()
+        if self._app_since is not None:
+            self._app_time += now - self._app_since
+            self._app_since = None
+        return now
+
+    def _wait_until(self, end: float, error: ProxyError) -> None:
+        if end >= self._ends_at:
+            end, error = self._ends_at, self._too_long
+        self.deadline, self._error = end, error
+        self._deadlines.note(end)
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("patience is for the waits of a task")
+        self._task, self._cancelling = task, task.cancelling()
+        self._deadlines.add(self)
+        self._deadlines.note(self.deadline)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._deadlines.discard(self)
+        if self._has_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            # One instance raised by many would grow a traceback for each.
+            raise type(self._error)(self._error.message, self._error.hint) from exc
