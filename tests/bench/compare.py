@@ -69,7 +69,7 @@ def _compare(options: argparse.Namespace) -> int:
         samples = _measure_all(contenders, options)
         waits = _waits(before, waited(contenders[0]))
         logs = {contender.name: _complaints(contender.process.said()) for contender in contenders}
-    _say(*measured_with, f"- {OURS} had each request wait {waits:.1f} µs for its usage plan", *missing, "")
+    _say(*measured_with, f"- {OURS} spent {waits:.1f} µs per request on the turn in its usage plan", *missing, "")
     _say(*table(samples, options))
     faults = [*_faults(samples)]
     if waits > MOST_WAITED:
