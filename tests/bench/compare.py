@@ -1,4 +1,4 @@
-"""What does the proxy cost, beside a bare aiohttp proxy and nginx? Run as `python -m tests.bench.compare`.
+"""What does the proxy cost, beside Envoy, nginx, Caddy and a bare aiohttp proxy? `python -m tests.bench.compare`.
 
 All are loaded in turn, several rounds of it, so that what else the machine does falls on each of them alike.
 """
@@ -8,27 +8,30 @@ import json
 import os
 import platform
 import ssl
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from tests.bench.contenders import Contender, bare_aiohttp, far_end, find_nginx, nginx, sp_api_proxy
+from tests.bench.contenders import PATH, Contender, bare_aiohttp, far_end, nginx, sp_api_proxy, waited
+from tests.bench.gateways import caddy, envoy
 from tests.bench.load import Sample, measure
-from tests.bench.processes import Cores, cpu_seconds, end_on_signals
+from tests.bench.plot import Group, svg
+from tests.bench.processes import Cores, cpu_seconds, end_on_signals, pss_mib
+from tests.bench.programs import Program, find_all
 from tests.bench.upstream import ANSWER_SIZE
 
-BASELINE = "bare aiohttp"
-REQUEST = (
-    b"GET /orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9&CreatedAfter=2026-01-01T00%3A00%3A00Z HTTP/1.1\r\n"
-    b"Host: localhost\r\nAccept: application/json\r\nUser-Agent: bench\r\n\r\n"
+OURS, BARE, BEST = "sp-api-proxy", "bare aiohttp", "Envoy"
+MOST_WAITED = (
+    50.0  # microseconds per request, for the turn in a usage plan; more, and it would be that what is measured
 )
+REQUEST = (f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nUser-Agent: bench\r\n\r\n").encode()
+_STARTED_BY = {"Envoy": envoy, "nginx": nginx, "Caddy": caddy}
 
 Samples = dict[tuple[str, int], list[Sample]]  # by contender and number of connections, one for each round
 
@@ -48,40 +51,60 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default 3)")
     parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
     parser.add_argument("--connections", type=int, default=32, help="at once, besides 1 (default 32)")
+    parser.add_argument("--no-install", action="store_true", help="leave out what is missing, and fetch nothing")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the medians there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
     return parser.parse_args()
 
 
 def _compare(options: argparse.Namespace) -> int:
+    programs, missing = find_all(install=not options.no_install)
     cores = Cores.of_this_machine()
-    measured_with = machine(cores)
+    measured_with = machine(cores, programs)
     os.sched_setaffinity(0, cores.others)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        contenders = _start(stack, cores, folder)
+        contenders = _start(stack, cores, folder, programs)
+        before = waited(contenders[0])
         samples = _measure_all(contenders, options)
-        logs = {contender.name: contender.process.said() for contender in contenders}
-    _say(*measured_with, "", *table(samples, options))
-    troubles = [*_faults(samples), *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
+        waits = _waits(before, waited(contenders[0]))
+        logs = {contender.name: _complaints(contender.process.said()) for contender in contenders}
+    _say(*measured_with, f"- {OURS} spent {waits:.1f} µs per request on the turn in its usage plan", *missing, "")
+    _say(*table(samples, options))
+    faults = [*_faults(samples)]
+    if waits > MOST_WAITED:
+        faults.append(f"FAULT: {OURS} paced the load, so that its figures say little")
+    troubles = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
     if troubles:
         _say("", *troubles)
     if options.json:
         options.json.write_text(json.dumps(_as_json(measured_with, samples), indent=1))
-    return 1 if any(_faults(samples)) else 0
+    if options.svg:
+        options.svg.write_text(picture(samples, options.connections))
+    return 1 if faults else 0
 
 
-def _start(stack: ExitStack, cores: Cores, folder: Path) -> list[Contender]:
+def _start(stack: ExitStack, cores: Cores, folder: Path, programs: Mapping[str, Program]) -> list[Contender]:
     end = stack.enter_context(far_end(cores, folder))
-    contenders = [
-        stack.enter_context(sp_api_proxy(end, cores, folder)),
+    return [
+        stack.enter_context(sp_api_proxy(end, cores, folder, pace=True)),
+        *(
+            stack.enter_context(start(programs[name].path, end, cores, folder))
+            for name, start in _STARTED_BY.items()
+            if name in programs
+        ),
         stack.enter_context(bare_aiohttp(end, cores, folder)),
     ]
-    program = find_nginx()
-    if program:
-        contenders.append(stack.enter_context(nginx(program, end, cores, folder)))
-    else:
-        _say("nginx is not installed, so its rows are left out: install the package nginx-light.", "")
-    return contenders
+
+
+def _waits(before: tuple[float, int], after: tuple[float, int]) -> float:
+    """Return microseconds per request, from seconds waited and requests until the one moment and the other."""
+    return (after[0] - before[0]) / max(1, after[1] - before[1]) * 1e6
+
+
+def _complaints(text: str) -> str:
+    """Return what a proxy wrote without what is no complaint: Caddy tells where its configuration is."""
+    return "\n".join(line for line in text.splitlines() if '"level":"info"' not in line)
 
 
 def _measure_all(contenders: Sequence[Contender], options: argparse.Namespace) -> Samples:
@@ -92,19 +115,19 @@ def _measure_all(contenders: Sequence[Contender], options: argparse.Namespace) -
         turn = number % len(contenders)
         for connections in levels:
             for contender in (*contenders[turn:], *contenders[:turn]):  # another one begins each time
-                sample = measure(
-                    contender.port,
-                    REQUEST,
-                    ANSWER_SIZE,
-                    connections=connections,
-                    seconds=options.seconds,
-                    cpu=partial(cpu_seconds, contender.process.pid),
-                )
+                sample = measure_one(contender, connections, options.seconds)
                 samples.setdefault((contender.name, connections), []).append(sample)
     return {(name, level): samples[name, level] for level in levels for name in (each.name for each in contenders)}
 
 
-def machine(cores: Cores) -> list[str]:
+def measure_one(contender: Contender, connections: int, seconds: float) -> Sample:
+    """Load a proxy for `seconds`, not counting the warm-up, and return what it did."""
+    cpu = partial(cpu_seconds, contender.process.pid)
+    sample = measure(contender.port, REQUEST, ANSWER_SIZE, connections=connections, seconds=seconds, cpu=cpu)
+    return replace(sample, memory_mib=pss_mib(contender.process.pid))
+
+
+def machine(cores: Cores, programs: Mapping[str, Program]) -> list[str]:
     """Return lines on what the figures were measured with."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
@@ -118,37 +141,54 @@ def machine(cores: Cores) -> list[str]:
         f"- machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}; {placed}",
         f"- load average before the run: {os.getloadavg()[0]:.1f} (above about 0.3, others work here too)",
         f"- Python {platform.python_version()}, {packages}, {ssl.OPENSSL_VERSION}",
-        f"- nginx: {_nginx_version()}",
+        "- " + (", ".join(f"{name} {program.version}" for name, program in programs.items()) or "no other proxies"),
     ]
-
-
-def _nginx_version() -> str:
-    program = find_nginx()
-    if program is None:
-        return "not installed"
-    said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
-    return said.strip().rpartition("/")[2]
 
 
 def table(samples: Samples, options: argparse.Namespace) -> list[str]:
-    """Return the medians of all rounds, and the medians of each round's ratio to the baseline, as Markdown."""
+    """Return the medians of all rounds, and the medians of each round's ratio to the best proxy, as Markdown."""
+    baseline = BEST if (BEST, 1) in samples else BARE
     lines = [
-        f"Medians of {options.rounds} × {options.seconds:g} s; in brackets the ratio to {BASELINE}.",
+        f"Medians of {options.rounds} × {options.seconds:g} s; in brackets the ratio to {baseline}.",
         "",
-        "| connections | proxy | requests/s | CPU µs/request | p50 ms | p99 ms | core used |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| connections | proxy | requests/s | CPU µs/request | p50 ms | p99 ms | core used | memory MiB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (name, connections), rounds in samples.items():
-        base = samples[BASELINE, connections]
+        base = samples[baseline, connections]
         cells = [
             _cell(rounds, base, lambda sample: sample.requests_per_second, ",.0f"),
             _cell(rounds, base, lambda sample: sample.cpu_us, ",.0f"),
             _cell(rounds, base, lambda sample: sample.p50_ms, ".2f"),
             _cell(rounds, base, lambda sample: sample.p99_ms, ".2f"),
             f"{median(sample.core for sample in rounds):.0%}",
+            _cell(rounds, base, lambda sample: sample.memory_mib, ",.0f"),
         ]
         lines.append(f"| {connections} | {name} | {' | '.join(cells)} |")
     return lines
+
+
+def picture(samples: Samples, connections: int) -> str:
+    """Return the medians drawn as SVG: CPU time, and latency with one connection."""
+    names = list(dict.fromkeys(name for name, _ in samples))
+
+    def rows(
+        *figures: tuple[int, Callable[[Sample], float]],
+    ) -> list[tuple[str, tuple[float, float]]]:
+        medians = [[median(map(figure, samples[name, level])) for level, figure in figures] for name in names]
+        return [(name, (first, second)) for name, (first, second) in zip(names, medians, strict=True)]
+
+    cpu = rows((connections, lambda sample: sample.cpu_us), (1, lambda sample: sample.cpu_us))
+    latency = rows((1, lambda sample: sample.p50_ms), (1, lambda sample: sample.p99_ms))
+    description = "; ".join(
+        f"{name}: {many:.0f} µs with {connections} connections, {one:.0f} with 1, p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+        for (name, (many, one)), (_, (p50, p99)) in zip(cpu, latency, strict=True)
+    )
+    groups = [
+        Group("CPU time per request, µs", (f"{connections} connections", "1 connection"), ",.0f", cpu),
+        Group("Latency with 1 connection, ms", ("p50", "p99"), ".2f", latency),
+    ]
+    return svg("What a request through each proxy costs; less is better", description, OURS, groups)
 
 
 def _cell(rounds: Sequence[Sample], base: Sequence[Sample], figure: Callable[[Sample], float], form: str) -> str:

@@ -1,7 +1,9 @@
 """How is each proxy that is compared set up? All of them forward to the same upstream over TLS, with keep-alive."""
 
+import http.client
 import json
-import shutil
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +11,10 @@ from pathlib import Path
 
 from tests.bench.certificates import Certificates, make_certificates
 from tests.bench.processes import HOST, Cores, Started, free_port, python, started
+
+PATH = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9&CreatedAfter=2026-01-01T00%3A00%3A00Z"  # what is requested
+_WAITED = "spapi_proxy_limit_wait_seconds"
+_FIRST_REQUESTS, _FIRST_PAUSE = 5, 0.1  # and seconds between them
 
 _NGINX = """
 daemon off;
@@ -65,6 +71,7 @@ class Contender:
     name: str
     process: Started
     port: int
+    admin: int | None = None  # where its metrics are, if it has any
 
 
 @contextmanager
@@ -79,26 +86,65 @@ def far_end(cores: Cores, folder: Path) -> Iterator[FarEnd]:
 
 
 @contextmanager
-def sp_api_proxy(end: FarEnd, cores: Cores, folder: Path, *, large: bool = False) -> Iterator[Contender]:
-    """Run the real thing, unpaced; with `large` it forwards to the port for large bodies."""
-    port = free_port()
+def sp_api_proxy(
+    end: FarEnd, cores: Cores, folder: Path, *, large: bool = False, pace: bool = False
+) -> Iterator[Contender]:
+    """Run the real thing; with `large` it forwards to the port for large bodies, with `pace` it keeps to usage plans.
+
+    Where it paces, it has learned the rate that the upstream announces before anything is measured.
+    """
+    port, admin = free_port(), free_port()
     path = folder / "proxy.yaml"
     # JSON is YAML.
-    path.write_text(json.dumps(_proxy_config(end, port, end.large_port if large else end.api_port)))
+    config = _proxy_config(end, port, end.large_port if large else end.api_port)
+    config |= {"admin": f"{HOST}:{admin}", "limits": {"pace": pace}}
+    path.write_text(json.dumps(config))
     path.chmod(0o600)
     command = python("proxy", "serve", "--config", path)
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
-        yield Contender("sp-api-proxy", process, port)
+        contender = Contender("sp-api-proxy", process, port, admin)
+        if pace:
+            _learn_rate(contender)
+        yield contender
+
+
+def _learn_rate(contender: Contender) -> None:
+    """Send a few requests one after another, fewer than the plan's burst: the first answer tells the rate."""
+    for _ in range(_FIRST_REQUESTS):
+        _get(contender.port, PATH)
+        time.sleep(_FIRST_PAUSE)
+
+
+def waited(contender: Contender) -> tuple[float, int]:
+    """Return how many seconds requests waited for their usage plan so far, and how many were looked at."""
+    if contender.admin is None:
+        return 0.0, 0
+    text = _get(contender.admin, "/metrics")
+    total, count = (re.search(rf"^{_WAITED}_{part} (\S+)$", text, re.MULTILINE) for part in ("sum", "count"))
+    if total is None or count is None:
+        raise SystemExit(f"{contender.name} has no metric {_WAITED}")
+    return float(total[1]), int(float(count[1]))
+
+
+def _get(port: int, path: str) -> str:
+    connection = http.client.HTTPConnection(HOST, port, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise SystemExit(f"GET {path}: {answer.status} {body[:500]}")
+    return body
 
 
 def _proxy_config(end: FarEnd, port: int, upstream: int) -> dict[str, object]:
     return {
         "listen": f"{HOST}:{port}",
-        "admin": f"{HOST}:{free_port()}",
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {"bench": {"refresh_tokens": {"eu": "Atzr|bench"}}},
         "endpoints": {"eu": f"https://localhost:{upstream}", "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
-        "limits": {"pace": False},
         "pool": {"ca_file": str(end.certificates.authority)},
         "log": {"level": "warning"},
     }
@@ -124,8 +170,3 @@ def nginx(program: str, end: FarEnd, cores: Cores, folder: Path) -> Iterator[Con
     command = [program, "-e", "stderr", "-p", str(folder), "-c", str(path)]
     with started("nginx", command, port, cores.proxy, folder) as process:
         yield Contender("nginx", process, port)
-
-
-def find_nginx() -> str | None:
-    """Return where nginx is, None where it is not installed; Debian keeps it off an ordinary user's path."""
-    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")

@@ -5,6 +5,7 @@ Python, so that everybody measures with the same tool. It costs a small part of 
 """
 
 import asyncio
+import gc
 import time
 from array import array
 from collections import Counter
@@ -42,6 +43,7 @@ class Sample:
     p99_ms: float
     core: float
     faults: dict[str, int]
+    memory_mib: float = 0.0  # all processes of the server, right after
 
 
 class Connection(asyncio.Protocol):
@@ -107,8 +109,15 @@ def measure(
 
     Each answer must be a 200 with a body of `body_size` bytes and a Content-Length; everything else is a fault.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_measure(port, request, body_size, connections, seconds, cpu))
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a pause here would count as the server's
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_measure(port, request, body_size, connections, seconds, cpu))
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 async def _measure(

