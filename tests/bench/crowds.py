@@ -283,7 +283,7 @@ def slow_readers(port: int, count: int, mib: int) -> Iterator[Readers]:
 def table(phases: Sequence[Phase], options: argparse.Namespace) -> list[str]:
     """Return the medians of each phase as Markdown; those of a crowd with the ratio to those before and after it."""
     lines = [
-        f"{OTHERS} connections of ordinary requests, {options.rounds} × {options.seconds:g} s (ratio to before and after)",
+        f"{OTHERS} connections of ordinary requests, {options.rounds} × {options.seconds:g} s (ratio to without)",
         "",
         "| proxy | when | requests/s | CPU µs | p50 ms | p99 ms | RSS MiB | KiB each | unread KiB | leaving ms |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
