@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from tests.bench import throughput
+from tests.bench.compare import machine
 from tests.bench.contenders import Contender, far_end, sp_api_proxy
 from tests.bench.payload import BLOCK, MIB, blocks, digest_of
 from tests.bench.processes import HOST, Cores, end_on_signals, memory_kib
@@ -57,17 +59,32 @@ def main() -> int:
     """Run the transfers and print them as Markdown; 1 when a body was changed or the proxy held on to it."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.big_bodies", description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of each body in MiB (default 1024)")
-    mib: int = parser.parse_args().mib
+    parser.add_argument("--peers", action="store_true", help="how fast they go, beside nginx where it is installed")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison with --peers (default 3)")
+    options = parser.parse_args()
     end_on_signals()
+    cores = Cores.of_this_machine()
+    os.sched_setaffinity(0, cores.others)
     try:
-        return _run(mib)
+        if options.peers:
+            return _beside_peers(cores, options.mib, options.rounds)
+        return _run(cores, options.mib)
     except KeyboardInterrupt:
         return 130
 
 
-def _run(mib: int) -> int:
-    cores = Cores.of_this_machine()
-    os.sched_setaffinity(0, cores.others)
+def _beside_peers(cores: Cores, mib: int, rounds: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-") as name:
+        speeds, said = throughput.compare(cores, Path(name), mib, rounds)
+    _say(*machine(cores), "", *throughput.table(speeds), "", *said)
+    bad = [f"{each.proxy}, {each.way}: {each.fault}" for each in speeds if each.fault] + throughput.missed(speeds)
+    ours = [each for each in speeds if each.proxy == "sp-api-proxy" and each.grown >= MOST_GROWTH]
+    bad += [f"{each.proxy}, {each.way}: memory grew by {each.grown:.1f} MiB" for each in ours]
+    _say(*(f"FAULT: {each}" for each in bad))
+    return 1 if bad else 0
+
+
+def _run(cores: Cores, mib: int) -> int:
     with tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-") as name:
         folder = Path(name)
         with far_end(cores, folder) as end, sp_api_proxy(end, cores, folder, large=True) as proxy:

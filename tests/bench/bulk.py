@@ -1,0 +1,157 @@
+"""How do large bodies come and go as cheaply as Python can, so that what lies between the ends is what is measured?
+
+Blocking sockets, bytes made in advance, one buffer for all that comes. Nothing is hashed, and chunks are not parsed:
+the payload has no line end in it, so that a body's last bytes tell whether it is over. The upstream is a process of
+its own, speaks TLS 1.3, and serves each connection in a thread: slow readers keep it no busier than they read.
+"""
+
+import argparse
+import socket
+import ssl
+import threading
+from pathlib import Path
+from typing import Literal
+
+from tests.bench.payload import BLOCK, MIB
+from tests.bench.processes import HOST
+from tests.bench.upstream import tls
+
+Framing = Literal["length", "chunked"]
+
+SILENCE = 60.0  # seconds without a byte, then a transfer has failed
+UP = "/feeds/2021-06-30/feeds"
+DOWN = "/orders/v0/orders"
+TO_HERE = "Host: localhost\r\nx-sp-region: na"  # the proxies have another upstream besides (peers.py)
+
+_HEAD_END = b"\r\n\r\n"
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
+_PAYLOAD = b"x" * BLOCK
+_BLOCKS: dict[Framing, bytes] = {"length": _PAYLOAD, "chunked": b"%x\r\n%b\r\n" % (BLOCK, _PAYLOAD)}
+_STACK = 256 * 1024  # bytes for each of the upstream's threads
+
+
+def download(port: int, mib: int, framing: Framing) -> str:
+    """Fetch `mib` MiB and return what is wrong; nothing is an empty string."""
+    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
+        sock.sendall(f"GET {DOWN}?mib={mib}&framing={framing} HTTP/1.1\r\n{TO_HERE}\r\n\r\n".encode())
+        head, rest = _read_head(sock)
+        if not head.startswith(b"HTTP/1.1 200") or framing_of(head) != framing:
+            return f"not what was asked for: {(head + rest)[:500]!r}"
+        size = _take(sock, rest, framing, mib * MIB)
+    return "" if size >= mib * MIB else f"{size} bytes came"
+
+
+def upload(port: int, mib: int, framing: Framing) -> str:
+    """Send `mib` MiB and return what is wrong; nothing is an empty string."""
+    field = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {mib * MIB}"
+    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
+        sock.sendall(f"POST {UP} HTTP/1.1\r\n{TO_HERE}\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
+        _give(sock, mib, framing)
+        head, rest = _read_head(sock)
+        if not rest:
+            rest = sock.recv(BLOCK)
+    if not head.startswith(b"HTTP/1.1 200"):
+        return f"not taken: {(head + rest)[:500]!r}"
+    came, size = rest.split(b" ")
+    if (came.decode(), int(size) >= mib * MIB) != (framing, True):
+        return f"the upstream received {int(size)} bytes, framed by {came.decode()}"
+    return ""
+
+
+def framing_of(head: bytes) -> Framing:
+    """Return how the body behind `head` is framed."""
+    return "chunked" if b"\r\ntransfer-encoding: chunked" in head.lower() else "length"
+
+
+def _give(sock: socket.socket, mib: int, framing: Framing) -> None:
+    block = memoryview(_BLOCKS[framing])
+    for _ in range(mib * MIB // BLOCK):
+        sock.sendall(block)
+    if framing == "chunked":
+        sock.sendall(b"0\r\n\r\n")
+
+
+def _take(sock: socket.socket, first: bytes, framing: Framing, length: int) -> int:
+    """Read a body of which `first` has come; return its bytes, with what framed them."""
+    buffer, size, end = memoryview(bytearray(BLOCK)), len(first), first[-len(_LAST_CHUNK) :]
+    while size < length if framing == "length" else not end.endswith(_LAST_CHUNK):
+        count = sock.recv_into(buffer)
+        if not count:
+            break
+        size += count
+        if framing == "chunked":
+            end = (end + bytes(buffer[max(0, count - len(_LAST_CHUNK)) : count]))[-len(_LAST_CHUNK) :]
+    return size
+
+
+def _read_head(sock: socket.socket) -> tuple[bytes, bytes]:
+    """Return a head, without its empty line, and what came behind it; nothing where the connection ended before."""
+    read = b""
+    while _HEAD_END not in read:
+        more = sock.recv(BLOCK)
+        if not more:
+            return b"", read
+        read += more
+    head, _, rest = read.partition(_HEAD_END)
+    return head, rest
+
+
+def serve_connection(sock: ssl.SSLSocket) -> None:
+    """Answer the requests of one connection until it ends."""
+    try:
+        with sock:
+            sock.do_handshake()
+            while True:
+                head, rest = _read_head(sock)
+                if not head:
+                    return
+                if head.startswith(b"GET "):
+                    _answer_with_body(sock, head)
+                else:
+                    _answer_to_body(sock, head, rest)
+    except OSError:
+        return  # whoever asked has left
+
+
+def _answer_with_body(sock: socket.socket, head: bytes) -> None:
+    """Send the `?mib=N` MiB that are asked for, framed as `&framing=` says."""
+    query = head.split(b" ", 2)[1].partition(b"?")[2].decode()
+    asked = dict(pair.split("=") for pair in query.split("&"))
+    mib, framing = int(asked["mib"]), asked["framing"]
+    field = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {mib * MIB}"
+    sock.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
+    _give(sock, mib, "chunked" if framing == "chunked" else "length")
+
+
+def _answer_to_body(sock: socket.socket, head: bytes, rest: bytes) -> None:
+    """Take a body; say how it was framed and how many bytes it had."""
+    framing, length = framing_of(head), 0
+    if framing == "length":
+        length = int(head.lower().partition(b"\r\ncontent-length:")[2].split(b"\r\n", 1)[0])
+    said = f"{framing} {_take(sock, rest, framing, length)}".encode()
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+
+
+def serve(port: int, context: ssl.SSLContext) -> None:
+    """Serve until the process ends."""
+    threading.stack_size(_STACK)
+    with socket.create_server((HOST, port), backlog=1024) as listening:
+        while True:
+            plain, _ = listening.accept()
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+            threading.Thread(target=serve_connection, args=(sock,), daemon=True).start()
+
+
+def main() -> None:
+    """Serve on the port that the command line names."""
+    parser = argparse.ArgumentParser(description="The benchmark's stand-in for Amazon, for large bodies.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--certificate", type=Path, required=True)
+    parser.add_argument("--key", type=Path, required=True)
+    options = parser.parse_args()
+    serve(options.port, tls(options.certificate, options.key))
+
+
+if __name__ == "__main__":
+    main()
