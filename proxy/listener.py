@@ -385,7 +385,7 @@ class ProxiedConnection(Connection):
         except asyncio.CancelledError:
             self.force_close()
             raise
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, and the connection ended
             LOGGER.exception("internal error")  # the last net, below the handler's own
             break_off(request)
             return False

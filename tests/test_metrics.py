@@ -91,11 +91,11 @@ def test_a_finished_request_counts_in_each_of_its_series(account_on_histograms: 
     found = metrics.series_of(*labels)
     assert metrics.series_of(*labels) is found
     assert metrics.series_of(*labels[:4], "429", *labels[5:]) is not found
-    found.requests.inc()
+    found.requests += 1
     found.duration.observe(0.1)
     found.upstream_duration.observe(0.1)
-    found.sent_bytes.inc(10)
-    found.received_bytes.inc(20)
+    found.traffic.sent += 10
+    found.traffic.received += 20
     value = metrics.registry.get_sample_value
     where = {"account": "acme", "region": "eu", "operation": "orders.v0.getOrders"}
     request = {**where, "method": "GET", "code": "200", "token": "lwa", "source": "amazon"}
@@ -129,5 +129,6 @@ def test_the_series_are_readable_as_openmetrics_too() -> None:
 
 def test_the_buckets_reach_from_a_refusal_to_a_slow_report() -> None:
     metrics = filled()
-    bounds = [s.labels["le"] for f in metrics.limit_wait.collect() for s in f.samples if s.name.endswith("_bucket")]
+    waits = next(f for f in metrics.registry.collect() if f.name == "spapi_proxy_limit_wait_seconds")
+    bounds = [s.labels["le"] for s in waits.samples if s.name.endswith("_bucket")]
     assert (bounds[0], bounds[-2:]) == ("0.001", ["60.0", "+Inf"])

@@ -127,7 +127,7 @@ def measure_one(contender: Contender, connections: int, seconds: float) -> Sampl
     return replace(sample, memory_mib=pss_mib(contender.process.pid))
 
 
-def machine(cores: Cores, programs: Mapping[str, Program]) -> list[str]:
+def machine(cores: Cores, programs: Mapping[str, Program] | None = None) -> list[str]:
     """Return lines on what the figures were measured with."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
@@ -141,7 +141,8 @@ def machine(cores: Cores, programs: Mapping[str, Program]) -> list[str]:
         f"- machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}; {placed}",
         f"- load average before the run: {os.getloadavg()[0]:.1f} (above about 0.3, others work here too)",
         f"- Python {platform.python_version()}, {packages}, {ssl.OPENSSL_VERSION}",
-        "- " + (", ".join(f"{name} {program.version}" for name, program in programs.items()) or "no other proxies"),
+        "- "
+        + (", ".join(f"{name} {program.version}" for name, program in (programs or {}).items()) or "no other proxies"),
     ]
 
 

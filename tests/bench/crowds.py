@@ -23,10 +23,11 @@ from statistics import median
 
 from tests.bench.bulk import DOWN, TO_HERE
 from tests.bench.compare import REQUEST, machine
-from tests.bench.contenders import Contender, far_end, find_nginx
+from tests.bench.contenders import Contender, far_end
 from tests.bench.load import Sample, measure
 from tests.bench.peers import bulk_upstream, our_proxy, processes_of, streaming_nginx
 from tests.bench.processes import HOST, Cores, cpu_seconds, end_on_signals, memory_kib
+from tests.bench.programs import find_nginx
 from tests.bench.upstream import ANSWER_SIZE
 
 OTHERS = 8  # connections that send ordinary requests

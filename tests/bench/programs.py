@@ -57,6 +57,12 @@ def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
     return found, missing
 
 
+def find_nginx() -> str | None:
+    """Return where nginx is, None where it is neither installed nor in the cache."""
+    wanted = WANTED[0]
+    return _on_path(wanted) or (str(wanted.cached) if wanted.cached.exists() else None)
+
+
 def _find(wanted: Wanted, *, install: bool) -> Program:
     program = _on_path(wanted)
     if program is None and not wanted.cached.exists():

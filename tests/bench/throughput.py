@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.bulk import Framing, download, upload
-from tests.bench.contenders import Contender, far_end, find_nginx
+from tests.bench.contenders import Contender, far_end
 from tests.bench.payload import MIB
 from tests.bench.peers import bulk_upstream, our_proxy, processes_of, streaming_nginx
 from tests.bench.processes import Cores, cpu_seconds, memory_kib
+from tests.bench.programs import find_nginx
 
 LEAST_SHARE = 0.5  # of nginx's throughput, which is aimed at
 
