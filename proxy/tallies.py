@@ -56,9 +56,11 @@ class Tallied(Collector):
         *,
         is_histogram: bool = False,
     ) -> None:
-        self._what = (name, help_text, labels)
+        self.name = name
+        self.documentation = help_text
+        self.labels = tuple(labels)
         self._read = read
-        self._is_histogram = is_histogram
+        self.is_histogram = is_histogram
 
     def describe(self) -> Iterable[Metric]:
         """Say what there will be."""
@@ -75,6 +77,5 @@ class Tallied(Collector):
         yield family
 
     def _family(self) -> CounterMetricFamily | HistogramMetricFamily:
-        name, help_text, labels = self._what
-        kind = HistogramMetricFamily if self._is_histogram else CounterMetricFamily
-        return kind(name, help_text, labels=labels)
+        kind = HistogramMetricFamily if self.is_histogram else CounterMetricFamily
+        return kind(self.name, self.documentation, labels=self.labels)

@@ -214,7 +214,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
             "keep_alive": "75s",
             "shutdown": "20s",
         },
-        "pool": {"max_connections": 1000, "idle": "20s"},
+        "pool": {"max_connections": 1000, "idle": "20s", "no_proxy": []},
         "store": "memory",
         "warm_up": False,
         "log": {"level": "info", "format": "auto"},

@@ -25,6 +25,7 @@ from proxy.request.forbidden import HINTS, Hint
 from proxy.simulator import command as simulator_command
 from proxy.simulator import control
 from proxy.status import Readiness, health_app
+from proxy.tallies import Tallied
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -136,6 +137,9 @@ def series() -> Iterator[tuple[str, str, str, str]]:
             kind = str(metric._type)
             name = f"{metric._name}_total" if kind == "counter" else metric._name
             yield f"`{name}`", kind, ", ".join(metric._labelnames), metric._documentation
+        elif isinstance(metric, Tallied):
+            kind = "histogram" if metric.is_histogram else "counter"
+            yield f"`{metric.name}`", kind, ", ".join(metric.labels), metric.documentation
 
 
 def hints_table() -> str:

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy import __version__
 from proxy.metrics import Metrics
+from proxy.tallies import Tallied
 from tests.conftest import needs
 
 # What a label may say: names of the configuration, of the operation table, and short words of our own.
@@ -25,6 +26,10 @@ def series(metrics: Metrics) -> list[Any]:
     return [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
 
+def tallied(metrics: Metrics) -> list[Tallied]:
+    return [one for one in metrics.registry._collector_to_names if isinstance(one, Tallied)]
+
+
 def filled(*, account_on_histograms: bool = False) -> Metrics:
     """Return metrics with a sample in every series."""
     metrics = Metrics(account_on_histograms=account_on_histograms)
@@ -34,6 +39,12 @@ def filled(*, account_on_histograms: bool = False) -> Metrics:
             child.observe(0.5)
         else:
             child.inc()
+    found = metrics.series_of(*"x" * 7)
+    found.requests += 1
+    found.traffic.sent += 1
+    found.traffic.received += 1
+    for durations in (found.duration, found.upstream_duration, metrics.limit_wait, metrics.token_wait):
+        durations.observe(0.5)
     return metrics
 
 
@@ -51,7 +62,10 @@ def test_every_series_begins_with_our_prefix_or_is_of_the_process() -> None:
     families = list(text_string_to_metric_families(generate_latest(filled().registry).decode()))
     strange = [f.name for f in families if not f.name.startswith(("spapi_proxy_", "process_", "python_"))]
     assert strange == []
-    assert sum(family.name.startswith("spapi_proxy_") for family in families) == len(series(Metrics())) + 1
+    assert (
+        sum(family.name.startswith("spapi_proxy_") for family in families)
+        == len([*series(Metrics()), *tallied(Metrics())]) + 1
+    )
 
 
 def test_every_series_is_explained_in_a_sentence() -> None:
@@ -75,12 +89,15 @@ def test_names_carry_their_unit_and_counters_end_in_total() -> None:
 def test_labels_are_of_a_bounded_kind() -> None:
     for one in series(Metrics(account_on_histograms=True)):
         assert set(one._labelnames) <= LABELS, one._name
+    for tally in tallied(Metrics(account_on_histograms=True)):
+        assert set(tally.labels) <= LABELS, tally.name
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(False, []), (True, ["request_duration", "upstream_duration"])])
 def test_histograms_carry_the_account_only_where_asked(wanted: bool, expected: list[str]) -> None:
     metrics = Metrics(account_on_histograms=wanted)
-    found = [one._name for one in series(metrics) if one._type == "histogram" and "account" in one._labelnames]
+    found = [one.name for one in tallied(metrics) if one.is_histogram and "account" in one.labels]
+    assert not [one for one in series(metrics) if one._type == "histogram" and "account" in one._labelnames]
     assert found == [f"spapi_proxy_{name}_seconds" for name in expected]
 
 

@@ -107,11 +107,28 @@ def _parse(kind: Any, text: str) -> Any:
 
 def fill_in(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
     """Return the application and the accounts that well-known variables describe, where `tree` has none."""
-    found = _applications(environ, tree)
+    found = [*_forward_proxy(environ, tree), *_applications(environ, tree)]
     if tree.get("accounts"):
         return found, []
     accounts, problems = _accounts(environ)
     return found + accounts, problems
+
+
+def _forward_proxy(environ: Mapping[str, str], tree: Tree) -> list[Found]:
+    """Return the forward proxy that everything else on the machine uses; what speaks HTTPS takes HTTPS_PROXY alone."""
+    pool = tree.get("pool")
+    pool = {} if pool is None else pool
+    if not isinstance(pool, dict) or "proxy" in pool:
+        return []
+    hit = next((name for name in ("https_proxy", "HTTPS_PROXY") if environ.get(name)), None)
+    if hit is None:
+        return []
+    found: list[Found] = [(("pool", "proxy"), environ[hit], hit)]
+    exceptions = next((name for name in ("no_proxy", "NO_PROXY") if environ.get(name)), None)
+    if exceptions is not None and "no_proxy" not in pool:
+        names = [name.strip() for name in environ[exceptions].split(",") if name.strip()]
+        found.append((("pool", "no_proxy"), names, exceptions))
+    return found
 
 
 def _applications(environ: Mapping[str, str], tree: Tree) -> list[Found]:

@@ -11,7 +11,16 @@ from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from proxy.config.secret import Secret
@@ -409,13 +418,25 @@ class Timeouts(Settings):
     shutdown: PositiveDuration = Field(20.0, description="How long requests may go on after SIGTERM.")
 
 
+def _forward_proxy(secret: Secret) -> Secret:
+    """Check the address of a forward proxy; it may hold a password."""
+    try:
+        parts = urlsplit(secret.reveal())
+        is_right = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0 and parts.path in {"", "/"}
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise wrong("must be http://host:port or http://user:password@host:port")
+    return secret
+
+
 class Pool(Settings):
     """The connections to Amazon."""
 
     max_connections: int = Field(1000, ge=1, description="Connections to all of Amazon's hosts together.")
     idle: PositiveDuration = Field(20.0, description="How long an unused connection is kept.")
     ca_file: str | None = Field(None, description="A PEM file of certificates to trust instead of the system's.")
-    proxy: Secret | None = Field(
+    proxy: Annotated[Secret, AfterValidator(_forward_proxy)] | None = Field(
         None,
         description="A forward proxy on the way to Amazon, as http://[user:password@]host:port; HTTPS_PROXY where this "
         "is not set. Hosts of this machine are reached directly.",
