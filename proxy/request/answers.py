@@ -111,17 +111,15 @@ class AmazonsAnswer:
 
     def _add_fields(self, lines: list[bytes], answer: Answer) -> bool:
         """Add what is passed on; return whether a length is among it."""
-        has_length = False
-        named = _named_by_answer(answer)
+        named = _named_by_answer(answer) if answer.has(b"connection") else ()
+        has_length = answer.has(b"content-length") and answer.status != 204  # RFC 9110 section 8.6
         for name, value in answer.fields:
-            kind = _kind_of(name)
-            if kind == _OF_ONE_HOP or (named and _plain(name.decode("latin-1")) in named):
+            beginning = _beginning_of(name)
+            if not beginning or (named and _plain(name.decode("latin-1")) in named):
                 continue
-            if kind == _LENGTH:
-                if answer.status == 204:
-                    continue  # RFC 9110 section 8.6
-                has_length = True
-            lines.append(b"%b: %b" % (name, value))
+            if answer.status == 204 and name.lower() == b"content-length":
+                continue
+            lines.append(beginning + value)
         return has_length
 
     def framed(self, data: bytes) -> bytes:
@@ -134,23 +132,15 @@ class AmazonsAnswer:
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-_OF_ONE_HOP, _LENGTH, _PASSED_ON = range(3)
-
-
 @lru_cache(maxsize=512)
-def _kind_of(name: bytes) -> int:
-    """Return what is done with an answer's field; the few names that Amazon uses are judged once."""
+def _beginning_of(name: bytes) -> bytes:
+    """Return a field line up to its value, nothing for one that goes no further; Amazon sends the same few names."""
     plain = _plain(name.decode("latin-1"))
-    if plain in HOP_BY_HOP or plain in OURS:
-        return _OF_ONE_HOP
-    return _LENGTH if name.lower() == b"content-length" else _PASSED_ON
+    return b"" if plain in HOP_BY_HOP or plain in OURS else name + b": "
 
 
 def _named_by_answer(answer: Answer) -> frozenset[str]:
-    if answer.first(b"connection") is None:
-        return frozenset()
-    values = [value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"]
-    return _named(values)
+    return _named([value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"])
 
 
 def _plain(name: str) -> str:

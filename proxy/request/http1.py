@@ -10,13 +10,14 @@ import re
 import socket
 import ssl
 from collections.abc import Callable
+from itertools import chain
 from typing import cast
 
 import httptools
 
 MAX_REASON = 16 * 1024
 MAX_FIELD = 64 * 1024
-MAX_FIELDS = 256  # of a head, and of a trailer section, which is dropped
+MAX_FIELDS = 256
 MAX_BETWEEN = 256 * 1024  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
 HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server is made to wait
 
@@ -361,10 +362,7 @@ class Wire(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a field of the head, or of a trailer section, which goes no further."""
-        fields = self._fields
-        if len(fields) >= MAX_FIELDS or len(name) + len(value) > MAX_FIELD:
-            raise _Malformed("has fields that are too many or too long")
-        fields.append((name, value))
+        self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
@@ -413,6 +411,8 @@ def _what_is_wrong_with(answer: Answer) -> str:
     """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit."""
     if answer.version not in _SPOKEN:
         return "is of an HTTP version that was not asked for"
+    if len(answer.fields) > MAX_FIELDS or max(map(len, chain.from_iterable(answer.fields)), default=0) > MAX_FIELD:
+        return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
     if answer.is_chunked:

@@ -119,6 +119,9 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
+_NO_MASK = Mask("")
+
+
 class Call:
     """One request on its way: what was decided, how patient to be, and its body.
 
@@ -132,7 +135,7 @@ class Call:
         self.patience = patience
         self.has_place = False  # among the account's requests at Amazon
         self.wants_new_connection = False  # the last attempt broke on one that had been idle
-        self.mask = Mask("")  # for the token that went with it
+        self.mask = _NO_MASK  # for the token that went with it
         self._kept: list[bytes] | None = []
         self._kept_size = 0
         self._is_read = not request.body_exists
