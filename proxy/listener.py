@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import StreamReader, web
@@ -328,6 +329,32 @@ class Connection(RequestHandler):
         metrics.series_of("-", "-", "unknown", "other", str(error.status), "none", "proxy").requests += 1
 
 
+class Request(web.BaseRequest):
+    """A request as it came, without what only a framework asks it for: a tidied URL, the peer's name."""
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: StreamWriter,
+        task: "asyncio.Task[None]",
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._message = message
+        self._headers = message.headers
+        self._method = message.method
+        self._version = message.version
+        self._rel_url = message.url
+        self._payload = payload
+        self._protocol = protocol
+        self._payload_writer = writer
+        self._task = task
+        self._loop = loop
+        self._cache: dict[str, Any] = {}
+        self._state: dict[Any, Any] = {}
+
+
 class ProxiedConnection(Connection):
     """A client connection whose requests go to Amazon; what serves them writes Amazon's answers itself."""
 
@@ -451,7 +478,7 @@ class Listening(web.Server):
             auto_decompress=False,
         )
         self.request_factory = self._marked
-        self._make = request_factory or self._make_request
+        self._make = request_factory or partial(Request, loop=self._loop)
         self._is_status = request_factory is not None
         self._options = Options(
             header_timeout=config.timeouts.header,

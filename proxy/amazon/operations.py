@@ -123,6 +123,7 @@ class _Node:
     parameter: "_Node | None" = None
     greedy: "_Node | None" = None
     operations: dict[str, Operation] = field(default_factory=dict)
+    has_several_ways: bool = False  # the first that fits may be the wrong one
 
 
 class OperationTable:
@@ -134,6 +135,7 @@ class OperationTable:
         self._deepest = 0
         for operation in self._operations:
             self._add(operation)
+        self._note_ways(self._root)
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self._operations)
@@ -152,18 +154,14 @@ class OperationTable:
         segments = raw_path.split("/", self._deepest + 1)
         if segments[0]:
             return None
-        node = self._root
-        for index, segment in enumerate(segments):
-            if not index:
-                continue
-            literal = node.literals.get(segment)
-            if not segment or "%" in segment or node.greedy is not None or (literal and node.parameter):
-                return _find(node, method, segments, index)  # there are several ways to look at it
-            following = literal or node.parameter
-            if following is None:
+        node: _Node | None = self._root
+        for segment in segments[1:]:
+            if node is None:
                 return None
-            node = following
-        return node.operations.get(method)
+            if node.has_several_ways or not segment or "%" in segment:
+                return _find(self._root, method, segments, 1)
+            node = node.literals.get(segment) or node.parameter
+        return node.operations.get(method) if node is not None else None
 
     def _add(self, operation: Operation) -> None:
         segments = operation.template.split("/")[1:]
@@ -178,6 +176,12 @@ class OperationTable:
                 node.parameter = node = node.parameter or _Node()
         # Two models with one method and path: the first by api and version stays, so that the order of files is moot.
         node.operations.setdefault(operation.method, operation)
+
+    def _note_ways(self, node: _Node) -> None:
+        node.has_several_ways = node.greedy is not None or bool(node.literals and node.parameter)
+        for following in (*node.literals.values(), node.parameter):
+            if following is not None:
+                self._note_ways(following)
 
 
 def _find(node: _Node, method: str, segments: list[str], index: int) -> Operation | None:

@@ -111,8 +111,8 @@ class AmazonsAnswer:
 
     def _add_fields(self, lines: list[bytes], answer: Answer) -> bool:
         """Add what is passed on; return whether a length is among it."""
-        named = _named_by_answer(answer) if answer.has(b"connection") else ()
-        has_length = answer.has(b"content-length") and answer.status != 204  # RFC 9110 section 8.6
+        named = _named_by_answer(answer) if b"connection" in answer.by_name else ()
+        has_length = b"content-length" in answer.by_name and answer.status != 204  # RFC 9110 section 8.6
         for name, value in answer.fields:
             beginning = _beginning_of(name)
             if not beginning or (named and _plain(name.decode("latin-1")) in named):

@@ -6,6 +6,7 @@ this machine: hence the checks of `Host` (DNS rebinding) and of the signs that b
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -161,6 +162,7 @@ def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorwa
     return host if authority is None else _allowed(authority, doorway)
 
 
+@lru_cache(maxsize=256)  # apps call the proxy by the same few names
 def host_in(authority: str) -> str | None:
     """Return the host of `host` or `host:port` in lower case, without brackets; None for anything else."""
     match = _AUTHORITY.fullmatch(authority)

@@ -137,7 +137,8 @@ class Handler:
         target, exchange, claim = call.target, call.exchange, options.claim
         attempts = self.attempts.of(target, call.request.method, may_repeat=options.may_repeat)
         while True:
-            call.patience.for_proxy()
+            if exchange.attempts:
+                call.patience.for_proxy()
             self.circuits.check((target.environment, target.region))
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
             token = await self._token(call)

@@ -24,6 +24,7 @@ HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server i
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _SPOKEN = ("1.1", "1.0")
 _NO_BODY = frozenset({204, 304})
+_LENGTH, _CODING = b"content-length", b"transfer-encoding"
 
 
 class Broken(Exception):
@@ -37,16 +38,17 @@ class _Malformed(Exception):
 class Answer:
     """One answer: its head once `head` has returned, its body by `read`.
 
-    `fields` are names and values as they came, in order. An answer that is not wanted to its end must be closed.
+    `fields` are names and values as they came, in order; `by_name` has the first of each, by its name in lower case. An
+    answer that is not wanted to its end must be closed.
     """
 
     __slots__ = (
         "_chunks",
         "_error",
-        "_first",
         "_held",
         "_waiter",
         "_wire",
+        "by_name",
         "fields",
         "has_head",
         "is_complete",
@@ -71,26 +73,12 @@ class Answer:
         self._chunks: list[bytes] = []
         self._held = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._first: dict[bytes, bytes] | None = None
+        self.by_name: dict[bytes, bytes] = {}
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
-        value = self._by_name().get(name)
+        value = self.by_name.get(name)
         return value.decode("latin-1").rstrip(" \t") if value is not None else None
-
-    def has(self, name: bytes) -> bool:
-        """Return whether there is a field with this name in lower case."""
-        return name in self._by_name()
-
-    def _by_name(self) -> dict[bytes, bytes]:
-        if self._first is None:
-            self._first = {known.lower(): value for known, value in reversed(self.fields)}
-        return self._first
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether it has a transfer coding; no other than chunks is taken."""
-        return b"transfer-encoding" in self._by_name()
 
     @property
     def is_waiting(self) -> bool:
@@ -105,7 +93,9 @@ class Answer:
     @property
     def waits_for_close(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
-        return not (self.method == "HEAD" or self.status in _NO_BODY or self.has(b"content-length") or self.is_chunked)
+        return not (
+            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.by_name or _CODING in self.by_name
+        )
 
     async def head(self) -> None:
         """Wait for the head; raise Broken where none comes."""
@@ -206,13 +196,14 @@ class Wire(asyncio.Protocol):
         self._can_write: asyncio.Future[None] | None = None
 
     @property
-    def is_usable(self) -> bool:
-        """Whether a request may be sent."""
-        return self._transport is not None and self._answer is None and not self._transport.is_closing()
+    def is_open(self) -> bool:
+        """Whether the connection has not ended."""
+        return self._transport is not None
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing has arrived on an idle connection, not even its end: the event loop may not know yet."""
+    def is_usable(self) -> bool:
+        """Return whether an idle connection is still one: nothing has arrived, not even an end not known yet."""
+        if self._transport is None or self._answer is not None or self._transport.is_closing():
+            return False
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -373,6 +364,7 @@ class Wire(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         answer.version = parser.get_http_version()
+        answer.by_name = {name.lower(): value for name, value in reversed(answer.fields)}
         wrong = _what_is_wrong_with(answer)
         if wrong:
             raise _Malformed(wrong)
@@ -400,8 +392,10 @@ class Wire(asyncio.Protocol):
         answer, parser = self._answer, self._parser
         if answer is None or parser is None or not answer.has_head:
             return
+        if len(self._fields) > MAX_FIELDS:
+            raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
-        if answer.is_chunked:
+        if _CODING in answer.by_name:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
         answer.completed()
@@ -415,7 +409,7 @@ def _what_is_wrong_with(answer: Answer) -> str:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
-    if answer.is_chunked:
+    if _CODING in answer.by_name:
         codings = [value for name, value in answer.fields if name.lower() == b"transfer-encoding"]
         if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all

@@ -345,7 +345,7 @@ def _marketplace_ids(query: str) -> Iterator[str]:
     count = 0
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
-        if _decoded(name) not in MARKETPLACE_PARAMETERS:
+        if name not in MARKETPLACE_PARAMETERS and _decoded(name) not in MARKETPLACE_PARAMETERS:
             continue
         for marketplace in _decoded(value).split(","):
             count += 1

@@ -54,7 +54,7 @@ class Pool:
         free = self._free.get(origin)
         while free:
             wire = free.pop()
-            if wire.is_usable and wire.is_quiet:
+            if wire.is_usable():
                 return wire
             wire.abort()
         return None
@@ -103,7 +103,7 @@ class Pool:
         finally:
             self._dialling -= 1
             self._wake()
-        if not wire.is_usable:
+        if not wire.is_open:
             raise ConnectionResetError("the connection ended at once")
         wire.made_at = self._loop.time()
         self._open[wire] = origin

@@ -366,10 +366,10 @@ async def _write(call: Call, data: bytes) -> None:
     transport, protocol = call.request.transport, call.request.protocol
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the app left")
-    call.patience.for_app(call.exchange.response_bytes)
     if data:
         transport.write(data)
     if protocol.writing_paused:
+        call.patience.for_app(call.exchange.response_bytes)
         await call.request.writer.drain()
 
 
