@@ -115,7 +115,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             circuits,
             documents,
             Experience(table),
-            Deadlines(config),
+            Deadlines(config, asyncio.get_running_loop()),
             metrics,
         )
         ports = _Ports(config, metrics, Room(most_clients, metrics))

@@ -40,7 +40,7 @@ def test_an_ordinary_body_is_passed_on_as_the_object_it_is() -> None:
 @pytest.mark.parametrize("token", ["Atza|short", "no-prefix-at-all", "Atza|" + "x" * 16, "a|b|" + "y" * 20])
 def test_short_tokens_are_masked_whole_and_long_ones_without_their_prefix(token: str) -> None:
     mask = Mask(token)
-    text = mask.of(f"before {token} after")
+    text = mask.whole(f"before {token} after".encode()).decode()
     assert token not in text
     assert len(text) == len(f"before {token} after")
     assert text.startswith("before ")

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -32,7 +31,7 @@ TABLE = load_table()
 ACME = Credential("lwa", "main", "acme", "production", "eu")
 GRANTLESS = Credential("grantless", "main", "", "production", "eu", scope="sellingpartnerapi::notifications")
 RDT = Credential("rdt", "main", "acme", "production", "eu", method="GET", path="/orders/v0/orders/{orderId}/address")
-DOCUMENT = replace(RDT, path="/reports/2021-06-30/documents/d1", reusable=False)
+DOCUMENT = RDT._replace(path="/reports/2021-06-30/documents/d1", reusable=False)
 
 
 @asynccontextmanager
@@ -116,7 +115,7 @@ async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: Tokens
 
 
 async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: Tokens, far_side: FarSide) -> None:
-    token = await tokens.get(replace(RDT, data_elements=("buyerInfo",)))
+    token = await tokens.get(RDT._replace(data_elements=("buyerInfo",)))
     assert (token.kind, token.value.reveal()) == ("rdt", "Atz.sprdt|1")
     (minted,) = far_side.minted
     assert minted.get("x-amz-access-token") == "Atza|1"
@@ -253,7 +252,7 @@ async def test_one_accounts_trouble_is_not_anothers(
         token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
         with pytest.raises(TokenRefused):
             await tokens.get(ACME)
-        assert (await tokens.get(replace(ACME, account="zeta"))).kind == "lwa"
+        assert (await tokens.get(ACME._replace(account="zeta"))).kind == "lwa"
 
 
 NONSENSE = {
@@ -310,7 +309,7 @@ async def test_a_refused_token_is_told_apart_from_its_successor(tokens: Tokens, 
 
 
 async def test_tokens_of_different_credentials_are_kept_apart(tokens: Tokens) -> None:
-    credentials = [ACME, GRANTLESS, RDT, replace(RDT, data_elements=("buyerInfo",)), replace(RDT, method="DELETE")]
+    credentials = [ACME, GRANTLESS, RDT, RDT._replace(data_elements=("buyerInfo",)), RDT._replace(method="DELETE")]
     values = [(await tokens.get(credential)).value.reveal() for credential in credentials]
     assert len(set(values)) == len(credentials)
     assert [(await tokens.get(credential)).value.reveal() for credential in credentials] == values
@@ -346,7 +345,7 @@ async def test_a_refused_rdt_says_why_and_what_to_do(tokens: Tokens, far_side: F
 async def test_what_is_held_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens_module, "MOST_HELD", 10)
     for number in range(30):
-        await tokens.get(replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}"))
+        await tokens.get(DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}"))
     assert len(tokens._held) <= 10
 
 
@@ -441,7 +440,7 @@ async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
 
 async def test_expired_tokens_of_documents_are_let_go_of(tokens: Tokens, clock: FakeClock) -> None:
     for number in range(5):
-        await tokens.get(replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}"))
+        await tokens.get(DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}"))
     clock.advance(3600)
     assert [credential.kind for credential in tokens._held] == ["lwa"]
 
@@ -613,7 +612,7 @@ async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
 ) -> None:
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|{number}"}} for number in range(200)}
     async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        credentials = [replace(ACME, account=name) for name in accounts]
+        credentials = [ACME._replace(account=name) for name in accounts]
         held = {credential: await tokens.get(credential) for credential in credentials}
         before = len(token_host.received)
 
@@ -658,7 +657,7 @@ def elements_refused(*names: str) -> bytes:
     return answer("400 Bad Request", json.dumps({"errors": [{"code": "InvalidInput", "message": text}]}).encode())
 
 
-ORDERS = replace(RDT, path="/orders/v0/orders", data_elements=("buyerInfo", "shippingAddress"), optional=True)
+ORDERS = RDT._replace(path="/orders/v0/orders", data_elements=("buyerInfo", "shippingAddress"), optional=True)
 
 
 def asked(received: Received) -> list[str]:
@@ -681,7 +680,7 @@ async def test_an_element_without_a_role_is_left_out_for_an_hour(
                 await inner(received, writer)
 
         far_side.respond = respond  # type: ignore[assignment, method-assign]
-        item = replace(ORDERS, path="/orders/v0/orders/{orderId}")
+        item = ORDERS._replace(path="/orders/v0/orders/{orderId}")
         crowd = await asyncio.gather(*(tokens.get(wanted) for wanted in [ORDERS, item] * 20))
         assert {(token.kind, token.data_elements) for token in crowd} == {("rdt", ("buyerInfo",))}
         both = ["buyerInfo", "shippingAddress"]
@@ -706,7 +705,7 @@ async def test_with_no_element_left_other_operations_are_refused_clearly(tokens:
     far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
     for _ in range(3):
         with pytest.raises(RestrictedDataRefused, match="no role for any") as caught:
-            await tokens.get(replace(ORDERS, optional=False))
+            await tokens.get(ORDERS._replace(optional=False))
         assert caught.value.hint
     assert len(far_side.minted) == 1
 
@@ -719,7 +718,7 @@ async def test_elements_refused_for_one_account_are_asked_for_another(
         far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
         await tokens.get(ORDERS)
         far_side.rdt_answer = None
-        assert (await tokens.get(replace(ORDERS, account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
+        assert (await tokens.get(ORDERS._replace(account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
 
 
 async def test_a_refusal_that_names_other_elements_is_no_endless_loop(tokens: Tokens, far_side: FarSide) -> None:
@@ -734,7 +733,7 @@ async def test_mints_keep_to_their_own_usage_plan(
 ) -> None:
     limits = {"pace": True, "max_wait": "0s"}
     async with open_tokens(far_side, token_host, tmp_path, clock, limits=limits) as (tokens, _):
-        documents = [replace(DOCUMENT, path=f"/reports/2021-06-30/documents/{number}") for number in range(12)]
+        documents = [DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}") for number in range(12)]
         for document in documents[:10]:
             await tokens.get(document)
         with pytest.raises(UsagePlanExhausted, match="createRestrictedDataToken"):

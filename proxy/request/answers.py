@@ -11,7 +11,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
-from proxy.request.http1 import Answer
+from proxy.request.http1 import MOST_ORDERS, Answer
 from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
@@ -90,12 +90,17 @@ class AmazonsAnswer:
     def __init__(
         self, answer: Answer, request: web.BaseRequest, exchange: Exchange, mask: Mask, *, is_last: bool
     ) -> None:
-        is_1_0 = request.version < HttpVersion11
+        is_1_0 = request.version != HttpVersion11
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
         self.is_chunked = False
         lines = [b"HTTP/1.%d %d %b" % (not is_1_0, answer.status, answer.reason)]
-        has_length = self._add_fields(lines, answer)
-        if not has_length and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
+        if answer.status == 204 or b"connection" in answer.at:
+            _add_some(lines, answer)
+        else:
+            lines += [
+                beginning + value for beginning, (_, value) in zip(_beginnings(answer.names), answer.fields) if beginning
+            ]
+        if b"content-length" not in answer.at and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
                 self.keep_alive = False  # the end of the connection is the end of the answer
@@ -107,20 +112,7 @@ class AmazonsAnswer:
         if exchange.retry_after is not None and answer.first(b"retry-after") is None:
             lines.append(b"Retry-After: %d" % max(1, math.ceil(exchange.retry_after)))
         lines.append(b"\r\n")
-        self.head = mask.of(b"\r\n".join(lines).decode("latin-1")).encode("latin-1")
-
-    def _add_fields(self, lines: list[bytes], answer: Answer) -> bool:
-        """Add what is passed on; return whether a length is among it."""
-        named = _named_by_answer(answer) if b"connection" in answer.by_name else ()
-        has_length = b"content-length" in answer.by_name and answer.status != 204  # RFC 9110 section 8.6
-        for name, value in answer.fields:
-            beginning = _beginning_of(name)
-            if not beginning or (named and _plain(name.decode("latin-1")) in named):
-                continue
-            if answer.status == 204 and name.lower() == b"content-length":
-                continue
-            lines.append(beginning + value)
-        return has_length
+        self.head = mask.whole(b"\r\n".join(lines))
 
     def framed(self, data: bytes) -> bytes:
         """Return a piece of the body as it is written."""
@@ -132,15 +124,24 @@ class AmazonsAnswer:
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-@lru_cache(maxsize=512)
+def _add_some(lines: list[bytes], answer: Answer) -> None:
+    """Add what is passed on, where more than the names of the fields decides about it."""
+    named = _named([value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"])
+    left_out = named | {"content-length"} if answer.status == 204 else named  # RFC 9110 section 8.6
+    for beginning, (name, value) in zip(_beginnings(answer.names), answer.fields, strict=True):
+        if beginning and _plain(name.decode("latin-1")) not in left_out:
+            lines.append(beginning + value)
+
+
+@lru_cache(maxsize=MOST_ORDERS)
+def _beginnings(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Return each field line up to its value, nothing for one that goes no further."""
+    return tuple(_beginning_of(name) for name in names)
+
+
 def _beginning_of(name: bytes) -> bytes:
-    """Return a field line up to its value, nothing for one that goes no further; Amazon sends the same few names."""
     plain = _plain(name.decode("latin-1"))
     return b"" if plain in HOP_BY_HOP or plain in OURS else name + b": "
-
-
-def _named_by_answer(answer: Answer) -> frozenset[str]:
-    return _named([value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"])
 
 
 def _plain(name: str) -> str:

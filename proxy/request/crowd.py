@@ -36,11 +36,16 @@ class Crowd:
         """Count it no more."""
         self._callers[caller] -= 1
 
+    def goes_at_once(self, account: str) -> bool:
+        """Take one of the account's places at Amazon where one is free; return whether it was."""
+        if self._waiting.get(account) or self._at_amazon[account] >= self._bounds.account_requests:
+            return False
+        self._at_amazon[account] += 1
+        return True
+
     async def go(self, account: str, max_wait: float) -> None:
         """Take one of the account's places at Amazon, in turn; raise AccountBusy where none comes in `max_wait` s."""
-        waiting = self._waiting.get(account)
-        if not waiting and self._at_amazon[account] < self._bounds.account_requests:
-            self._at_amazon[account] += 1
+        if self.goes_at_once(account):
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.setdefault(account, deque())
@@ -63,13 +68,14 @@ class Crowd:
 
     def come_back(self, account: str) -> None:
         """Give the place to the next who waits, or free it."""
-        waiting = self._waiting.get(account)
-        while waiting:
-            place = waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
-        self._waiting.pop(account, None)
+        if account in self._waiting:
+            waiting = self._waiting[account]
+            while waiting:
+                place = waiting.popleft()
+                if not place.done():
+                    place.set_result(None)
+                    return
+            del self._waiting[account]
         self._at_amazon[account] -= 1
 
     def _exporter(self, metrics: Metrics) -> Callable[[], None]:

@@ -1,17 +1,15 @@
 """What happened to one request so far: for the `x-sp-proxy` header, the log line and the metrics."""
 
-from dataclasses import dataclass
-
 from proxy.errors import Fault, ProxyError
 from proxy.request.identify import Target
 
 
-@dataclass(slots=True)
 class Exchange:
-    """The record of one request; durations in seconds, `started` on the monotonic clock."""
+    """The record of one request; durations in seconds, `started` on the monotonic clock.
 
-    method: str
-    started: float
+    What is not noted stays as the class has it, so that a new record costs next to nothing.
+    """
+
     caller: str = ""  # who sent it; nothing for nobody in particular
     target: Target | None = None
     token: str = "none"  # noqa: S105 - a kind of token
@@ -34,6 +32,10 @@ class Exchange:
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off
     upload_error: ProxyError | None = None  # the app's body was not well-formed
+
+    def __init__(self, method: str, started: float) -> None:
+        self.method = method
+        self.started = started
 
     def note_token(self, kind: str, data_elements: tuple[str, ...]) -> None:
         """Note which token goes with the request, and what of the data asked for it does not cover."""

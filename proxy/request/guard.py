@@ -41,6 +41,7 @@ _PREFLIGHT = frozenset(
         "access-control-request-local-network",
     }
 )
+_SIGNS = _PREFLIGHT | {"origin", "sec-fetch-site", "sec-fetch-dest"}
 _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
@@ -75,11 +76,16 @@ def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doo
 
     `target` is the request target as it came over the wire (RFC 9112 section 3.2).
     """
-    _refuse_browsers(headers)
+    names = set(map(str.lower, headers))
+    if not _SIGNS.isdisjoint(names):
+        _refuse_browsers(headers)
     if method not in METHODS:
         raise MethodRefused(f"{_shown(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
-    _refuse_unclear_framing(headers)
-    target, authority = _origin_form(target)
+    if "transfer-encoding" in names:
+        _refuse_unclear_framing(headers)
+    authority = None
+    if not target.startswith("/"):
+        target, authority = _origin_form(target)
     host = _host(headers, authority, doorway)
     _check_path(target)
     return Admitted(target, host, HOST_MEANS.get(host))
@@ -130,8 +136,6 @@ def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
 
 def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
     """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
-    if "Transfer-Encoding" not in headers:
-        return
     codings = headers.getall("Transfer-Encoding")
     # `lower` makes an ASCII letter of some that are none.
     if len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked":
@@ -140,10 +144,8 @@ def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
         raise MalformedRequest("both Content-Length and Transfer-Encoding are given", "Send one of them.")
 
 
-def _origin_form(target: str) -> tuple[str, str | None]:
-    """Return the target as a path with its query, and the authority of an absolute-form target."""
-    if target.startswith("/"):
-        return target, None
+def _origin_form(target: str) -> tuple[str, str]:
+    """Return the path with its query, and the authority, of an absolute-form target."""
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is None:
         raise BadTarget(
@@ -188,8 +190,12 @@ def _check_path(target: str) -> None:
             "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
             "Percent-encode it.",
         )
-    path = target.partition("?")[0]
-    if path.startswith("//"):
+    if target.startswith("//"):
         raise BadTarget("the request target begins with //", "Begin the path with a single slash.")
+    if "." in target or "%2" in target:
+        _refuse_dot_segments(target.partition("?")[0])
+
+
+def _refuse_dot_segments(path: str) -> None:
     if _DOT_SEGMENT.search(path):
         raise BadTarget("the path holds a dot segment", "Write the path without . and .. segments.")

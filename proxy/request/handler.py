@@ -70,7 +70,7 @@ class Handler:
     async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
         """Answer one request; every outcome is counted and logged once."""
         exchange = Exchange(request.method, self.now())
-        self.metrics.in_flight.inc()
+        self.metrics.in_flight += 1
         entered: str | None = None
         answer: AmazonsAnswer | OwnAnswer
         try:
@@ -95,7 +95,7 @@ class Handler:
                 raise ConnectionAbortedError(InternalError.code) from exc
             answer = refusal(request, InternalError("the proxy failed", "Its log says more; try again."), exchange)
         finally:
-            self.metrics.in_flight.dec()
+            self.metrics.in_flight -= 1
             if entered is not None:
                 self.crowd.leave(entered)
             self._record(exchange)
@@ -141,12 +141,13 @@ class Handler:
                 call.patience.for_proxy()
             self.circuits.check((target.environment, target.region))
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
-            token = await self._token(call)
+            token = self.tokens.at_hand(target.credential) or await self._token(call)
             began = self.now()
-            exchange.waited += await self.limits.admit(target, claim)
-            if not call.has_place:
+            if not self.limits.admits_at_once(target, claim):
+                exchange.waited += await self.limits.admit(target, claim)
+            if not call.has_place and not self.crowd.goes_at_once(target.account):
                 await self.crowd.go(target.account, claim.max_wait)
-                call.has_place = True
+            call.has_place = True
             if self.now() - began > AGED:  # and after it, since a token may have aged in the queue
                 token = await self._token(call)
             try:
@@ -161,8 +162,12 @@ class Handler:
                     pause = self._after_429(call, claim, may_repeat=options.may_repeat)
                 else:
                     pause = attempts.after_status(response.status, call)
+                if pause is None and response.status in REFUSED:
+                    return await self._refused(call, response, token)
                 if pause is None:
-                    return await self._accepted(call, response, token)
+                    if response.status < 500:
+                        self.experience.note_worked(target)
+                    return response, b""
                 response.close()
             call.patience.for_proxy()
             await asyncio.sleep(pause)
@@ -182,14 +187,6 @@ class Handler:
             return 0.0  # its place in the queue is the pause
         call.exchange.retry_after = wait
         return None
-
-    async def _accepted(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:
-        """Return an answer that is to be passed on; of a refusal, what is behind it is found out first."""
-        if response.status in REFUSED:
-            return await self._refused(call, response, token)
-        if response.status < 500:
-            self.experience.note_worked(call.target)
-        return response, b""
 
     async def _send(self, call: Call, token: Token) -> Answer:
         """Send the request with this token, and note what the head of its answer says."""

@@ -9,7 +9,8 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import cast
 
@@ -25,6 +26,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _SPOKEN = ("1.1", "1.0")
 _NO_BODY = frozenset({204, 304})
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
+MOST_ORDERS = 256  # sequences of field names of which is kept what follows from them: a server sends the same few
 
 
 class Broken(Exception):
@@ -38,28 +40,31 @@ class _Malformed(Exception):
 class Answer:
     """One answer: its head once `head` has returned, its body by `read`.
 
-    `fields` are names and values as they came, in order; `by_name` has the first of each, by its name in lower case. An
-    answer that is not wanted to its end must be closed.
+    `fields` are names and values as they came, in order, and `names` the names alone; `at` says where the first of each
+    name, in lower case, stands. An answer that is not wanted to its end must be closed.
     """
 
     __slots__ = (
         "_chunks",
         "_error",
         "_held",
+        "_loop",
         "_waiter",
         "_wire",
-        "by_name",
+        "at",
         "fields",
         "has_head",
         "is_complete",
         "method",
+        "names",
         "reason",
         "status",
         "upload",
         "version",
     )
 
-    def __init__(self, wire: "Wire", method: str) -> None:
+    def __init__(self, wire: "Wire", method: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self.method = method
         self.status = 0
         self.reason = b""
@@ -73,12 +78,13 @@ class Answer:
         self._chunks: list[bytes] = []
         self._held = 0
         self._waiter: asyncio.Future[None] | None = None
-        self.by_name: dict[bytes, bytes] = {}
+        self.names: tuple[bytes, ...] = ()
+        self.at: Mapping[bytes, int] = {}
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
-        value = self.by_name.get(name)
-        return value.decode("latin-1").rstrip(" \t") if value is not None else None
+        index = self.at.get(name)
+        return self.fields[index][1].decode("latin-1").rstrip(" \t") if index is not None else None
 
     @property
     def is_waiting(self) -> bool:
@@ -94,7 +100,7 @@ class Answer:
     def waits_for_close(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
         return not (
-            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.by_name or _CODING in self.by_name
+            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.at or _CODING in self.at
         )
 
     async def head(self) -> None:
@@ -138,7 +144,7 @@ class Answer:
             await asyncio.wait([self.upload])
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -150,14 +156,12 @@ class Answer:
         """Take a piece of the body; return whether so much waits that no more should come."""
         self._chunks.append(chunk)
         self._held += len(chunk)
-        self.wake()
         return self._held > HIGH_WATER
 
     def completed(self) -> None:
         """Note that the last of it has come: nothing binds it to its connection any more."""
         self.is_complete = True
         self._wire = None
-        self.wake()
 
     def failed(self, error: Exception) -> None:
         """Note that no more will come."""
@@ -179,8 +183,13 @@ class Wire(asyncio.Protocol):
     """
 
     def __init__(
-        self, sock: socket.socket, on_idle: Callable[["Wire"], None], on_lost: Callable[["Wire"], None]
+        self,
+        sock: socket.socket,
+        on_idle: Callable[["Wire"], None],
+        on_lost: Callable[["Wire"], None],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._loop = loop
         self.served = 0  # requests that were sent
         self.made_at = self.idle_since = 0.0
         self._socket = sock
@@ -226,7 +235,7 @@ class Wire(asyncio.Protocol):
         self._may_be_kept = False
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
-        self._answer = answer = Answer(self, method)
+        self._answer = answer = Answer(self, method, self._loop)
         self._fields = answer.fields
         self._transport.write(message)
         return answer
@@ -280,6 +289,7 @@ class Wire(asyncio.Protocol):
             self._end_of(answer)
         elif self._between > MAX_BETWEEN:
             self._give_up(None)
+        answer.wake()  # once for all that came together
 
     def eof_received(self) -> None:
         """Let the transport close: no server of ours ends one direction alone."""
@@ -290,11 +300,12 @@ class Wire(asyncio.Protocol):
         if answer is not None and exc is None and answer.has_head and answer.waits_for_close:
             self._answer = None
             answer.completed()
+            answer.wake()
         self._gone(Broken("the connection ended"))
 
     def pause_writing(self) -> None:
         """Make writers wait."""
-        self._can_write = asyncio.get_running_loop().create_future()
+        self._can_write = self._loop.create_future()
 
     def resume_writing(self) -> None:
         """Let writers go on."""
@@ -364,13 +375,13 @@ class Wire(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         answer.version = parser.get_http_version()
-        answer.by_name = {name.lower(): value for name, value in reversed(answer.fields)}
+        answer.names = names = tuple([name for name, _ in answer.fields])
+        answer.at = _places(names)
         wrong = _what_is_wrong_with(answer)
         if wrong:
             raise _Malformed(wrong)
         self._fields = []  # what still comes is no part of the head
         answer.has_head = True
-        answer.wake()
         if answer.method == "HEAD":
             # The parser does not know the method, and would wait for a body.
             self._may_be_kept = parser.should_keep_alive()
@@ -395,10 +406,16 @@ class Wire(asyncio.Protocol):
         if len(self._fields) > MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
-        if _CODING in answer.by_name:
+        if _CODING in answer.at:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
         answer.completed()
+
+
+@lru_cache(maxsize=MOST_ORDERS)
+def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
+    """Return where the first field of each name, in lower case, stands."""
+    return {name.lower(): len(names) - 1 - index for index, name in enumerate(reversed(names))}
 
 
 def _what_is_wrong_with(answer: Answer) -> str:
@@ -409,7 +426,7 @@ def _what_is_wrong_with(answer: Answer) -> str:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
-    if _CODING in answer.by_name:
+    if _CODING in answer.at:
         codings = [value for name, value in answer.fields if name.lower() == b"transfer-encoding"]
         if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all

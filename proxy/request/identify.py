@@ -6,7 +6,6 @@ disagree are refused, never guessed about.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote_plus
@@ -49,8 +48,7 @@ _LONGEST_KEY = 1000  # characters
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
-@dataclass(frozen=True, slots=True)
-class Credential:
+class Credential(NamedTuple):
     """Which token a request needs: everything that makes two tokens differ, so it is also the key they are kept by."""
 
     kind: TokenKind
@@ -448,12 +446,11 @@ def _credential(
         return ordinary
     if operation.scope:
         # A grantless token is the application's own: it names no account.
-        return replace(ordinary, kind="grantless", account="", scope=operation.scope)
+        return ordinary._replace(kind="grantless", account="", scope=operation.scope)
     if not _wants_rdt(method, operation, ordinary.environment, elements, sandbox_rdt):
         return ordinary
     generic = operation.generic_path or "{" not in operation.template
-    return replace(
-        ordinary,
+    return ordinary._replace(
         kind="rdt",
         # Amazon's page wants the sandbox's restricted calls to bring a token made in production (DOC "Selling Partner
         # API Sandbox"); others found that none is needed, which is why it has to be asked for.

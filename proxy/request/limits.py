@@ -149,6 +149,10 @@ class Plan:
                 self.give_back()  # it came in the very moment
             raise
 
+    def is_free(self, claim: Claim) -> bool:
+        """Return whether a call that comes now has its place at once."""
+        return not len(self.queue) and self.wait_of(claim) <= 0
+
     def take(self) -> None:
         """Take a place that is free."""
         self.bucket.take()
@@ -225,7 +229,7 @@ class Limits:
 
         Raises UsagePlanExhausted at once where no place comes in time. A caller who is cancelled gives its place back.
         """
-        if not self._pace:
+        if self.admits_at_once(target, claim):
             return 0.0
         began = self._now()
         plan = self._plan(target)
@@ -242,11 +246,24 @@ class Limits:
                 raise
         return self._now() - began
 
+    def admits_at_once(self, target: Target, claim: Claim) -> bool:
+        """Take a place that is free now; return whether there was one. Without pacing there always is."""
+        if not self._pace:
+            return True
+        plan, for_all = self._plan(target), self._plan_for_all(target)
+        if (plan is not None and not plan.is_free(claim)) or (for_all is not None and not for_all.is_free(claim)):
+            return False
+        if plan is not None:
+            plan.take()
+        if for_all is not None:
+            for_all.take()
+        return True
+
     async def _place_in(self, plan: Plan, target: Target, claim: Claim) -> None:
-        wait = plan.wait_of(claim)
-        if wait <= 0 and not len(plan.queue):
+        if plan.is_free(claim):
             plan.take()
             return
+        wait = plan.wait_of(claim)
         if wait > claim.max_wait:
             raise self._exhausted(target, wait - plan.bucket.margin, claim.max_wait)
         if len(plan.queue) >= self._max_queue:

@@ -13,24 +13,20 @@ class Mask:
     def __init__(self, token: str) -> None:
         # Without what all tokens begin with (`Atza|`), which may come back in another spelling (`Atza%7C`).
         behind = token.partition("|")[2]
-        self._text = behind if len(behind) >= _LEAST else token
-        self._secret = self._text.encode()
+        self._secret = (behind if len(behind) >= _LEAST else token).encode()
         self._held = b""
         self.was_needed = False
 
-    def of(self, text: str) -> str:
-        """Return a header's value, or the reason phrase, with the token masked."""
-        if self._text not in text:
-            return text
+    def whole(self, data: bytes) -> bytes:
+        """Return what is no part of something longer, a head for one, with the token masked."""
+        if self._secret not in data:
+            return data
         self.was_needed = True
-        return text.replace(self._text, "*" * len(self._text))
+        return data.replace(self._secret, b"*" * len(self._secret))
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what may be passed on of a body; what could be a token's beginning is held back till it is known."""
-        data = self._held + chunk if self._held else chunk
-        if self._secret in data:
-            self.was_needed = True
-            data = data.replace(self._secret, b"*" * len(self._secret))
+        data = self.whole(self._held + chunk if self._held else chunk)
         unsure = self._beginning_in(data)
         self._held = data[unsure:]
         return data[:unsure] if self._held else data

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import NamedTuple
 
 from multidict import CIMultiDictProxy
@@ -15,6 +16,7 @@ CLIENT_HEADER = "x-sp-client"
 RETRY_HEADER = "x-sp-retry"
 TIMEOUT_HEADER = "x-sp-timeout"
 
+_WISHES = frozenset({MAX_WAIT_HEADER, PRIORITY_HEADER, CLIENT_HEADER, RETRY_HEADER, TIMEOUT_HEADER})
 _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
@@ -29,6 +31,8 @@ class Options(NamedTuple):
 
 def parse_options(headers: CIMultiDictProxy[str], listener: Hashable, max_wait: float) -> Options:
     """Return the Options in an app's headers; raise BadOption for one that means nothing."""
+    if _WISHES.isdisjoint(map(str.lower, headers)):
+        return _usual(listener, max_wait)
     get = headers.get
     timeout = get(TIMEOUT_HEADER)
     claim = Claim(
@@ -37,6 +41,12 @@ def parse_options(headers: CIMultiDictProxy[str], listener: Hashable, max_wait: 
         parse_priority(get(PRIORITY_HEADER)),
     )
     return Options(claim, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
+
+
+@lru_cache(maxsize=1024)
+def _usual(listener: Hashable, max_wait: float) -> Options:
+    """Return the wishes of a call that names none."""
+    return Options(Claim(max_wait, (listener, "")), may_repeat=True, timeout=None)
 
 
 def parse_timeout(text: str) -> float:

@@ -29,20 +29,13 @@ _NEVER = float("inf")
 class Deadlines:
     """The deadlines of all exchanges under way, and the one timer that looks after them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.timeouts = config.timeouts
         self.body_rate = config.bounds.body_rate
-        self._waiting: set[Patience] = set()
+        self.waiting: set[Patience] = set()
         self._next = _NEVER
         self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, patience: "Patience") -> None:
-        """Look after a deadline from now on."""
-        self._waiting.add(patience)
-
-    def discard(self, patience: "Patience") -> None:
-        """Look after it no more."""
-        self._waiting.discard(patience)
 
     def note(self, deadline: float) -> None:
         """Be there at this moment, which may be earlier than any other."""
@@ -53,15 +46,15 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._next = moment
-        self._timer = asyncio.get_running_loop().call_at(moment, self._look)
+        self._timer = self.loop.call_at(moment, self._look)
 
     def _look(self) -> None:
         self._timer, self._next = None, _NEVER
-        now = asyncio.get_running_loop().time()
-        for patience in [one for one in self._waiting if one.deadline <= now]:
-            self._waiting.discard(patience)
+        now = self.loop.time()
+        for patience in [one for one in self.waiting if one.deadline <= now]:
+            self.waiting.discard(patience)
             patience.expire()
-        earliest = min((one.deadline for one in self._waiting), default=_NEVER)
+        earliest = min((one.deadline for one in self.waiting), default=_NEVER)
         if earliest < _NEVER:
             self._be_there(earliest)
 
@@ -74,6 +67,7 @@ class Patience:
     """
 
     __slots__ = (
+        "_amazon_idle",
         "_app_since",
         "_app_time",
         "_cancelling",
@@ -93,7 +87,8 @@ class Patience:
         if timeout is not None and timeout < total:
             total, self._too_long = timeout, _CALL_OVER
         self._deadlines = deadlines
-        self._now = asyncio.get_running_loop().time
+        self._amazon_idle = deadlines.timeouts.upstream_idle
+        self._now = deadlines.loop.time
         self._app_time, self._app_since = 0.0, None  # type: float, float | None
         self._error: ProxyError = self._too_long
         self.deadline = self._ends_at = self._now() + total
@@ -117,7 +112,8 @@ class Patience:
 
     def for_amazon(self) -> None:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        self._wait_until(self._end_phase() + self._deadlines.timeouts.upstream_idle, _AMAZON_SILENT)
+        now = self._now() if self._app_since is None else self._end_phase()
+        self._wait_until(now + self._amazon_idle, _AMAZON_SILENT)
 
     @property
     def left(self) -> float:
@@ -149,18 +145,18 @@ class Patience:
         self._deadlines.note(end)
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._deadlines.loop)
         if task is None:
             raise RuntimeError("patience is for the waits of a task")
         self._task, self._cancelling = task, task.cancelling()
-        self._deadlines.add(self)
+        self._deadlines.waiting.add(self)
         self._deadlines.note(self.deadline)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._deadlines.discard(self)
+        self._deadlines.waiting.discard(self)
         if self._has_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             # One instance raised by many would grow a traceback for each.
             raise type(self._error)(self._error.message, self._error.hint) from exc

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from proxy.config import Config, Secret
@@ -107,16 +107,21 @@ class Tokens:
         Where Amazon gives less than was asked for, the token's `kind` and `data_elements` say what it is good for.
         Raises TokenUnavailable, TokenRefused, RestrictedDataRefused or UsagePlanExhausted.
         """
+        held = self.at_hand(credential, rejected=rejected)
+        return held if held is not None else await self._fetched(self._to_be_had(credential), rejected)
+
+    def at_hand(self, credential: Credential, *, rejected: Token | None = None) -> Token | None:
+        """Return the token that `get` would return without waiting, None where it would wait."""
         if credential.kind == "rdt":
             credential = self._to_be_had(credential)
         held = self._held.get(credential)
         now = self._now()
-        if held is not None and held is not rejected and now < held.expires_at:
-            held.used_at = now
-            if now >= held.renew_at and credential not in self._pending and self._pause(credential, now) <= 0:
-                self._exchange(credential, rejected)
-            return held
-        return await self._fetched(credential, rejected)
+        if held is None or held is rejected or now >= held.expires_at:
+            return None
+        held.used_at = now
+        if now >= held.renew_at and credential not in self._pending and self._pause(credential, now) <= 0:
+            self._exchange(credential, rejected)
+        return held
 
     async def _fetched(self, credential: Credential, rejected: Token | None) -> Token:
         """Wait for the exchange, or for several where the first one teaches what is to be asked for."""
@@ -220,7 +225,7 @@ class Tokens:
             if not left and credential.optional:
                 return ordinary
             if left and left != credential.data_elements:
-                return replace(credential, data_elements=left)
+                return credential._replace(data_elements=left)
         return credential
 
     def _note_refused_elements(self, credential: Credential, elements: frozenset[str]) -> None:

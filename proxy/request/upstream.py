@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache
+from operator import itemgetter
 
 from aiohttp import ClientError, web
 from aiohttp.http import HttpVersion11
@@ -75,6 +76,7 @@ LOOKALIKES = BODY_FIELDS
 MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
 MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 
+_VALUE = itemgetter(1)
 _MOST_ORIGINS = 64  # addresses that are kept taken apart
 
 
@@ -86,21 +88,26 @@ def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
 
 def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
-    named = named_in_connection(headers)
-    is_bodiless = method in BODILESS
-    kept: CIMultiDict[str] = CIMultiDict()
-    for name, value in headers.items():
-        if not _is_for_amazon(name, is_bodiless=is_bodiless):
-            continue
-        if named and name.lower().replace("_", "-") in named:
-            continue
-        if not value.isascii() and not _is_utf8(value):
-            raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
-        kept.add(name, value)
-    return kept
+    fits = _fits_bodiless if method in BODILESS else _fits
+    kept = [field for field in headers.items() if fits(field[0])]
+    if "Connection" in headers:
+        named = named_in_connection(headers)
+        kept = [field for field in kept if field[0].lower().replace("_", "-") not in named]
+    if not all(map(str.isascii, map(_VALUE, kept))) and not all(map(_is_utf8, map(_VALUE, kept))):
+        raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
+    return CIMultiDict(kept)
 
 
 @lru_cache(maxsize=512)
+def _fits_bodiless(name: str) -> bool:
+    return _is_for_amazon(name, is_bodiless=True)
+
+
+@lru_cache(maxsize=512)
+def _fits(name: str) -> bool:
+    return _is_for_amazon(name, is_bodiless=False)
+
+
 def _is_for_amazon(name: str, *, is_bodiless: bool) -> bool:
     """Return whether a field goes to Amazon, as far as its name says; the names that apps use are judged once."""
     # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
@@ -244,16 +251,18 @@ class Upstream:
     def _head(self, call: Call, token: Token, origin: Origin) -> tuple[bytes, bool]:
         """Return the request's head, and whether its body goes in chunks."""
         request, target = call.request, call.target
-        fields = cleaned(request.method, request.headers)
-        fields.extend(credential_headers(token.value, self._user_agents[target.application], self._wall()))
-        is_chunked = request.body_exists and "Content-Length" not in fields
-        if is_chunked:
-            fields["Transfer-Encoding"] = "chunked"
-        elif request.method not in BODILESS and "Content-Length" not in fields:
-            fields["Content-Length"] = "0"
-        lines = [("Host", origin.authority), *fields.items()]
+        method, is_chunked = request.method, False
+        fields = cleaned(method, request.headers)
+        lines = [
+            ("Host", origin.authority),
+            *fields.items(),
+            *credential_headers(token.value, self._user_agents[target.application], self._wall()).items(),
+        ]
+        if method not in BODILESS and "Content-Length" not in fields:
+            is_chunked = request.body_exists
+            lines.append(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", "0"))
         # The path that Amazon sees is the one that was decided on, byte for byte.
-        return request_head(request.method, target.path_and_query, lines), is_chunked
+        return request_head(method, target.path_and_query, lines), is_chunked
 
     async def _connection(self, origin: Origin, *, fresh: bool) -> Wire:
         wire = None if fresh else self._session.free(origin)
@@ -341,6 +350,8 @@ async def beginning_of(call: Call, answer: Answer) -> bytes:
 async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
     """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
     out = passed.head
+    if answer.is_complete and answer.is_waiting:
+        chunk += answer.taken()
     while True:
         if chunk:
             if reader is not None:
