@@ -12,7 +12,6 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from aiohttp import StreamReader, web
@@ -342,23 +341,67 @@ class Request(web.BaseRequest):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._message = message
-        self._headers = message.headers
-        self._method = message.method
-        self._version = message.version
+        self._headers = headers = message.headers
+        self._method = method = message.method
+        self._version = version = message.version
         self._rel_url = message.url
         self._payload = payload
         self._protocol = protocol
         self._payload_writer = writer
         self._task = task
         self._loop = loop
-        self._cache: dict[str, Any] = {}
+        # What aiohttp would compute, one after the other, when it is asked for.
+        self._cache: dict[str, Any] = {
+            "headers": headers,
+            "method": method,
+            "version": version,
+            "raw_headers": message.raw_headers,
+            "raw_path": message.path,
+            "keep_alive": not message.should_close,
+            "content": payload,
+        }
         self._state: dict[Any, Any] = {}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._state
 
 
 class ProxiedConnection(Connection):
     """A client connection whose requests go to Amazon; what serves them writes Amazon's answers itself."""
 
     __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what is nearly always the case without much ado: a whole head, with nothing before and behind it."""
+        if self._line != b"" or self._waiter is None or self._messages or self._head_bytes or self._last is not None:
+            super().data_received(data)
+            return
+        line = data[: data.find(b"\r")]
+        is_whole_head = data.endswith(b"\r\n\r\n") and data.count(b"\r\n\r\n") == 1
+        if not is_whole_head or line.count(b" ") != 2 or not line[:1].isalpha():
+            super().data_received(data)
+            return
+        RequestHandler.data_received(self, data)
+        if len(self._messages) == 1:
+            message, payload = self._messages[0]
+            is_plain = not isinstance(message, _ErrInfo) and not (message.upgrade or message.chunked)
+            if is_plain and payload.is_eof() and getattr(message, "method", "CONNECT") != "CONNECT":
+                self._room.is_busy(self)
+                self._end_head_timer()
+                return
+        self._look_again(data)
+
+    def _look_again(self, data: bytes) -> None:
+        """Do what is left to do where a head that looked plain is none."""
+        self._line = None
+        self._look_for_the_last(len(self._messages))
+        if self._last is not None and self._last.is_eof():
+            self._end_with_the_last(data)
+        if self._messages:
+            self._room.is_busy(self)
+            self._end_head_timer()
+        else:
+            self._head_goes_on(len(data))
 
     async def start(self) -> None:
         """Serve one request after the other: as aiohttp does it, but for the task that it makes for each."""
@@ -426,9 +469,12 @@ class ProxiedConnection(Connection):
         return may_go_on and not self._close and not self._force_close
 
     def _request_of(self, message: RawRequestMessage, payload: StreamReader) -> web.BaseRequest:
-        if self._request_factory is None or self._task_handler is None:
+        if self._task_handler is None:
             raise ConnectionError("the connection ended")
-        return self._request_factory(message, payload, self, StreamWriter(self, self._loop), self._task_handler)
+        request = Request(message, payload, self, StreamWriter(self, self._loop), self._task_handler, self._loop)
+        if message.version is not HttpVersion11 or message is ERROR or self.peer is not NOBODY or self._is_leaving:
+            _mark(request, message, self)
+        return request
 
     async def _swallow(self, payload: StreamReader) -> None:
         """Read what is left of a body, for a while, so that the client gets to read its answer; then end."""
@@ -478,7 +524,7 @@ class Listening(web.Server):
             auto_decompress=False,
         )
         self.request_factory = self._marked
-        self._make = request_factory or partial(Request, loop=self._loop)
+        self._make = request_factory or web.BaseRequest  # the latter is never called: see ProxiedConnection
         self._is_status = request_factory is not None
         self._options = Options(
             header_timeout=config.timeouts.header,
@@ -516,18 +562,23 @@ class Listening(web.Server):
     ) -> web.BaseRequest:
         """Make a request, with what the connection says of it."""
         request = self._make(message, payload, protocol, *parts)
-        if message is ERROR:
-            request._version = HttpVersion11  # noqa: SLF001 - a request that could not be read counts as 1.0 there
-        if message.version not in SPOKEN:
-            # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them.
-            request[VERSION_REFUSED] = True
-            request._version = HttpVersion11  # noqa: SLF001 - see above
         if isinstance(protocol, Connection):
-            if protocol.peer is not NOBODY:
-                request[PEER] = protocol.peer
-            if protocol.is_leaving:
-                request[LAST_ON_CONNECTION] = True
+            _mark(request, message, protocol)
         return request
+
+
+def _mark(request: web.BaseRequest, message: RawRequestMessage, connection: Connection) -> None:
+    """Note what the steps have to know, and aiohttp does not say."""
+    if message is ERROR or message.version not in SPOKEN:
+        # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them; what it could not read is 1.0.
+        request._version = HttpVersion11  # noqa: SLF001 - there is no other place
+        request._cache.pop("version", None)  # noqa: SLF001 - see above
+        if message.version not in SPOKEN:
+            request[VERSION_REFUSED] = True
+    if connection.peer is not NOBODY:
+        request[PEER] = connection.peer
+    if connection.is_leaving:
+        request[LAST_ON_CONNECTION] = True
 
 
 def _peer_of(transport: asyncio.BaseTransport) -> Peer:

@@ -24,10 +24,11 @@ def _text(bound: float) -> str:
 class Durations:
     """One histogram of durations in seconds: how many fell into each bucket, and their sum."""
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("counts", "none", "total")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(DURATION_BUCKETS) + 1)
+        self.none = 0  # durations of nothing, which most waits are: counted apart, and with the others when asked
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
@@ -37,7 +38,7 @@ class Durations:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return the buckets as Prometheus has them: each with those below it, by its upper bound."""
-        so_far, found = 0, []
+        so_far, found = self.none, []
         for bound, count in zip((*DURATION_BUCKETS, float("inf")), self.counts, strict=True):
             so_far += count
             found.append((_text(bound), float(so_far)))

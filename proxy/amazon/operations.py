@@ -154,14 +154,17 @@ class OperationTable:
         segments = raw_path.split("/", self._deepest + 1)
         if segments[0]:
             return None
-        node: _Node | None = self._root
+        if "%" in raw_path or "" in segments[1:]:
+            return _find(self._root, method, segments, 1)
+        node = self._root
         for segment in segments[1:]:
-            if node is None:
-                return None
-            if node.has_several_ways or not segment or "%" in segment:
+            if node.has_several_ways:
                 return _find(self._root, method, segments, 1)
-            node = node.literals.get(segment) or node.parameter
-        return node.operations.get(method) if node is not None else None
+            following = node.literals.get(segment) or node.parameter
+            if following is None:
+                return None
+            node = following
+        return node.operations.get(method)
 
     def _add(self, operation: Operation) -> None:
         segments = operation.template.split("/")[1:]

@@ -98,7 +98,9 @@ class AmazonsAnswer:
             _add_some(lines, answer)
         else:
             lines += [
-                beginning + value for beginning, (_, value) in zip(_beginnings(answer.names), answer.fields) if beginning
+                beginning + value
+                for beginning, (_, value) in zip(_beginnings(answer.names), answer.fields, strict=True)
+                if beginning
             ]
         if b"content-length" not in answer.at and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0

@@ -142,14 +142,10 @@ class Handler:
             self.circuits.check((target.environment, target.region))
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
             token = self.tokens.at_hand(target.credential) or await self._token(call)
-            began = self.now()
-            if not self.limits.admits_at_once(target, claim):
-                exchange.waited += await self.limits.admit(target, claim)
-            if not call.has_place and not self.crowd.goes_at_once(target.account):
-                await self.crowd.go(target.account, claim.max_wait)
+            is_admitted = self.limits.admits_at_once(target, claim)
+            if not is_admitted or not (call.has_place or self.crowd.goes_at_once(target.account)):
+                token = await self._placed(call, claim, token, is_admitted=is_admitted)
             call.has_place = True
-            if self.now() - began > AGED:  # and after it, since a token may have aged in the queue
-                token = await self._token(call)
             try:
                 response = await self._send(call, token)
             except NO_ANSWER:
@@ -162,15 +158,21 @@ class Handler:
                     pause = self._after_429(call, claim, may_repeat=options.may_repeat)
                 else:
                     pause = attempts.after_status(response.status, call)
-                if pause is None and response.status in REFUSED:
-                    return await self._refused(call, response, token)
                 if pause is None:
-                    if response.status < 500:
-                        self.experience.note_worked(target)
-                    return response, b""
+                    return await self._refused(call, response, token) if response.status in REFUSED else (response, b"")
                 response.close()
             call.patience.for_proxy()
             await asyncio.sleep(pause)
+
+    async def _placed(self, call: Call, claim: Claim, token: Token, *, is_admitted: bool) -> Token:
+        """Wait for the places that a call needs; return its token, which may have aged in the queue."""
+        began = self.now()
+        if not is_admitted:
+            call.exchange.waited += await self.limits.admit(call.target, claim)
+        if not call.has_place:
+            await self.crowd.go(call.target.account, claim.max_wait)
+            call.has_place = True
+        return await self._token(call) if self.now() - began > AGED else token
 
     async def _token(self, call: Call) -> Token:
         asked = self.now()
@@ -208,6 +210,8 @@ class Handler:
             self.circuits.failed(where, call.target.operation_name, answered=True)
         else:
             self.circuits.worked(where)
+            if response.status not in REFUSED:
+                self.experience.note_worked(call.target)
         rate = response.first(RATE_HEADER)
         self.limits.learn(call.target, response.status, rate, waited=exchange.waited > 0)
         return response
@@ -264,10 +268,16 @@ class Handler:
         series.requests += 1
         series.duration.observe(duration)
         if exchange.target is not None:
-            self.metrics.limit_wait.observe(exchange.waited)
+            if exchange.waited:
+                self.metrics.limit_wait.observe(exchange.waited)
+            else:
+                self.metrics.limit_wait.none += 1
         if exchange.upstream_duration is not None:
             series.upstream_duration.observe(exchange.upstream_duration)
-            self.metrics.token_wait.observe(exchange.token_wait)
+            if exchange.token_wait:
+                self.metrics.token_wait.observe(exchange.token_wait)
+            else:
+                self.metrics.token_wait.none += 1
             series.traffic.sent += exchange.request_bytes
             series.traffic.received += exchange.response_bytes
         if LOGGER.isEnabledFor(logging.INFO):

@@ -7,6 +7,7 @@ connection is not used again; what arrives on one that nobody waits on ends it.
 
 import asyncio
 import re
+import select
 import socket
 import ssl
 from collections.abc import Callable, Mapping
@@ -99,9 +100,7 @@ class Answer:
     @property
     def waits_for_close(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
-        return not (
-            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.at or _CODING in self.at
-        )
+        return not (self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.at or _CODING in self.at)
 
     async def head(self) -> None:
         """Wait for the head; raise Broken where none comes."""
@@ -192,7 +191,8 @@ class Wire(asyncio.Protocol):
         self._loop = loop
         self.served = 0  # requests that were sent
         self.made_at = self.idle_since = 0.0
-        self._socket = sock
+        self._looks = select.poll()
+        self._looks.register(sock, select.POLLIN)
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -213,13 +213,7 @@ class Wire(asyncio.Protocol):
         """Return whether an idle connection is still one: nothing has arrived, not even an end not known yet."""
         if self._transport is None or self._answer is not None or self._transport.is_closing():
             return False
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not self._looks.poll(0)
 
     @property
     def tls(self) -> ssl.SSLObject | None:
@@ -420,9 +414,10 @@ def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
 
 def _what_is_wrong_with(answer: Answer) -> str:
     """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit."""
+    fields = answer.fields
     if answer.version not in _SPOKEN:
         return "is of an HTTP version that was not asked for"
-    if len(answer.fields) > MAX_FIELDS or max(map(len, chain.from_iterable(answer.fields)), default=0) > MAX_FIELD:
+    if len(fields) > MAX_FIELDS or max(map(len, chain.from_iterable(fields)), default=0) > MAX_FIELD:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"

@@ -99,7 +99,9 @@ class Pool:
     async def _new(self, origin: Origin) -> Wire:
         self._dialling += 1
         try:
-            wire = await self._dialler.connect(origin, lambda sock: Wire(sock, self._on_idle, self._on_lost, self._loop))
+            wire = await self._dialler.connect(
+                origin, lambda sock: Wire(sock, self._on_idle, self._on_lost, self._loop)
+            )
         finally:
             self._dialling -= 1
             self._wake()
