@@ -98,8 +98,8 @@ class Metrics:
             is_histogram=True,
         )
         self.in_flight = 0
-        in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
-        self.before_export.append(lambda: in_flight.set(self.in_flight))
+        self.requests_in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
+        self.before_export.append(lambda: self.requests_in_flight.set(self.in_flight))
         self.caller_requests = self._gauge(
             "caller_requests_in_flight", "Requests of a caller, or of a listener's anonymous, now.", "caller"
         )

@@ -3,7 +3,6 @@
 import math
 import socket
 import struct
-from functools import lru_cache
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -11,7 +10,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
-from proxy.request.http1 import MOST_ORDERS, Answer
+from proxy.request.http1 import Answer, of_names
 from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
@@ -99,7 +98,7 @@ class AmazonsAnswer:
         else:
             lines += [
                 beginning + value
-                for beginning, (_, value) in zip(_beginnings(answer.names), answer.fields, strict=True)
+                for beginning, value in zip(_beginnings(answer.names), answer.values, strict=True)
                 if beginning
             ]
         if b"content-length" not in answer.at and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
@@ -128,14 +127,20 @@ class AmazonsAnswer:
 
 def _add_some(lines: list[bytes], answer: Answer) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
-    named = _named([value.decode("latin-1") for name, value in answer.fields if name.lower() == b"connection"])
+    named = _named(
+        [
+            value.decode("latin-1")
+            for name, value in zip(answer.names, answer.values, strict=True)
+            if name.lower() == b"connection"
+        ]
+    )
     left_out = named | {"content-length"} if answer.status == 204 else named  # RFC 9110 section 8.6
-    for beginning, (name, value) in zip(_beginnings(answer.names), answer.fields, strict=True):
+    for beginning, name, value in zip(_beginnings(answer.names), answer.names, answer.values, strict=True):
         if beginning and _plain(name.decode("latin-1")) not in left_out:
             lines.append(beginning + value)
 
 
-@lru_cache(maxsize=MOST_ORDERS)
+@of_names
 def _beginnings(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """Return each field line up to its value, nothing for one that goes no further."""
     return tuple(_beginning_of(name) for name in names)

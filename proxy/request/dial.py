@@ -12,8 +12,8 @@ import ssl
 import sys
 from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import aiohappyeyeballs
@@ -30,8 +30,7 @@ _CONNECTED = re.compile(rb"HTTP/1\.[01] 2\d\d[ \r]")
 AddressList = list[aiohappyeyeballs.AddrInfoType]
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Whom a connection is to: scheme, host and port, which is all that two connections may have in common."""
 
     is_tls: bool

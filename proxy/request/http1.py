@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import cast
+from typing import TypeVar, cast
 
 import httptools
 
@@ -23,11 +23,23 @@ MAX_FIELDS = 256
 MAX_BETWEEN = 256 * 1024  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
 HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server is made to wait
 
+Judgement = TypeVar("Judgement")
+
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _SPOKEN = ("1.1", "1.0")
 _NO_BODY = frozenset({204, 304})
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
-MOST_ORDERS = 256  # sequences of field names of which is kept what follows from them: a server sends the same few
+MOST_ORDERS, LONGEST_ORDER = 256, 4096  # sequences of field names that are remembered; bytes of the longest of them
+
+
+def of_names(judge: Callable[[tuple[bytes, ...]], Judgement]) -> Callable[[tuple[bytes, ...]], Judgement]:
+    """Remember what follows from the names of an answer's fields, in their order: a server sends the same few."""
+    known = lru_cache(maxsize=MOST_ORDERS)(judge)
+
+    def judged(names: tuple[bytes, ...]) -> Judgement:
+        return known(names) if sum(map(len, names)) <= LONGEST_ORDER else judge(names)
+
+    return judged
 
 
 class Broken(Exception):
@@ -41,8 +53,8 @@ class _Malformed(Exception):
 class Answer:
     """One answer: its head once `head` has returned, its body by `read`.
 
-    `fields` are names and values as they came, in order, and `names` the names alone; `at` says where the first of each
-    name, in lower case, stands. An answer that is not wanted to its end must be closed.
+    `names` and `values` are those of its fields as they came, in order; `at` says where the first of each name, in
+    lower case, stands. An answer that is not wanted to its end must be closed.
     """
 
     __slots__ = (
@@ -53,7 +65,6 @@ class Answer:
         "_waiter",
         "_wire",
         "at",
-        "fields",
         "has_head",
         "is_complete",
         "method",
@@ -61,6 +72,7 @@ class Answer:
         "reason",
         "status",
         "upload",
+        "values",
         "version",
     )
 
@@ -70,7 +82,6 @@ class Answer:
         self.status = 0
         self.reason = b""
         self.version = ""
-        self.fields: list[tuple[bytes, bytes]] = []
         self.has_head = False
         self.is_complete = False  # all of it is here, though perhaps not read yet
         self.upload: asyncio.Task[None] | None = None  # of the request's body, where that goes on
@@ -80,12 +91,13 @@ class Answer:
         self._held = 0
         self._waiter: asyncio.Future[None] | None = None
         self.names: tuple[bytes, ...] = ()
+        self.values: list[bytes] = []
         self.at: Mapping[bytes, int] = {}
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
         index = self.at.get(name)
-        return self.fields[index][1].decode("latin-1").rstrip(" \t") if index is not None else None
+        return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
 
     @property
     def is_waiting(self) -> bool:
@@ -199,7 +211,8 @@ class Wire(asyncio.Protocol):
         self._answer: Answer | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._between = 0
-        self._fields: list[tuple[bytes, bytes]] = []  # where those that come are put
+        self._names: list[bytes] = []  # of the fields that come
+        self._values: list[bytes] = []
         self._may_be_kept = False
         self._is_paused = False
         self._can_write: asyncio.Future[None] | None = None
@@ -230,7 +243,7 @@ class Wire(asyncio.Protocol):
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
         self._answer = answer = Answer(self, method, self._loop)
-        self._fields = answer.fields
+        self._names, self._values = [], answer.values
         self._transport.write(message)
         return answer
 
@@ -345,8 +358,9 @@ class Wire(asyncio.Protocol):
         answer = self._answer
         if answer is None or answer.is_complete:
             raise _Malformed("is followed by another one")
-        if self._fields:
-            answer.fields = self._fields = []
+        if self._names:
+            self._names, answer.values = [], []
+            self._values = answer.values
         answer.reason = b""
 
     def on_status(self, reason: bytes) -> None:
@@ -358,7 +372,8 @@ class Wire(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a field of the head, or of a trailer section, which goes no further."""
-        self._fields.append((name, value))
+        self._names.append(name)
+        self._values.append(value)
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
@@ -369,12 +384,12 @@ class Wire(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         answer.version = parser.get_http_version()
-        answer.names = names = tuple([name for name, _ in answer.fields])
+        answer.names = names = tuple(self._names)
         answer.at = _places(names)
         wrong = _what_is_wrong_with(answer)
         if wrong:
             raise _Malformed(wrong)
-        self._fields = []  # what still comes is no part of the head
+        self._names, self._values = [], []  # what still comes is no part of the head
         answer.has_head = True
         if answer.method == "HEAD":
             # The parser does not know the method, and would wait for a body.
@@ -397,7 +412,7 @@ class Wire(asyncio.Protocol):
         answer, parser = self._answer, self._parser
         if answer is None or parser is None or not answer.has_head:
             return
-        if len(self._fields) > MAX_FIELDS:
+        if len(self._names) > MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
         if _CODING in answer.at:
@@ -406,7 +421,7 @@ class Wire(asyncio.Protocol):
         answer.completed()
 
 
-@lru_cache(maxsize=MOST_ORDERS)
+@of_names
 def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
     """Return where the first field of each name, in lower case, stands."""
     return {name.lower(): len(names) - 1 - index for index, name in enumerate(reversed(names))}
@@ -414,15 +429,14 @@ def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
 
 def _what_is_wrong_with(answer: Answer) -> str:
     """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit."""
-    fields = answer.fields
     if answer.version not in _SPOKEN:
         return "is of an HTTP version that was not asked for"
-    if len(fields) > MAX_FIELDS or max(map(len, chain.from_iterable(fields)), default=0) > MAX_FIELD:
+    if len(answer.names) > MAX_FIELDS or max(map(len, chain(answer.names, answer.values)), default=0) > MAX_FIELD:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
     if _CODING in answer.at:
-        codings = [value for name, value in answer.fields if name.lower() == b"transfer-encoding"]
+        codings = [value for name, value in zip(answer.names, answer.values, strict=True) if name.lower() == _CODING]
         if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
     if _CONTROL.search(answer.reason):

@@ -208,8 +208,10 @@ def open_session(config: Config, limit: int) -> Pool:
 
 
 @lru_cache(maxsize=_MOST_ORIGINS)
-def _origin_of(endpoint: str) -> Origin:
-    return Origin.of(endpoint)
+def _origin_of(endpoint: str) -> tuple[Origin, tuple[str, str]]:
+    """Return whom an endpoint is to connect to, and the field that says so."""
+    origin = Origin.of(endpoint)
+    return origin, ("Host", origin.authority)
 
 
 class Upstream:
@@ -228,8 +230,8 @@ class Upstream:
         call.exchange.attempts += 1
         call.mask = Mask(token.value.reveal())
         call.patience.for_amazon()
-        origin = _origin_of(call.target.endpoint)
-        head, is_chunked = self._head(call, token, origin)
+        origin, host = _origin_of(call.target.endpoint)
+        head, is_chunked = self._head(call, token, host)
         wire = await self._connection(origin, fresh=call.wants_new_connection)
         was_used = wire.served > 0
         answer = _begin(wire, call, head, is_chunked=is_chunked)
@@ -248,13 +250,13 @@ class Upstream:
             raise
         return answer
 
-    def _head(self, call: Call, token: Token, origin: Origin) -> tuple[bytes, bool]:
+    def _head(self, call: Call, token: Token, host: tuple[str, str]) -> tuple[bytes, bool]:
         """Return the request's head, and whether its body goes in chunks."""
         request, target = call.request, call.target
         method, is_chunked = request.method, False
         fields = cleaned(method, request.headers)
         lines = [
-            ("Host", origin.authority),
+            host,
             *fields.items(),
             *credential_headers(token.value, self._user_agents[target.application], self._wall()).items(),
         ]
