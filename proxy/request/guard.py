@@ -50,11 +50,15 @@ _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", 
 
 
 class Admitted(NamedTuple):
-    """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used."""
+    """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used.
+
+    `names` are those of the header fields, in lower case.
+    """
 
     target: str
     host: str
     amazon: tuple[Environment, Region] | None
+    names: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doo
 
     `target` is the request target as it came over the wire (RFC 9112 section 3.2).
     """
-    names = set(map(str.lower, headers))
+    names = frozenset(map(str.lower, headers))
     if not _SIGNS.isdisjoint(names):
         _refuse_browsers(headers)
     if method not in METHODS:
@@ -88,7 +92,7 @@ def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doo
         target, authority = _origin_form(target)
     host = _host(headers, authority, doorway)
     _check_path(target)
-    return Admitted(target, host, HOST_MEANS.get(host))
+    return Admitted(target, host, HOST_MEANS.get(host), names)
 
 
 def check_message(request: web.BaseRequest, most: int) -> None:

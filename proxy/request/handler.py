@@ -104,7 +104,8 @@ class Handler:
     def _admitted(self, request: web.BaseRequest, exchange: Exchange) -> Admitted:
         """Return what may come in, and note who sent it; nothing was looked up for it yet."""
         headers = request.headers
-        exchange.request_id = _well_formed_id(headers.get("x-request-id"))
+        if "x-request-id" in headers:
+            exchange.request_id = _well_formed_id(headers["x-request-id"])
         check_message(request, self.config.bounds.header_size)
         admitted = admit(request.method, request.raw_path, headers, self.doorway)
         check_body(request.method, headers)
@@ -113,10 +114,10 @@ class Handler:
 
     async def _serve(self, request: web.BaseRequest, admitted: Admitted, exchange: Exchange) -> AmazonsAnswer:
         headers, permit = request.headers, self.permits[exchange.caller]
-        if "x-amz-access-token" in headers:
+        if "x-amz-access-token" in admitted.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
-        options = parse_options(headers, (self.name, exchange.caller), self.config.limits.max_wait)
+        options = parse_options(headers, admitted.names, (self.name, exchange.caller), self.config.limits.max_wait)
         with Patience(self.deadlines, options.timeout) as patience:
             call = Call(request, target, exchange, patience)
             try:

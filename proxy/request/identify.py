@@ -39,6 +39,7 @@ TokenKind = Literal["lwa", "grantless", "rdt"]
 ACCOUNT_HEADER = "x-sp-account"
 REGION_HEADER = "x-sp-region"
 ELEMENTS_HEADER = "x-sp-data-elements"
+_CHOICES = frozenset({ACCOUNT_HEADER, REGION_HEADER, ELEMENTS_HEADER, KEY_HEADER})
 
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
 _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
@@ -111,10 +112,7 @@ class Decisions:
             account,
             region,
             admitted.amazon,
-            tuple(headers.getall(ACCOUNT_HEADER, ())),
-            tuple(headers.getall(REGION_HEADER, ())),
-            tuple(headers.getall(ELEMENTS_HEADER, ())),
-            KEY_HEADER in headers,
+            None if _CHOICES.isdisjoint(admitted.names) else _choices(headers),
             tuple(_marketplace_ids(query)) if query else (),
         )
         known = self._known.get(key)
@@ -128,6 +126,16 @@ class Decisions:
                 self._known.clear()
             self._known[key] = target[:-1]
         return target
+
+
+def _choices(headers: CIMultiDictProxy[str]) -> tuple[object, ...]:
+    """Return what the headers say of those things that a decision looks at."""
+    return (
+        tuple(headers.getall(ACCOUNT_HEADER, ())),
+        tuple(headers.getall(REGION_HEADER, ())),
+        tuple(headers.getall(ELEMENTS_HEADER, ())),
+        KEY_HEADER in headers,
+    )
 
 
 class _Choice(NamedTuple):

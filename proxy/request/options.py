@@ -29,9 +29,11 @@ class Options(NamedTuple):
     timeout: float | None
 
 
-def parse_options(headers: CIMultiDictProxy[str], listener: Hashable, max_wait: float) -> Options:
-    """Return the Options in an app's headers; raise BadOption for one that means nothing."""
-    if _WISHES.isdisjoint(map(str.lower, headers)):
+def parse_options(
+    headers: CIMultiDictProxy[str], names: frozenset[str], listener: Hashable, max_wait: float
+) -> Options:
+    """Return the Options in an app's headers, of which `names` are the names; raise BadOption for a senseless one."""
+    if _WISHES.isdisjoint(names):
         return _usual(listener, max_wait)
     get = headers.get
     timeout = get(TIMEOUT_HEADER)

@@ -351,9 +351,12 @@ async def beginning_of(call: Call, answer: Answer) -> bytes:
 
 async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
     """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
+    if answer.is_complete and reader is None:
+        data = call.mask.whole(chunk + answer.taken())
+        call.exchange.response_bytes += len(data)
+        await _write(call, passed.head + passed.framed(data) + passed.end)
+        return
     out = passed.head
-    if answer.is_complete and answer.is_waiting:
-        chunk += answer.taken()
     while True:
         if chunk:
             if reader is not None:
