@@ -59,10 +59,16 @@ class Exchange:
         """The operation's name, `unknown` where the table has none."""
         return self.target.operation_name if self.target else "unknown"
 
+    def where(self) -> tuple[str, str, str]:
+        """Return account, region and operation: all three at once."""
+        target = self.target
+        return (target.account, target.region, target.operation_name) if target is not None else ("-", "-", "unknown")
+
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""
+        account, region, operation = self.where()
         text = (
-            f"account={self.account}; region={self.region}; operation={self.operation}; token={self.token}; "
+            f"account={account}; region={region}; operation={operation}; token={self.token}; "
             f"attempts={self.attempts}; wait={self.waited:.3f}"
         )
         if self.dropped:

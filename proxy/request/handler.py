@@ -31,7 +31,7 @@ from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
 from proxy.request.patience import Deadlines, Patience
 from proxy.request.policy import Permit
-from proxy.request.retries import NO_ANSWER, AllAttempts
+from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
 
@@ -136,7 +136,8 @@ class Handler:
         Raises the error that stands in for an answer.
         """
         target, exchange, claim = call.target, call.exchange, options.claim
-        attempts = self.attempts.of(target, call.request.method, may_repeat=options.may_repeat)
+        self.attempts.note_call(target)
+        attempts: Attempts | None = None
         while True:
             if exchange.attempts:
                 call.patience.for_proxy()
@@ -150,6 +151,7 @@ class Handler:
             try:
                 response = await self._send(call, token)
             except NO_ANSWER:
+                attempts = attempts or self.attempts.of(call, may_repeat=options.may_repeat)
                 pause = attempts.after_no_answer(call)
                 if pause is None:
                     raise
@@ -157,8 +159,11 @@ class Handler:
                 if response.status == 429:
                     claim = claim._replace(max_wait=options.claim.max_wait - exchange.waited, first=True)
                     pause = self._after_429(call, claim, may_repeat=options.may_repeat)
-                else:
+                elif response.status in RETRIED_STATUSES:
+                    attempts = attempts or self.attempts.of(call, may_repeat=options.may_repeat)
                     pause = attempts.after_status(response.status, call)
+                else:
+                    pause = None
                 if pause is None:
                     return await self._refused(call, response, token) if response.status in REFUSED else (response, b"")
                 response.close()
@@ -258,9 +263,7 @@ class Handler:
         duration = self.now() - exchange.started
         source = "amazon" if not exchange.error else "client" if exchange.status == CLIENT_LEFT else "proxy"
         series = self.metrics.series_of(
-            exchange.account,
-            exchange.region,
-            exchange.operation,
+            *exchange.where(),
             _label(exchange.method),
             str(exchange.status),
             exchange.token,

@@ -75,8 +75,8 @@ class Attempts:
         return self._next(call, "connection")
 
     def after_status(self, status: int, call: Call) -> float | None:
-        """Return the pause before the call is sent again after an answer of that status, None where that counts."""
-        return self._next(call, f"status_{status}") if status in RETRIED_STATUSES else None
+        """Return the pause before the call is sent again after one of RETRIED_STATUSES, None where that counts."""
+        return self._next(call, f"status_{status}")
 
     def _next(self, call: Call, reason: str) -> float | None:
         if not self._is_repeatable or not call.can_be_sent_again or call.exchange.attempts >= self._retry.attempts:
@@ -97,9 +97,12 @@ class AllAttempts:
         self._budgets = {name: Budget(rule.budget / 100) for name, rule in self._rules.items()}
         self._metrics = metrics
 
-    def of(self, target: Target, method: str, *, may_repeat: bool) -> Attempts:
-        """Return the attempts of a call that begins now."""
-        budget = self._budgets[target.application]
-        budget.note_call()
-        repeatable = may_repeat and is_repeatable(target, method)
-        return Attempts(self._rules[target.application], budget, self._metrics, is_repeatable=repeatable)
+    def note_call(self, target: Target) -> None:
+        """Count a call that begins now."""
+        self._budgets[target.application].note_call()
+
+    def of(self, call: Call, *, may_repeat: bool) -> Attempts:
+        """Return the attempts of a call that failed for the first time."""
+        application = call.target.application
+        repeatable = may_repeat and is_repeatable(call.target, call.request.method)
+        return Attempts(self._rules[application], self._budgets[application], self._metrics, is_repeatable=repeatable)

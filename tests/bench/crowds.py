@@ -38,6 +38,7 @@ SETTLED = 0.5  # seconds in which the proxy hardly uses its core: what a crowd l
 SETTLED_WITHIN = 20.0  # seconds, then it is measured as it is
 SMALL, LARGE = 1, 32  # MiB of a download; the kernel takes 4 MiB (net.ipv4.tcp_wmem)
 FIRST_BYTES = 30.0  # seconds within which each slow reader must have got something
+SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # where a crowd comes from: ports of one would run short
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +178,8 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
     """Open connections that send one request each and then nothing; they end with the block."""
     opened: list[socket.socket] = []
     try:
-        for _ in range(count):
-            sock = socket.create_connection((HOST, port), timeout=FIRST_BYTES)
+        for number in range(count):
+            sock = socket.create_connection((HOST, port), FIRST_BYTES, (SOURCES[number % len(SOURCES)], 0))
             opened.append(sock)
             sock.sendall(REQUEST)
             _read_answer(sock)
@@ -221,11 +222,12 @@ class Readers:
     def begin(self, port: int, count: int, mib: int) -> None:
         """Ask for the downloads, and wait until all have begun."""
         request = f"GET {DOWN}?mib={mib}&framing=length HTTP/1.1\r\n{TO_HERE}\r\n\r\n".encode()
-        for _ in range(count):
+        for number in range(count):
             sock = socket.socket()
             self.sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
             sock.settimeout(FIRST_BYTES)
+            sock.bind((SOURCES[number % len(SOURCES)], 0))
             sock.connect((HOST, port))
             sock.sendall(request)
         for sock in self.sockets:

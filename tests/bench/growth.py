@@ -159,12 +159,13 @@ def all_cases() -> list[Case]:
     """Return what is compared, the smallest of each kind first."""
     reads = [_request(operation.method, path_of(operation)) for operation in _operations(reading=True)]
     writes = [_request(operation.method, path_of(operation)) for operation in _operations(reading=False)]
-    one_write = _request("POST", "/feeds/2021-06-30/feeds")
+    one_each = {operation.method: path_of(operation) for operation in reversed(_operations(reading=False))}
+    same_mix = [_request(operation.method, one_each[operation.method]) for operation in _operations(reading=False)]
     return [
         *(Case("accounts", f"{n:,} account{'s' * (n > 1)}", n, list(_every_account(n, [TARGET]))) for n in ACCOUNTS),
         Case("operations that read", "1 GET operation", 1, [_request("GET", TARGET)]),
         Case("operations that read", f"{len(reads)} GET operations", 1, reads),
-        Case("operations that write", "1 operation that is no GET", 1, [one_write]),
+        Case("operations that write", f"{len(one_each)} operations, as many of each method", 1, same_mix),
         Case("operations that write", f"{len(writes)} operations that are no GET", 1, writes),
         Case("request headers", "1 KiB of request headers", 1, [_request("GET", TARGET, filler(900))]),
         Case("request headers", "31 KiB of request headers, 64 fields", 1, [_request("GET", TARGET, filler(31_500))]),
