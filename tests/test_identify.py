@@ -2,10 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote, quote_plus
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from proxy.amazon.marketplaces import MARKETPLACE_PARAMETERS
 from proxy.amazon.operations import OperationTable, load_table
 from proxy.config import Address, Config, Listener
 from proxy.errors import (
@@ -23,7 +27,7 @@ from proxy.errors import (
     UnknownRegion,
 )
 from proxy.request.guard import Doorway, admit
-from proxy.request.identify import Target, describe, identify
+from proxy.request.identify import Target, _marketplace_ids, describe, identify
 from tests.conftest import config_from
 
 TABLE: OperationTable = load_table()
@@ -159,6 +163,23 @@ def test_what_is_missing_or_unknown_is_said(
     with pytest.raises(error) as caught:
         decide(config(tmp_path), target, *fields)
     assert caught.value.hint, "an error says what to do next"
+
+
+_NAMES = st.sampled_from(["MarketplaceIds", "marketplaceId", "xMarketplaceIds", "MarketplaceIdsX", "a", "", "a+b"])
+_VALUES = st.text(alphabet="AZ1,+ =%&\t", max_size=6)
+_WAYS = st.sampled_from([str, quote, quote_plus, lambda text: "".join(f"%{ord(letter):02x}" for letter in text)])
+
+
+@given(st.lists(st.tuples(_NAMES, _WAYS, _VALUES, _WAYS, st.sampled_from(["=", "", "=="])), max_size=5))
+def test_marketplaces_are_found_however_the_query_is_written(pairs: list[tuple[Any, ...]]) -> None:
+    query = "&".join(write(name) + sign + write_value(value) for name, write, value, write_value, sign in pairs)
+    wanted = [
+        part.strip(" \t")
+        for name, value in parse_qsl(query, keep_blank_values=True)
+        if name in MARKETPLACE_PARAMETERS
+        for part in value.split(",")
+    ]
+    assert list(_marketplace_ids(query)) == [part for part in wanted if part]
 
 
 def test_an_unknown_marketplace_is_amazons_to_judge_where_the_region_is_named(tmp_path: Path) -> None:

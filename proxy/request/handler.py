@@ -210,16 +210,17 @@ class Handler:
             if call.patience.amazon_was_silent:
                 self.circuits.failed(where, call.target.operation_name, answered=False)
             raise
-        exchange.status, exchange.upstream_duration = response.status, self.now() - sent
+        exchange.status = status = response.status
+        exchange.upstream_duration = self.now() - sent
         exchange.amazon_request_id = _well_formed_id(response.first(b"x-amzn-requestid"))
-        if response.status >= 500:
+        if status >= 500:
             self.circuits.failed(where, call.target.operation_name, answered=True)
         else:
             self.circuits.worked(where)
-            if response.status not in REFUSED:
+            if status not in REFUSED:
                 self.experience.note_worked(call.target)
-        rate = response.first(RATE_HEADER)
-        self.limits.learn(call.target, response.status, rate, waited=exchange.waited > 0)
+        if status == 429 or RATE_HEADER in response.at or exchange.waited:
+            self.limits.learn(call.target, status, response.first(RATE_HEADER), waited=exchange.waited > 0)
         return response
 
     async def _refused(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:

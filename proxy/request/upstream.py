@@ -289,7 +289,13 @@ class Upstream:
         passed = AmazonsAnswer(answer, request, exchange, call.mask, is_last=is_early)
         try:
             exchange.begun = True
-            await _stream(call, answer, passed, beginning, reader)
+            if answer.is_complete and reader is None:
+                data = call.mask.whole(beginning + answer.taken())
+                exchange.response_bytes += len(data)
+                if _written(call, passed.head + passed.framed(data) + passed.end):
+                    await _drained(call)
+            else:
+                await _stream(call, answer, passed, beginning, reader)
         except (Broken, ConnectionError):
             exchange.broken = True
             break_off(request)
@@ -351,11 +357,6 @@ async def beginning_of(call: Call, answer: Answer) -> bytes:
 
 async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
     """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
-    if answer.is_complete and reader is None:
-        data = call.mask.whole(chunk + answer.taken())
-        call.exchange.response_bytes += len(data)
-        await _write(call, passed.head + passed.framed(data) + passed.end)
-        return
     out = passed.head
     while True:
         if chunk:
@@ -367,7 +368,8 @@ async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: byte
         if answer.at_end:
             break
         if out and not answer.is_waiting:
-            await _write(call, out)
+            if _written(call, out):
+                await _drained(call)
             out = b""
         call.patience.for_amazon()
         chunk = await answer.read()
@@ -375,18 +377,24 @@ async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: byte
         reader.end()
     data = call.mask.end()
     call.exchange.response_bytes += len(data)
-    await _write(call, out + passed.framed(data) + passed.end)
+    if _written(call, out + passed.framed(data) + passed.end):
+        await _drained(call)
 
 
-async def _write(call: Call, data: bytes) -> None:
-    transport, protocol = call.request.transport, call.request.protocol
+def _written(call: Call, data: bytes) -> bool:
+    """Write to the app; return whether to wait until it has taken more of it."""
+    protocol = call.request.protocol
+    transport = protocol.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the app left")
     if data:
         transport.write(data)
-    if protocol.writing_paused:
-        call.patience.for_app(call.exchange.response_bytes)
-        await call.request.writer.drain()
+    return protocol.writing_paused
+
+
+async def _drained(call: Call) -> None:
+    call.patience.for_app(call.exchange.response_bytes)
+    await call.request.writer.drain()
 
 
 def _unreachable(exc: OSError) -> ProxyError:
