@@ -58,14 +58,14 @@ class Answer:
     """
 
     __slots__ = (
-        "_chunks",
         "_error",
-        "_held",
         "_loop",
         "_waiter",
         "_wire",
         "at",
+        "chunks",
         "has_head",
+        "held",
         "is_complete",
         "method",
         "names",
@@ -87,8 +87,8 @@ class Answer:
         self.upload: asyncio.Task[None] | None = None  # of the request's body, where that goes on
         self._wire: Wire | None = wire
         self._error: Exception | None = None
-        self._chunks: list[bytes] = []
-        self._held = 0
+        self.chunks: list[bytes] = []  # of the body, that wait to be read, and how many bytes they are
+        self.held = 0
         self._waiter: asyncio.Future[None] | None = None
         self.names: tuple[bytes, ...] = ()
         self.values: list[bytes] = []
@@ -102,12 +102,12 @@ class Answer:
     @property
     def is_waiting(self) -> bool:
         """Whether some of the body waits to be read."""
-        return bool(self._chunks)
+        return bool(self.chunks)
 
     @property
     def at_end(self) -> bool:
         """Whether all of it came and was read."""
-        return self.is_complete and not self._chunks
+        return self.is_complete and not self.chunks
 
     @property
     def waits_for_close(self) -> bool:
@@ -123,7 +123,7 @@ class Answer:
 
     async def read(self) -> bytes:
         """Return what has come of the body, nothing at its end; raise Broken where it was cut off."""
-        while not self._chunks:
+        while not self.chunks:
             if self.is_complete:
                 return b""
             if self._error is not None:
@@ -136,9 +136,9 @@ class Answer:
 
     def taken(self) -> bytes:
         """Return what waits to be read, without waiting for more."""
-        chunks = self._chunks
+        chunks = self.chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks, self._held = [], 0
+        self.chunks, self.held = [], 0
         return data
 
     def close(self) -> None:
@@ -162,12 +162,6 @@ class Answer:
             self._waiter = None
 
     # What the connection tells.
-
-    def came(self, chunk: bytes) -> bool:
-        """Take a piece of the body; return whether so much waits that no more should come."""
-        self._chunks.append(chunk)
-        self._held += len(chunk)
-        return self._held > HIGH_WATER
 
     def completed(self) -> None:
         """Note that the last of it has come: nothing binds it to its connection any more."""
@@ -403,7 +397,9 @@ class Wire(asyncio.Protocol):
         if answer is None or answer.is_complete:
             raise _Malformed("has a body that it may not have")
         self._between = 0
-        if answer.came(chunk) and not self._is_paused and self._transport is not None:
+        answer.chunks.append(chunk)
+        answer.held += len(chunk)
+        if answer.held > HIGH_WATER and not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
 

@@ -34,29 +34,25 @@ class Deadlines:
         self.timeouts = config.timeouts
         self.body_rate = config.bounds.body_rate
         self.waiting: set[Patience] = set()
-        self._next = _NEVER
+        self.next = _NEVER
         self._timer: asyncio.TimerHandle | None = None
 
-    def note(self, deadline: float) -> None:
-        """Be there at this moment, which may be earlier than any other."""
-        if deadline < self._next:
-            self._be_there(deadline)
-
-    def _be_there(self, moment: float) -> None:
+    def be_there(self, moment: float) -> None:
+        """Be there at this moment, which is earlier than any other."""
         if self._timer is not None:
             self._timer.cancel()
-        self._next = moment
+        self.next = moment
         self._timer = self.loop.call_at(moment, self._look)
 
     def _look(self) -> None:
-        self._timer, self._next = None, _NEVER
+        self._timer, self.next = None, _NEVER
         now = self.loop.time()
         for patience in [one for one in self.waiting if one.deadline <= now]:
             self.waiting.discard(patience)
             patience.expire()
         earliest = min((one.deadline for one in self.waiting), default=_NEVER)
         if earliest < _NEVER:
-            self._be_there(earliest)
+            self.be_there(earliest)
 
 
 class Patience:
@@ -112,8 +108,15 @@ class Patience:
 
     def for_amazon(self) -> None:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        now = self._now() if self._app_since is None else self._end_phase()
-        self._wait_until(now + self._amazon_idle, _AMAZON_SILENT)
+        if self._app_since is not None:
+            self._end_phase()
+        end = self._now() + self._amazon_idle
+        if end >= self._ends_at:
+            self._wait_until(end, _AMAZON_SILENT)
+            return
+        self.deadline, self._error = end, _AMAZON_SILENT
+        if end < self._deadlines.next:
+            self._deadlines.be_there(end)
 
     @property
     def left(self) -> float:
@@ -142,7 +145,8 @@ class Patience:
         if end >= self._ends_at:
             end, error = self._ends_at, self._too_long
         self.deadline, self._error = end, error
-        self._deadlines.note(end)
+        if end < self._deadlines.next:
+            self._deadlines.be_there(end)
 
     def __enter__(self) -> Self:
         task = asyncio.current_task(self._deadlines.loop)
@@ -150,7 +154,8 @@ class Patience:
             raise RuntimeError("patience is for the waits of a task")
         self._task, self._cancelling = task, task.cancelling()
         self._deadlines.waiting.add(self)
-        self._deadlines.note(self.deadline)
+        if self.deadline < self._deadlines.next:
+            self._deadlines.be_there(self.deadline)
         return self
 
     def __exit__(
