@@ -31,7 +31,7 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
-_UNFIT = re.compile(r"[^\x21-\x7e]|[\\#]")
+_UNFIT = re.compile(r"[^!\"$-\[\]-~]")  # one class, which is looked for many times faster than two
 # What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
 _PREFLIGHT = frozenset(
     {
