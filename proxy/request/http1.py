@@ -380,7 +380,7 @@ class Wire(asyncio.Protocol):
         answer.version = parser.get_http_version()
         answer.names = names = tuple(self._names)
         answer.at = _places(names)
-        wrong = _what_is_wrong_with(answer)
+        wrong = _what_is_wrong_with(answer, self._between)
         if wrong:
             raise _Malformed(wrong)
         self._names, self._values = [], []  # what still comes is no part of the head
@@ -423,11 +423,15 @@ def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
     return {name.lower(): len(names) - 1 - index for index, name in enumerate(reversed(names))}
 
 
-def _what_is_wrong_with(answer: Answer) -> str:
-    """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit."""
+def _what_is_wrong_with(answer: Answer, came: int) -> str:
+    """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit.
+
+    `came` is of how many bytes the head is at most.
+    """
     if answer.version not in _SPOKEN:
         return "is of an HTTP version that was not asked for"
-    if len(answer.names) > MAX_FIELDS or max(map(len, chain(answer.names, answer.values)), default=0) > MAX_FIELD:
+    is_too_long = came > MAX_FIELD and max(map(len, chain(answer.names, answer.values)), default=0) > MAX_FIELD
+    if is_too_long or len(answer.names) > MAX_FIELDS:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"

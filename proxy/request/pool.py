@@ -176,7 +176,8 @@ def request_head(method: str, path: str, fields: list[tuple[str, str]]) -> bytes
 
     Raises ValueError for such a one.
     """
-    text = f"{method} {path} HTTP/1.1\r\n" + "\r\n".join(map(": ".join, fields))
-    if text.count("\n") != len(fields) or text.count("\r") != len(fields):
+    lines = [f"{method} {path} HTTP/1.1", *map(": ".join, fields), "\r\n"]
+    together = "".join(lines[:-1])
+    if "\n" in together or "\r" in together:
         raise ValueError("a line break in a request's head")
-    return f"{text}\r\n\r\n".encode()
+    return "\r\n".join(lines).encode()
