@@ -28,6 +28,7 @@ from proxy.request.forbidden import Experience
 from proxy.request.grants import Grants
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
+from proxy.request.heads import KnownHeads
 from proxy.request.identify import Decisions
 from proxy.request.limits import Limits
 from proxy.request.patience import Deadlines
@@ -152,7 +153,16 @@ def handler_of(
     listener = config.listen[index]
     doorway = Doorway.of(listener, config)
     return Handler(
-        config, listener, f"listen[{index}]", doorway, callers, permits(config, index), crowd, decisions, *parts
+        config,
+        listener,
+        f"listen[{index}]",
+        doorway,
+        KnownHeads(),
+        callers,
+        permits(config, index),
+        crowd,
+        decisions,
+        *parts,
     )
 
 

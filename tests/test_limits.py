@@ -546,6 +546,16 @@ async def test_an_operation_without_a_plan_is_paced_once_a_429_says_that_there_i
     assert [await limits.admit(other, Claim(0)) for _ in range(10)] == [0.0] * 10
 
 
+async def test_a_known_operation_without_a_plan_is_paced_from_its_first_429_on(tmp_path: Path, limits: Limits) -> None:
+    nameless = target(config(tmp_path), path="/awd/2024-05-09/replenishmentOrders")
+    assert nameless.operation is not None
+    assert nameless.operation.rate is None
+    assert [await limits.admit(nameless, Claim(0)) for _ in range(10)] == [0.0] * 10
+    limits.learn(nameless, 429, None)
+    with pytest.raises(UsagePlanExhausted):
+        await limits.admit(nameless, Claim(0))
+
+
 async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, limits: Limits) -> None:
     settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
     path = "/catalog/2022-04-01/items/B000000000"  # 2 per second and account, 250 over all

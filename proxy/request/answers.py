@@ -10,7 +10,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
-from proxy.request.http1 import Answer, of_names
+from proxy.request.http1 import Answer, Names
 from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
@@ -92,16 +92,19 @@ class AmazonsAnswer:
         is_1_0 = request.version != HttpVersion11
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
         self.is_chunked = False
+        beginnings = answer.names.line_beginnings or _line_beginnings(answer.names)
         lines = [b"HTTP/1.%d %d %b" % (not is_1_0, answer.status, answer.reason)]
-        if answer.status == 204 or b"connection" in answer.at:
-            _add_some(lines, answer)
+        if answer.status == 204 or b"connection" in answer.names.at:
+            _add_some(lines, answer, beginnings)
         else:
             lines += [
-                beginning + value
-                for beginning, value in zip(_beginnings(answer.names), answer.values, strict=True)
-                if beginning
+                beginning + value for beginning, value in zip(beginnings, answer.values, strict=True) if beginning
             ]
-        if b"content-length" not in answer.at and answer.status not in BODILESS_STATUSES and request.method != "HEAD":
+        if (
+            b"content-length" not in answer.names.at
+            and answer.status not in BODILESS_STATUSES
+            and request.method != "HEAD"
+        ):
             self.is_chunked = not is_1_0
             if is_1_0:
                 self.keep_alive = False  # the end of the connection is the end of the answer
@@ -125,25 +128,25 @@ class AmazonsAnswer:
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-def _add_some(lines: list[bytes], answer: Answer) -> None:
+def _add_some(lines: list[bytes], answer: Answer, beginnings: tuple[bytes, ...]) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [
             value.decode("latin-1")
-            for name, value in zip(answer.names, answer.values, strict=True)
+            for name, value in zip(answer.names.in_order, answer.values, strict=True)
             if name.lower() == b"connection"
         ]
     )
     left_out = named | {"content-length"} if answer.status == 204 else named  # RFC 9110 section 8.6
-    for beginning, name, value in zip(_beginnings(answer.names), answer.names, answer.values, strict=True):
+    for beginning, name, value in zip(beginnings, answer.names.in_order, answer.values, strict=True):
         if beginning and _plain(name.decode("latin-1")) not in left_out:
             lines.append(beginning + value)
 
 
-@of_names
-def _beginnings(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """Return each field line up to its value, nothing for one that goes no further."""
-    return tuple(_beginning_of(name) for name in names)
+def _line_beginnings(names: Names) -> tuple[bytes, ...]:
+    """Return each field line up to its value, nothing for one that goes no further; note it in the names."""
+    names.line_beginnings = beginnings = tuple(_beginning_of(name) for name in names.in_order)
+    return beginnings
 
 
 def _beginning_of(name: bytes) -> bytes:

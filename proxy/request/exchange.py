@@ -27,8 +27,8 @@ class Exchange:
     status: int = 0
     error: str = ""
     fault: Fault | None = None
-    amazon_request_id: str = ""
-    request_id: str = ""  # the app's own, where it is well-formed
+    amazon_request_id: str | None = None  # Amazon's and the app's own, as they came: they may be anything
+    request_id: str | None = None
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off
     upload_error: ProxyError | None = None  # the app's body was not well-formed

@@ -17,7 +17,7 @@ from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenU
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.http1 import Broken
-from proxy.request.identify import Credential, Target, endpoint_of, ordinary_of
+from proxy.request.identify import Credential, Kind, Target, endpoint_of, ordinary_of
 from proxy.request.limits import Claim, Limits
 from proxy.request.pool import Pool
 
@@ -150,9 +150,10 @@ class Grants:
             application=credential.application,
             operation=self._mint,
             endpoint=endpoint,
-            path_and_query=rdt.PATH,
             credential=ordinary_of(credential),
             elements_source="",
+            kind=Kind(),
+            path_and_query=rdt.PATH,
         )
 
     async def _tried(self, credential: Credential, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:

@@ -7,7 +7,6 @@ this machine: hence the checks of `Host` (DNS rebinding) and of the signs that b
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
 from aiohttp import web
@@ -25,6 +24,7 @@ from proxy.errors import (
     MethodRefused,
     VersionRefused,
 )
+from proxy.request.heads import Head
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
@@ -80,31 +80,37 @@ def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doo
 
     `target` is the request target as it came over the wire (RFC 9112 section 3.2).
     """
-    names = frozenset(map(str.lower, headers))
-    if not _SIGNS.isdisjoint(names):
-        _refuse_browsers(headers)
+    return admit_with(Head(headers), method, target, doorway)
+
+
+def admit_with(head: Head, method: str, target: str, doorway: Doorway) -> Admitted:
+    """Do what `admit` does; fields that came in before are not looked at again."""
+    host = head.host
+    if host is None and not _SIGNS.isdisjoint(head.names):
+        _refuse_browsers(head.headers)
     if method not in METHODS:
         raise MethodRefused(f"{_shown(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
-    if "transfer-encoding" in names:
-        _refuse_unclear_framing(headers)
+    if host is None and "transfer-encoding" in head.names:
+        _refuse_unclear_framing(head.headers)
     authority = None
     if not target.startswith("/"):
         target, authority = _origin_form(target)
-    host = _host(headers, authority, doorway)
+    if host is None:
+        host = head.host = _host(head.headers, doorway)
+    if authority is not None:
+        host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
     _check_path(target)
-    return Admitted(target, host, HOST_MEANS.get(host), names)
+    return Admitted(target, host, HOST_MEANS.get(host), head.names)
 
 
-def check_message(request: web.BaseRequest, most: int) -> None:
+def check_message(request: web.BaseRequest, head: Head, most: int) -> None:
     """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
-    if request.version != HttpVersion11 and "Transfer-Encoding" in request.headers:
+    if request.version != HttpVersion11 and "transfer-encoding" in head.names:
         # A hop before us that speaks 1.0 does not know chunks (RFC 9112 section 6.1).
         raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding", "Send a Content-Length, or HTTP/1.1.")
-    fields = request.raw_headers
-    size = len(request.raw_path) + sum(map(len, chain.from_iterable(fields))) + 4 * len(fields)
-    if size > most:
+    if len(request.raw_path) + head.size > most:
         raise HeaderTooLarge(
             f"the header block is larger than {most} bytes",
             "Send fewer or shorter headers, or raise bounds.header_size.",
@@ -159,13 +165,12 @@ def _origin_form(target: str) -> tuple[str, str]:
     return (rest if rest.startswith("/") else f"/{rest}"), authority
 
 
-def _host(headers: CIMultiDictProxy[str], authority: str | None, doorway: Doorway) -> str:
-    """Return the host asked for; an absolute-form target decides over `Host` (RFC 9112 section 3.2.2)."""
+def _host(headers: CIMultiDictProxy[str], doorway: Doorway) -> str:
+    """Return the host that the one Host field names."""
     given = headers.getall("Host", ())
     if len(given) != 1:
         raise MalformedRequest(f"there are {len(given)} Host headers", "Send one Host header.")
-    host = _allowed(given[0], doorway)
-    return host if authority is None else _allowed(authority, doorway)
+    return _allowed(given[0], doorway)
 
 
 @lru_cache(maxsize=256)  # apps call the proxy by the same few names

@@ -24,7 +24,8 @@ from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents, unpacked
 from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
-from proxy.request.guard import Admitted, Doorway, admit, check_message
+from proxy.request.guard import Admitted, Doorway, admit_with, check_message
+from proxy.request.heads import Head, KnownHeads
 from proxy.request.http1 import Answer
 from proxy.request.identify import Decisions
 from proxy.request.limits import RATE_HEADER, Claim, Limits
@@ -52,6 +53,7 @@ class Handler:
     listener: Listener
     name: str  # of the listener, in metrics and log
     doorway: Doorway
+    heads: KnownHeads
     callers: Callers
     permits: Mapping[str, Permit]  # by caller
     crowd: Crowd
@@ -74,10 +76,11 @@ class Handler:
         entered: str | None = None
         answer: AmazonsAnswer | OwnAnswer
         try:
-            admitted = self._admitted(request, exchange)
+            head = self.heads.of(request.raw_headers, request.headers)
+            admitted = self._admitted(request, head, exchange)
             self.crowd.enter(exchange.caller or self.name)
             entered = exchange.caller or self.name
-            answer = await self._serve(request, admitted, exchange)
+            answer = await self._serve(request, head, admitted, exchange)
         except ProxyError as error:
             if exchange.begun:
                 # Half an answer is out: a second one behind it would be taken for its end.
@@ -101,25 +104,26 @@ class Handler:
             self._record(exchange)
         return answer
 
-    def _admitted(self, request: web.BaseRequest, exchange: Exchange) -> Admitted:
+    def _admitted(self, request: web.BaseRequest, head: Head, exchange: Exchange) -> Admitted:
         """Return what may come in, and note who sent it; nothing was looked up for it yet."""
-        headers = request.headers
-        if "x-request-id" in headers:
-            exchange.request_id = _well_formed_id(headers["x-request-id"])
-        check_message(request, self.config.bounds.header_size)
-        admitted = admit(request.method, request.raw_path, headers, self.doorway)
-        check_body(request.method, headers)
-        exchange.caller = self.callers.who(headers, peer_of(request), self.listener)
+        if "x-request-id" in head.names:
+            exchange.request_id = head.headers["x-request-id"]
+        check_message(request, head, self.config.bounds.header_size)
+        admitted = admit_with(head, request.method, request.raw_path, self.doorway)
+        check_body(request.method, head.headers)
+        exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
         return admitted
 
-    async def _serve(self, request: web.BaseRequest, admitted: Admitted, exchange: Exchange) -> AmazonsAnswer:
-        headers, permit = request.headers, self.permits[exchange.caller]
-        if "x-amz-access-token" in admitted.names:
+    async def _serve(
+        self, request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
+    ) -> AmazonsAnswer:
+        headers, permit = head.headers, self.permits[exchange.caller]
+        if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
-        options = parse_options(headers, admitted.names, (self.name, exchange.caller), self.config.limits.max_wait)
+        options = parse_options(headers, head.names, (self.name, exchange.caller), self.config.limits.max_wait)
         with Patience(self.deadlines, options.timeout) as patience:
-            call = Call(request, target, exchange, patience)
+            call = Call(request, head, target, exchange, patience)
             try:
                 response, beginning = await self._answered(call, options)
                 reader = self.documents.reader(target, response)
@@ -212,14 +216,14 @@ class Handler:
             raise
         exchange.status = status = response.status
         exchange.upstream_duration = self.now() - sent
-        exchange.amazon_request_id = _well_formed_id(response.first(b"x-amzn-requestid"))
+        exchange.amazon_request_id = response.first(b"x-amzn-requestid")
         if status >= 500:
             self.circuits.failed(where, call.target.operation_name, answered=True)
         else:
             self.circuits.worked(where)
             if status not in REFUSED:
                 self.experience.note_worked(call.target)
-        if status == 429 or RATE_HEADER in response.at or exchange.waited:
+        if status == 429 or RATE_HEADER in response.names.at or exchange.waited:
             self.limits.learn(call.target, status, response.first(RATE_HEADER), waited=exchange.waited > 0)
         return response
 
@@ -325,8 +329,8 @@ def _line(exchange: Exchange, duration: float) -> dict[str, object]:
         "upstream": None if upstream is None else round(upstream, 4),
         "wait": round(exchange.waited, 3),
         "attempts": exchange.attempts,
-        "amazon_request_id": exchange.amazon_request_id,
-        "request_id": exchange.request_id,
+        "amazon_request_id": _well_formed_id(exchange.amazon_request_id),
+        "request_id": _well_formed_id(exchange.request_id),
         "error": exchange.error,
         "broken": exchange.broken or None,
     }
@@ -345,8 +349,8 @@ def _audit_line(exchange: Exchange) -> dict[str, object]:
         "status": exchange.status,
         "error": exchange.error or None,
         "attempts": exchange.attempts,
-        "amazon_request_id": exchange.amazon_request_id or None,
-        "request_id": exchange.request_id or None,
+        "amazon_request_id": _well_formed_id(exchange.amazon_request_id) or None,
+        "request_id": _well_formed_id(exchange.request_id) or None,
     }
 
 

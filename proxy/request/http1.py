@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import TypeVar, cast
+from typing import cast
 
 import httptools
 
@@ -23,23 +23,29 @@ MAX_FIELDS = 256
 MAX_BETWEEN = 256 * 1024  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
 HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server is made to wait
 
-Judgement = TypeVar("Judgement")
-
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _SPOKEN = ("1.1", "1.0")
 _NO_BODY = frozenset({204, 304})
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
-MOST_ORDERS, LONGEST_ORDER = 256, 4096  # sequences of field names that are remembered; bytes of the longest of them
+MOST_ORDERS, LONGEST_ORDER = 256, 8192  # sequences of field names that are remembered; bytes of the longest of them
 
 
-def of_names(judge: Callable[[tuple[bytes, ...]], Judgement]) -> Callable[[tuple[bytes, ...]], Judgement]:
-    """Remember what follows from the names of an answer's fields, in their order: a server sends the same few."""
-    known = lru_cache(maxsize=MOST_ORDERS)(judge)
+class Names:
+    """The names of an answer's fields in their order, and what follows from them; a server sends the same few."""
 
-    def judged(names: tuple[bytes, ...]) -> Judgement:
-        return known(names) if sum(map(len, names)) <= LONGEST_ORDER else judge(names)
+    __slots__ = ("at", "in_order", "line_beginnings")
 
-    return judged
+    def __init__(self, in_order: tuple[bytes, ...]) -> None:
+        self.in_order = in_order
+        # Where the first field of each name, in lower case, stands.
+        self.at: Mapping[bytes, int] = {
+            name.lower(): len(in_order) - 1 - index for index, name in enumerate(reversed(in_order))
+        }
+        self.line_beginnings: tuple[bytes, ...] | None = None  # on the way to the app; None until that is worked out
+
+
+_known_names = lru_cache(maxsize=MOST_ORDERS)(Names)
+_NO_NAMES = Names(())
 
 
 class Broken(Exception):
@@ -53,8 +59,8 @@ class _Malformed(Exception):
 class Answer:
     """One answer: its head once `head` has returned, its body by `read`.
 
-    `names` and `values` are those of its fields as they came, in order; `at` says where the first of each name, in
-    lower case, stands. An answer that is not wanted to its end must be closed.
+    `names` and `values` are those of its fields as they came, in order. An answer that is not wanted to its end must
+    be closed.
     """
 
     __slots__ = (
@@ -62,7 +68,6 @@ class Answer:
         "_loop",
         "_waiter",
         "_wire",
-        "at",
         "chunks",
         "has_head",
         "held",
@@ -90,13 +95,12 @@ class Answer:
         self.chunks: list[bytes] = []  # of the body, that wait to be read, and how many bytes they are
         self.held = 0
         self._waiter: asyncio.Future[None] | None = None
-        self.names: tuple[bytes, ...] = ()
+        self.names = _NO_NAMES
         self.values: list[bytes] = []
-        self.at: Mapping[bytes, int] = {}
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
-        index = self.at.get(name)
+        index = self.names.at.get(name)
         return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
 
     @property
@@ -112,7 +116,9 @@ class Answer:
     @property
     def waits_for_close(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
-        return not (self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.at or _CODING in self.at)
+        return not (
+            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.names.at or _CODING in self.names.at
+        )
 
     async def head(self) -> None:
         """Wait for the head; raise Broken where none comes."""
@@ -378,8 +384,7 @@ class Wire(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         answer.version = parser.get_http_version()
-        answer.names = names = tuple(self._names)
-        answer.at = _places(names)
+        answer.names = self._known(tuple(self._names))
         wrong = _what_is_wrong_with(answer, self._between)
         if wrong:
             raise _Malformed(wrong)
@@ -390,6 +395,10 @@ class Wire(asyncio.Protocol):
             self._may_be_kept = parser.should_keep_alive()
             self._parser = None
             answer.completed()
+
+    def _known(self, names: tuple[bytes, ...]) -> Names:
+        is_long = self._between > LONGEST_ORDER and sum(map(len, names)) > LONGEST_ORDER
+        return Names(names) if is_long else _known_names(names)
 
     def on_body(self, chunk: bytes) -> None:
         """Pass a piece of the body on."""
@@ -411,16 +420,10 @@ class Wire(asyncio.Protocol):
         if len(self._names) > MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
-        if _CODING in answer.at:
+        if _CODING in answer.names.at:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
         answer.completed()
-
-
-@of_names
-def _places(names: tuple[bytes, ...]) -> Mapping[bytes, int]:
-    """Return where the first field of each name, in lower case, stands."""
-    return {name.lower(): len(names) - 1 - index for index, name in enumerate(reversed(names))}
 
 
 def _what_is_wrong_with(answer: Answer, came: int) -> str:
@@ -430,13 +433,15 @@ def _what_is_wrong_with(answer: Answer, came: int) -> str:
     """
     if answer.version not in _SPOKEN:
         return "is of an HTTP version that was not asked for"
-    is_too_long = came > MAX_FIELD and max(map(len, chain(answer.names, answer.values)), default=0) > MAX_FIELD
-    if is_too_long or len(answer.names) > MAX_FIELDS:
+    is_too_long = came > MAX_FIELD and max(map(len, chain(answer.names.in_order, answer.values)), default=0) > MAX_FIELD
+    if is_too_long or len(answer.values) > MAX_FIELDS:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
-    if _CODING in answer.at:
-        codings = [value for name, value in zip(answer.names, answer.values, strict=True) if name.lower() == _CODING]
+    if _CODING in answer.names.at:
+        codings = [
+            value for name, value in zip(answer.names.in_order, answer.values, strict=True) if name.lower() == _CODING
+        ]
         if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
     if _CONTROL.search(answer.reason):

@@ -65,6 +65,12 @@ class Credential(NamedTuple):
     reusable: bool = True  # False where the path names one document: no other request will ask for this token
 
 
+class Kind:
+    """Stands for all requests that were decided alike, but for their paths: what holds for one holds for the others."""
+
+    __slots__ = ()
+
+
 class Target(NamedTuple):
     """What the proxy decided about one request."""
 
@@ -78,6 +84,7 @@ class Target(NamedTuple):
     endpoint: str
     credential: Credential
     elements_source: str
+    kind: Kind
     path_and_query: str
 
     @property
@@ -184,6 +191,7 @@ def identify(
         endpoint=endpoint_of(config, environment, _known(region)),
         credential=credential,
         elements_source=elements_source,
+        kind=Kind(),
         path_and_query=path_and_query,
     )
 

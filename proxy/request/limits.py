@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from proxy.errors import UsagePlanExhausted
 from proxy.metrics import Metrics
 from proxy.request.buckets import Bucket, Estimate, Queue
-from proxy.request.identify import Target
+from proxy.request.identify import Kind, Target
 
 MAX_WAIT_HEADER = "x-sp-max-wait"
 RATE_HEADER = b"x-amzn-ratelimit-limit"
@@ -28,6 +28,7 @@ _RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
 _GUESSED_RATE = 1.0  # calls per second, where a 429 says that there is a plan and nothing says which
 _GRACE = 0.5  # seconds by which timers may be late
 _MOST_PLANS = 50_000
+_MOST_FOUND = 10_000
 _SLOWEST = 0.01  # of the published rate: one answer that says less must not stop an operation for a day
 
 
@@ -222,6 +223,9 @@ class Limits:
         self._now = now
         self._call_later = call_later
         self._plans: dict[tuple[str, ...], Plan] = {}
+        self._found: dict[
+            Kind, tuple[Plan | None, Plan | None]
+        ] = {}  # those of `_plans` that calls of a kind fall under
         metrics.before_export.append(self._export)
 
     async def admit(self, target: Target, claim: Claim) -> float:
@@ -250,7 +254,8 @@ class Limits:
         """Take a place that is free now; return whether there was one. Without pacing there always is."""
         if not self._pace:
             return True
-        plan, for_all = self._plan(target), self._plan_for_all(target)
+        found = self._found.get(target.kind)
+        plan, for_all = found if found is not None else self._find(target)
         if (plan is not None and not plan.is_free(claim)) or (for_all is not None and not for_all.is_free(claim)):
             return False
         if plan is not None:
@@ -302,6 +307,15 @@ class Limits:
         plan = self._plan(target)
         return plan.wait_of(claim) if plan is not None else 0.0
 
+    def _find(self, target: Target) -> tuple[Plan | None, Plan | None]:
+        """Return the plan that the target falls under, and that over all accounts; remember them for its kind."""
+        found = (self._plan(target), self._plan_for_all(target))
+        if target.operation is not None:  # otherwise its path decides, and only a 429 tells that there is a plan
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            self._found[target.kind] = found
+        return found
+
     def _plan(self, target: Target, *, make: bool = False) -> Plan | None:
         """Return the plan that the target falls under, with its state; None where none is known.
 
@@ -325,6 +339,7 @@ class Limits:
         if len(self._plans) >= _MOST_PLANS:
             idle = next((known for known, plan in self._plans.items() if not len(plan.queue)), key)
             self._plans.pop(idle, None)
+        self._found.clear()  # calls of some kind may fall under this one, where there was none for them
         where = (account or target.account, target.region, target.operation_name)
         call_later = self._call_later or asyncio.get_running_loop().call_later
         plan = self._plans[key] = Plan(published, where, self._now, call_later)

@@ -172,12 +172,19 @@ class Pool:
 
 
 def request_head(method: str, path: str, fields: list[tuple[str, str]]) -> bytes:
-    """Return a request's head. The names and values were judged before; a line break in one would be another request.
+    """Return a request's head; raise ValueError for a line break in it, which would be another request."""
+    if "\n" in path or "\r" in path:
+        raise ValueError("a line break in a request's target")
+    return f"{method} {path} HTTP/1.1\r\n".encode() + field_lines(fields) + b"\r\n"
 
-    Raises ValueError for such a one.
+
+def field_lines(fields: list[tuple[str, str]]) -> bytes:
+    """Return the lines of these fields, each with its end. They were judged before, but for a line break in one.
+
+    Raises ValueError for that: it would be another field, or another request.
     """
-    lines = [f"{method} {path} HTTP/1.1", *map(": ".join, fields), "\r\n"]
-    together = "".join(lines[:-1])
+    lines = list(map(": ".join, fields))
+    together = "".join(lines)
     if "\n" in together or "\r" in together:
         raise ValueError("a line break in a request's head")
-    return "\r\n".join(lines).encode()
+    return "\r\n".join([*lines, ""]).encode()

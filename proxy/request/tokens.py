@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.config import Config, Secret
@@ -54,6 +54,9 @@ class Token:
     dies_at: float  # without one: when there is no other
     used_at: float
     data_elements: tuple[str, ...] = ()
+    # The lines of a request's head that it stands in, and the second of the wall clock that they name.
+    lines: bytes = field(default=b"", repr=False)
+    lines_of: int = -1
 
 
 @dataclass(slots=True)

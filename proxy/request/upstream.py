@@ -22,11 +22,12 @@ from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in
 from proxy.request.dial import Origin
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
+from proxy.request.heads import Head
 from proxy.request.http1 import Answer, Broken, Wire
 from proxy.request.identify import Target
 from proxy.request.mask import Mask
 from proxy.request.patience import Patience
-from proxy.request.pool import Pool, request_head
+from proxy.request.pool import Pool, field_lines
 from proxy.request.tokens import Token
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
@@ -98,6 +99,19 @@ def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict(kept)
 
 
+def lines_for_amazon(method: str, head: Head) -> bytes:
+    """Return the lines of an app's fields that go to Amazon; raise MalformedRequest as `cleaned` does."""
+    is_bodiless = method in BODILESS
+    lines = head.lines_of_bodiless if is_bodiless else head.lines
+    if lines is None:
+        lines = field_lines(list(cleaned(method, head.headers).items()))
+        if is_bodiless:
+            head.lines_of_bodiless = lines
+        else:
+            head.lines = lines
+    return lines
+
+
 @lru_cache(maxsize=512)
 def _fits_bodiless(name: str) -> bool:
     return _is_for_amazon(name, is_bodiless=True)
@@ -135,8 +149,11 @@ class Call:
     The body is streamed as it comes, and kept up to a bound, so that it can be sent again.
     """
 
-    def __init__(self, request: web.BaseRequest, target: Target, exchange: Exchange, patience: Patience) -> None:
+    def __init__(
+        self, request: web.BaseRequest, head: Head, target: Target, exchange: Exchange, patience: Patience
+    ) -> None:
         self.request = request
+        self.head = head
         self.target = target
         self.exchange = exchange
         self.patience = patience
@@ -208,10 +225,10 @@ def open_session(config: Config, limit: int) -> Pool:
 
 
 @lru_cache(maxsize=_MOST_ORIGINS)
-def _origin_of(endpoint: str) -> tuple[Origin, tuple[str, str]]:
-    """Return whom an endpoint is to connect to, and the field that says so."""
+def _origin_of(endpoint: str) -> tuple[Origin, bytes]:
+    """Return whom an endpoint is to connect to, and the line that says so."""
     origin = Origin.of(endpoint)
-    return origin, ("Host", origin.authority)
+    return origin, field_lines([("Host", origin.authority)])
 
 
 class Upstream:
@@ -250,21 +267,24 @@ class Upstream:
             raise
         return answer
 
-    def _head(self, call: Call, token: Token, host: tuple[str, str]) -> tuple[bytes, bool]:
+    def _head(self, call: Call, token: Token, host: bytes) -> tuple[bytes, bool]:
         """Return the request's head, and whether its body goes in chunks."""
-        request, target = call.request, call.target
-        method, is_chunked = request.method, False
-        fields = cleaned(method, request.headers)
-        lines = [
-            host,
-            *fields.items(),
-            *credential_headers(token.value, self._user_agents[target.application], self._wall()).items(),
-        ]
-        if method not in BODILESS and "Content-Length" not in fields:
-            is_chunked = request.body_exists
-            lines.append(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", "0"))
-        # The path that Amazon sees is the one that was decided on, byte for byte.
-        return request_head(method, target.path_and_query, lines), is_chunked
+        method, is_chunked, framing = call.request.method, False, b"\r\n"
+        if method not in BODILESS and "content-length" not in call.head.names:
+            is_chunked = call.request.body_exists
+            framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
+        # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
+        line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
+        own, credentials = lines_for_amazon(method, call.head), self._credentials(call.target.application, token)
+        return b"".join((line, host, own, credentials, framing)), is_chunked
+
+    def _credentials(self, application: str, token: Token) -> bytes:
+        """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
+        now = self._wall()
+        if token.lines_of != int(now):
+            headers = credential_headers(token.value, self._user_agents[application], now)
+            token.lines, token.lines_of = field_lines(list(headers.items())), int(now)
+        return token.lines
 
     async def _connection(self, origin: Origin, *, fresh: bool) -> Wire:
         wire = None if fresh else self._session.free(origin)

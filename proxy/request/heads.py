@@ -1,0 +1,54 @@
+"""What do the header fields of a request say, whatever its path and its body?
+
+An app sends the same fields over and over. What follows from them is worked out for the first such request; the
+steps note it here, and find it for the next one.
+"""
+
+from itertools import chain
+
+from multidict import CIMultiDictProxy
+
+MOST_KEPT = 1 << 20  # bytes of fields that are remembered, with what follows from them, for each listener
+
+Raw = tuple[tuple[bytes, bytes], ...]  # names and values as they came
+
+
+class Head:
+    """The header fields of all requests that bring the same ones; None stands for what no step has worked out yet.
+
+    `names` are in lower case. `size` is that of the block in bytes, with its separators.
+    """
+
+    __slots__ = ("headers", "host", "lines", "lines_of_bodiless", "names", "size")
+
+    def __init__(self, headers: CIMultiDictProxy[str], raw: Raw = ()) -> None:
+        self.headers = headers
+        self.names = frozenset(map(str.lower, headers))
+        self.size = sum(map(len, chain.from_iterable(raw))) + 4 * len(raw)
+        self.host: str | None = None  # that the Host field names; by then all that the guard looks at was in order
+        # What of them goes to Amazon, as it goes over the wire: with a body, and without one (GET and HEAD).
+        self.lines: bytes | None = None
+        self.lines_of_bodiless: bytes | None = None
+
+
+class KnownHeads:
+    """The header fields that came to one listener lately."""
+
+    def __init__(self, most: int = MOST_KEPT) -> None:
+        self._most = most
+        self._size = 0
+        self._known: dict[Raw, Head] = {}
+
+    def of(self, raw: Raw, headers: CIMultiDictProxy[str]) -> Head:
+        """Return what is known of these fields; `headers` are the same ones, read."""
+        known = self._known.get(raw)
+        if known is not None:
+            return known
+        head = Head(headers, raw)
+        self._size += head.size
+        if self._size > self._most:
+            self._known.clear()
+            self._size = head.size
+        if head.size <= self._most:
+            self._known[raw] = head
+        return head

@@ -1,0 +1,66 @@
+"""Header fields that come over and over: what follows from them is worked out once, and only for the very same ones."""
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from proxy.app import Running
+from proxy.request.heads import Head, KnownHeads, Raw
+from tests.far_side import FarSide
+from tests.near_side import call
+
+
+def fields(*names_and_values: str) -> tuple[Raw, CIMultiDictProxy[str]]:
+    pairs = [tuple(line.split(": ")) for line in names_and_values]
+    raw = tuple((name.encode(), value.encode()) for name, value in pairs)
+    return raw, CIMultiDictProxy(CIMultiDict((name, value) for name, value in pairs))
+
+
+def test_the_same_fields_are_looked_at_once() -> None:
+    heads = KnownHeads()
+    first = heads.of(*fields("Host: localhost", "Accept: */*"))
+    assert heads.of(*fields("Host: localhost", "Accept: */*")) is first
+    assert first.names == {"host", "accept"}
+    assert first.size == len("Host: localhost\r\nAccept: */*\r\n")
+
+
+def test_another_value_case_or_order_is_another_head() -> None:
+    heads = KnownHeads()
+    spellings = [
+        ("Host: localhost", "x-sp-account: acme"),
+        ("Host: localhost", "x-sp-account: acmf"),
+        ("Host: localhost", "X-sp-account: acme"),
+        ("x-sp-account: acme", "Host: localhost"),
+        ("Host: localhost", "x-sp-account: acme", "x-sp-account: acme"),
+        ("Host: localhost",),
+    ]
+    found: list[Head] = [heads.of(*fields(*spelling)) for spelling in spellings]
+    assert len({id(head) for head in found}) == len(spellings)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    heads = KnownHeads(most=1000)
+    first = heads.of(*fields("x: first"))
+    large = fields(f"x: {'l' * 1000}")
+    assert heads.of(*large) is not heads.of(*large), "too large to be remembered"
+    first = heads.of(*fields("x: first"))
+    for number in range(200):
+        heads.of(*fields(f"x: {number}"))
+    assert heads.of(*fields("x: first")) is not first, "it went when there was no room"
+    last = heads.of(*fields("x: last"))
+    assert heads.of(*fields("x: last")) is last
+
+
+async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: Running, far_side: FarSide) -> None:
+    at, path = proxy.addresses[0], "/orders/v0/orders"
+    for method, body in (("GET", None), ("POST", b"abc"), ("GET", None), ("POST", b"abc"), ("DELETE", None)):
+        assert (await call(at, method, path, body, x_mine="1", content_language="en")).status == 200
+        sent = far_side.received[-1]
+        assert (sent.method, sent.get("x-mine"), sent.body) == (method, "1", body or b"")
+    for method in ("GET", "PUT", "GET", "PUT"):
+        await call(at, method, path, content_type="text/plain")
+        assert (far_side.received[-1].get("content-type") is None) is (method == "GET"), "not without a body"
+    count = len(far_side.received)
+    assert (await call(at, "GET", path, x_mine="1", origin="https://evil.example")).error == "BrowserRefused"
+    assert (await call(at, "TRACE", path, x_mine="1", content_language="en")).error == "MethodNotAllowed"
+    assert (await call(at, "GET", "//orders", x_mine="1", content_language="en")).error == "BadTarget"
+    assert (await call(at, "GET", "http://evil.example/", x_mine="1", content_language="en")).error == "HostRefused"
+    assert len(far_side.received) == count
