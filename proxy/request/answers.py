@@ -3,6 +3,7 @@
 import math
 import socket
 import struct
+from itertools import chain, compress
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -92,31 +93,26 @@ class AmazonsAnswer:
         is_1_0 = request.version != HttpVersion11
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
         self.is_chunked = False
-        beginnings = answer.names.line_beginnings or _line_beginnings(answer.names)
-        lines = [b"HTTP/1.%d %d %b" % (not is_1_0, answer.status, answer.reason)]
-        if answer.status == 204 or b"connection" in answer.names.at:
-            _add_some(lines, answer, beginnings)
+        names, status = answer.names, answer.status
+        beginnings = names.line_beginnings or _line_beginnings(names)
+        parts = [b"HTTP/1.%d %d %b" % (not is_1_0, status, answer.reason)]
+        if status == 204 or b"connection" in names.at:
+            _add_some(parts, answer, beginnings)
         else:
-            lines += [
-                beginning + value for beginning, value in zip(beginnings, answer.values, strict=True) if beginning
-            ]
-        if (
-            b"content-length" not in answer.names.at
-            and answer.status not in BODILESS_STATUSES
-            and request.method != "HEAD"
-        ):
+            parts += chain.from_iterable(compress(zip(beginnings, answer.values, strict=True), beginnings))
+        if b"content-length" not in names.at and status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
                 self.keep_alive = False  # the end of the connection is the end of the answer
             else:
-                lines.append(b"Transfer-Encoding: chunked")
+                parts.append(b"\r\nTransfer-Encoding: chunked")
         if is_1_0 is self.keep_alive:
-            lines.append(b"Connection: keep-alive" if is_1_0 else b"Connection: close")
-        lines.append(b"x-sp-proxy: " + exchange.summary().encode())
+            parts.append(b"\r\nConnection: keep-alive" if is_1_0 else b"\r\nConnection: close")
+        parts.append(b"\r\nx-sp-proxy: " + exchange.summary().encode())
         if exchange.retry_after is not None and answer.first(b"retry-after") is None:
-            lines.append(b"Retry-After: %d" % max(1, math.ceil(exchange.retry_after)))
-        lines.append(b"\r\n")
-        self.head = mask.whole(b"\r\n".join(lines))
+            parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(exchange.retry_after)))
+        parts.append(b"\r\n\r\n")
+        self.head = mask.whole(b"".join(parts))
 
     def framed(self, data: bytes) -> bytes:
         """Return a piece of the body as it is written."""
@@ -128,7 +124,7 @@ class AmazonsAnswer:
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-def _add_some(lines: list[bytes], answer: Answer, beginnings: tuple[bytes, ...]) -> None:
+def _add_some(parts: list[bytes], answer: Answer, beginnings: tuple[bytes, ...]) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [
@@ -140,18 +136,21 @@ def _add_some(lines: list[bytes], answer: Answer, beginnings: tuple[bytes, ...])
     left_out = named | {"content-length"} if answer.status == 204 else named  # RFC 9110 section 8.6
     for beginning, name, value in zip(beginnings, answer.names.in_order, answer.values, strict=True):
         if beginning and _plain(name.decode("latin-1")) not in left_out:
-            lines.append(beginning + value)
+            parts += (beginning, value)
 
 
 def _line_beginnings(names: Names) -> tuple[bytes, ...]:
-    """Return each field line up to its value, nothing for one that goes no further; note it in the names."""
+    """Return each field line up to its value, with the line end before it, and nothing for one that goes no further.
+
+    It is noted in the names.
+    """
     names.line_beginnings = beginnings = tuple(_beginning_of(name) for name in names.in_order)
     return beginnings
 
 
 def _beginning_of(name: bytes) -> bytes:
     plain = _plain(name.decode("latin-1"))
-    return b"" if plain in HOP_BY_HOP or plain in OURS else name + b": "
+    return b"" if plain in HOP_BY_HOP or plain in OURS else b"\r\n" + name + b": "
 
 
 def _plain(name: str) -> str:

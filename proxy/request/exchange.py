@@ -1,5 +1,7 @@
 """What happened to one request so far: for the `x-sp-proxy` header, the log line and the metrics."""
 
+from functools import lru_cache
+
 from proxy.errors import Fault, ProxyError
 from proxy.request.identify import Target
 
@@ -66,13 +68,15 @@ class Exchange:
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""
-        account, region, operation = self.where()
-        text = (
-            f"account={account}; region={region}; operation={operation}; token={self.token}; "
-            f"attempts={self.attempts}; wait={self.waited:.3f}"
-        )
+        text = _beginning_of_summary(*self.where(), self.token, self.attempts)
+        text += f"{self.waited:.3f}" if self.waited else "0.000"
         if self.dropped:
             text += f"; dropped={','.join(self.dropped)}"
         if self.hint:
             text += f"; token_age={self.token_age:.0f}; hint={self.hint}"
         return text
+
+
+@lru_cache(maxsize=4096)
+def _beginning_of_summary(account: str, region: str, operation: str, token: str, attempts: int) -> str:
+    return f"account={account}; region={region}; operation={operation}; token={token}; attempts={attempts}; wait="

@@ -117,6 +117,7 @@ class Plan:
         self.bucket = Bucket.full(rate, published.burst, now())
         self.estimate = Estimate(rate, published.rate, rate * _SLOWEST)
         self.queue: Queue[_Place] = Queue()
+        self.said: str | None = None  # the header that announced the rate last
         self._now = now
         self._call_later = call_later
         self._timer: Any = None
@@ -291,13 +292,15 @@ class Limits:
             if plan is not None:
                 plan.throttled()
             return
+        found = self._found.get(target.kind)
+        plan = found[0] if found is not None else self._plan(target)
+        if plan is None or (not waited and rate_header == plan.said):
+            return
+        if target.operation is None or target.environment != "production":
+            return
         rate = parse_rate(rate_header) if rate_header is not None else None
-        if rate is None and not waited:
-            return
-        plan = self._plan(target)
-        if plan is None or target.operation is None or target.environment != "production":
-            return
         if rate is not None:
+            plan.said = rate_header
             plan.announce(rate)
         elif waited:
             plan.passed()
