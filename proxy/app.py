@@ -302,7 +302,7 @@ def _export_lost_lines(metrics: Metrics) -> Callable[[], None]:
     seen: Counter[str] = Counter()
 
     def export() -> None:
-        for log, count in LOST.items():
+        for log, count in LOST.copy().items():
             metrics.lost_lines.labels(log).inc(count - seen[log])
             seen[log] = count
 

@@ -6,15 +6,16 @@ ever becomes one.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
 from prometheus_client.registry import Collector
 
 from proxy import __version__
-from proxy.tallies import DURATION_BUCKETS, Durations, Tallied
+from proxy.tallies import DURATION_BUCKETS, Durations, Kind, Tallied
 
 # The `_created` series double the number of series and nobody asks them anything.
 _disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
@@ -38,8 +39,19 @@ class RequestSeries:
     requests: int = 0
 
 
+class PlanNumbers(NamedTuple):
+    """What is shown of a usage plan: calls per second, calls there is room for, calls that wait."""
+
+    rate: float
+    tokens: float
+    waiting: int
+
+
 class _BeforeExport(Collector):
-    """Not a series: brings gauges up to date when somebody wants to see them; the first that the registry asks."""
+    """Not a series: brings gauges up to date when somebody wants to see them; the first that the registry asks.
+
+    That is on a thread of its own.
+    """
 
     def __init__(self, updates: list[Callable[[], None]]) -> None:
         self._updates = updates
@@ -81,21 +93,21 @@ class Metrics:
             "requests_total",
             "Requests answered, by what they were and who answered (source: amazon or proxy).",
             ("account", "region", "operation", "method", "code", "token", "source"),
-            lambda: ((labels, series.requests) for labels, series in self._series.items()),
+            lambda: ((labels, series.requests) for labels, series in self._series.copy().items()),
         )
         self._tallied(
             "request_duration_seconds",
             "From a request's head to the last byte of its answer.",
             by_operation,
-            self._durations.items,
-            is_histogram=True,
+            lambda: self._durations.copy().items(),
+            kind="histogram",
         )
         self._tallied(
             "upstream_duration_seconds",
             "From sending to Amazon to the head of its answer.",
             by_operation,
-            self._upstream_durations.items,
-            is_histogram=True,
+            lambda: self._upstream_durations.copy().items(),
+            kind="histogram",
         )
         self.in_flight = 0
         self.requests_in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
@@ -127,13 +139,13 @@ class Metrics:
             "request_body_bytes_total",
             "Body bytes sent to Amazon.",
             ("account", "region", "operation"),
-            lambda: ((where, traffic.sent) for where, traffic in self._traffic.items()),
+            lambda: ((where, traffic.sent) for where, traffic in self._traffic.copy().items()),
         )
         self._tallied(
             "response_body_bytes_total",
             "Body bytes sent to apps.",
             ("account", "region", "operation"),
-            lambda: ((where, traffic.received) for where, traffic in self._traffic.items()),
+            lambda: ((where, traffic.received) for where, traffic in self._traffic.copy().items()),
         )
         self.errors = self._counter(
             "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
@@ -165,13 +177,21 @@ class Metrics:
 
     def _waiting(self) -> None:
         self.limit_wait = self._durations_of("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
-        self.queue_length = self._gauge(
-            "limit_queue_length", "Calls that wait for a place in a usage plan now.", "account", "region", "operation"
+        self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanNumbers]] = dict
+        of_plans = ("account", "region", "operation")
+        self._tallied(
+            "limit_queue_length",
+            "Calls that wait for a place in a usage plan now.",
+            of_plans,
+            lambda: ((where, plan.waiting) for where, plan in self.read_plans().items()),
+            kind="gauge",
         )
-        self.plan_tokens = self._gauge(
+        self._tallied(
             "usage_plan_tokens",
             "Calls that a usage plan has room for at once, by the proxy's estimate; account * is all of them together.",
-            *("account", "region", "operation"),
+            of_plans,
+            lambda: ((where, plan.tokens) for where, plan in self.read_plans().items()),
+            kind="gauge",
         )
         self.limit_refused = self._counter(
             "limit_refused_total", "Calls refused because no place came in time.", "account", "region", "operation"
@@ -179,12 +199,12 @@ class Metrics:
         self.throttled = self._counter(
             "upstream_throttled_total", "429 answers received from Amazon.", "account", "region", "operation"
         )
-        self.plan_rate = self._gauge(
+        self._tallied(
             "usage_plan_rate",
             "Calls per second that a usage plan allows, as published, announced or learnt.",
-            "account",
-            "region",
-            "operation",
+            of_plans,
+            lambda: ((where, plan.rate) for where, plan in self.read_plans().items()),
+            kind="gauge",
         )
 
     def _tokens(self) -> None:
@@ -226,14 +246,14 @@ class Metrics:
         labels: Sequence[str],
         read: Callable[[], Iterable[tuple[Sequence[str], float | Durations]]],
         *,
-        is_histogram: bool = False,
+        kind: Kind = "counter",
     ) -> None:
-        self.registry.register(Tallied(f"spapi_proxy_{name}", help_text, labels, read, is_histogram=is_histogram))
+        self.registry.register(Tallied(kind, f"spapi_proxy_{name}", help_text, labels, read))
 
     def _durations_of(self, name: str, help_text: str) -> Durations:
         """Return a histogram without labels."""
         durations = Durations()
-        self._tallied(name, help_text, (), lambda: (((), durations),), is_histogram=True)
+        self._tallied(name, help_text, (), lambda: (((), durations),), kind="histogram")
         return durations
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:

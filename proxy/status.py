@@ -1,5 +1,6 @@
 """Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -123,9 +124,14 @@ def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) ->
         has_started = readiness.state != "starting"
         return web.Response(status=200 if has_started else 503, text="ok\n" if has_started else "starting\n")
 
+    one_at_a_time = asyncio.Lock()
+
     async def scrape(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(body=encode(metrics.registry), headers={"Content-Type": content_type})
+        # Many accounts are many series: the requests of the apps must not wait until all are written down.
+        async with one_at_a_time:
+            body = await asyncio.to_thread(encode, metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     for path in ("/livez", "/healthz", "/liveness"):
         app.router.add_get(path, live)

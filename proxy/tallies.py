@@ -6,9 +6,10 @@ one event loop walks thousands of times a second.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -45,23 +46,34 @@ class Durations:
         return found
 
 
+Kind = Literal["counter", "gauge", "histogram"]
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+_FAMILIES: dict[Kind, Callable[..., Family]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
+
+
 class Tallied(Collector):
-    """One family of series whose numbers are kept elsewhere; `read` returns label values and number of each."""
+    """One family of series whose numbers are kept elsewhere; `read` returns label values and number of each.
+
+    It is asked on another thread than the one that counts, so that many series do not hold requests up.
+    """
 
     def __init__(
         self,
+        kind: Kind,
         name: str,
         help_text: str,
         labels: Sequence[str],
         read: Callable[[], Iterable[tuple[Sequence[str], float | Durations]]],
-        *,
-        is_histogram: bool = False,
     ) -> None:
+        self.kind = kind
         self.name = name
         self.documentation = help_text
         self.labels = tuple(labels)
         self._read = read
-        self.is_histogram = is_histogram
 
     def describe(self) -> Iterable[Metric]:
         """Say what there will be."""
@@ -73,10 +85,9 @@ class Tallied(Collector):
         for labels, value in self._read():
             if isinstance(family, HistogramMetricFamily) and isinstance(value, Durations):
                 family.add_metric(labels, value.buckets(), value.total)
-            elif isinstance(family, CounterMetricFamily) and not isinstance(value, Durations):
+            elif not isinstance(family, HistogramMetricFamily) and not isinstance(value, Durations):
                 family.add_metric(labels, value)
         yield family
 
-    def _family(self) -> CounterMetricFamily | HistogramMetricFamily:
-        kind = HistogramMetricFamily if self.is_histogram else CounterMetricFamily
-        return kind(self.name, self.documentation, labels=self.labels)
+    def _family(self) -> Family:
+        return _FAMILIES[self.kind](self.name, self.documentation, labels=self.labels)

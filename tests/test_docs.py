@@ -138,7 +138,7 @@ def series() -> Iterator[tuple[str, str, str, str]]:
             name = f"{metric._name}_total" if kind == "counter" else metric._name
             yield f"`{name}`", kind, ", ".join(metric._labelnames), metric._documentation
         elif isinstance(metric, Tallied):
-            kind = "histogram" if metric.is_histogram else "counter"
+            kind = metric.kind
             yield f"`{metric.name}`", kind, ", ".join(metric.labels), metric.documentation
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -82,6 +83,22 @@ async def test_openmetrics_is_given_to_those_who_ask(proxy: Running) -> None:
     got = await call(admin(proxy), "GET", "/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert (got.get("content-type") or "").startswith("application/openmetrics-text")
     assert got.body.endswith(b"# EOF\n")
+
+
+async def test_requests_are_served_while_the_metrics_are_written_down(proxy: Running) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow_series() -> None:
+        begun.set()
+        assert may_end.wait(10)
+
+    proxy.metrics.before_export.append(slow_series)
+    scrape = asyncio.create_task(call(admin(proxy), "GET", "/metrics"))
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert (await call(proxy.addresses[0], "GET", "/orders/v0/orders")).status == 200
+    assert not scrape.done()
+    may_end.set()
+    assert (await scrape).status == 200
 
 
 async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: Running, token_host: TokenHost) -> None:

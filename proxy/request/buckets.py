@@ -65,8 +65,12 @@ class Bucket:
 
     def refill(self, now: float) -> None:
         """Add what has come since the last look; a clock that goes backwards adds nothing and takes nothing."""
-        self.tokens = min(self.burst, self.tokens + max(0.0, now - self.updated) * self.rate)
+        self.tokens = self.tokens_at(now)
         self.updated = max(self.updated, now)
+
+    def tokens_at(self, now: float) -> float:
+        """Return how many tokens there are, without a change."""
+        return min(self.burst, self.tokens + max(0.0, now - self.updated) * self.rate)
 
 
 @dataclass(slots=True)

@@ -80,9 +80,9 @@ class Crowd:
 
     def _exporter(self, metrics: Metrics) -> Callable[[], None]:
         def export() -> None:
-            for caller, count in self._callers.items():
+            for caller, count in self._callers.copy().items():
                 metrics.caller_requests.labels(caller).set(count)
-            for account, count in self._at_amazon.items():
+            for account, count in self._at_amazon.copy().items():
                 metrics.account_requests.labels(account).set(count)
 
         return export

@@ -8,14 +8,13 @@ import asyncio
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from proxy.errors import UsagePlanExhausted
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, PlanNumbers
 from proxy.request.buckets import Bucket, Estimate, Queue
 from proxy.request.identify import Kind, Target
 
@@ -227,7 +226,7 @@ class Limits:
         self._found: dict[
             Kind, tuple[Plan | None, Plan | None]
         ] = {}  # those of `_plans` that calls of a kind fall under
-        metrics.before_export.append(self._export)
+        metrics.read_plans = self._numbers
 
     async def admit(self, target: Target, claim: Claim) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
@@ -348,16 +347,14 @@ class Limits:
         plan = self._plans[key] = Plan(published, where, self._now, call_later)
         return plan
 
-    def _export(self) -> None:
-        """Write the gauges of all plans; called when somebody wants to see them."""
-        waiting: Counter[tuple[str, str, str]] = Counter()
-        for plan in self._plans.values():
-            plan.bucket.refill(self._now())
-            self._metrics.plan_rate.labels(*plan.where).set(plan.bucket.rate)
-            self._metrics.plan_tokens.labels(*plan.where).set(max(0.0, plan.bucket.tokens))
-            waiting[plan.where] += len(plan.queue)
-        for where, count in waiting.items():
-            self._metrics.queue_length.labels(*where).set(count)
+    def _numbers(self) -> dict[tuple[str, str, str], PlanNumbers]:
+        """Return what is shown of all plans. It is asked from another thread, and changes nothing."""
+        now, numbers = self._now(), dict[tuple[str, str, str], PlanNumbers]()
+        for plan in self._plans.copy().values():
+            waiting = len(plan.queue) + (numbers[plan.where].waiting if plan.where in numbers else 0)
+            tokens = max(0.0, plan.bucket.tokens_at(now))
+            numbers[plan.where] = PlanNumbers(plan.bucket.rate, tokens, waiting)
+        return numbers
 
     def _exhausted(self, target: Target, wait: float, max_wait: float) -> UsagePlanExhausted:
         self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()
