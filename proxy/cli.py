@@ -6,6 +6,7 @@ or SIGTERM before the requests in flight were finished.
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -242,6 +243,8 @@ async def _serve_until_told(config: Config, after_start: Callable[[Running], Non
             )
             if after_start:
                 after_start(proxy)
+            gc.collect()
+            gc.freeze()  # what is there by now stays: no look for garbage has to go through it again
             await told.once.wait()
             logs.LOGGER.info("shutting down", extra=logs.fields(grace=config.timeouts.shutdown))
     except CannotListen as exc:

@@ -79,11 +79,12 @@ class Room:
         self._open: Counter[str] = Counter()
         self._strangers: dict[Connection, None] = {}  # in the order in which they became idle
         self._guests: dict[Connection, None] = {}
+        metrics.before_export.append(self._export)
 
     def enter(self, connection: "Connection", listener: str) -> bool:
         """Count a new connection; return whether it may stay."""
         has_room = self._open.total() < self._limit or self._evict()
-        self._count(listener, 1)
+        self._open[listener] += 1
         if not has_room:
             self._metrics.closed_connections.labels(listener, "refused").inc()
             return False
@@ -93,7 +94,7 @@ class Room:
     def leave(self, connection: "Connection", listener: str) -> None:
         """Count a connection no more."""
         self.is_busy(connection)
-        self._count(listener, -1)
+        self._open[listener] -= 1
 
     def is_busy(self, connection: "Connection") -> None:
         """Note that a connection has a request."""
@@ -113,9 +114,9 @@ class Room:
         victim.force_close()
         return True
 
-    def _count(self, listener: str, change: int) -> None:
-        self._open[listener] += change
-        self._metrics.client_connections.labels(listener).set(self._open[listener])
+    def _export(self) -> None:
+        for listener, count in self._open.copy().items():
+            self._metrics.client_connections.labels(listener).set(count)
 
 
 class Connection(RequestHandler):

@@ -5,6 +5,7 @@ Everything is loaded in turn, several rounds of it, and compared within each rou
 
 import argparse
 import asyncio
+import http.client
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import uvloop
 
 from proxy.amazon.operations import Operation, load_table
 from tests.bench.compare import machine
-from tests.bench.contenders import FarEnd, far_end
+from tests.bench.contenders import PATH, FarEnd, far_end
 from tests.bench.instructions import can_count, counting
 from tests.bench.load import LAST_ANSWER, Connection, Tally
 from tests.bench.many_answers import filler
@@ -80,6 +82,7 @@ class Weight:
     mib: float
     metrics_ms: float
     metrics_kib: float
+    meanwhile_ms: float  # the slowest ordinary request that came then
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,14 +318,37 @@ async def _loaded(
 
 
 def _weigh(proxy: Proxy, when: str) -> Weight:
-    took, size = [], 0
-    for _ in range(3):
-        began = time.perf_counter()
-        with urllib.request.urlopen(f"http://{HOST}:{proxy.admin}/metrics") as answer:
-            size = len(answer.read())
-        took.append(time.perf_counter() - began)
+    took, size, slowest = [], 0, []
+    with ThreadPoolExecutor(1) as beside:
+        for _ in range(3):
+            began = time.perf_counter()
+            look = beside.submit(_metrics_of, proxy)
+            slowest.append(_slowest_until(look, proxy))
+            took.append(time.perf_counter() - began)
+            size = look.result()
     mib = memory_kib(proxy.process.pid, "VmRSS") / 1024
-    return Weight(proxy.accounts, when, mib, median(took) * 1e3, size / 1024)
+    return Weight(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
+
+
+def _metrics_of(proxy: Proxy) -> int:
+    with urllib.request.urlopen(f"http://{HOST}:{proxy.admin}/metrics") as answer:
+        return len(answer.read())
+
+
+def _slowest_until(look: "Future[int]", proxy: Proxy) -> float:
+    """Send one request after the other until the look at the metrics is over; return the seconds of the slowest."""
+    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=LAST_ANSWER), 0.0
+    try:
+        while not look.done():
+            began = time.perf_counter()
+            connection.request("GET", PATH, headers={"x-sp-account": "a0"})
+            size = len(connection.getresponse().read())
+            slowest = max(slowest, time.perf_counter() - began)
+            if size != ANSWER_SIZE:
+                raise SystemExit("not the answer that was expected, beside a look at the metrics")
+    finally:
+        connection.close()
+    return slowest
 
 
 # What is said of it.
@@ -356,10 +382,11 @@ def _cell(ours: Sequence[float | None], base: Sequence[float | None]) -> str:
 
 def _table_of_weights(weights: Sequence[Weight]) -> list[str]:
     return [
-        "| accounts | when | resident MiB | `/metrics` ms | `/metrics` KiB |",
-        "| ---: | --- | ---: | ---: | ---: |",
+        "| accounts | when | resident MiB | `/metrics` ms | `/metrics` KiB | a request meanwhile, ms at most |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
         *(
-            f"| {each.accounts:,} | {each.when} | {each.mib:.1f} | {each.metrics_ms:.0f} | {each.metrics_kib:,.0f} |"
+            f"| {each.accounts:,} | {each.when} | {each.mib:.1f} | {each.metrics_ms:.0f} | {each.metrics_kib:,.0f} "
+            f"| {each.meanwhile_ms:.0f} |"
             for each in weights
         ),
     ]
