@@ -64,3 +64,10 @@ async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: R
     assert (await call(at, "GET", "//orders", x_mine="1", content_language="en")).error == "BadTarget"
     assert (await call(at, "GET", "http://evil.example/", x_mine="1", content_language="en")).error == "HostRefused"
     assert len(far_side.received) == count
+
+
+async def test_a_length_that_connection_names_is_no_length_to_go_by(proxy: Running, far_side: FarSide) -> None:
+    for _ in range(2):
+        got = await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}", connection="content-length")
+        assert got.status == 200
+        assert (far_side.received[-1].body, far_side.received[-1].get("content-length")) == (b"{}", None)

@@ -19,7 +19,7 @@ class Head:
     `names` are in lower case. `size` is that of the block in bytes, with its separators.
     """
 
-    __slots__ = ("headers", "host", "lines", "lines_of_bodiless", "names", "size")
+    __slots__ = ("headers", "host", "lines", "lines_of_bodiless", "names", "says_length", "size")
 
     def __init__(self, headers: CIMultiDictProxy[str], raw: Raw = ()) -> None:
         self.headers = headers
@@ -28,6 +28,7 @@ class Head:
         self.host: str | None = None  # that the Host field names; by then all that the guard looks at was in order
         # What of them goes to Amazon, as it goes over the wire: with a body, and without one (GET and HEAD).
         self.lines: bytes | None = None
+        self.says_length = False  # whether there is a Content-Length among these lines
         self.lines_of_bodiless: bytes | None = None
 
 

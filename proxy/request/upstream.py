@@ -101,15 +101,15 @@ def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
 
 def lines_for_amazon(method: str, head: Head) -> bytes:
     """Return the lines of an app's fields that go to Amazon; raise MalformedRequest as `cleaned` does."""
-    is_bodiless = method in BODILESS
-    lines = head.lines_of_bodiless if is_bodiless else head.lines
-    if lines is None:
-        lines = field_lines(list(cleaned(method, head.headers).items()))
-        if is_bodiless:
-            head.lines_of_bodiless = lines
-        else:
-            head.lines = lines
-    return lines
+    if method in BODILESS:
+        if head.lines_of_bodiless is None:
+            head.lines_of_bodiless = field_lines(list(cleaned(method, head.headers).items()))
+        return head.lines_of_bodiless
+    if head.lines is None:
+        kept = cleaned(method, head.headers)
+        head.says_length = "Content-Length" in kept  # a Connection may have named the one that came
+        head.lines = field_lines(list(kept.items()))
+    return head.lines
 
 
 @lru_cache(maxsize=512)
@@ -270,12 +270,12 @@ class Upstream:
     def _head(self, call: Call, token: Token, host: bytes) -> tuple[bytes, bool]:
         """Return the request's head, and whether its body goes in chunks."""
         method, is_chunked, framing = call.request.method, False, b"\r\n"
-        if method not in BODILESS and "content-length" not in call.head.names:
+        own, credentials = lines_for_amazon(method, call.head), self._credentials(call.target.application, token)
+        if method not in BODILESS and not call.head.says_length:
             is_chunked = call.request.body_exists
             framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
         # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
         line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
-        own, credentials = lines_for_amazon(method, call.head), self._credentials(call.target.application, token)
         return b"".join((line, host, own, credentials, framing)), is_chunked
 
     def _credentials(self, application: str, token: Token) -> bytes:
