@@ -157,7 +157,7 @@ def handler_of(
         listener,
         f"listen[{index}]",
         doorway,
-        KnownHeads(),
+        KnownHeads(len(config.listen)),
         callers,
         permits(config, index),
         crowd,

@@ -1,9 +1,10 @@
 """Header fields that come over and over: what follows from them is worked out once, and only for the very same ones."""
 
+import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.app import Running
-from proxy.request.heads import Head, KnownHeads, Raw
+from proxy.request.heads import MOST_BYTES, MOST_HEADS, Head, KnownHeads, Raw
 from tests.far_side import FarSide
 from tests.near_side import call
 
@@ -36,17 +37,22 @@ def test_another_value_case_or_order_is_another_head() -> None:
     assert len({id(head) for head in found}) == len(spellings)
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    heads = KnownHeads(most=1000)
+@pytest.mark.parametrize(("value", "others"), [("", MOST_HEADS), ("l" * 1000, MOST_BYTES // 1000), ("", 1)])
+def test_what_is_remembered_is_bounded(value: str, others: int) -> None:
+    heads = KnownHeads()
     first = heads.of(*fields("x: first"))
-    large = fields(f"x: {'l' * 1000}")
-    assert heads.of(*large) is not heads.of(*large), "too large to be remembered"
-    first = heads.of(*fields("x: first"))
-    for number in range(200):
-        heads.of(*fields(f"x: {number}"))
-    assert heads.of(*fields("x: first")) is not first, "it went when there was no room"
+    for number in range(others):
+        heads.of(*fields(f"x: {number}{value}"))
+    assert (heads.of(*fields("x: first")) is first) == (others == 1)
     last = heads.of(*fields("x: last"))
     assert heads.of(*fields("x: last")) is last
+
+
+def test_a_head_that_is_larger_than_all_that_may_be_remembered_is_not() -> None:
+    heads = KnownHeads()
+    first, large = heads.of(*fields("x: first")), fields(f"x: {'l' * MOST_BYTES}")
+    assert heads.of(*large) is not heads.of(*large)
+    assert heads.of(*fields("x: first")) is first
 
 
 async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: Running, far_side: FarSide) -> None:

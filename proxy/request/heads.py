@@ -8,7 +8,9 @@ from itertools import chain
 
 from multidict import CIMultiDictProxy
 
-MOST_KEPT = 1 << 20  # bytes of fields that are remembered, with what follows from them, for each listener
+# How many heads are remembered, and how many bytes of fields: over all listeners. What follows from a head takes some
+# five times its own room.
+MOST_HEADS, MOST_BYTES = 512, 256 * 1024
 
 Raw = tuple[tuple[bytes, bytes], ...]  # names and values as they came
 
@@ -33,11 +35,11 @@ class Head:
 
 
 class KnownHeads:
-    """The header fields that came to one listener lately."""
+    """The header fields that came to one listener lately; `listeners` share what may be remembered."""
 
-    def __init__(self, most: int = MOST_KEPT) -> None:
-        self._most = most
-        self._size = 0
+    def __init__(self, listeners: int = 1) -> None:
+        self._most_heads, self._most_bytes = MOST_HEADS // listeners, MOST_BYTES // listeners
+        self._size = 0  # bytes, of all that are known
         self._known: dict[Raw, Head] = {}
 
     def of(self, raw: Raw, headers: CIMultiDictProxy[str]) -> Head:
@@ -46,10 +48,10 @@ class KnownHeads:
         if known is not None:
             return known
         head = Head(headers, raw)
-        self._size += head.size
-        if self._size > self._most:
-            self._known.clear()
-            self._size = head.size
-        if head.size <= self._most:
+        if head.size <= self._most_bytes:
+            self._size += head.size
+            if len(self._known) >= self._most_heads or self._size > self._most_bytes:
+                self._known.clear()
+                self._size = head.size
             self._known[raw] = head
         return head
