@@ -4,7 +4,7 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +87,11 @@ def far_end(cores: Cores, folder: Path) -> Iterator[FarEnd]:
 
 @contextmanager
 def sp_api_proxy(
-    end: FarEnd, cores: Cores, folder: Path, *, large: bool = False, pace: bool = False
+    end: FarEnd, cores: Cores, folder: Path, *, large: bool = False, pace: bool = False, under: Sequence[str] = ()
 ) -> Iterator[Contender]:
     """Run the real thing; with `large` it forwards to the port for large bodies, with `pace` it keeps to usage plans.
+
+    `under` is a command that runs it, of a profiler for one.
 
     Where it paces, it has learned the rate that the upstream announces before anything is measured.
     """
@@ -100,7 +102,7 @@ def sp_api_proxy(
     config |= {"admin": f"{HOST}:{admin}", "limits": {"pace": pace}}
     path.write_text(json.dumps(config))
     path.chmod(0o600)
-    command = python("proxy", "serve", "--config", path)
+    command = [*under, *python("proxy", "serve", "--config", path)]
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
         contender = Contender("sp-api-proxy", process, port, admin)
         if pace:
@@ -151,11 +153,11 @@ def _proxy_config(end: FarEnd, port: int, upstream: int) -> dict[str, object]:
 
 
 @contextmanager
-def bare_aiohttp(end: FarEnd, cores: Cores, folder: Path) -> Iterator[Contender]:
-    """Run the bare proxy of this folder."""
+def bare_aiohttp(end: FarEnd, cores: Cores, folder: Path, *, under: Sequence[str] = ()) -> Iterator[Contender]:
+    """Run the bare proxy of this folder; `under` is a command that runs it."""
     port = free_port()
     upstream = ("--upstream", f"https://localhost:{end.api_port}", "--authority", end.certificates.authority)
-    command = python("tests.bench.bare", "--port", port, *upstream)
+    command = [*under, *python("tests.bench.bare", "--port", port, *upstream)]
     with started("bare aiohttp", command, port, cores.proxy, folder) as process:
         yield Contender("bare aiohttp", process, port)
 
