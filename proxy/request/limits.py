@@ -342,8 +342,13 @@ class Limits:
         self._found.clear()  # calls of some kind may fall under this one, where there was none for them
         where = (account or target.account, target.region, target.operation_name)
         call_later = self._call_later or asyncio.get_running_loop().call_later
-        plan = self._plans[key] = Plan(published, where, self._now, call_later)
+        plan = self._plans[key] = self._make(key, published, where, call_later)
         return plan
+
+    def _make(
+        self, _: tuple[str, ...], published: Published, where: tuple[str, str, str], call_later: CallLater
+    ) -> Plan:
+        return Plan(published, where, self._now, call_later)
 
     def _export(self) -> None:
         """Write the gauges of all plans; called when somebody wants to see them."""
