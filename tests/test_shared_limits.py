@@ -168,6 +168,16 @@ async def test_whoever_leaves_gives_its_place_back_to_all(fleet: Fleet, content:
     assert await other.admit(content, Claim(1)) < 0.3
 
 
+async def test_a_place_that_was_not_used_is_given_to_any_of_them(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    await drain(one, content)
+    plan = one._plan(content)
+    assert plan is not None
+    plan.give_back()
+    await asyncio.sleep(0.05)
+    assert await drain(other, content) == 1
+
+
 async def test_one_that_leaves_before_redis_answers_takes_nothing_with_it(fleet: Fleet, content: Target) -> None:
     one = await fleet.replica()
     await one.admit(content, Claim(0))
@@ -233,6 +243,7 @@ async def test_a_bucket_that_was_spoilt_is_begun_anew(
     await client.delete(name)
     await client.lpush(name, "x")
     assert await limits.admit(content, Claim(1)) >= 0
+    assert await client.type(name) == b"string"
     assert sample(limits._metrics, "store_up") == 1
 
 

@@ -98,6 +98,9 @@ class Link:
         self._probing = asyncio.create_task(self._until_back(), name="store probe")
 
     async def _until_back(self) -> None:
+        # What is connected to a server that has gone would look like another loss when it is used next.
+        with contextlib.suppress(RedisError, OSError):
+            await self.client.connection_pool.disconnect()
         pause = self._pause
         while True:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: replicas do not come together
