@@ -84,6 +84,7 @@ class Metrics:
         self._requests()
         self._waiting()
         self._tokens()
+        self._store()
         build = self._gauge("build_info", "Which version is running; always 1.", "version", "python")
         build.labels(__version__, platform.python_version()).set(1)
 
@@ -237,6 +238,22 @@ class Metrics:
         )
         self.token_expiry = self._gauge(
             "token_expiry_timestamp_seconds", "When the token in use expires.", "account", "region", "kind"
+        )
+
+    def _store(self) -> None:
+        self.store_up = self._gauge(
+            "store_up", "1 where what replicas share can be had; 0 while each process is on its own."
+        )
+        self.store_up.set(1)
+        self.store_failures = self._counter(
+            "store_failures_total",
+            "Questions that Redis did not answer well (timeout, connection, refused, full, read_only, nonsense).",
+            "reason",
+        )
+        self.store_ignored = self._counter(
+            "store_values_ignored_total",
+            "Values in Redis that were ignored (not_ours: of another key or place; too_large).",
+            "reason",
         )
 
     def _tallied(

@@ -75,6 +75,10 @@ def _secrets_in(config: Config) -> Iterator[str]:
     for caller in config.callers.values():
         if caller.key is not None:
             yield caller.key.reveal()
+    for key in config.store_key:
+        yield key.reveal()
+    if config.store.password is not None:
+        yield config.store.password.reveal()
 
 
 def _without_its_text(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:

@@ -216,6 +216,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         },
         "pool": {"max_connections": 1000, "idle": "20s", "no_proxy": []},
         "store": "memory",
+        "store_key": [],
         "warm_up": False,
         "log": {"level": "info", "format": "auto"},
         "metrics": {"account_on_histograms": False},
@@ -747,7 +748,7 @@ def test_an_empty_secret_is_refused(tmp_path: Path, written: str) -> None:
         ("pool: {max_connections: many}", "pool.max_connections"),
         ("log: {level: loud}", "log.level"),
         ("environment: prod", "environment"),
-        ("store: redis://h", "store"),
+        ("store: redis", "store"),
         ("store: []", "store"),
         ("warm_up: maybe", "warm_up"),
         ("marketplaces: {A1: uk}", "marketplaces.A1"),
@@ -889,7 +890,7 @@ PLACES = [
     "accounts.acme.refresh_tokens", "accounts.acme.refresh_tokens.eu", "accounts.acme.data_elements",
     "accounts.acme.data_elements.0", "accounts.acme.environment", "default_account", "environment", "endpoints",
     "endpoints.na", "endpoints.lwa", "marketplaces", "marketplaces.A1", "limits", "limits.max_wait", "limits.pace",
-    "timeouts", "timeouts.token", "pool", "pool.max_connections", "pool.ca_file", "store", "warm_up", "log",
+    "timeouts", "timeouts.token", "pool", "pool.max_connections", "pool.ca_file", "store", "store_key", "warm_up", "log",
     "log.level", "metrics", "metrics.account_on_histograms", "unknown", "limits.unknown",
 ]  # fmt: skip
 
@@ -1124,7 +1125,8 @@ store: memory
         ({"accounts": {"acme": {"data_elements": ["buyerinfo"]}}}, False),
         ({"applications": {"main": {"client_id": "x"}}}, False),
         ({"pool": {"max_connections": 0}}, False),
-        ({"store": "redis://h"}, False),
+        ({"store": "redis://h", "store_key": "0123456789abcdef0123456789abcdef"}, True),
+        ({"store": "redis"}, False),
     ],
 )
 def test_the_json_schema_allows_what_the_documents_show_and_refuses_what_the_proxy_refuses(

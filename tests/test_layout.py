@@ -48,6 +48,7 @@ STEPS = [
     "answers",
     "buckets",
     "limits",
+    "shared_limits",
     "crowd",
     "options",
     "circuit",
@@ -109,9 +110,17 @@ def test_every_part_has_its_arrows_written_down() -> None:
     assert {path.stem for path in (PROXY / "request").glob("*.py")} - {"__init__"} == set(STEPS)
 
 
-def test_only_the_store_knows_aiocache() -> None:
-    users = {path.name for path in files() if "aiocache" in path.read_text(encoding="utf-8")}
-    assert users == {"store.py"}
+@pytest.mark.parametrize("library", ["aiocache", "redis", "cryptography"])
+def test_only_the_store_knows_what_it_keeps_things_in(library: str) -> None:
+    users = {path.relative_to(PROXY).parts[0] for path in files() if _imports_from(path, library)}
+    assert users == {"store"}
+
+
+def _imports_from(path: Path, library: str) -> bool:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return any(name.partition(".")[0] == library for name in names)
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

@@ -22,7 +22,7 @@ from proxy.request.identify import Credential
 from proxy.request.limits import Limits
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import open_session
-from proxy.store import Store, StoredToken
+from proxy.store import MemoryStore, StoredToken
 from tests.clock import FakeClock
 from tests.conftest import config_from, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
@@ -39,7 +39,7 @@ async def open_tokens(
     far_side: FarSide, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
 ) -> AsyncIterator[tuple[Tokens, Metrics]]:
     config = config_from(settings_for(far_side, token_host, **{"limits": {"pace": False}, **settings}), folder)
-    metrics, store = Metrics(), Store()
+    metrics, store = Metrics(), MemoryStore()
     async with open_lwa_session(config) as lwa_session, open_session(config, 10) as amazon_session:
         limits = Limits(metrics, pace=config.limits.pace, now=clock)
         grants = Grants(

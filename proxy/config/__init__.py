@@ -23,6 +23,7 @@ from proxy.config.model import (
 )
 from proxy.config.read import KeyPath, Problem
 from proxy.config.secret import Secret
+from proxy.config.store_address import StoreAddress
 
 __all__ = [
     "LOOPBACK_NAMES",
@@ -44,6 +45,7 @@ __all__ = [
     "Region",
     "Retry",
     "Secret",
+    "StoreAddress",
     "Tls",
     "dump",
     "is_loopback",

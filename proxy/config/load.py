@@ -18,9 +18,10 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from proxy.config import environment
-from proxy.config.model import Config, dump, parse_address, settings_in
+from proxy.config.model import Config, dump, is_loopback, parse_address, settings_in
 from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
 from proxy.config.secret import Sourced
+from proxy.config.store_address import StoreAddress, parse_store
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
 _MAX_SECRET_FILE = 64 * 1024
@@ -76,6 +77,7 @@ class _Draft:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     exposed: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
+    doubtful: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value, making the mappings above it and forgetting what was below it."""
@@ -114,11 +116,12 @@ def load_config(
     config = _validated(draft)
     _cross_check(draft)
     _note_exposed_files(draft, path)
+    _note_open_store(draft)
     if _is_true(draft.tree.get("strict_permissions")):
         draft.problems += draft.exposed
     if draft.problems or config is None:
         raise ConfigError(_in_order(draft.problems))
-    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed)))
+    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed + draft.doubtful)))
 
 
 def _is_true(value: object) -> bool:
@@ -236,6 +239,9 @@ def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
     for name, caller in _mapping(tree, "callers").items():
         if isinstance(caller, dict) and "key" in caller:
             yield ("callers", name, "key")
+    if "store_key" in tree:
+        keys = tree["store_key"]
+        yield from (("store_key", index) for index in range(len(keys))) if isinstance(keys, list) else (("store_key",),)
 
 
 def _text_of(path: Path) -> str:
@@ -342,6 +348,7 @@ def _cross_check(draft: _Draft) -> None:
         *_wrong_account_names(tree, accounts),
         *_open_listeners(tree),
         *_wrong_callers(tree),
+        *_wrong_store(tree),
     ]
     draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
 
@@ -409,6 +416,33 @@ def _wrong_callers(tree: Tree) -> Wrong:
     if not any(str(one.get("address", "")).startswith("unix:") for one in listeners):
         for name in (name for name, caller in callers.items() if caller.get("uid") is not None):
             yield ("callers", name, "uid"), "can never be seen: no listener is a Unix socket"
+
+
+_NO_STORE_KEY = (
+    "is missing: tokens are sealed before they go to Redis; make a key with openssl rand -base64 32, and give all "
+    "replicas the same"
+)
+
+
+def _wrong_store(tree: Tree) -> Wrong:
+    """What others keep for us must be sealed."""
+    if _store_of(tree).is_shared and not tree.get("store_key"):
+        yield ("store_key",), _NO_STORE_KEY
+
+
+def _store_of(tree: Tree) -> StoreAddress:
+    try:
+        return parse_store(tree.get("store", "memory"))
+    except ValueError:
+        return StoreAddress()  # no address at all, which is noted elsewhere
+
+
+def _note_open_store(draft: _Draft) -> None:
+    """Warn of a way to Redis that others can listen on: sealed tokens stay sealed, but a password goes in the clear."""
+    store = _store_of(draft.tree)
+    if store.kind == "redis" and not is_loopback(store.host):
+        message = "goes over the network in the clear: use rediss:// where others can listen or interfere"
+        draft.doubtful.append(Problem("store", message, _where(("store",), draft)))
 
 
 def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:

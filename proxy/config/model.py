@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from proxy.config.secret import Secret
+from proxy.config.store_address import StoreAddress, parse_store
 
 Region = Literal["na", "eu", "fe"]
 Environment = Literal["production", "sandbox"]
@@ -34,6 +35,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SHORTEST_STORE_KEY = 32  # characters: its key is derived at once, so that a password would be guessed
 LONGEST_DURATION = 366 * 86400.0
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
@@ -193,13 +195,27 @@ AccountName = Annotated[str, Field(pattern=f"^{NAME}$")]
 DataElement = Literal["buyerInfo", "shippingAddress", "buyerTaxInformation"]
 
 
-def _check_store(value: object) -> object:
-    if isinstance(value, str) and value != "memory":
-        raise wrong("must be memory: tokens shared through Redis come with a later version")
-    return value
+StoreSetting = Annotated[
+    StoreAddress,
+    BeforeValidator(parse_store),
+    PlainSerializer(str),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": r"^(memory|(redis|rediss|unix)://.+)$",
+            "examples": ["memory", "redis://127.0.0.1:6379/0", "rediss://proxy:password@redis.example.com:6379/0"],
+        }
+    ),
+]
 
 
-StoreName = Annotated[Literal["memory"], BeforeValidator(_check_store)]
+def _check_store_key(secret: Secret) -> Secret:
+    if len(secret.reveal()) < SHORTEST_STORE_KEY:
+        raise wrong(f"must be at least {SHORTEST_STORE_KEY} random characters, as openssl rand -base64 32 makes them")
+    return secret
+
+
+StoreKey = Annotated[Secret, AfterValidator(_check_store_key)]
 
 
 class Settings(BaseModel):
@@ -513,7 +529,16 @@ class Config(Settings):
     retry: Retry = Field(default_factory=Retry, description="When a call that failed is sent again.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
     pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
-    store: StoreName = Field("memory", description="Where tokens are kept: memory, this process alone.")
+    store: StoreSetting = Field(
+        StoreAddress(),
+        description="Where tokens and usage plans are kept: memory, this process alone; or the Redis that replicas "
+        "share, as redis://host:6379/0, rediss://user:password@host:6379/0 or unix:///run/redis.sock?db=0.",
+    )
+    store_key: Annotated[tuple[StoreKey, ...], BeforeValidator(_one_or_many)] = Field(
+        (),
+        description="What seals tokens in Redis, one or several: the first one seals, all of them unseal. "
+        "openssl rand -base64 32 makes one.",
+    )
     warm_up: bool = Field(
         default=False,
         description="Fetch every account's tokens at start, and be ready only then; those refused are logged.",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from proxy.config.model import Config
+from proxy.config.model import SHORTEST_STORE_KEY, Config
 
 _FROM_FILE = {
     "type": "object",
@@ -26,6 +26,12 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["listen"] = {
         "description": schema["properties"]["listen"]["description"],
         "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
+    }
+    key = {"type": "string", "minLength": SHORTEST_STORE_KEY, "writeOnly": True}
+    one = {"anyOf": [key, _FROM_ENVIRONMENT, _FROM_FILE]}
+    schema["properties"]["store_key"] = {
+        "description": schema["properties"]["store_key"]["description"],
+        "anyOf": [*one["anyOf"], {"type": "array", "items": one}],
     }
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sp-api-proxy"}
     return {**title, **_without(schema, "title")}

@@ -223,9 +223,8 @@ class Limits:
         self._now = now
         self._call_later = call_later
         self._plans: dict[tuple[str, ...], Plan] = {}
-        self._found: dict[
-            Kind, tuple[Plan | None, Plan | None]
-        ] = {}  # those of `_plans` that calls of a kind fall under
+        # Those of them that calls of a kind fall under.
+        self._found: dict[Kind, tuple[Plan | None, Plan | None]] = {}
         metrics.read_plans = self._numbers
 
     async def admit(self, target: Target, claim: Claim) -> float:
@@ -344,8 +343,13 @@ class Limits:
         self._found.clear()  # calls of some kind may fall under this one, where there was none for them
         where = (account or target.account, target.region, target.operation_name)
         call_later = self._call_later or asyncio.get_running_loop().call_later
-        plan = self._plans[key] = Plan(published, where, self._now, call_later)
+        plan = self._plans[key] = self._make(key, published, where, call_later)
         return plan
+
+    def _make(
+        self, _: tuple[str, ...], published: Published, where: tuple[str, str, str], call_later: CallLater
+    ) -> Plan:
+        return Plan(published, where, self._now, call_later)
 
     def _numbers(self) -> dict[tuple[str, str, str], PlanNumbers]:
         """Return what is shown of all plans. It is asked from another thread, and changes nothing."""

@@ -10,6 +10,8 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from proxy.config import Config, Secret
@@ -271,30 +273,38 @@ class Tokens:
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
     async def _renew(self, credential: Credential, rejected: Token | None) -> Token:
-        token = await self._from_store(credential, rejected)
-        if token is None:
-            ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
-            secrets = self._grants.secrets(credential)
-            try:
-                granted = await self._granted(credential, ordinary, secrets)
-            except ProxyError as error:
-                self._note_failure(credential, error, secrets)
-                raise
-            except NotRestricted:
-                self._documents.note_unrestricted(credential)
-                raise
-            except ElementsRefused as exc:
-                self._note_refused_elements(credential, exc.elements)
-                if not credential.optional and exc.elements >= set(credential.data_elements):
-                    nothing_left = _nothing_left(credential)
-                    self._note_failure(credential, nothing_left, secrets)
-                    raise nothing_left from exc
-                raise
-            token = await self._kept(credential, granted)
+        if not credential.reusable:
+            token = await self._exchanged(credential)
+        else:
+            fits = partial(self._fits, credential)
+            refused = rejected.value if rejected is not None else None
+            async with self._store.turn(self._key(credential), fits, refused) as stored:
+                token = self._of_store(credential, stored) if stored else await self._exchanged(credential)
         self._failed.pop(credential, None)
         if token.expires_at > self._now():
             self._hold(credential, token)
         return token
+
+    async def _exchanged(self, credential: Credential) -> Token:
+        """Return a token that was fetched now, and kept for others."""
+        ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
+        secrets = self._grants.secrets(credential)
+        try:
+            granted = await self._granted(credential, ordinary, secrets)
+        except ProxyError as error:
+            self._note_failure(credential, error, secrets)
+            raise
+        except NotRestricted:
+            self._documents.note_unrestricted(credential)
+            raise
+        except ElementsRefused as exc:
+            self._note_refused_elements(credential, exc.elements)
+            if not credential.optional and exc.elements >= set(credential.data_elements):
+                nothing_left = _nothing_left(credential)
+                self._note_failure(credential, nothing_left, secrets)
+                raise nothing_left from exc
+            raise
+        return await self._kept(credential, granted)
 
     async def _granted(self, credential: Credential, ordinary: Token | None, secrets: tuple[Secret, ...]) -> Granted:
         if ordinary is None:
@@ -331,18 +341,25 @@ class Tokens:
 
     # Keeping.
 
-    async def _from_store(self, credential: Credential, rejected: Token | None) -> Token | None:
-        if not credential.reusable:
-            return None
-        stored = await self._store.get(_key(credential))
-        if stored is None or (rejected is not None and stored.value == rejected.value):
-            return None
+    def _fits(self, credential: Credential, stored: StoredToken) -> bool:
+        """Return whether a token that was kept is worth having."""
         held = self._held.get(credential)
-        life = stored.expires_at - self._wall()
         # Only what is fresher than what is held: a token that is due for renewal was kept here as well.
-        if life <= SAFETY_MARGIN or (held is not None and held.value == stored.value):
-            return None
-        return self._token(credential, stored.value, self._now(), life, took=0.0)
+        return stored.expires_at - self._wall() > SAFETY_MARGIN and (held is None or held.value != stored.value)
+
+    def _of_store(self, credential: Credential, stored: StoredToken) -> Token:
+        return self._token(credential, stored.value, self._now(), stored.expires_at - self._wall(), took=0.0)
+
+    def _key(self, credential: Credential) -> str:
+        """Return what the credential's token is kept by: it differs wherever another secret would give another token.
+
+        So two fleets on one Redis that call different sellers by one name do not meet.
+        """
+        application = self._config.applications[credential.application]
+        secrets = application.client_id
+        if credential.kind != "grantless":
+            secrets += "\x1f" + self._grants.secrets(ordinary_of(credential))[1].reveal()
+        return f"{_key(credential)}\x1f{sha256(secrets.encode()).hexdigest()}"
 
     async def _kept(self, credential: Credential, granted: Granted) -> Token:
         grant = granted.grant
@@ -354,7 +371,7 @@ class Tokens:
             expires_at = self._wall() + life
             self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
             if credential.reusable:
-                await self._store.put(_key(credential), StoredToken(grant.value, expires_at), life)
+                await self._store.put(self._key(credential), StoredToken(grant.value, expires_at), life)
         return token
 
     def _token(self, credential: Credential, value: Secret, since: float, life: float, took: float) -> Token:

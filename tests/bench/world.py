@@ -102,7 +102,7 @@ def _sample(text: str, name: str) -> int:
 async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> AsyncIterator[World]:
     """Start a simulator that knows `accounts` sellers, and a proxy for them."""
     cores = Cores.of_this_machine()
-    with tempfile.TemporaryDirectory() as name, _simulator(Path(name), cores, lifetime) as simulator:
+    with tempfile.TemporaryDirectory() as name, running_simulator(Path(name), cores, lifetime) as simulator:
         control = f"http://{HOST}:{simulator}/_simulator"
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
@@ -112,7 +112,7 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
                     assert answer.status == 200
             port, admin = free_port(), free_port()
             path = Path(name) / "config.yaml"
-            path.write_text(yaml.safe_dump(_settings(accounts, simulator, port, admin, settings)))
+            path.write_text(yaml.safe_dump(settings_of(accounts, simulator, port, admin, settings)))
             path.chmod(0o600)
             began = time.monotonic()
             command = python("proxy", "serve", "--config", path, "--log-level", "error")
@@ -122,7 +122,8 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
 
 
 @contextmanager
-def _simulator(folder: Path, cores: Cores, lifetime: float) -> Iterator[int]:
+def running_simulator(folder: Path, cores: Cores, lifetime: float) -> Iterator[int]:
+    """Run a simulator whose tokens live for so many seconds; yield its port."""
     port = _four_free_ports()
     command = python("proxy", "simulate", "--port", port, "--token-lifetime", str(lifetime))
     with started("simulator", command, port, cores.others, folder):
@@ -146,7 +147,8 @@ def _regions(simulator: int) -> dict[str, str]:
     return {region: f"http://{HOST}:{simulator + number}" for number, region in enumerate(("na", "eu", "fe"), 1)}
 
 
-def _settings(accounts: int, simulator: int, port: int, admin: int, settings: dict[str, Any]) -> dict[str, Any]:
+def settings_of(accounts: int, simulator: int, port: int, admin: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a proxy before the simulator."""
     return {
         "listen": f"{HOST}:{port}",
         "admin": f"{HOST}:{admin}",

@@ -1,0 +1,94 @@
+"""Where is the store that replicas share, and how is it reached? One setting, in the form that Redis users know."""
+
+from dataclasses import dataclass, replace
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from pydantic_core import PydanticCustomError
+
+from proxy.config.secret import Secret
+
+FORMS = "memory, redis://host:6379/0, rediss://user:password@host:6379/0 or unix:///run/redis.sock?db=0"
+DEFAULT_PORT = 6379
+MOST_DATABASES = 10_000
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    # Never the value: it may hold a password.
+    return PydanticCustomError("setting", message)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """This process alone (`memory`), or a Redis server: by `host` and `port`, or by the `path` of its socket."""
+
+    kind: str = "memory"  # memory, redis, rediss or unix
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    user: str | None = None
+    password: Secret | None = None
+    db: int = 0
+    ca_certs: str | None = None  # a PEM file, trusted instead of the system's certificates
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see what is kept there."""
+        return self.kind != "memory"
+
+    def __str__(self) -> str:
+        if not self.is_shared:
+            return self.kind
+        who = self.user or ""
+        who = f"{who}:***@" if self.password is not None else f"{who}@" if who else ""
+        if self.kind == "unix":
+            return f"unix://{who}{self.path}?db={self.db}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.kind}://{who}{host}:{self.port}/{self.db}"
+
+
+def parse_store(value: object) -> StoreAddress:
+    """Return the StoreAddress of one of FORMS; raise a validation error that quotes nothing of it."""
+    if isinstance(value, StoreAddress):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    if text == "memory":
+        return StoreAddress()
+    scheme, mark, _ = text.partition("://")
+    if scheme.endswith(("sentinel", "cluster")):
+        raise _wrong(
+            "cannot be Sentinel or Cluster: give the address of one server, or of the service that follows the primary"
+        )
+    if not mark or scheme not in {"redis", "rediss", "unix"} or not text.isprintable() or " " in text or "#" in text:
+        raise _wrong(f"must be {FORMS}")
+    try:
+        parts = urlsplit(text)
+        options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+        return _parsed(parts, parts.hostname or "", parts.port, options)
+    except PydanticCustomError:
+        raise
+    except ValueError:
+        raise _wrong(f"must be {FORMS}") from None
+
+
+def _parsed(parts: SplitResult, host: str, port: int | None, options: dict[str, str]) -> StoreAddress:
+    user = unquote(parts.username) if parts.username else None
+    password = Secret(unquote(parts.password)) if parts.password else None
+    if parts.scheme == "unix":
+        if host or port or len(parts.path) < 2:
+            raise _wrong("a Unix socket needs an absolute path: unix:///run/redis.sock?db=0")
+        found = StoreAddress("unix", path=unquote(parts.path), user=user, password=password)
+        return replace(found, db=_database(options.pop("db", "0"), options))
+    if not host or port == 0:
+        raise _wrong("needs a host: redis://host:6379/0")
+    ca_certs = options.pop("ssl_ca_certs", None) if parts.scheme == "rediss" else None
+    db = _database(parts.path.removeprefix("/") or "0", options)
+    return StoreAddress(parts.scheme, host, port or DEFAULT_PORT, "", user, password, db, ca_certs)
+
+
+def _database(text: str, options: dict[str, str]) -> int:
+    """Return the number of a database; nothing may be left of the options."""
+    if options:
+        raise _wrong("has options that are not known: only db with unix://, and ssl_ca_certs with rediss://")
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < MOST_DATABASES):
+        raise _wrong("needs the number of a database: redis://host:6379/0")
+    return int(text)

@@ -1,0 +1,342 @@
+"""Do replicas on one Redis act as one proxy, and what does it cost? `python -m tests.bench.fleet`.
+
+Real processes: a redis-server, the simulator of Amazon and Login with Amazon, and 1, 3 and 10 proxies for 100 accounts.
+Some accounts' plans are asked for more than they hold, all tokens are kept in use. Then the same with Redis and one of
+the proxies killed half way. The exit code is 1 where a promise is not kept.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from tests.bench.processes import HOST, Cores, Started, cpu_seconds, end_on_signals, free_port, python, started
+from tests.bench.world import ORDINARY, running_simulator, settings_of
+from tests.redis_server import RedisServer, redis_server
+
+ACCOUNTS = 100
+RENEWALS = 3  # of each token in one run
+LIFETIME = 1 / 2.85  # of a token, in runs: the third renewal comes at 0.84 to 0.95 of the run, the fourth after its end
+RATE, BURST = 5.0, 10  # of getListingsItem in the table
+TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
+TARGET = "/listings/2021-08-01/items/A1SELLER/sku-1"
+PACED = 4  # accounts whose plans are asked for more than they hold
+LEAST_SHARE, MOST_SHARE, MOST_THROTTLED = 0.98, 1.02, 0.01
+BACKGROUND = 200.0  # requests per second over all accounts and proxies, so that every token is in use everywhere
+KEY = "0123456789abcdef" * 3
+GONE = 0  # what stands for the status of a request that got no answer
+
+
+@dataclass(slots=True)
+class Proxy:
+    """One replica."""
+
+    process: Started
+    address: str
+    admin: str
+    is_alive: bool = True
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Everything that runs, and what was answered."""
+
+    proxies: list[Proxy]
+    redis: RedisServer
+    control: str
+    session: aiohttp.ClientSession
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)  # by load (paced, background)
+    lost_with_the_replica: int = 0
+
+    async def call(self, load: str, proxy: Proxy, target: str, account: int) -> int:
+        """Send one request and count its status."""
+        try:
+            headers = {"x-sp-account": f"a{account}"}
+            async with self.session.get(proxy.address + target, headers=headers) as answer:
+                await answer.read()
+                status = answer.status
+        except (aiohttp.ClientError, OSError):
+            status = GONE
+        if status == GONE and not proxy.is_alive:
+            self.lost_with_the_replica += 1
+        else:
+            self.statuses[load, status] += 1
+        return status
+
+    def alive(self) -> list[Proxy]:
+        """Return the replicas that are there, as a service in front of them would know."""
+        return [proxy for proxy in self.proxies if proxy.is_alive]
+
+    async def counts(self) -> dict[str, int]:
+        """Return what the simulator counted."""
+        async with self.session.get(f"{self.control}/state") as answer:
+            counts: dict[str, int] = (await answer.json())["counts"]
+            return counts
+
+    async def up(self) -> list[float]:
+        """Return of each replica whether it uses Redis."""
+        found = []
+        for proxy in self.alive():
+            async with self.session.get(f"{proxy.admin}/metrics") as answer:
+                text = await answer.text()
+            match = re.search(r"^spapi_proxy_store_up (\S+)$", text, re.MULTILINE)
+            assert match is not None
+            found.append(float(match[1]))
+        return found
+
+
+@asynccontextmanager
+async def fleet(replicas: int, lifetime: float, *, shared: bool = True) -> AsyncIterator[Fleet]:
+    """Start everything; `lifetime` is that of tokens, in seconds."""
+    everywhere = frozenset(os.sched_getaffinity(0))
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
+        redis = stack.enter_context(redis_server(folder))
+        simulator = stack.enter_context(running_simulator(folder, Cores(everywhere, everywhere), lifetime))
+        control = f"http://{HOST}:{simulator}/_simulator"
+        limits = aiohttp.ClientTimeout(total=60)
+        connector = aiohttp.TCPConnector(limit=0)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=limits))
+        for number in range(ACCOUNTS):
+            seller = {"name": f"a{number}", "region": "eu", "refresh_token": f"Atzr|a{number}"}
+            async with session.post(f"{control}/sellers", json=seller) as answer:
+                assert answer.status == 200
+        store: dict[str, Any] = {"store": redis.url, "store_key": KEY} if shared else {}
+        proxies = [_proxy(stack, folder, simulator, number, everywhere, store) for number in range(replicas)]
+        plan = {"method": "GET", "path": TEMPLATE, "rate": RATE, "burst": BURST, "announce": True, "enforce": True}
+        async with session.post(f"{control}/plans", json=plan) as answer:
+            assert answer.status == 200
+        yield Fleet(proxies, redis, control, session)
+
+
+def _proxy(
+    stack: AsyncExitStack, folder: Path, simulator: int, number: int, cores: frozenset[int], store: dict[str, Any]
+) -> Proxy:
+    port, admin = free_port(), free_port()
+    path = folder / f"config-{number}.yaml"
+    path.write_text(yaml.safe_dump(settings_of(ACCOUNTS, simulator, port, admin, {"limits": {"pace": True}, **store})))
+    path.chmod(0o600)
+    command = python("proxy", "serve", "--config", path, "--log-level", "warning")
+    process = stack.enter_context(started(f"proxy-{number}", command, port, cores, folder))
+    return Proxy(process, f"http://{HOST}:{port}", f"http://{HOST}:{admin}")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one run."""
+
+    replicas: int
+    fault: bool
+    exchanges: int
+    share: float  # of what the plans of the paced accounts permitted
+    throttled: float  # 429s of Amazon's, as a share of what it answered under the plan
+    failed: dict[str, int]
+    lost: int
+    answered: int
+    healed: bool
+    lines: int  # that the log says of the store
+
+    def problems(self) -> list[str]:
+        """Return what was promised and not kept."""
+        wrong = [f"{count} requests failed: {what}" for what, count in self.failed.items()]
+        if not self.healed:
+            wrong.append("a replica did not take Redis up again")
+        if not self.fault:
+            if self.exchanges != ACCOUNTS * (RENEWALS + 1):
+                wrong.append(f"{self.exchanges} exchanges instead of {ACCOUNTS * (RENEWALS + 1)}")
+            if not LEAST_SHARE <= self.share <= MOST_SHARE:
+                wrong.append(f"{self.share:.1%} of the plan")
+            if self.throttled > MOST_THROTTLED:
+                wrong.append(f"{self.throttled:.1%} of Amazon's answers were 429s")
+        return wrong
+
+    def row(self) -> str:
+        """Return the row of the table."""
+        failed = ", ".join(f"{count} x {what}" for what, count in self.failed.items()) or "none"
+        return (
+            f"| {self.replicas} | {'Redis and a replica killed' if self.fault else '-'} | {self.answered} | "
+            f"{self.exchanges} | {self.share:.1%} | {self.throttled:.1%} | {failed} | {self.lost} | {self.lines} |"
+        )
+
+
+HEAD = (
+    "| replicas | fault | answered | exchanges | of the plan | 429s by Amazon | failed | lost with the replica | "
+    "log lines of the store |\n"
+    "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |\n"
+)
+
+
+async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
+    """Load a fleet for so many seconds; with `fault`, kill Redis and a replica half way, and start Redis again."""
+    async with fleet(replicas, seconds * LIFETIME) as here:
+        loop = asyncio.get_running_loop()
+        for proxy in here.proxies:  # tokens and connections: what is measured is a fleet at work
+            await asyncio.gather(*(here.call("background", proxy, ORDINARY, number) for number in range(ACCOUNTS)))
+        begin = loop.time()
+        end = begin + seconds
+        served = 0
+
+        async def client(number: int) -> None:
+            nonlocal served
+            while loop.time() < end:
+                proxies = here.alive()
+                status = await here.call("paced", proxies[number % len(proxies)], TARGET, number % PACED)
+                served += status == 200 and loop.time() <= end
+
+        async def background() -> None:
+            tasks = set[asyncio.Task[int]]()
+            for number in range(int(BACKGROUND * seconds)):
+                await asyncio.sleep(max(0.0, begin + number / BACKGROUND - loop.time()))
+                proxies = here.alive()
+                # Every account at every replica, one after another.
+                proxy, account = proxies[number // ACCOUNTS % len(proxies)], number % ACCOUNTS
+                task = asyncio.create_task(here.call("background", proxy, ORDINARY, account))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.gather(*tasks)
+
+        async def kill() -> None:
+            if not fault:
+                return
+            await asyncio.sleep(seconds / 2)
+            here.redis.stop(signal.SIGKILL)
+            if replicas > 1:
+                here.proxies[-1].is_alive = False
+                os.kill(here.proxies[-1].process.pid, signal.SIGKILL)
+            await asyncio.sleep(seconds / 6)
+            here.redis.start()
+
+        async def count() -> dict[str, int]:
+            await asyncio.sleep(end - loop.time())  # the next renewal is none of this run
+            return await here.counts()
+
+        clients = (client(number) for number in range(PACED * max(5, 2 * replicas)))
+        counts, *_ = await asyncio.gather(count(), kill(), background(), *clients)
+        throttled = counts.get("answers.eu.429", 0)
+        healed = await here.up() == [1.0] * len(here.alive())
+        failed = {
+            f"{load} {status or 'no answer'}": count for (load, status), count in here.statuses.items() if status != 200
+        }
+        return Outcome(
+            replicas,
+            fault,
+            counts.get("exchanges.refresh_token", 0),
+            served / (PACED * (BURST + RATE * seconds)),
+            throttled / max(1, throttled + here.statuses["paced", 200]),
+            failed,
+            here.lost_with_the_replica,
+            sum(here.statuses.values()),
+            healed,
+            sum(proxy.process.output.read_text().count('"message": "store') for proxy in here.proxies),
+        )
+
+
+# What it costs.
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What requests cost that have their place at once: CPU of the proxy, and latency."""
+
+    cpu_us: float
+    p50_ms: float
+    p99_ms: float
+
+
+async def cost(seconds: float, *, shared: bool, connections: int) -> Cost:
+    """Send requests of all accounts, each well below its plan, over so many connections."""
+    async with fleet(1, 3600.0, shared=shared) as here:
+        loop, (proxy,) = asyncio.get_running_loop(), here.proxies
+        # The plan as if it were endless: what is measured is the question, not the wait.
+        plan = {"method": "GET", "path": TEMPLATE, "rate": 10000, "burst": 10000, "announce": True, "enforce": False}
+        async with here.session.post(f"{here.control}/plans", json=plan) as answer:
+            assert answer.status == 200
+        for account in range(ACCOUNTS):
+            assert await here.call("warm", proxy, TARGET, account) == 200
+        latencies: list[float] = []
+        before, end = cpu_seconds(proxy.process.pid), loop.time() + seconds
+
+        async def client(first: int) -> None:
+            account = first
+            while (began := loop.time()) < end:
+                assert await here.call("cost", proxy, TARGET, account % ACCOUNTS) == 200
+                latencies.append(loop.time() - began)
+                account += connections
+
+        await asyncio.gather(*(client(number) for number in range(connections)))
+        used = cpu_seconds(proxy.process.pid) - before
+        cuts = statistics.quantiles(latencies, n=100)
+        return Cost(used / len(latencies) * 1e6, cuts[49] * 1e3, cuts[98] * 1e3)
+
+
+async def costs(seconds: float, rounds: int) -> None:
+    """Print what memory and Redis cost, in turn, as medians."""
+    say("\n| connections | store | CPU µs/request | p50 ms | p99 ms |\n| ---: | --- | ---: | ---: | ---: |\n")
+    for connections in (1, 32):
+        found: dict[bool, list[Cost]] = {False: [], True: []}
+        for _ in range(rounds):
+            for shared, so_far in found.items():
+                so_far.append(await cost(seconds, shared=shared, connections=connections))
+        for shared, so_far in found.items():
+            cpu, p50, p99 = (
+                statistics.median(getattr(one, name) for one in so_far) for name in ("cpu_us", "p50_ms", "p99_ms")
+            )
+            say(f"| {connections} | {'Redis' if shared else 'memory'} | {cpu:.0f} | {p50:.2f} | {p99:.2f} |\n")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+async def runs(options: argparse.Namespace) -> bool:
+    """Make the runs and print their table; return whether everything was kept."""
+    problems: list[str] = []
+    if options.what != "cost":
+        say(HEAD)
+        for fault in (False, True):
+            for replicas in options.replicas:
+                outcome = await run(replicas, options.seconds, fault=fault)
+                say(outcome.row() + "\n")
+                problems += [f"{replicas} replicas{', fault' if fault else ''}: {text}" for text in outcome.problems()]
+    if options.what != "runs":
+        await costs(min(options.seconds, 8.0), options.rounds)
+    for text in problems:
+        say(f"NOT KEPT: {text}\n")
+    return not problems
+
+
+def main() -> int:
+    """Print the tables; 1 where a promise was not kept."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.fleet", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("all", "runs", "cost"), default="all")
+    parser.add_argument("--seconds", type=float, default=60, help="how long each run takes (default 60)")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 3, 10], help="how many proxies (default 1 3 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the cost is measured (default 3)")
+    options = parser.parse_args()
+    if shutil.which("redis-server") is None:
+        say("redis-server is missing: apt-get install redis-server\n")
+        return 2
+    end_on_signals()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return 0 if asyncio.run(runs(options)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Replicas keep to one usage plan: all of it is used, never more, whoever asks and whatever becomes of Redis."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from proxy.config import Secret
+from proxy.config.store_address import parse_store
+from proxy.errors import UsagePlanExhausted
+from proxy.metrics import Metrics
+from proxy.request.buckets import Bucket
+from proxy.request.identify import Target
+from proxy.request.limits import Claim
+from proxy.request.shared_limits import SharedLimits
+from proxy.store import Link, Seal, SharedPlans
+from tests.conftest import needs
+from tests.redis_server import PROGRAM, RedisServer, redis_server
+from tests.test_limits import config, drain, target
+from tests.test_store import KEY, sample
+
+CONTENT = "/aplus/2020-11-01/contentDocuments"  # 10 calls a second, 10 at once
+LATENESS = 0.05  # seconds by which a timer may be late on a busy machine
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    needs(PROGRAM is not None, "redis-server")
+    with redis_server(tmp_path) as server:
+        yield server
+
+
+class Fleet:
+    """Limits of several processes, in one."""
+
+    def __init__(self, redis: RedisServer, stack: AsyncExitStack) -> None:
+        self._redis = redis
+        self._stack = stack
+
+    async def replica(self) -> SharedLimits:
+        metrics = Metrics()
+        link = Link(parse_store(self._redis.url), metrics)
+        plans = SharedPlans(link, Seal((Secret(KEY),)))
+        self._stack.push_async_callback(link.close)
+        self._stack.push_async_callback(plans.close)
+        await link.start()
+        return SharedLimits(metrics, plans, pace=True)
+
+
+@pytest.fixture
+async def fleet(redis: RedisServer) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        yield Fleet(redis, stack)
+
+
+@pytest.fixture
+async def client(redis: RedisServer) -> AsyncIterator[Redis]:
+    opened = Redis(port=redis.port)
+    yield opened
+    await opened.aclose()
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> Target:
+    return target(config(tmp_path), CONTENT)
+
+
+def rate_of(limits: SharedLimits, content: Target) -> float:
+    plan = limits._plan(content)
+    assert plan is not None
+    return plan.bucket.rate
+
+
+async def test_what_one_replica_takes_the_others_do_not_have(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    assert await drain(one, content) == 10
+    assert await drain(other, content) == 0
+    assert await other.admit(content, Claim(1)) > 0
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 10])
+async def test_a_fleet_uses_its_plan_and_keeps_to_it(fleet: Fleet, content: Target, replicas: int) -> None:
+    rate, burst, seconds = 60.0, 10.0, 1.5
+    all_limits = [await fleet.replica() for _ in range(replicas)]
+    all_limits[0].learn(content, 200, str(rate))
+    taken: list[tuple[float, int]] = []
+    end = time.monotonic() + seconds
+
+    async def call_on(index: int) -> None:
+        while (left := end - time.monotonic()) > 0:
+            try:
+                await all_limits[index].admit(content, Claim(left))
+            except UsagePlanExhausted:
+                return
+            taken.append((time.monotonic(), index))
+
+    await asyncio.gather(*(call_on(index) for index in range(replicas) for _ in range(30 // replicas)))
+    amazon = Bucket.full(rate, burst, taken[0][0])
+    for moment, _ in taken:
+        amazon.refill(moment)
+        assert amazon.tokens >= 1 - rate * LATENESS
+        amazon.take()
+    permitted = burst + rate * seconds
+    assert permitted * 0.9 <= sum(moment <= end for moment, _ in taken) <= permitted + 1
+    shares = [sum(index == mine for _, index in taken) for mine in range(replicas)]
+    assert min(shares) >= len(taken) / replicas * 0.4
+
+
+async def test_a_call_that_has_its_place_at_once_costs_one_question_and_has_not_waited(
+    fleet: Fleet, content: Target, client: Redis
+) -> None:
+    limits = await fleet.replica()
+    await limits.admit(content, Claim(0))  # loads the script
+    before = (await client.info("stats"))["total_commands_processed"]
+    waits = [await limits.admit(content, Claim(0)) for _ in range(5)]
+    after = (await client.info("stats"))["total_commands_processed"]
+    # Of each script: itself, TIME, GET and SET; and this question.
+    assert after - before <= 5 * 4 + 1
+    assert waits == [0.0] * 5
+
+
+async def test_calls_of_one_moment_go_in_one_pipeline(fleet: Fleet, content: Target) -> None:
+    limits = await fleet.replica()
+    await limits.admit(content, Claim(0))
+    asked: list[int] = []
+    answers = limits._shared._answers
+
+    async def counted(questions: object) -> list[object]:
+        asked.append(len(questions))  # type: ignore[arg-type]
+        return await answers(questions)  # type: ignore[arg-type]
+
+    limits._shared._answers = counted  # type: ignore[method-assign]  # listens
+    await asyncio.gather(*(limits.admit(content, Claim(0)) for _ in range(8)))
+    assert asked == [8]
+
+
+async def test_a_rate_that_one_replica_learns_holds_for_all(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    for limits in (one, other):
+        await limits.admit(content, Claim(0))
+    one.learn(content, 200, "25")
+    await one.admit(content, Claim(0))
+    await other.admit(content, Claim(0))
+    assert rate_of(other, content) == 25
+
+
+async def test_a_429_that_one_replica_gets_empties_the_bucket_of_all(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    await other.admit(content, Claim(0))
+    one.learn(content, 429, None)
+    await asyncio.sleep(0.05)  # nobody waits until the others know
+    with pytest.raises(UsagePlanExhausted):
+        await other.admit(content, Claim(0))
+    assert rate_of(other, content) == 8
+
+
+async def test_whoever_leaves_gives_its_place_back_to_all(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    await drain(one, content)
+    waiting = asyncio.create_task(one.admit(content, Claim(10)))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert await other.admit(content, Claim(1)) < 0.3
+
+
+async def test_a_place_that_was_not_used_is_given_to_any_of_them(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    await drain(one, content)
+    plan = one._plan(content)
+    assert plan is not None
+    plan.give_back()
+    await asyncio.sleep(0.05)
+    assert await drain(other, content) == 1
+
+
+async def test_one_that_leaves_before_redis_answers_takes_nothing_with_it(fleet: Fleet, content: Target) -> None:
+    one = await fleet.replica()
+    await one.admit(content, Claim(0))
+    leaving = [asyncio.create_task(one.admit(content, Claim(0))) for _ in range(5)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    await asyncio.sleep(0.1)
+    assert await drain(one, content) >= 9
+
+
+async def test_a_call_that_would_wait_too_long_is_refused_at_once(fleet: Fleet, content: Target) -> None:
+    one, other = await fleet.replica(), await fleet.replica()
+    await drain(one, content)
+    await drain(other, content)
+    began = time.monotonic()
+    with pytest.raises(UsagePlanExhausted):
+        await other.admit(content, Claim(0.01))
+    assert time.monotonic() - began < 0.1
+
+
+async def test_without_redis_a_process_paces_by_what_it_knew_last(
+    fleet: Fleet, content: Target, redis: RedisServer
+) -> None:
+    limits = await fleet.replica()
+    await drain(limits, content)
+    redis.stop()
+    assert await limits.admit(content, Claim(1)) > 0  # the bucket is empty still
+    assert sample(limits._metrics, "store_up") == 0
+    assert not limits.admits_at_once(content, Claim(0))
+    assert await limits.admit(content, Claim(1)) > 0
+    redis.start()
+    async with asyncio.timeout(8):
+        while not limits._shared.link.is_up:  # noqa: ASYNC110 - a probe by its own clock
+            await asyncio.sleep(0.02)
+    # A new Redis knows nothing of the bucket, and is told.
+    assert await drain(limits, content) < 10
+
+
+async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: Target, redis: RedisServer) -> None:
+    limits = await fleet.replica()
+    await drain(limits, content)
+    waiting = [asyncio.create_task(limits.admit(content, Claim(5))) for _ in range(5)]
+    await asyncio.sleep(0.15)
+    redis.stop()
+    async with asyncio.timeout(3):
+        await asyncio.gather(*waiting)
+
+
+@pytest.mark.parametrize(
+    "spoilt", [b"", b"nonsense", b"nan 1 1", b"5 nan 2", b"1e9 0 10", b"-100 0 10", b"1 99999999999 10", b"x" * 100_000]
+)
+async def test_a_bucket_that_was_spoilt_is_begun_anew(
+    fleet: Fleet, content: Target, client: Redis, spoilt: bytes
+) -> None:
+    limits = await fleet.replica()
+    await limits.admit(content, Claim(0))
+    (name,) = await client.keys("sp-api-proxy:plan:*")
+    await client.set(name, spoilt)
+    assert 0 < await drain(limits, content) <= 10
+    await client.delete(name)
+    await client.lpush(name, "x")
+    assert await limits.admit(content, Claim(1)) >= 0
+    assert await client.type(name) == b"string"
+    assert sample(limits._metrics, "store_up") == 1
+
+
+async def test_a_bucket_lives_until_it_is_full_again_and_little_longer(
+    fleet: Fleet, content: Target, client: Redis
+) -> None:
+    limits = await fleet.replica()
+    await drain(limits, content)
+    (name,) = await client.keys("sp-api-proxy:plan:*")
+    assert 55_000 < await client.pttl(name) < 62_000
