@@ -228,6 +228,10 @@ class Limits:
         ] = {}  # those of `_plans` that calls of a kind fall under
         metrics.before_export.append(self._export)
 
+    def take_up(self, *, pace: bool, max_queue: int) -> None:
+        """Go by other settings from now on; what is known of the plans stays."""
+        self._pace, self._max_queue = pace, max_queue
+
     async def admit(self, target: Target, claim: Claim) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
 

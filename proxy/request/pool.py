@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, config: Config, limit: int, headers: Mapping[str, str] | None = None) -> None:
         self._tls = tls_context(config)
         self._dialler = Dialler(config, self._tls)
-        self._limit = limit
+        self.limit = limit
         self._headers = dict(headers or {})
         self._idle = config.pool.idle
         self._connect = config.timeouts.connect
@@ -49,6 +49,18 @@ class Pool:
             wire.abort()
         await asyncio.sleep(0)  # in which the transports end
 
+    def retire(self) -> None:
+        """Keep no connection any more: those in use end with their request. Requests that go on may still take some."""
+        self._is_closed = True
+        for free in self._free.values():
+            while free:
+                free.pop().abort()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is any connection."""
+        return bool(self._open or self._dialling)
+
     def free(self, origin: Origin) -> Wire | None:
         """Return an idle connection, None where there is none."""
         free = self._free.get(origin)
@@ -69,7 +81,7 @@ class Pool:
         if wire is not None:
             return wire
         async with asyncio.timeout(self._connect):
-            while len(self._open) + self._dialling >= self._limit and not self._give_up_an_idle_one():
+            while len(self._open) + self._dialling >= self.limit and not self._give_up_an_idle_one():
                 await self._turn()
                 wire = None if fresh else self.free(origin)
                 if wire is not None:

@@ -98,8 +98,10 @@ class Tokens:
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._held: dict[Credential, Token] = {}
         self._pending: dict[Credential, asyncio.Task[Token]] = {}
+        self._overtaken: set[asyncio.Task[Token]] = set()  # exchanges whose token nobody else is to get
         self._failed: dict[Credential, _Failure] = {}
         self._refused_elements: dict[tuple[Credential, str], float] = {}
+        self._forgotten: set[Credential] = set()  # whose copies in the store are not used: a token for somebody else
         self._doubts = Doubts(now)
         self._replacing = asyncio.Semaphore(REPLACED_PARALLEL)
         self._closed = False
@@ -196,10 +198,28 @@ class Tokens:
 
         await asyncio.gather(*(fetch(credential) for credential in self._ordinary_credentials()))
 
+    def forget(self, is_outdated: Callable[[Credential], bool]) -> None:
+        """Use no token any more, held or on its way, whose credential is outdated; the next one is fetched anew."""
+        known = {*self._held, *self._pending, *self._failed}
+        for credential in filter(is_outdated, known):
+            self._held.pop(credential, None)
+            if task := self._pending.pop(credential, None):
+                self._overtaken.add(task)  # for those who wait for it: they began before
+            self._failed.pop(credential, None)
+            if credential.reusable:
+                self._forgotten.add(credential)
+            # Of one that goes on to be used, it comes back with the next token.
+            self._metrics.token_expiry.remove(credential.account, credential.region, credential.kind)
+        while len(self._forgotten) > MOST_HELD:
+            self._forgotten.pop()
+        # A seller who authorised anew may have been asked for more.
+        kept = {key: until for key, until in self._refused_elements.items() if not is_outdated(key[0])}
+        self._refused_elements = kept
+
     async def close(self) -> None:
         """Cancel exchanges that are under way, and begin none."""
         self._closed = True
-        tasks = list(self._pending.values())
+        tasks = [*self._pending.values(), *self._overtaken]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -266,7 +286,9 @@ class Tokens:
         return task
 
     def _finished(self, credential: Credential, task: asyncio.Task[Token]) -> None:
-        self._pending.pop(credential, None)
+        self._overtaken.discard(task)
+        if self._pending.get(credential) is task:
+            del self._pending[credential]
         if not task.cancelled():
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
@@ -278,7 +300,8 @@ class Tokens:
             try:
                 granted = await self._granted(credential, ordinary, secrets)
             except ProxyError as error:
-                self._note_failure(credential, error, secrets)
+                if self._is_current_exchange(credential):
+                    self._note_failure(credential, error, secrets)
                 raise
             except NotRestricted:
                 self._documents.note_unrestricted(credential)
@@ -290,11 +313,19 @@ class Tokens:
                     self._note_failure(credential, nothing_left, secrets)
                     raise nothing_left from exc
                 raise
+            if not self._is_current_exchange(credential):
+                return self._fresh(credential, granted)
             token = await self._kept(credential, granted)
+        if not self._is_current_exchange(credential):
+            return token
         self._failed.pop(credential, None)
         if token.expires_at > self._now():
             self._hold(credential, token)
         return token
+
+    def _is_current_exchange(self, credential: Credential) -> bool:
+        """Return whether what the running task fetches is still wanted: nobody has forgotten the credential since."""
+        return self._pending.get(credential) is asyncio.current_task()
 
     async def _granted(self, credential: Credential, ordinary: Token | None, secrets: tuple[Secret, ...]) -> Granted:
         if ordinary is None:
@@ -332,7 +363,7 @@ class Tokens:
     # Keeping.
 
     async def _from_store(self, credential: Credential, rejected: Token | None) -> Token | None:
-        if not credential.reusable:
+        if not credential.reusable or credential in self._forgotten:
             return None
         stored = await self._store.get(_key(credential))
         if stored is None or (rejected is not None and stored.value == rejected.value):
@@ -345,10 +376,8 @@ class Tokens:
         return self._token(credential, stored.value, self._now(), life, took=0.0)
 
     async def _kept(self, credential: Credential, granted: Granted) -> Token:
-        grant = granted.grant
-        # Counted from before the exchange: the token host's clock started no earlier than that.
-        took = granted.came - granted.asked
-        token = self._token(credential, grant.value, granted.asked, grant.expires_in, took)
+        grant, token = granted.grant, self._fresh(credential, granted)
+        self._forgotten.discard(credential)
         life = token.expires_at - self._now()
         if life > 0:
             expires_at = self._wall() + life
@@ -356,6 +385,11 @@ class Tokens:
             if credential.reusable:
                 await self._store.put(_key(credential), StoredToken(grant.value, expires_at), life)
         return token
+
+    def _fresh(self, credential: Credential, granted: Granted) -> Token:
+        # Counted from before the exchange: the token host's clock started no earlier than that.
+        took = granted.came - granted.asked
+        return self._token(credential, granted.grant.value, granted.asked, granted.grant.expires_in, took)
 
     def _token(self, credential: Credential, value: Secret, since: float, life: float, took: float) -> Token:
         expires_at = since + life - min(SAFETY_MARGIN, life / 20)
