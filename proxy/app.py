@@ -23,6 +23,7 @@ from proxy.ports import Ending, Ports, as_opened, status_port
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
+from proxy.request.dial import Tls, tls_context
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
 from proxy.request.grants import Grants, source_of
@@ -307,19 +308,22 @@ class _Pools:
         self._made_by: tuple[object, ...] = ()
         self._current: tuple[Pool, ...] = ()
         self._retired: list[Pool] = []
+        self._tls: tuple[object, tuple[Tls, Tls]] | None = None
 
     async def take_up(self, config: Config, most_upstream: int) -> tuple[Pool, Pool]:
         """Return the connections to Amazon and those to its token host, new ones where their settings have changed.
 
         Raises OSError where `pool.ca_file` cannot be used, and changes nothing.
         """
-        made_by = (
-            config.pool.model_copy(update={"max_connections": 0}),
-            config.timeouts.connect,
-            _stamp(config.pool.ca_file),
-        )
+        trusts = (config.pool.ca_file, _stamp(config.pool.ca_file))
+        made_by = (config.pool.model_copy(update={"max_connections": 0}), config.timeouts.connect, trusts)
         if made_by != self._made_by:
-            made = open_session(config, most_upstream), open_lwa_session(config)
+            if self._tls is None or trusts != self._tls[0]:
+                # Two of them: a session is resumed by the name of its host.
+                both = await asyncio.to_thread(lambda: (tls_context(config), tls_context(config)))
+                self._tls = trusts, both
+            amazon_tls, lwa_tls = self._tls[1]
+            made = open_session(config, most_upstream, amazon_tls), open_lwa_session(config, lwa_tls)
             for pool in self._current:
                 pool.retire()
             in_use = [pool for pool in self._retired if pool.is_in_use]
@@ -376,9 +380,9 @@ def user_agents(config: Config) -> dict[str, str]:
     return {name: user_agent_of(application) for name, application in config.applications.items()}
 
 
-def open_lwa_session(config: Config) -> Pool:
+def open_lwa_session(config: Config, tls: Tls | None = None) -> Pool:
     """Return the connections for token exchanges, apart from Amazon's, so that neither waits for the other."""
-    return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"})
+    return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
 
 
 async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) -> None:

@@ -12,14 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy import __version__, ask, logs, process, sockets, systemd
 from proxy.amazon import rebuild
-from proxy.amazon.operations import Operation, load_table
+from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
 from proxy.config import (
     REGIONS,
@@ -37,7 +37,7 @@ from proxy.config import (
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
-from proxy.reload import Reloads, Result
+from proxy.reload import Reloads, Result, stamps
 from proxy.request import dial, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
@@ -178,11 +178,16 @@ def _config_path(options: argparse.Namespace) -> str | None:
     return path
 
 
+@cache
+def _table() -> OperationTable:
+    return load_table()
+
+
 def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Loaded:
     environ = os.environ if environ is None else environ
     loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, _flags(options))
     config = loaded.config
-    found = [*policy.mistakes(config, load_table()), *sockets.mistakes(config), *dial.mistakes(config)]
+    found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
         raise ConfigError(found, loaded.files)
     return loaded
@@ -255,6 +260,7 @@ async def _serve_until_told(
     loaded: Loaded, load: Callable[[], Loaded], after_start: Callable[[Running], None] | None = None
 ) -> int:
     """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
+    seen = stamps(loaded.files)
     told, service = _Told(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
         async with running(loaded.config) as proxy:
@@ -265,6 +271,7 @@ async def _serve_until_told(
                 reloading=proxy.reloading,
                 metrics=proxy.metrics,
                 note=partial(_note_reload, service),
+                seen=seen,
             )
             told.on_hangup = reloads.ask
             logs.LOGGER.info(
@@ -495,7 +502,7 @@ def _rotate(options: argparse.Namespace) -> int:
     origin = loaded.origins.get(("applications", name, "client_secret"), "the configuration")
     _say(f"Amazon makes a new client secret for {name}. It comes by a message to the SQS queue registered for it.")
     _say(f"Put it where the old one is ({origin}) within seven days: so long the old one works.")
-    _say("A proxy that reads it with {file: …} uses it from the next exchange on; others need a restart.")
+    _say("A proxy that reads it from a file takes it up by itself; one that has it from a variable needs a restart.")
     _say("Then write the day into rotated_at.")
     return OK
 

@@ -95,7 +95,9 @@ class Ports:
         return found
 
     def take_up(self, ports: list[Port], handlers: list[Handler], config: Config) -> None:
-        """Serve by these handlers from now on; ports that are not among these finish what they have, and end."""
+        """Serve by these handlers from now on; ports that are not among these finish what they have, and end.
+
+        No request lasts longer than `timeouts.total`; where the process ends before that, they end with it."""
         gone = [port for port in self._open if port not in ports]
         self._open = ports
         for port, handler in zip(ports, handlers, strict=True):
@@ -105,7 +107,7 @@ class Ports:
         for port in gone:
             port.listening.close()
             port.server.close_idle()
-            task = asyncio.create_task(self._leave(port, config.timeouts.shutdown), name=f"leave {port.address}")
+            task = asyncio.create_task(self._leave(port, config.timeouts.total), name=f"leave {port.address}")
             self._leaving[port] = task
 
     async def _leave(self, port: Port, patience: float) -> None:

@@ -18,6 +18,7 @@ from proxy import reload
 from proxy.app import Running
 from proxy.config import Config, Loaded, load_config
 from proxy.reload import Reloads, Result, stamps
+from tests.bench.reloads import run
 from tests.conftest import StartProxy, settings_for
 from tests.far_side import FarSide, TokenHost
 from tests.near_side import call
@@ -231,6 +232,10 @@ async def test_a_fault_of_the_proxys_own_is_a_failed_reload_and_the_watch_goes_o
     watched.reloads._load = load
     watched.reloads.ask()
     assert await watched.result() == "unchanged"
+
+
+async def test_ten_reloads_under_load_half_of_them_broken_fail_no_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await run(10, 5, quiet_for=1.0) == 0, capsys.readouterr().out
 
 
 def test_looking_at_many_files_is_cheap_and_never_fails(tmp_path: Path) -> None:

@@ -98,8 +98,10 @@ def tls_context(config: Config) -> Tls:
 
 def mistakes(config: Config) -> Iterator[Problem]:
     """Yield a problem where `pool.ca_file` cannot be used."""
+    if config.pool.ca_file is None:
+        return
     try:
-        tls_context(config)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=config.pool.ca_file)
     except OSError as exc:
         reason = "holds no certificate" if isinstance(exc, ssl.SSLError) else os.strerror(exc.errno or 0)
         yield Problem("pool.ca_file", f"cannot be used: {reason}")

@@ -11,7 +11,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from proxy.config import Config
-from proxy.request.dial import Dialler, Origin, tls_context
+from proxy.request.dial import Dialler, Origin, Tls, tls_context
 from proxy.request.http1 import Wire
 
 LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
@@ -20,12 +20,15 @@ LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had 
 class Pool:
     """Connections by origin, `limit` of them at most; use it as an asynchronous context manager.
 
-    `headers` go with every `post`.
+    `headers` go with every `post`. `tls` is that of a pool before this one, where it is to trust the same: the system's
+    certificates take a tenth of a second to read.
     """
 
-    def __init__(self, config: Config, limit: int, headers: Mapping[str, str] | None = None) -> None:
-        self._tls = tls_context(config)
-        self._dialler = Dialler(config, self._tls)
+    def __init__(
+        self, config: Config, limit: int, headers: Mapping[str, str] | None = None, tls: Tls | None = None
+    ) -> None:
+        self.tls = tls or tls_context(config)
+        self._dialler = Dialler(config, self.tls)
         self.limit = limit
         self._headers = dict(headers or {})
         self._idle = config.pool.idle
@@ -156,7 +159,7 @@ class Pool:
             wire.abort()
             return
         if wire.served == 1 and origin.is_tls:
-            self._tls.remember(origin.host, wire.tls)
+            self.tls.remember(origin.host, wire.tls)
         wire.idle_since = now
         self._free.setdefault(origin, []).append(wire)
         if self._waiting:

@@ -55,11 +55,12 @@ def main() -> int:
     end_on_signals()
     os.sched_setaffinity(0, Cores.of_this_machine().others)
     with suppress(KeyboardInterrupt):
-        return asyncio.run(_measure(options.reloads, options.accounts))
+        return asyncio.run(run(options.reloads, options.accounts))
     return 130
 
 
-async def _measure(reloads: int, accounts: int) -> int:
+async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
+    """Have so many reloads under load, after `quiet_for` seconds without; return 1 where anything went wrong."""
     async with world(accounts + COMING, quit=False) as here:
         settings = yaml.safe_load(here.config.read_text(encoding="utf-8"))
         leaving = {name: settings["accounts"].pop(name) for name in (f"a{accounts + more}" for more in range(COMING))}
@@ -67,12 +68,15 @@ async def _measure(reloads: int, accounts: int) -> int:
         await _reload(here)
         for number in range(accounts):
             await here.call(ORDINARY, f"a{number}")
+        good, broken = _good_ones(settings, leaving), _broken_ones(settings)
+        # Made beforehand: the clients would have to wait for it.
+        texts = [next(broken) if number % 2 else next(good) for number in range(reloads)]
         quiet, busy, exchanges = Seen(), Seen(), await here.exchanges()
-        await _under_load(here, accounts, quiet, asyncio.sleep(5))
+        await _under_load(here, accounts, quiet, asyncio.sleep(quiet_for))
         memory, cpu = memory_kib(here.proxy.pid, "VmRSS"), cpu_seconds(here.proxy.pid)
         outcomes, took = Counter[tuple[str, str]](), list[float]()
         began = time.monotonic()
-        await _under_load(here, accounts, busy, _many(here, settings, leaving, reloads, outcomes, took))
+        await _under_load(here, accounts, busy, _many(here, texts, outcomes, took))
         seconds = time.monotonic() - began
         cpu = cpu_seconds(here.proxy.pid) - cpu
         grown = memory_kib(here.proxy.pid, "VmRSS") - memory
@@ -136,18 +140,9 @@ def _note(seen: Seen, began: float, status: int, *, complete: bool) -> None:
         seen.faults[f"status {status}{'' if complete else ', cut off'}"] += 1
 
 
-async def _many(
-    here: World,
-    settings: Settings,
-    leaving: Settings,
-    reloads: int,
-    outcomes: Counter[tuple[str, str]],
-    took: list[float],
-) -> None:
-    good, broken = _good_ones(settings, leaving), _broken_ones(settings)
-    for number in range(reloads):
+async def _many(here: World, texts: list[str], outcomes: Counter[tuple[str, str]], took: list[float]) -> None:
+    for number, text in enumerate(texts):
         wanted = "failed" if number % 2 else "ok"
-        text = next(broken) if number % 2 else next(good)
         here.config.write_text(text, encoding="utf-8")
         began = time.perf_counter()
         result = await _reload(here)
