@@ -1,35 +1,36 @@
-"""How are the parts built from a Config, started in order and stopped in reverse?"""
+"""How are the parts built from a Config, handed over to the next one, started in order and stopped in reverse?"""
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
-
-from aiohttp import web
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from proxy import __version__
 from proxy.amazon import rdt
-from proxy.amazon.headers import user_agent
-from proxy.amazon.operations import load_table
-from proxy.config import Address, Config
-from proxy.listener import Listening, Room
+from proxy.amazon.headers import user_agent_of
+from proxy.amazon.operations import OperationTable, load_table
+from proxy.config import Config, ConfigError, Problem
+from proxy.listener import Room
 from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
+from proxy.ports import Ending, Ports, as_opened, status_port
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
+from proxy.request.dial import Tls, tls_context
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
-from proxy.request.grants import Grants
+from proxy.request.grants import Grants, source_of
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.heads import KnownHeads
-from proxy.request.identify import Decisions
+from proxy.request.identify import Credential, Decisions
 from proxy.request.limits import Limits
 from proxy.request.patience import Deadlines
 from proxy.request.policy import permits
@@ -38,28 +39,33 @@ from proxy.request.retries import AllAttempts
 from proxy.request.shared_limits import SharedLimits
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Upstream, open_session
-from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
-from proxy.status import Readiness, admin_app, health_app
+from proxy.sockets import LOOK_AGAIN, CannotListen, descriptors, reason_of, share_descriptors
+from proxy.status import Admin, Readiness, Reloading, admin_app, health_app
 from proxy.store import Link, MemoryStore, Seal, SharedPlans, SharedStore, Store
 
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
-DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
-STATUS_CONNECTIONS = 256  # of the admin listener, and of the health listener
 LWA_CONNECTIONS = 32
 LAG_INTERVAL = 0.5  # seconds
-LAST_MOMENT = 0.2  # seconds in which what was cut off may notice it
+
+# What a running process cannot change: where it is watched, what its series are called, where things are written and
+# kept, and whom tokens may be sent to.
+AT_START = ("admin", "health", "endpoints", "store", "store_key", "audit", "metrics")
 
 
-@dataclass(slots=True)
-class Ending:
-    """How the end went: how many connections were cut because their requests took longer than `timeouts.shutdown`."""
+class HandedOver(NamedTuple):
+    """What came of a new configuration: whether anything is another now, and which keys count only after a restart."""
 
-    cut_off: int = 0
+    has_changed: bool
+    needs_restart: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A proxy that serves: the addresses it really listens on, and its parts."""
+    """A proxy that serves: the addresses it listened on at the start, its parts, and what it can be told.
+
+    `hand_over` serves every request that begins from then on by another Config; it raises CannotListen and ConfigError,
+    and then changes nothing. `admin_told` is what came in by the admin address, `has_started` ends with the start.
+    """
 
     addresses: tuple[str, ...]
     admin: str | None
@@ -69,6 +75,20 @@ class Running:
     tokens: Tokens
     limits: Limits
     ending: Ending
+    reloading: Reloading
+    quit: asyncio.Event
+    has_started: "asyncio.Task[None]"
+    hand_over: Callable[[Config], Awaitable[HandedOver]]
+
+
+@dataclass(slots=True)
+class _Current:
+    """The configuration in force."""
+
+    config: Config
+
+    def __call__(self) -> Config:
+        return self.config
 
 
 @asynccontextmanager
@@ -78,24 +98,20 @@ async def running(config: Config) -> AsyncIterator[Running]:
     Raises CannotListen.
     """
     async with AsyncExitStack() as stack:
+        current = _Current(config)
         metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
-        readiness = Readiness()
-        agents = user_agents(config)
+        readiness, reloading, told_to_quit = Readiness(), Reloading(), asyncio.Event()
+        metrics.last_reload_success.set(reloading.good_since)
         store, limits = await _shared_or_own(config, metrics, stack)
-        most_clients, most_upstream = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
-        if (most_clients, most_upstream) != (config.bounds.connections, config.pool.max_connections):
-            LOGGER.warning(
-                "fewer connections than the settings allow: this process may open too few files",
-                extra=fields(files=descriptors(), from_clients=most_clients, to_amazon=most_upstream),
-            )
-        session = await stack.enter_async_context(open_session(config, most_upstream))
-        lwa_session = await stack.enter_async_context(open_lwa_session(config))
+        most_clients, most_upstream = _connections(config)
+        pools = _Pools()
+        stack.push_async_callback(pools.close)
+        amazon, lwa = await pools.take_up(config, most_upstream)
         table = load_table()
         grants = Grants(
             config,
-            lwa_session=lwa_session,
-            amazon_session=session,
-            user_agents=agents,
+            lwa_session=lwa,
+            amazon_session=amazon,
             limits=limits,
             mint=table.match("POST", rdt.PATH),
             metrics=metrics,
@@ -103,46 +119,59 @@ async def running(config: Config) -> AsyncIterator[Running]:
         documents = Documents()
         tokens = Tokens(config, grants=grants, documents=documents, store=store, metrics=metrics)
         stack.push_async_callback(tokens.close)
-        show_secrets_age(config, metrics, time.time)
-        upstream = Upstream(session=session, user_agents=agents)
-        attempts, circuits = AllAttempts(config, metrics), Circuits(metrics, time.monotonic)
-        who = (Callers(config), Crowd(config.bounds, metrics))
-        parts = (
-            limits,
-            tokens,
-            upstream,
-            attempts,
-            circuits,
-            documents,
-            Experience(table),
-            Deadlines(config, asyncio.get_running_loop()),
-            metrics,
+        room = Room(most_clients, metrics)
+        ports = Ports(metrics, room, current)
+        shared = _Shared(
+            current=current,
+            table=table,
+            crowd=Crowd(config.bounds, metrics),
+            limits=limits,
+            grants=grants,
+            tokens=tokens,
+            circuits=Circuits(metrics, time.monotonic),
+            documents=documents,
+            experience=Experience(table),
+            metrics=metrics,
+            readiness=readiness,
+            pools=pools,
+            room=room,
+            ports=ports,
         )
-        ports = _Ports(config, metrics, Room(most_clients, metrics))
+        show_secrets_age(config, metrics, time.time)
+        about = Admin(readiness, reloading, current, told_to_quit)
         admin = health = None
         if config.admin is not None:
-            app = admin_app(readiness, metrics, config, config.admin)
-            admin = await ports.start_status(stack, app, config.admin, "admin")
+            app = admin_app(about, metrics, config.admin)
+            admin = await stack.enter_async_context(status_port(app, config.admin, "admin", config, metrics))
         if config.health is not None:
-            app = health_app(readiness, metrics, config)
-            health = await ports.start_status(stack, app, config.health, "health")
+            app = health_app(readiness, metrics, current)
+            health = await stack.enter_async_context(status_port(app, config.health, "health", config, metrics))
         stack.push_async_callback(ports.stop)
-        addresses = []
-        certificates = [ServerTls(listener.tls) if listener.tls else None for listener in config.listen]
-        for index, tls in enumerate(certificates):
-            handler = handler_of(config, index, *who, Decisions(config.listen[index], config, table), parts)
-            addresses.append(await ports.start(handler, tls))
+        handlers = shared.handlers(config, amazon)
+        ports.take_up(await ports.prepare(handlers, config), handlers, config)
         metrics.before_export.append(_export_lost_lines(metrics))
-        lag = asyncio.create_task(_Lag(metrics).watch(), name="event loop lag")
-        stack.callback(lag.cancel)
-        watching = asyncio.create_task(_look_at_certificates([tls for tls in certificates if tls]), name="certificates")
-        stack.callback(watching.cancel)
+        for watch in (_Lag(metrics).watch(), _look_at_certificates(ports)):
+            stack.callback(asyncio.create_task(watch, name="watch").cancel)
+        stack.push_async_callback(_linger, current)
         stack.callback(_stopping, readiness)
         warming = asyncio.create_task(_become_ready(config, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
         if not config.warm_up:
             await warming
-        yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, ports.ending)
+        yield Running(
+            ports.addresses,
+            admin,
+            health,
+            readiness,
+            metrics,
+            tokens,
+            limits,
+            ports.ending,
+            reloading,
+            told_to_quit,
+            warming,
+            shared.hand_over,
+        )
 
 
 async def _shared_or_own(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Store, Limits]:
@@ -160,24 +189,191 @@ async def _shared_or_own(config: Config, metrics: Metrics, stack: AsyncExitStack
     return shared, SharedLimits(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)
 
 
-def handler_of(
-    config: Config, index: int, callers: Callers, crowd: Crowd, decisions: Decisions, parts: tuple[Any, ...]
-) -> Handler:
-    """Return what serves the requests of the listener with this index."""
-    listener = config.listen[index]
-    doorway = Doorway.of(listener, config)
-    return Handler(
-        config,
-        listener,
-        f"listen[{index}]",
-        doorway,
-        KnownHeads(len(config.listen)),
-        callers,
-        permits(config, index),
-        crowd,
-        decisions,
-        *parts,
-    )
+@dataclass(slots=True)
+class _Shared:
+    """What outlives a configuration: what was learnt, counted and fetched, and what is in use."""
+
+    current: _Current
+    table: OperationTable
+    crowd: Crowd
+    limits: Limits
+    grants: Grants
+    tokens: Tokens
+    circuits: Circuits
+    documents: Documents
+    experience: Experience
+    metrics: Metrics
+    readiness: Readiness
+    pools: "_Pools"
+    room: Room
+    ports: Ports
+    attempts: AllAttempts | None = None
+    taking_turns: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def handlers(self, config: Config, amazon: Pool) -> list[Handler]:
+        """Return what serves the requests of each listener under this configuration."""
+        self.attempts = AllAttempts(config, self.metrics, self.attempts)
+        callers = Callers(config)
+        upstream = Upstream(session=amazon, user_agents=user_agents(config))
+        deadlines = Deadlines(config, asyncio.get_running_loop())
+        return [
+            Handler(
+                config,
+                listener,
+                f"listen[{index}]",
+                Doorway.of(listener, config),
+                KnownHeads(len(config.listen)),
+                callers,
+                permits(config, index),
+                self.crowd,
+                Decisions(listener, config, self.table),
+                self.limits,
+                self.tokens,
+                upstream,
+                self.attempts,
+                self.circuits,
+                self.documents,
+                self.experience,
+                deadlines,
+                self.metrics,
+            )
+            for index, listener in enumerate(config.listen)
+        ]
+
+    async def hand_over(self, wanted: Config) -> HandedOver:
+        """Serve every request that begins from now on by `wanted`; those in flight finish as they began.
+
+        Raises CannotListen and ConfigError, and leaves everything as it was.
+        """
+        async with self.taking_turns:
+            before = self.current.config
+            config, needs_restart = within_reach(wanted, before)
+            if config == before:
+                return HandedOver(has_changed=False, needs_restart=needs_restart)
+            most_clients, most_upstream = _connections(config)
+            try:
+                amazon, lwa = await self.pools.take_up(config, most_upstream)
+            except OSError as exc:
+                raise ConfigError([Problem("pool.ca_file", f"cannot be used: {reason_of(exc)}")]) from exc
+            handlers = self.handlers(config, amazon)
+            # Before any request can come that only the new configuration knows; it knows those of the old one too.
+            grants_before = self.grants.by
+            self.grants.take_up(config, lwa, amazon)
+            try:
+                ports = await self.ports.prepare(handlers, config)
+            except BaseException as exc:
+                self.grants.by = grants_before
+                await self.pools.take_up(before, _connections(before)[1])
+                if isinstance(exc, OSError):
+                    raise CannotListen(f"a certificate cannot be used: {reason_of(exc)}") from exc
+                raise
+            self.ports.take_up(ports, handlers, config)
+            self.current.config = config
+            self._let_go(before, config)
+            self.limits.take_up(pace=config.limits.pace, max_queue=config.limits.max_queue)
+            self.crowd.bounds = config.bounds
+            self.room.limit = most_clients
+            LOGGER.setLevel(config.log.level.upper())
+            show_secrets_age(config, self.metrics, time.time)
+            if self.readiness.is_ready:
+                self.readiness.details = _details(config)
+            return HandedOver(has_changed=True, needs_restart=needs_restart)
+
+    def _let_go(self, before: Config, config: Config) -> None:
+        """Forget the tokens that are for somebody else now, or for nobody, and the series of applications that left."""
+
+        def is_outdated(credential: Credential) -> bool:
+            source = source_of(config, credential)
+            return source is None or source != source_of(before, credential)
+
+        self.tokens.forget(is_outdated)
+        for name, application in before.applications.items():
+            after = config.applications.get(name)
+            if application.rotated_at is not None and (after is None or after.rotated_at is None):
+                self.metrics.secret_age.remove(name)
+                self.metrics.secret_expiry.remove(name)
+
+
+def within_reach(wanted: Config, before: Config) -> tuple[Config, tuple[str, ...]]:
+    """Return as much of a new configuration as a running process can take up, and the keys that need a restart."""
+    kept = [key for key in AT_START if getattr(wanted, key) != getattr(before, key)]
+    changes: dict[str, Any] = {key: getattr(before, key) for key in kept}
+    if wanted.log.format != before.log.format:
+        kept.append("log.format")
+        changes["log"] = wanted.log.model_copy(update={"format": before.log.format})
+    open_now, listeners = list(before.listen), []
+    for index, listener in enumerate(wanted.listen):
+        old = next((one for one in open_now if one.address == listener.address), None)
+        keys: list[str] = []
+        if old is not None:
+            open_now.remove(old)
+            listener, keys = as_opened(listener, old)  # noqa: PLW2901 - as much of it as can be had
+        listeners.append(listener)
+        kept += [f"listen[{index}].{key}" for key in keys]
+    if tuple(listeners) != wanted.listen:
+        changes["listen"] = tuple(listeners)
+    return (wanted.model_copy(update=changes) if changes else wanted), tuple(kept)
+
+
+class _Pools:
+    """The connections to Amazon and to Login with Amazon, and those of earlier configurations that are still in use."""
+
+    def __init__(self) -> None:
+        self._made_by: tuple[object, ...] = ()
+        self._current: tuple[Pool, ...] = ()
+        self._retired: list[Pool] = []
+        self._tls: tuple[object, tuple[Tls, Tls]] | None = None
+
+    async def take_up(self, config: Config, most_upstream: int) -> tuple[Pool, Pool]:
+        """Return the connections to Amazon and those to its token host, new ones where their settings have changed.
+
+        Raises OSError where `pool.ca_file` cannot be used, and changes nothing.
+        """
+        trusts = (config.pool.ca_file, _stamp(config.pool.ca_file))
+        made_by = (config.pool.model_copy(update={"max_connections": 0}), config.timeouts.connect, trusts)
+        if made_by != self._made_by:
+            if self._tls is None or trusts != self._tls[0]:
+                # Two of them: a session is resumed by the name of its host.
+                both = await asyncio.to_thread(lambda: (tls_context(config), tls_context(config)))
+                self._tls = trusts, both
+            amazon_tls, lwa_tls = self._tls[1]
+            made = open_session(config, most_upstream, amazon_tls), open_lwa_session(config, lwa_tls)
+            for pool in self._current:
+                pool.retire()
+            in_use = [pool for pool in self._retired if pool.is_in_use]
+            for pool in self._retired:
+                if pool not in in_use:
+                    await pool.__aexit__(None, None, None)
+            self._retired = [*in_use, *self._current]
+            for pool in made:
+                await pool.__aenter__()
+            self._made_by, self._current = made_by, made
+        amazon, lwa = self._current
+        amazon.limit = most_upstream
+        return amazon, lwa
+
+    async def close(self) -> None:
+        """End all connections."""
+        for pool in (*self._current, *self._retired):
+            await pool.__aexit__(None, None, None)
+
+
+def _stamp(name: str | None) -> tuple[int, int] | None:
+    if name is None:
+        return None
+    status = Path(name).stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _connections(config: Config) -> tuple[int, int]:
+    """Return how many connections there may be from clients and to Amazon."""
+    shares = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
+    if shares != (config.bounds.connections, config.pool.max_connections):
+        LOGGER.warning(
+            "fewer connections than the settings allow: this process may open too few files",
+            extra=fields(files=descriptors(), from_clients=shares[0], to_amazon=shares[1]),
+        )
+    return shares
 
 
 def show_secrets_age(config: Config, metrics: Metrics, wall: Callable[[], float]) -> None:
@@ -195,20 +391,12 @@ def _since(moment: float, wall: Callable[[], float]) -> float:
 
 def user_agents(config: Config) -> dict[str, str]:
     """Return the `user-agent` of each application, built once."""
-    return {
-        name: user_agent(
-            application.user_agent.name,
-            application.user_agent.version,
-            application.user_agent.language,
-            application.user_agent.platform,
-        )
-        for name, application in config.applications.items()
-    }
+    return {name: user_agent_of(application) for name, application in config.applications.items()}
 
 
-def open_lwa_session(config: Config) -> Pool:
+def open_lwa_session(config: Config, tls: Tls | None = None) -> Pool:
     """Return the connections for token exchanges, apart from Amazon's, so that neither waits for the other."""
-    return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"})
+    return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
 
 
 async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) -> None:
@@ -216,79 +404,20 @@ async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) ->
         readiness.waiting_for = "the tokens (warm_up)"
         await tokens.warm_up()
     readiness.state, readiness.waiting_for = "ready", ""
-    readiness.details = {"version": __version__, "accounts": str(len(config.accounts))}
+    readiness.details = _details(config)
+
+
+def _details(config: Config) -> dict[str, str]:
+    return {"version": __version__, "accounts": str(len(config.accounts))}
 
 
 def _stopping(readiness: Readiness) -> None:
     readiness.state, readiness.waiting_for = "stopping", "the process is shutting down"
 
 
-class _Ports:
-    """Everything that listens: started one by one; the proxied ports are stopped together, status the last."""
-
-    def __init__(self, config: Config, metrics: Metrics, room: Room) -> None:
-        self._config = config
-        self._metrics = metrics
-        self._room = room
-        self._proxied: list[tuple[asyncio.AbstractServer, Listening]] = []
-        self.ending = Ending()
-
-    async def start(self, handler: Handler, tls: ServerTls | None) -> str:
-        """Listen on the handler's address and return it as it turned out; raise CannotListen."""
-        listener = handler.listener
-        server = Listening(handler.handle, self._config, self._metrics, room=self._room, name=handler.name)
-        listening, turned_out = await listen(server, listener.address, handler.name, listener=listener, tls=tls)
-        self._proxied.append((listening, server))
-        if not listener.address.is_local:
-            protected = "TLS" if tls is not None else "nothing"
-            LOGGER.warning(
-                "other machines reach this listener", extra=fields(address=turned_out, protected_by=protected)
-            )
-        return turned_out
-
-    async def start_status(self, stack: AsyncExitStack, app: web.Application, address: Address, setting: str) -> str:
-        """Serve the admin or health application on `address`; `stack` stops it."""
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        plain = runner.server
-        if plain is None:
-            raise CannotListen(f"{setting} did not start")
-        # With the bounds and timers of the proxied port, and places of its own: apps cannot shut probes out.
-        server = Listening(
-            plain.request_handler,
-            self._config,
-            self._metrics,
-            room=Room(STATUS_CONNECTIONS, self._metrics),
-            name=setting,
-            request_factory=plain.request_factory,
-        )
-        listening, turned_out = await listen(server, address, setting)
-        stack.push_async_callback(_end, listening, server)
-        return turned_out
-
-    async def stop(self) -> None:
-        """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off."""
-        for listening, server in self._proxied:
-            listening.close()
-            server.close_idle()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.timeouts.shutdown):
-                while self._busy():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
-                    await asyncio.sleep(DRAIN_INTERVAL)
-        self.ending.cut_off = self._busy()
-        if self.ending.cut_off:
-            LOGGER.warning("requests in flight were cut off", extra=fields(connections=self.ending.cut_off))
-        await asyncio.gather(*(_end(listening, server) for listening, server in self._proxied))
-
-    def _busy(self) -> int:
-        return sum(server.busy() for _, server in self._proxied)
-
-
-async def _end(listening: asyncio.AbstractServer, server: Listening) -> None:
-    listening.close()
-    server.pre_shutdown()
-    await server.shutdown(LAST_MOMENT)
+async def _linger(current: _Current) -> None:
+    """Go on taking requests for `timeouts.shutdown_delay`, in which those who send them learn that this proxy ends."""
+    await asyncio.sleep(current.config.timeouts.shutdown_delay)
 
 
 class _Lag:
@@ -323,9 +452,8 @@ def _export_lost_lines(metrics: Metrics) -> Callable[[], None]:
     return export
 
 
-async def _look_at_certificates(all_tls: list[ServerTls]) -> None:
+async def _look_at_certificates(ports: Ports) -> None:
     """Take up certificates that change, for as long as the proxy runs."""
     while True:
         await asyncio.sleep(LOOK_AGAIN)
-        for tls in all_tls:
-            tls.look()
+        ports.look_at_certificates()

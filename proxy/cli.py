@@ -1,7 +1,7 @@
 """What can be done from the command line, and with which exit codes?
 
 0: done. 1: a failure while running (an address in use). 2: wrong usage or configuration. 130 and 143: ended by SIGINT
-or SIGTERM before the requests in flight were finished.
+or SIGTERM before the requests in flight were finished; 143 also where /quitquitquit ended it so.
 """
 
 import argparse
@@ -13,19 +13,33 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
+from functools import cache, partial
 from typing import Any, NoReturn
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import __version__, logs, process, sockets
+from proxy import __version__, ask, logs, process, sockets, systemd
 from proxy.amazon import rebuild
-from proxy.amazon.operations import Operation, load_table
+from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
-from proxy.config import REGIONS, Config, ConfigError, KeyPath, Loaded, Problem, Region, load_config
+from proxy.config import (
+    REGIONS,
+    Address,
+    Config,
+    ConfigError,
+    KeyPath,
+    Loaded,
+    Problem,
+    Region,
+    admin_addresses,
+    load_config,
+    parse_duration,
+)
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
-from proxy.request import policy
+from proxy.reload import Reloads, Result, stamps
+from proxy.request import dial, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import describe, identify
@@ -98,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_schema,
         _add_simulate,
         _add_rotate,
+        _add_wait,
+        _add_healthcheck,
+        _add_shutdown,
         _add_version,
     ):
         add(commands)
@@ -162,11 +179,18 @@ def _config_path(options: argparse.Namespace) -> str | None:
     return path
 
 
-def _load(options: argparse.Namespace) -> Loaded:
-    loaded = load_config(_config_path(options), os.environ, _flags(options))
-    found = [*policy.mistakes(loaded.config, load_table()), *sockets.mistakes(loaded.config)]
+@cache
+def _table() -> OperationTable:
+    return load_table()
+
+
+def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Loaded:
+    environ = os.environ if environ is None else environ
+    loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, _flags(options))
+    config = loaded.config
+    found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
-        raise ConfigError(found)
+        raise ConfigError(found, loaded.files)
     return loaded
 
 
@@ -186,14 +210,15 @@ def _add_serve(commands: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     if options.demo and _config_path(options) is None and not _has_credentials(os.environ):
         return _run(_demo(options))
-    loaded = _load(options)
+    environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
+    loaded = _load(options, environ)
     config = loaded.config
     process.harden()
     process.wipe_variables(process.forget_secrets(os.environ, config))
     with _logging(config):
         for problem in loaded.warnings:
             logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))
-        return _run(_serve_until_told(config))
+        return _run(_serve_until_told(loaded, lambda: _load(options, environ)))
 
 
 @contextmanager
@@ -232,33 +257,69 @@ def _run(main_task: Coroutine[Any, Any, int]) -> int:
         return runner.run(main_task)
 
 
-async def _serve_until_told(config: Config, after_start: Callable[[Running], None] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; a second signal ends it at once."""
-    told = _Told()
+async def _serve_until_told(
+    loaded: Loaded, load: Callable[[], Loaded], after_start: Callable[[Running], None] | None = None
+) -> int:
+    """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
+    seen = stamps(loaded.files)
+    told, service = _Told(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
-        async with running(config) as proxy:
+        async with running(loaded.config) as proxy:
+            reloads = Reloads(
+                loaded,
+                load=load,
+                hand_over=proxy.hand_over,
+                reloading=proxy.reloading,
+                metrics=proxy.metrics,
+                note=partial(_note_reload, service),
+                seen=seen,
+            )
+            told.on_hangup = reloads.ask
             logs.LOGGER.info(
                 "serving",
                 extra=logs.fields(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
             )
+            proxy.has_started.add_done_callback(partial(_note_start, service))
             if after_start:
                 after_start(proxy)
             gc.collect()
             gc.freeze()  # what is there by now stays: no look for garbage has to go through it again
-            await told.once.wait()
-            logs.LOGGER.info("shutting down", extra=logs.fields(grace=config.timeouts.shutdown))
+            watching = asyncio.create_task(reloads.watch(), name="reload")
+            because = await told.or_(proxy.quit)
+            told.on_hangup = _is_ending
+            watching.cancel()
+            service.is_stopping()
+            logs.LOGGER.info("shutting down", extra=logs.fields(because=because))
     except CannotListen as exc:
         _complain(f"sp-api-proxy: {exc}")
         return FAILED
+    logs.LOGGER.info("ended", extra=logs.fields(cut_off=proxy.ending.cut_off))
     return 128 + told.number if proxy.ending.cut_off else OK
+
+
+def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
+    if not start.cancelled():
+        service.is_ready()
+
+
+def _note_reload(service: systemd.Service, result: Result | None) -> None:
+    if result is None:
+        service.is_reloading()
+    else:
+        service.is_ready("the newest configuration was refused; its mistakes are in the log" * (result == "failed"))
+
+
+def _is_ending() -> None:
+    logs.LOGGER.warning("SIGHUP changes nothing any more: the process is shutting down")
 
 
 class _Told:
     """Waits for the first signal; the second one ends the process where it stands."""
 
     def __init__(self) -> None:
-        self.once = asyncio.Event()
-        self.number = 0
+        self._once = asyncio.Event()
+        self.number: int = signal.SIGTERM
+        self.on_hangup: Callable[[], None] = lambda: None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -266,18 +327,30 @@ class _Told:
             except NotImplementedError:  # Windows
                 signal.signal(number, lambda told, _: loop.call_soon_threadsafe(self._hear, told))
         if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, _cannot_reload)
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _hang_up(self) -> None:
+        self.on_hangup()  # which is another one later
+
+    async def or_(self, quit_: asyncio.Event) -> str:
+        """Wait for a signal, or for `quit_`; return which of them it was."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._once, quit_)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self._once.is_set():
+            self._once.set()  # so that a signal is the second thing to be told
+            return "/quitquitquit"
+        return signal.Signals(self.number).name
 
     def _hear(self, number: int) -> None:
-        if self.once.is_set():
+        if self._once.is_set():
             logs.LOGGER.warning("ended before the requests in flight were finished")
             os._exit(128 + number)
         self.number = number
-        self.once.set()
-
-
-def _cannot_reload() -> None:
-    logs.LOGGER.warning("SIGHUP changes nothing: restart to take up a new configuration")
+        self._once.set()
 
 
 # The demo: the proxy beside a simulator of Amazon.
@@ -290,9 +363,10 @@ async def _demo(options: argparse.Namespace) -> int:
 
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
-        config = load_config(None, _without_settings(os.environ, simulator), _flags(options)).config
-        with _logging(config):
-            return await _serve_until_told(config, _welcome)
+        load = partial(load_config, None, _without_settings(os.environ, simulator), _flags(options))
+        loaded = load()
+        with _logging(loaded.config):
+            return await _serve_until_told(loaded, load, _welcome)
 
 
 def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
@@ -329,6 +403,78 @@ def _welcome(proxy: Running) -> None:
     sys.stdout.flush()
 
 
+# wait, healthcheck, shutdown: about a proxy that runs
+
+
+def _add_asking(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> Any:
+    parser = _command(commands, name, run, text, example)
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="the proxy's admin or health address, such as http://127.0.0.1:9090; otherwise that of its configuration",
+    )
+    _add_config_flags(parser)
+    return parser
+
+
+def _add_wait(commands: Any) -> None:
+    parser = _add_asking(
+        commands, "wait", _wait, "wait until a proxy is ready", "sp-api-proxy wait --timeout 30s && my-job"
+    )
+    parser.add_argument("--timeout", metavar="TIME", default="30s", help="how long at most, such as 30s or 2m (30s)")
+
+
+def _add_healthcheck(commands: Any) -> None:
+    parser = _add_asking(
+        commands, "healthcheck", _healthcheck, "ask a proxy once whether it is ready", "sp-api-proxy healthcheck"
+    )
+    parser.add_argument("--live", action="store_true", help="ask whether it is alive, ready or not")
+
+
+def _add_shutdown(commands: Any) -> None:
+    _add_asking(
+        commands,
+        "shutdown",
+        _shutdown,
+        "have a proxy finish its requests and end (its setting quit must be true)",
+        "sp-api-proxy shutdown --url http://127.0.0.1:9090",
+    )
+
+
+def _wait(options: argparse.Namespace) -> int:
+    try:
+        seconds = parse_duration(options.timeout)
+    except ValueError:
+        raise ConfigError([Problem("--timeout", "must be a duration such as 30s or 2m", "command line")]) from None
+    return _told_by(ask.until_ready(_where(options), seconds))
+
+
+def _healthcheck(options: argparse.Namespace) -> int:
+    return _told_by(ask.once(_where(options), "GET", "/livez" if options.live else "/readyz"))
+
+
+def _shutdown(options: argparse.Namespace) -> int:
+    # The health address ends nothing.
+    return _told_by(ask.once(_where(options), "POST", "/quitquitquit"))
+
+
+def _told_by(answer: ask.Answer) -> int:
+    (_say if answer.is_good else _complain)(answer.text)
+    return OK if answer.is_good else FAILED
+
+
+def _where(options: argparse.Namespace) -> Address:
+    if options.url is not None:
+        try:
+            return ask.address_in(options.url)
+        except ValueError:
+            raise ConfigError([Problem("--url", "must be such as http://127.0.0.1:9090", "command line")]) from None
+    addresses = admin_addresses(_config_path(options), os.environ, _flags(options))
+    if not addresses or not (addresses[0].path or addresses[0].port):
+        raise ConfigError([Problem("admin", "says no address to ask at: give --url, or set admin or health")])
+    return addresses[0]
+
+
 # rotate
 
 
@@ -359,7 +505,7 @@ def _rotate(options: argparse.Namespace) -> int:
     origin = loaded.origins.get(("applications", name, "client_secret"), "the configuration")
     _say(f"Amazon makes a new client secret for {name}. It comes by a message to the SQS queue registered for it.")
     _say(f"Put it where the old one is ({origin}) within seven days: so long the old one works.")
-    _say("A proxy that reads it with {file: …} uses it from the next exchange on; others need a restart.")
+    _say("A proxy that reads it from a file takes it up by itself; one that has it from a variable needs a restart.")
     _say("Then write the day into rotated_at.")
     return OK
 

@@ -65,6 +65,12 @@ class Options:
     patience: float
     metrics: Metrics
 
+    @classmethod
+    def of(cls, config: Config, metrics: Metrics) -> "Options":
+        """Return what the configuration says."""
+        timeouts = config.timeouts
+        return cls(timeouts.header, config.bounds.header_size, timeouts.body_idle, metrics)
+
 
 class Room:
     """How many client connections there may be at once, over all listeners, and which of them are idle.
@@ -74,7 +80,7 @@ class Room:
     """
 
     def __init__(self, limit: int, metrics: Metrics) -> None:
-        self._limit = limit
+        self.limit = limit
         self._metrics = metrics
         self._open: Counter[str] = Counter()
         self._strangers: dict[Connection, None] = {}  # in the order in which they became idle
@@ -83,7 +89,7 @@ class Room:
 
     def enter(self, connection: "Connection", listener: str) -> bool:
         """Count a new connection; return whether it may stay."""
-        has_room = self._open.total() < self._limit or self._evict()
+        has_room = self._open.total() < self.limit or self._evict()
         self._open[listener] += 1
         if not has_room:
             self._metrics.closed_connections.labels(listener, "refused").inc()
@@ -408,7 +414,7 @@ class ProxiedConnection(Connection):
         """Serve one request after the other: as aiohttp does it, but for the task that it makes for each."""
         if self._manager is None or self._request_handler is None:
             return
-        manager, handle = self._manager, self._request_handler
+        manager = self._manager
         while not self._force_close:
             if not self._messages:
                 self._waiter = self._loop.create_future()
@@ -422,7 +428,8 @@ class ProxiedConnection(Connection):
             if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
                 self._resume_reading_if_drained()
             manager.requests_count += 1
-            if not await self._serve(message, payload, handle):
+            # The server's own, which a new configuration may have replaced since the last request.
+            if not await self._serve(message, payload, manager.request_handler):
                 break
             self._next_keepalive_close_time = now = self._loop.time() + self._keepalive_timeout
             if self._keepalive_handle is None:
@@ -527,14 +534,16 @@ class Listening(web.Server):
         self.request_factory = self._marked
         self._make = request_factory or web.BaseRequest  # the latter is never called: see ProxiedConnection
         self._is_status = request_factory is not None
-        self._options = Options(
-            header_timeout=config.timeouts.header,
-            header_size=config.bounds.header_size,
-            patience=config.timeouts.body_idle,
-            metrics=metrics,
-        )
+        self._options = Options.of(config, metrics)
         self._room = room
         self._name = name
+
+    def take_up(self, handle: Handle, name: str, config: Config) -> None:
+        """Serve every request that begins from now on by `handle`; new connections keep to the bounds of `config`."""
+        self.request_handler = handle
+        self._name = name
+        self._options = Options.of(config, self._options.metrics)
+        self._kwargs.update(keepalive_timeout=config.timeouts.keep_alive, max_headers=config.bounds.header_fields)
 
     @property
     def header_timeout(self) -> float:

@@ -85,6 +85,7 @@ class Metrics:
         self._waiting()
         self._tokens()
         self._store()
+        self._reloads()
         build = self._gauge("build_info", "Which version is running; always 1.", "version", "python")
         build.labels(__version__, platform.python_version()).set(1)
 
@@ -254,6 +255,22 @@ class Metrics:
             "store_values_ignored_total",
             "Values in Redis that were ignored (not_ours: of another key or place; too_large).",
             "reason",
+        )
+
+    def _reloads(self) -> None:
+        self.reloads = self._counter(
+            "config_reloads_total",
+            "Times a new configuration was looked at (result: ok, unchanged or failed).",
+            "result",
+        )
+        for result in ("ok", "unchanged", "failed"):
+            self.reloads.labels(result)
+        self.last_reload_success = self._gauge(
+            "config_last_reload_success_timestamp_seconds", "When the configuration was last read and found good."
+        )
+        self.last_reload_failed = self._gauge(
+            "config_last_reload_failed",
+            "1 where the newest configuration was refused, and the one before it serves on.",
         )
 
     def _tallied(

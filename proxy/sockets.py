@@ -43,6 +43,11 @@ class ServerTls:
     def _hand_over(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:  # noqa: ARG002
         connection.context = self._current
 
+    def take_up(self, settings: Tls) -> None:
+        """Go by other files from now on. Whether there is a `client_ca` must stay as it is."""
+        self._settings = settings
+        self.look()
+
     def look(self) -> None:
         """Take up changed files; keep what there is, and say so, where they cannot be used."""
         try:

@@ -1,15 +1,18 @@
 """Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import Literal
+from typing import Any, Literal
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client.exposition import choose_encoder
 
+from proxy import __version__
 from proxy.config import LOOPBACK_NAMES, Address, Config
 from proxy.metrics import Metrics
 from proxy.request.guard import VERSION_REFUSED, host_in, is_of_web_page
@@ -20,6 +23,7 @@ _FIRST_PAGE = """sp-api-proxy: this is the admin address; apps use the other one
 
 /livez    200 while the process runs
 /readyz   200 while it serves requests (add ?verbose for the reason)
+/status   JSON: state, version, how the last reload went
 /metrics  Prometheus
 """
 
@@ -38,31 +42,93 @@ class Readiness:
         return self.state == "ready"
 
 
-def health_app(readiness: Readiness, metrics: Metrics, config: Config) -> web.Application:
+@dataclass(slots=True)
+class Reloading:
+    """How the configuration in force came to be; moments in seconds of the Unix epoch.
+
+    `problems` are those of the newest configuration, where it was refused: keys and places, never a value.
+    `needs_restart` are the keys in which it differs from what is in force.
+    """
+
+    good_since: float = field(default_factory=time.time)
+    looked_at: float | None = None
+    result: Literal["", "ok", "unchanged", "failed"] = ""
+    problems: tuple[str, ...] = ()
+    needs_restart: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `/status` says of it."""
+        return {
+            "good_since": _moment(self.good_since),
+            "last_reload": None if self.looked_at is None else {"at": _moment(self.looked_at), "result": self.result},
+            "problems": list(self.problems),
+            "needs_restart": list(self.needs_restart),
+        }
+
+
+def _moment(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """What the admin address is about; `quit` is set when it was told to end the proxy."""
+
+    readiness: Readiness
+    reloading: Reloading
+    current: Callable[[], Config]
+    quit: asyncio.Event
+
+
+def health_app(readiness: Readiness, metrics: Metrics, current: Callable[[], Config]) -> web.Application:
     """Return health and metrics alone: an application that may be opened to probes and Prometheus.
 
     These call it by an address or a short name, which no web page can take for its own (DNS rebinding needs a domain).
     """
 
     def is_ours(host: str) -> bool:
-        return host in config.allowed_hosts or _is_address(host) or (host != "" and "." not in host)
+        return host in current().allowed_hosts or _is_address(host) or (host != "" and "." not in host)
 
     app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
     _add_health(app, readiness, metrics)
     return app
 
 
-def admin_app(readiness: Readiness, metrics: Metrics, config: Config, address: Address) -> web.Application:
+def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Application:
     """Return everything for this machine's eyes; answers only to loopback names, as the proxied port does."""
-    hosts = {*LOOPBACK_NAMES, address.host.lower(), *config.allowed_hosts} - {"", "0.0.0.0", "::"}  # noqa: S104
+    hosts = {*LOOPBACK_NAMES, address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104
 
-    app = web.Application(middlewares=[_guard(hosts.__contains__), _plain_answers])
-    _add_health(app, readiness, metrics)
+    def is_ours(host: str) -> bool:
+        return host in hosts or host in current().allowed_hosts
+
+    current = about.current
+    app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
+    _add_health(app, about.readiness, metrics)
 
     async def first_page(_: web.Request) -> web.Response:
         return web.Response(text=_FIRST_PAGE)
 
+    async def status(_: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "version": __version__,
+                "state": about.readiness.state,
+                "waiting_for": about.readiness.waiting_for,
+                "accounts": len(current().accounts),
+                "requests_in_flight": metrics.in_flight,
+                "configuration": about.reloading.as_json(),
+            }
+        )
+
+    async def end(_: web.Request) -> web.Response:
+        if not current().quit:
+            return web.Response(status=404, text="switched off: the setting quit is false\n")
+        about.quit.set()
+        return web.Response(text="shutting down\n")
+
     app.router.add_get("/", first_page)
+    app.router.add_get("/status", status)
+    app.router.add_post("/quitquitquit", end)
     return app
 
 

@@ -25,6 +25,12 @@ class ProxyProcess:
     addresses: list[str] = field(default_factory=list)
     admin: str | None = None
     log: list[str] = field(default_factory=list)
+    wrote: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def process_says(self, message: str) -> None:
+        """Wait until a line with this message was written."""
+        async with asyncio.timeout(START), self.wrote:
+            await self.wrote.wait_for(lambda: any(f'"message": "{message}"' in line for line in self.log))
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log's JSON lines."""
@@ -91,7 +97,9 @@ async def _read_log(proxy: ProxyProcess, ready: asyncio.Event) -> None:
     assert proxy.process.stderr is not None
     async for data in proxy.process.stderr:
         line = data.decode().rstrip("\n")
-        proxy.log.append(line)
+        async with proxy.wrote:
+            proxy.log.append(line)
+            proxy.wrote.notify_all()
         if '"message": "serving"' in line:
             said = json.loads(line)
             proxy.addresses, proxy.admin = said["listen"], said["admin"]

@@ -17,7 +17,7 @@ from proxy.simulator.command import _for_people
 from tests.conftest import needs, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call, connect, request
-from tests.proxy_process import command, serving, started
+from tests.proxy_process import ROOT, command, serving, started
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ENVIRONMENT = {
@@ -35,7 +35,23 @@ async def test_the_version_is_printed() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([name, "--help"] for name in ("serve", "check", "schema", "explain", "operations", "simulate"))],
+    [
+        ["--help"],
+        *(
+            [name, "--help"]
+            for name in (
+                "serve",
+                "check",
+                "explain",
+                "wait",
+                "healthcheck",
+                "shutdown",
+                "operations",
+                "simulate",
+                "schema",
+            )
+        ),
+    ],
 )
 async def test_help_explains_every_command_with_an_example(arguments: list[str]) -> None:
     code, printed, complained = await command(*arguments)
@@ -235,12 +251,61 @@ async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so
     assert [line["connections"] for line in proxy.lines() if "cut off" in line["message"]] == [1]
 
 
-async def test_sighup_ends_nothing(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the_start(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    """The secret's variable is taken out of the environment at the start, and the file's name is a relative one."""
+    (tmp_path / "token").write_text("Atzr|acme-eu")
+    path = tmp_path / "config.yaml"
+
+    def write(*accounts: str) -> None:
+        main = {"client_id": "client", "client_secret": "${THE_SECRET}"}
+        settings = settings_for(far_side, token_host, applications={"main": main})
+        path.write_text(
+            yaml.safe_dump(
+                {**settings, "accounts": {name: {"refresh_tokens": {"eu": {"file": "token"}}} for name in accounts}}
+            )
+        )
+
+    write("acme")
+    up = "/".join([".."] * len(ROOT.parts[1:]))
+    arguments = ("serve", "--config", f"{up}{path}", "--log-format", "json")
+    async with started(*arguments, environment={"THE_SECRET": "distinctive-secret"}) as proxy:
+        write("acme", "other")
         proxy.process.send_signal(signal.SIGHUP)
-        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+        await proxy.process_says("the new configuration is in force")
+        assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")).status == 200
+        path.write_text("listen: nowhere")
+        proxy.process.send_signal(signal.SIGHUP)
+        await proxy.process_says("the new configuration is refused, and the one before it serves on")
+        assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")).status == 200
         assert await proxy.stop() == 0
-    assert [line for line in proxy.lines() if "SIGHUP" in line["message"]]
+    assert b"client_secret=distinctive-secret" in token_host.received[-1].body
+    assert "distinctive" not in "".join(proxy.log)
+
+
+async def test_after_sigterm_requests_are_taken_for_the_delay_while_readiness_says_no(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    settings = settings_for(far_side, token_host, timeouts={"shutdown_delay": "1s"})
+    async with serving(settings, tmp_path) as proxy:
+        assert proxy.admin is not None
+        proxy.process.send_signal(signal.SIGTERM)
+        await proxy.process_says("shutting down")
+        assert (await call(proxy.admin, "GET", "/readyz")).status == 503
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+        proxy.process.send_signal(signal.SIGHUP)
+        assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
+    assert [line["because"] for line in proxy.lines() if line["message"] == "shutting down"] == ["SIGTERM"]
+    assert [line["cut_off"] for line in proxy.lines() if line["message"] == "ended"] == [0]
+
+
+async def test_a_second_signal_ends_the_delay_too(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
+    settings = settings_for(far_side, token_host, timeouts={"shutdown_delay": "10m"})
+    async with serving(settings, tmp_path) as proxy:
+        proxy.process.send_signal(signal.SIGTERM)
+        await proxy.process_says("shutting down")
+        assert await proxy.stop(signal.SIGINT) == 130
 
 
 async def test_a_crowd_of_idle_connections_does_not_delay_the_end(

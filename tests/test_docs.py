@@ -203,7 +203,7 @@ def test_the_layout_of_contributing_names_every_module() -> None:
 
 
 def test_the_readme_names_every_health_address() -> None:
-    app = health_app(Readiness(), Metrics(), Config())
+    app = health_app(Readiness(), Metrics(), Config)
     routes = {route.resource.canonical for route in app.router.routes() if route.resource}
     assert "/readyz" in routes
     assert not [route for route in routes if f"`{route}`" not in text_of("README.md")]

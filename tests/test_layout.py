@@ -24,11 +24,18 @@ ARROWS: dict[str, set[str]] = {
     "request": {"amazon", "store", *GROUND},
     "listener": {"request", *GROUND},
     "sockets": {"listener", *GROUND},
-    "status": {"request", *GROUND},
-    "app": {"", "request", "listener", "sockets", "status", "amazon", "store", *GROUND},
+    "status": {"", "request", *GROUND},
+    "ask": GROUND,
+    "systemd": set(),
+    "ports": {"request", "listener", "sockets", *GROUND},
+    "app": {"", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},
+    "reload": {"app", "sockets", "status", *GROUND},
     "rotate": {"app", "request", "amazon", *GROUND},
     "simulator": set(),
-    "cli": {"", "app", "process", "rotate", "sockets", "request", "amazon", "simulator", *GROUND},
+    "cli": {
+        *("", "app", "ask", "process", "reload", "rotate", "sockets", "systemd"),
+        *("request", "amazon", "simulator", *GROUND),
+    },
     "__main__": {"cli"},
 }
 

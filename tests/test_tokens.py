@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from proxy.amazon.operations import load_table
-from proxy.app import open_lwa_session, user_agents
+from proxy.app import open_lwa_session
 from proxy.config import Secret
 from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable, UsagePlanExhausted
 from proxy.metrics import Metrics
@@ -46,7 +46,6 @@ async def open_tokens(
             config,
             lwa_session=lwa_session,
             amazon_session=amazon_session,
-            user_agents=user_agents(config),
             limits=limits,
             mint=TABLE.match("POST", "/tokens/2021-03-01/restrictedDataToken"),
             metrics=metrics,

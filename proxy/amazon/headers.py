@@ -5,7 +5,7 @@ import re
 import time
 from functools import lru_cache
 
-from proxy.config import Secret
+from proxy.config import Application, Secret
 
 MAX_USER_AGENT = 500  # characters (DOC "Include a User-Agent Header in All Requests")
 
@@ -35,6 +35,12 @@ def user_agent(name: str, version: str, language: str | None = None, system: str
     if not text.isascii() or not text.isprintable():
         raise ValueError("must hold printable ASCII characters only")
     return text
+
+
+def user_agent_of(application: Application) -> str:
+    """Return the `user-agent` of an application as it is configured."""
+    told = application.user_agent
+    return user_agent(told.name, told.version, told.language, told.platform)
 
 
 def amz_date(epoch: float) -> str:

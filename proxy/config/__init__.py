@@ -1,6 +1,6 @@
 """YAML and environment, read in one place, become a frozen and validated Config."""
 
-from proxy.config.load import ConfigError, Loaded, load_config
+from proxy.config.load import ConfigError, Loaded, admin_addresses, load_config
 from proxy.config.model import (
     LOOPBACK_NAMES,
     REGIONS,
@@ -47,6 +47,7 @@ __all__ = [
     "Secret",
     "StoreAddress",
     "Tls",
+    "admin_addresses",
     "dump",
     "is_loopback",
     "load_config",

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from proxy.config import environment
-from proxy.config.model import Config, dump, is_loopback, parse_address, settings_in
+from proxy.config.model import Address, Config, dump, is_loopback, parse_address, settings_in
 from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
 from proxy.config.secret import Sourced
 from proxy.config.store_address import StoreAddress, parse_store
@@ -30,9 +30,10 @@ _MAX_SECRET_FILE = 64 * 1024
 class ConfigError(Exception):
     """The configuration cannot be used; `problems` holds every reason."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], files: Iterable[Path] = ()) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
         self.problems = problems
+        self.files = tuple(files)  # those that were read, or should have been
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Loaded:
     config: Config
     origins: Mapping[KeyPath, str]
     warnings: tuple[Problem, ...] = ()
+    files: tuple[Path, ...] = ()  # all that the configuration stands in: it changes when one of them does
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield (key, value, origin) for every setting in force, secrets as `***`."""
@@ -78,6 +80,7 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
     exposed: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
     doubtful: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
+    files: list[Path] = field(default_factory=list)
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value, making the mappings above it and forgetting what was below it."""
@@ -107,21 +110,54 @@ def load_config(
 
     Raises ConfigError with every problem there is.
     """
-    draft = _Draft()
-    if path is not None:
-        _add_file(draft, path, environ)
-    _add_environment(draft, environ)
-    for key_path, value in (flags or {}).items():
-        draft.put(key_path, value, "command line")
+    draft = _drafted(path, environ, flags or {})
     config = _validated(draft)
+    if config is not None:
+        draft.files += _named_files(config)
     _cross_check(draft)
     _note_exposed_files(draft, path)
     _note_open_store(draft)
     if _is_true(draft.tree.get("strict_permissions")):
         draft.problems += draft.exposed
     if draft.problems or config is None:
-        raise ConfigError(_in_order(draft.problems))
-    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed + draft.doubtful)))
+        raise ConfigError(_in_order(draft.problems), draft.files)
+    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed + draft.doubtful)), tuple(draft.files))
+
+
+def admin_addresses(
+    path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any] | None = None
+) -> list[Address]:
+    """Return where a proxy with this configuration says how it is: its admin address, its health address.
+
+    Whatever else may be wrong with the configuration is not looked at: the proxy may be running with an earlier one.
+    Raises ConfigError where it cannot be read.
+    """
+    tree = _drafted(path, environ, flags or {}).tree
+    written = [tree.get(key, Config.model_fields[key].default) for key in ("admin", "health")]
+    try:
+        return [parse_address(address) for address in written if address is not None]
+    except ValueError as exc:
+        raise ConfigError([Problem("admin", "must be an address such as 127.0.0.1:9090", path or "")]) from exc
+
+
+def _drafted(path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any]) -> _Draft:
+    draft = _Draft()
+    if path is not None:
+        _add_file(draft, path, environ)
+    _add_environment(draft, environ)
+    for key_path, value in flags.items():
+        draft.put(key_path, value, "command line")
+    return draft
+
+
+def _named_files(config: Config) -> Iterator[Path]:
+    """Yield the files that settings name and others read: certificates, and what to trust."""
+    for listener in config.listen:
+        if listener.tls is not None:
+            names = (listener.tls.certificate, listener.tls.key, listener.tls.client_ca)
+            yield from (Path(name) for name in names if name is not None)
+    if config.pool.ca_file is not None:
+        yield Path(config.pool.ca_file)
 
 
 def _is_true(value: object) -> bool:
@@ -130,17 +166,19 @@ def _is_true(value: object) -> bool:
 
 
 def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
+    draft.files.append(Path(path))
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as exc:
-        raise ConfigError([Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)]) from exc
+        problem = Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)
+        raise ConfigError([problem], draft.files) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError([Problem("", "is not UTF-8", path)]) from exc
+        raise ConfigError([Problem("", "is not UTF-8", path)], draft.files) from exc
     document = read_yaml(text, path)
     if document.problems and not document.tree:
         # The text as a whole is not readable: what its settings might lack is noise.
-        raise ConfigError(document.problems)
+        raise ConfigError(document.problems, draft.files)
     draft.problems += document.problems
     draft.origins = document.origins
     folder = Path(path).resolve().parent
@@ -187,6 +225,7 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, envir
 def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
     """Return a secret file's text without the white space around it."""
     where = draft.origins.get(key_path, "")
+    draft.files.append(path)
     try:
         text = _text_of(path)
     except OSError as exc:

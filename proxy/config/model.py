@@ -431,7 +431,12 @@ class Timeouts(Settings):
     token: PositiveDuration = Field(10.0, description="One token exchange.")
     total: PositiveDuration = Field(3600.0, description="A whole exchange, both bodies included.")
     keep_alive: PositiveDuration = Field(75.0, description="An idle connection of a client.")
-    shutdown: PositiveDuration = Field(20.0, description="How long requests may go on after SIGTERM.")
+    shutdown_delay: Duration = Field(
+        0.0, description="How long new requests are still taken after SIGTERM, while /readyz says 503."
+    )
+    shutdown: PositiveDuration = Field(
+        20.0, description="How long requests may go on after that, before they are cut off."
+    )
 
 
 def _forward_proxy(secret: Secret) -> Secret:
@@ -489,6 +494,9 @@ class Config(Settings):
     )
     admin: ListenAddress | None = Field(
         Address("127.0.0.1", 9090), description="Metrics, health and status; this machine only. null: none."
+    )
+    quit: bool = Field(
+        default=False, description="Let POST /quitquitquit on the admin address end the proxy, as SIGTERM does."
     )
     health: ListenAddress | None = Field(
         None, description="Health and metrics alone, at an address that may be opened to probes and Prometheus."

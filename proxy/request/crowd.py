@@ -16,7 +16,7 @@ class Crowd:
     """Who is being served now."""
 
     def __init__(self, bounds: Bounds, metrics: Metrics) -> None:
-        self._bounds = bounds
+        self.bounds = bounds
         self._callers: Counter[str] = Counter()
         self._at_amazon: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -24,9 +24,9 @@ class Crowd:
 
     def enter(self, caller: str) -> None:
         """Count one request of a caller's; raise CallerBusy where it has too many."""
-        if self._callers[caller] >= self._bounds.requests:
+        if self._callers[caller] >= self.bounds.requests:
             raise CallerBusy(
-                f"this caller has {self._bounds.requests} requests in flight already",
+                f"this caller has {self.bounds.requests} requests in flight already",
                 "Send fewer at once, or raise bounds.requests.",
                 retry_after=1.0,
             )
@@ -38,7 +38,7 @@ class Crowd:
 
     def goes_at_once(self, account: str) -> bool:
         """Take one of the account's places at Amazon where one is free; return whether it was."""
-        if self._waiting.get(account) or self._at_amazon[account] >= self._bounds.account_requests:
+        if self._waiting.get(account) or self._at_amazon[account] >= self.bounds.account_requests:
             return False
         self._at_amazon[account] += 1
         return True
@@ -60,7 +60,7 @@ class Crowd:
                 waiting.remove(place)
             if isinstance(exc, TimeoutError):
                 raise AccountBusy(
-                    f"the account {account} has {self._bounds.account_requests} requests at Amazon already",
+                    f"the account {account} has {self.bounds.account_requests} requests at Amazon already",
                     "Send fewer at once, or raise bounds.account_requests.",
                     retry_after=1.0,
                 ) from None

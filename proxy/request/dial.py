@@ -6,19 +6,20 @@ less.
 """
 
 import asyncio
+import os
 import re
 import socket
 import ssl
 import sys
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import aiohappyeyeballs
 
-from proxy.config import LOOPBACK_NAMES, Config
+from proxy.config import LOOPBACK_NAMES, Config, Problem
 from proxy.request.http1 import Wire
 
 ADDRESSES_LAST = 30.0  # seconds
@@ -93,6 +94,17 @@ def tls_context(config: Config) -> Tls:
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     return context
+
+
+def mistakes(config: Config) -> Iterator[Problem]:
+    """Yield a problem where `pool.ca_file` cannot be used."""
+    if config.pool.ca_file is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=config.pool.ca_file)
+    except OSError as exc:
+        reason = "holds no certificate" if isinstance(exc, ssl.SSLError) else os.strerror(exc.errno or 0)
+        yield Problem("pool.ca_file", f"cannot be used: {reason}")
 
 
 class Addresses:

@@ -6,11 +6,14 @@ Keeping tokens, and deciding when one is needed, is `tokens.py`'s work.
 import asyncio
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
 
 from proxy.amazon import lwa, rdt
-from proxy.amazon.headers import credential_headers
+from proxy.amazon.headers import credential_headers, user_agent_of
 from proxy.amazon.operations import Operation
 from proxy.config import Config, Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
@@ -62,6 +65,33 @@ class Granted:
     came: float
 
 
+class _By(NamedTuple):
+    """What exchanges are made by: a configuration, and the connections that belong to it."""
+
+    config: Config
+    lwa_session: Pool
+    amazon_session: Pool
+
+
+def source_of(config: Config, credential: Credential) -> tuple[object, ...] | None:
+    """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
+
+    A client secret is not part of it: the tokens that were got with an old one are as good (F25).
+    """
+    application = config.applications.get(credential.application)
+    if application is None:
+        return None
+    if credential.kind == "grantless":
+        return (application.client_id,)
+    account = config.accounts.get(credential.account)
+    if account is None or config.application_of(account)[0] != credential.application:
+        return None
+    refresh_token = account.refresh_tokens.get(credential.region)
+    if refresh_token is None or config.environment_of(account) != credential.environment:
+        return None
+    return application.client_id, refresh_token, account.target_application if credential.kind == "rdt" else None
+
+
 class Grants:
     """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
 
@@ -71,41 +101,66 @@ class Grants:
         *,
         lwa_session: Pool,
         amazon_session: Pool,
-        user_agents: dict[str, str],
         limits: Limits,
         mint: Operation | None,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._config = config
-        self._lwa_session = lwa_session
-        self._amazon_session = amazon_session
-        self._user_agents = user_agents
+        self.by = _By(config, lwa_session, amazon_session)
+        # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
+        self._earlier: list[weakref.ref[Config]] = []
         self._limits = limits
         self._mint = mint
         self._metrics = metrics
         self._now = now
         self._sleep = sleep
 
+    def take_up(self, config: Config, lwa_session: Pool, amazon_session: Pool) -> None:
+        """Make exchanges by another configuration from now on, but for whom only an earlier one knows."""
+        self._earlier = [known for known in self._earlier if known() is not None]
+        self._earlier.insert(0, weakref.ref(self.by.config))
+        self.by = _By(config, lwa_session, amazon_session)
+
+    def _config_of(self, credential: Credential) -> Config | None:
+        """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
+        known = (self.by.config, *(earlier() for earlier in self._earlier))
+        return next((one for one in known if one is not None and source_of(one, credential) is not None), None)
+
     def secrets(self, credential: Credential) -> tuple[Secret, ...]:
         """Return the secrets that an exchange would send now: those of files and variables may have changed."""
-        if credential.kind == "rdt":
+        config = self._config_of(credential)
+        if credential.kind == "rdt" or config is None:
             return ()
-        secret = self._config.applications[credential.application].client_secret.current()
+        secret = config.applications[credential.application].client_secret.current()
         if credential.kind == "grantless":
             return (secret,)
-        return secret, self._config.accounts[credential.account].refresh_tokens[credential.region].current()
+        return secret, config.accounts[credential.account].refresh_tokens[credential.region].current()
+
+    def fingerprint(self, credential: Credential) -> str:
+        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now."""
+        source = ""
+        config = self._config_of(credential)
+        if config is not None:
+            source = config.applications[credential.application].client_id
+            if credential.kind != "grantless":
+                account = config.accounts[credential.account]
+                refresh_token = account.refresh_tokens[credential.region].current().reveal()
+                source += f"\x1f{refresh_token}\x1f{account.target_application or ''}"
+        return sha256(source.encode()).hexdigest()
 
     async def ask_lwa(self, credential: Credential, secrets: tuple[Secret, ...]) -> Granted:
         """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
-        client = (self._config.applications[credential.application].client_id, secrets[0])
-        url = self._config.endpoints.lwa
+        config = self._config_of(credential)
+        if config is None:
+            raise _gone(credential)
+        client = (config.applications[credential.application].client_id, secrets[0])
+        url, session = config.endpoints.lwa, self.by.lwa_session
 
         def call() -> Awaitable[lwa.Grant]:
             if credential.kind == "grantless":
-                return lwa.client_credentials_grant(self._lwa_session.post, url, *client, credential.scope)
-            return lwa.refresh_token_grant(self._lwa_session.post, url, *client, secrets[1])
+                return lwa.client_credentials_grant(session.post, url, *client, credential.scope)
+            return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
 
         return await self._tried(credential, call)
 
@@ -115,16 +170,19 @@ class Grants:
         Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
         UsagePlanExhausted.
         """
-        config = self._config
+        config = self._config_of(credential)
+        if config is None:
+            raise _gone(credential)
+        session, agent = self.by.amazon_session, user_agent_of(config.applications[credential.application])
         endpoint = endpoint_of(config, credential.environment, credential.region)
         target = self._target_of_mint(credential, endpoint)
         account = config.accounts[credential.account]
 
         async def call() -> lwa.Grant:
-            headers = credential_headers(ordinary, self._user_agents[credential.application], time.time())
+            headers = credential_headers(ordinary, agent, time.time())
             try:
                 return await rdt.create_restricted_data_token(
-                    self._amazon_session.post,
+                    session.post,
                     endpoint,
                     headers,
                     credential.method,
@@ -161,7 +219,7 @@ class Grants:
         asked = self._now()
         reason = "timeout"
         try:
-            async with asyncio.timeout(self._config.timeouts.token):
+            async with asyncio.timeout(self.by.config.timeouts.token):
                 for attempt in range(TRIES):
                     if attempt:
                         pause = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
@@ -228,6 +286,12 @@ def _whose(credential: Credential) -> str:
     if credential.kind == "grantless":
         return f"application {credential.application}"
     return f"account {credential.account} in {credential.region}"
+
+
+def _gone(credential: Credential) -> TokenRefused:
+    return TokenRefused(
+        f"{_whose(credential)} is not configured any more", "Put it back into the configuration, or call another one."
+    )
 
 
 def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:

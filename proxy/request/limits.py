@@ -227,6 +227,10 @@ class Limits:
         self._found: dict[Kind, tuple[Plan | None, Plan | None]] = {}
         metrics.read_plans = self._numbers
 
+    def take_up(self, *, pace: bool, max_queue: int) -> None:
+        """Go by other settings from now on; what is known of the plans stays."""
+        self._pace, self._max_queue = pace, max_queue
+
     async def admit(self, target: Target, claim: Claim) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
 

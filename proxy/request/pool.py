@@ -11,7 +11,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from proxy.config import Config
-from proxy.request.dial import Dialler, Origin, tls_context
+from proxy.request.dial import Dialler, Origin, Tls, tls_context
 from proxy.request.http1 import Wire
 
 LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
@@ -20,13 +20,16 @@ LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had 
 class Pool:
     """Connections by origin, `limit` of them at most; use it as an asynchronous context manager.
 
-    `headers` go with every `post`.
+    `headers` go with every `post`. `tls` is that of a pool before this one, where it is to trust the same: the system's
+    certificates take a tenth of a second to read.
     """
 
-    def __init__(self, config: Config, limit: int, headers: Mapping[str, str] | None = None) -> None:
-        self._tls = tls_context(config)
-        self._dialler = Dialler(config, self._tls)
-        self._limit = limit
+    def __init__(
+        self, config: Config, limit: int, headers: Mapping[str, str] | None = None, tls: Tls | None = None
+    ) -> None:
+        self.tls = tls or tls_context(config)
+        self._dialler = Dialler(config, self.tls)
+        self.limit = limit
         self._headers = dict(headers or {})
         self._idle = config.pool.idle
         self._connect = config.timeouts.connect
@@ -49,6 +52,18 @@ class Pool:
             wire.abort()
         await asyncio.sleep(0)  # in which the transports end
 
+    def retire(self) -> None:
+        """Keep no connection any more: those in use end with their request. Requests that go on may still take some."""
+        self._is_closed = True
+        for free in self._free.values():
+            while free:
+                free.pop().abort()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is any connection."""
+        return bool(self._open or self._dialling)
+
     def free(self, origin: Origin) -> Wire | None:
         """Return an idle connection, None where there is none."""
         free = self._free.get(origin)
@@ -69,7 +84,7 @@ class Pool:
         if wire is not None:
             return wire
         async with asyncio.timeout(self._connect):
-            while len(self._open) + self._dialling >= self._limit and not self._give_up_an_idle_one():
+            while len(self._open) + self._dialling >= self.limit and not self._give_up_an_idle_one():
                 await self._turn()
                 wire = None if fresh else self.free(origin)
                 if wire is not None:
@@ -144,7 +159,7 @@ class Pool:
             wire.abort()
             return
         if wire.served == 1 and origin.is_tls:
-            self._tls.remember(origin.host, wire.tls)
+            self.tls.remember(origin.host, wire.tls)
         wire.idle_since = now
         self._free.setdefault(origin, []).append(wire)
         if self._waiting:

@@ -92,17 +92,23 @@ class Attempts:
 class AllAttempts:
     """The rules and the budget of each application."""
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, before: "AllAttempts | None" = None) -> None:
         self._rules = {name: application.retry or config.retry for name, application in config.applications.items()}
-        self._budgets = {name: Budget(rule.budget / 100) for name, rule in self._rules.items()}
+        # What was saved up under the configuration before this one stays.
+        saved: dict[str, float] = {}
+        if before is not None:
+            saved = {name: budget.saved for name, budget in before.budgets.items()}
+        self.budgets: dict[str, Budget] = {
+            name: Budget(rule.budget / 100, saved.get(name, AT_START)) for name, rule in self._rules.items()
+        }
         self._metrics = metrics
 
     def note_call(self, target: Target) -> None:
         """Count a call that begins now."""
-        self._budgets[target.application].note_call()
+        self.budgets[target.application].note_call()
 
     def of(self, call: Call, *, may_repeat: bool) -> Attempts:
         """Return the attempts of a call that failed for the first time."""
         application = call.target.application
         repeatable = may_repeat and is_repeatable(call.target, call.request.method)
-        return Attempts(self._rules[application], self._budgets[application], self._metrics, is_repeatable=repeatable)
+        return Attempts(self._rules[application], self.budgets[application], self._metrics, is_repeatable=repeatable)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from proxy.config import Config, Secret
@@ -100,6 +99,7 @@ class Tokens:
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._held: dict[Credential, Token] = {}
         self._pending: dict[Credential, asyncio.Task[Token]] = {}
+        self._overtaken: set[asyncio.Task[Token]] = set()  # exchanges whose token nobody else is to get
         self._failed: dict[Credential, _Failure] = {}
         self._refused_elements: dict[tuple[Credential, str], float] = {}
         self._doubts = Doubts(now)
@@ -198,10 +198,24 @@ class Tokens:
 
         await asyncio.gather(*(fetch(credential) for credential in self._ordinary_credentials()))
 
+    def forget(self, is_outdated: Callable[[Credential], bool]) -> None:
+        """Use no token any more, held or on its way, whose credential is outdated; the next one is fetched anew."""
+        known = {*self._held, *self._pending, *self._failed}
+        for credential in filter(is_outdated, known):
+            self._held.pop(credential, None)
+            if task := self._pending.pop(credential, None):
+                self._overtaken.add(task)  # for those who wait for it: they began before
+            self._failed.pop(credential, None)
+            # Of one that goes on to be used, it comes back with the next token.
+            self._metrics.token_expiry.remove(credential.account, credential.region, credential.kind)
+        # A seller who authorised anew may have been asked for more.
+        kept = {key: until for key, until in self._refused_elements.items() if not is_outdated(key[0])}
+        self._refused_elements = kept
+
     async def close(self) -> None:
         """Cancel exchanges that are under way, and begin none."""
         self._closed = True
-        tasks = list(self._pending.values())
+        tasks = [*self._pending.values(), *self._overtaken]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -268,31 +282,37 @@ class Tokens:
         return task
 
     def _finished(self, credential: Credential, task: asyncio.Task[Token]) -> None:
-        self._pending.pop(credential, None)
+        self._overtaken.discard(task)
+        if self._pending.get(credential) is task:
+            del self._pending[credential]
         if not task.cancelled():
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
     async def _renew(self, credential: Credential, rejected: Token | None) -> Token:
         if not credential.reusable:
-            token = await self._exchanged(credential)
+            token = await self._exchanged(credential, "")
         else:
+            key = self._key(credential)
             fits = partial(self._fits, credential)
             refused = rejected.value if rejected is not None else None
-            async with self._store.turn(self._key(credential), fits, refused) as stored:
-                token = self._of_store(credential, stored) if stored else await self._exchanged(credential)
+            async with self._store.turn(key, fits, refused) as stored:
+                token = self._of_store(credential, stored) if stored else await self._exchanged(credential, key)
+        if not self._is_current_exchange(credential):
+            return token
         self._failed.pop(credential, None)
         if token.expires_at > self._now():
             self._hold(credential, token)
         return token
 
-    async def _exchanged(self, credential: Credential) -> Token:
-        """Return a token that was fetched now, and kept for others."""
+    async def _exchanged(self, credential: Credential, key: str) -> Token:
+        """Return a token that was fetched now, and kept for others under `key` where that makes sense."""
         ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
         secrets = self._grants.secrets(credential)
         try:
             granted = await self._granted(credential, ordinary, secrets)
         except ProxyError as error:
-            self._note_failure(credential, error, secrets)
+            if self._is_current_exchange(credential):
+                self._note_failure(credential, error, secrets)
             raise
         except NotRestricted:
             self._documents.note_unrestricted(credential)
@@ -304,7 +324,13 @@ class Tokens:
                 self._note_failure(credential, nothing_left, secrets)
                 raise nothing_left from exc
             raise
-        return await self._kept(credential, granted)
+        if not self._is_current_exchange(credential):
+            return self._fresh(credential, granted)
+        return await self._kept(credential, granted, key)
+
+    def _is_current_exchange(self, credential: Credential) -> bool:
+        """Return whether what the running task fetches is still wanted: nobody has forgotten the credential since."""
+        return self._pending.get(credential) is asyncio.current_task()
 
     async def _granted(self, credential: Credential, ordinary: Token | None, secrets: tuple[Secret, ...]) -> Granted:
         if ordinary is None:
@@ -353,26 +379,25 @@ class Tokens:
     def _key(self, credential: Credential) -> str:
         """Return what the credential's token is kept by: it differs wherever another secret would give another token.
 
-        So two fleets on one Redis that call different sellers by one name do not meet.
+        So two fleets on one Redis that call different sellers by one name do not meet, nor does a new configuration
+        meet what was kept for somebody else.
         """
-        application = self._config.applications[credential.application]
-        secrets = application.client_id
-        if credential.kind != "grantless":
-            secrets += "\x1f" + self._grants.secrets(ordinary_of(credential))[1].reveal()
-        return f"{_key(credential)}\x1f{sha256(secrets.encode()).hexdigest()}"
+        return f"{_key(credential)}\x1f{self._grants.fingerprint(credential)}"
 
-    async def _kept(self, credential: Credential, granted: Granted) -> Token:
-        grant = granted.grant
-        # Counted from before the exchange: the token host's clock started no earlier than that.
-        took = granted.came - granted.asked
-        token = self._token(credential, grant.value, granted.asked, grant.expires_in, took)
+    async def _kept(self, credential: Credential, granted: Granted, key: str) -> Token:
+        grant, token = granted.grant, self._fresh(credential, granted)
         life = token.expires_at - self._now()
         if life > 0:
             expires_at = self._wall() + life
             self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
             if credential.reusable:
-                await self._store.put(self._key(credential), StoredToken(grant.value, expires_at), life)
+                await self._store.put(key, StoredToken(grant.value, expires_at), life)
         return token
+
+    def _fresh(self, credential: Credential, granted: Granted) -> Token:
+        # Counted from before the exchange: the token host's clock started no earlier than that.
+        took = granted.came - granted.asked
+        return self._token(credential, granted.grant.value, granted.asked, granted.grant.expires_in, took)
 
     def _token(self, credential: Credential, value: Secret, since: float, life: float, took: float) -> Token:
         expires_at = since + life - min(SAFETY_MARGIN, life / 20)

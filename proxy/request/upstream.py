@@ -19,7 +19,7 @@ from proxy.amazon.headers import credential_headers
 from proxy.config import Config
 from proxy.errors import ConnectTimeout, MalformedRequest, ProxyError, UpstreamBroken, UpstreamUnreachable
 from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
-from proxy.request.dial import Origin
+from proxy.request.dial import Origin, Tls
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
 from proxy.request.heads import Head
@@ -219,9 +219,9 @@ def _say_continue(request: web.BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_session(config: Config, limit: int) -> Pool:
-    """Return the connections to Amazon, `limit` of them at most."""
-    return Pool(config, limit)
+def open_session(config: Config, limit: int, tls: Tls | None = None) -> Pool:
+    """Return the connections to Amazon, `limit` of them at most; `tls` as in Pool."""
+    return Pool(config, limit, tls=tls)
 
 
 @lru_cache(maxsize=_MOST_ORIGINS)

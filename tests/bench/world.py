@@ -31,6 +31,7 @@ class World:
     admin: str
     control: str
     simulator: int
+    config: Path
     session: aiohttp.ClientSession
     started_at: float
     statuses: Counter[int] = field(default_factory=Counter)
@@ -117,7 +118,7 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
             began = time.monotonic()
             command = python("proxy", "serve", "--config", path, "--log-level", "error")
             with started("proxy", command, port, cores.proxy, Path(name)) as proxy:
-                at = (f"http://{HOST}:{port}", f"http://{HOST}:{admin}", control, simulator)
+                at = (f"http://{HOST}:{port}", f"http://{HOST}:{admin}", control, simulator, path)
                 yield World(proxy, *at, session, began)
 
 

@@ -1,0 +1,87 @@
+"""What does a proxy that runs say of itself, asked from the command line?"""
+
+import http.client
+import socket
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from proxy.config import Address, is_loopback
+
+PATIENCE = 3.0  # seconds for one answer
+PAUSE = 0.1  # seconds between two questions
+MOST_TEXT = 500  # characters of an answer that are shown
+
+
+class Answer(NamedTuple):
+    """Whether it was the answer hoped for, and what it said, or why there was none."""
+
+    is_good: bool
+    text: str
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to an address, which may be a Unix socket."""
+
+    def __init__(self, address: Address, patience: float) -> None:
+        super().__init__("localhost", address.port, timeout=patience)
+        self._address = address
+
+    def connect(self) -> None:
+        """Connect."""
+        if self._address.path:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._address.path)
+        else:
+            self.sock = socket.create_connection((_reachable(self._address.host), self._address.port), self.timeout)
+
+
+def _reachable(host: str) -> str:
+    """Return the host to connect to where `host` is listened on: all interfaces are no address to call."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing listens here
+
+
+def address_in(url: str) -> Address:
+    """Return the address of `http://host:port`; raise ValueError for anything else."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme != "http" or not parts.hostname or parts.path not in {"", "/"} or parts.query or parts.username:
+        raise ValueError("not the address of a proxy")
+    return Address(parts.hostname, parts.port or 80)
+
+
+def once(address: Address, method: str, path: str, patience: float = PATIENCE) -> Answer:
+    """Ask once; 200 is good."""
+    connection = _Connection(address, patience)
+    host = "localhost" if address.path or is_loopback(_reachable(address.host)) else address.host
+    try:
+        connection.request(method, path, headers={"Host": f"[{host}]" if ":" in host else host})
+        answer = connection.getresponse()
+        text = answer.read(MOST_TEXT).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException) as exc:
+        return Answer(is_good=False, text=f"no answer from {address}: {_reason(exc)}")
+    finally:
+        connection.close()
+    return Answer(is_good=answer.status == 200, text=text if answer.status == 200 else f"{answer.status}: {text}")
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, TimeoutError):
+        return "it did not come in time"
+    return (isinstance(exc, OSError) and exc.strerror) or "it is no HTTP"
+
+
+def until_ready(
+    address: Address,
+    timeout: float,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Answer:
+    """Ask until the proxy is ready, or `timeout` seconds are over; return the last answer."""
+    end = now() + timeout
+    while True:
+        answer = once(address, "GET", "/readyz", max(PAUSE, min(PATIENCE, end - now())))
+        if answer.is_good or now() + PAUSE >= end:
+            return answer
+        sleep(PAUSE)

@@ -1,0 +1,262 @@
+"""A changed file or SIGHUP becomes the configuration in force, whole or not at all, and everybody learns which."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxy import reload
+from proxy.app import Running
+from proxy.config import Config, Loaded, load_config
+from proxy.reload import Reloads, Result, stamps
+from tests.bench.reloads import run
+from tests.conftest import StartProxy, settings_for
+from tests.far_side import FarSide, TokenHost
+from tests.near_side import call
+
+SELLERS = "/sellers/v1/marketplaceParticipations"
+
+
+@dataclass
+class Watched:
+    """A proxy whose files are watched."""
+
+    proxy: Running
+    reloads: Reloads
+    path: Path
+    write: Callable[..., None]
+    results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
+
+    async def result(self) -> Result:
+        """Return how the next reload went, once it is over."""
+        return await self.results.get()
+
+    async def status(self) -> Any:
+        assert self.proxy.admin is not None
+        return json.loads((await call(self.proxy.admin, "GET", "/status")).body)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.proxy.metrics.registry.get_sample_value(f"spapi_proxy_config_{name}", labels)
+
+
+@pytest.fixture
+async def watched(start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> Any:
+    """Starts a proxy from a file of its own, whose secret is in another, and watches both."""
+    path = tmp_path / "in use.yaml"
+    secret = tmp_path / "secret"
+    secret.write_text("client-secret", encoding="utf-8")
+    secret.chmod(0o600)
+    main = {"client_id": "client", "client_secret": {"file": "secret"}}
+
+    def write(**changed: Any) -> None:
+        path.write_text(yaml.safe_dump(settings_for(far_side, token_host, applications={"main": main}, **changed)))
+
+    write()
+    load = partial(load_config, str(path), {})
+    proxy = await start_proxy(applications={"main": main})
+    here = Watched(proxy, None, path, write)  # type: ignore[arg-type]  # it comes with the next line
+    here.reloads = Reloads(
+        load(),
+        load=load,
+        hand_over=proxy.hand_over,
+        reloading=proxy.reloading,
+        metrics=proxy.metrics,
+        note=lambda result: here.results.put_nowait(result) if result else None,
+        look_every=0.005,
+    )
+    watching = asyncio.create_task(here.reloads.watch())
+    yield here
+    watching.cancel()
+
+
+async def test_a_changed_file_is_taken_up(watched: Watched, log: StringIO) -> None:
+    watched.write(accounts={"other": {"refresh_tokens": {"eu": "Atzr|other-eu"}}})
+    assert await watched.result() == "ok"
+    assert (await call(watched.proxy.addresses[0], "GET", SELLERS)).decided["account"] == "other"
+    assert watched.metric("reloads_total", result="ok") == 1
+    assert '"because": "a file has changed"' in log.getvalue()
+
+
+async def test_a_bad_file_changes_nothing_and_log_metric_and_status_say_so(watched: Watched, log: StringIO) -> None:
+    before = await watched.status()
+    watched.path.write_text("listen: nowhere\naccounts: {acme: {refresh_tokens: {eu: distinctive-secret}}}\n")
+    assert await watched.result() == "failed"
+    assert (await call(watched.proxy.addresses[0], "GET", SELLERS)).decided["account"] == "acme"
+    assert watched.metric("reloads_total", result="failed") == 1
+    assert watched.metric("last_reload_failed") == 1
+    lines = [line for line in log.getvalue().splitlines() if "refused" in line]
+    assert len(lines) == 1
+    assert f"{watched.path}:1: listen[0].address: must be an address" in lines[0]
+    told = (await watched.status())["configuration"]
+    assert told["last_reload"]["result"] == "failed"
+    assert any("listen[0].address" in problem for problem in told["problems"])
+    assert told["good_since"] == before["configuration"]["good_since"]
+    assert "distinctive" not in str(told)
+
+    watched.write()
+    assert await watched.result() == "unchanged"
+    assert watched.metric("last_reload_failed") == 0
+    assert (await watched.status())["configuration"]["problems"] == []
+
+
+async def test_an_unchanged_file_is_a_no_op(watched: Watched, token_host: TokenHost) -> None:
+    await call(watched.proxy.addresses[0], "GET", SELLERS)
+    watched.reloads.ask()
+    assert await watched.result() == "unchanged"
+    os.utime(watched.path)
+    assert await watched.result() == "unchanged"
+    await call(watched.proxy.addresses[0], "GET", SELLERS)
+    assert len(token_host.received) == 1
+    assert watched.metric("reloads_total", result="ok") == 0
+    assert watched.metric("reloads_total", result="unchanged") == 2
+
+
+async def test_a_changed_secret_file_is_taken_up_and_the_tokens_serve_on(
+    watched: Watched, token_host: TokenHost
+) -> None:
+    await call(watched.proxy.addresses[0], "GET", SELLERS)
+    (watched.path.parent / "secret").write_text("client-secret-2", encoding="utf-8")
+    assert await watched.result() == "ok"
+    await call(watched.proxy.addresses[0], "GET", SELLERS)
+    assert len(token_host.received) == 1
+
+
+async def test_a_secret_file_that_is_gone_is_refused_and_waited_for(watched: Watched) -> None:
+    secret = watched.path.parent / "secret"
+    secret.rename(secret.with_name("elsewhere"))
+    assert await watched.result() == "failed"
+    secret.with_name("elsewhere").rename(secret)
+    assert await watched.result() == "unchanged"
+
+
+async def test_a_file_that_the_new_configuration_names_may_come_later(watched: Watched) -> None:
+    accounts = {"acme": {"refresh_tokens": {"eu": {"file": "to-come"}}}}
+    watched.write(accounts=accounts)
+    assert await watched.result() == "failed"
+    (watched.path.parent / "to-come").write_text("Atzr|acme-new", encoding="utf-8")
+    assert await watched.result() == "ok"
+
+
+async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
+    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    """A mounted ConfigMap: config.yaml → ..data/config.yaml, ..data → ..2026_01, the last of which is replaced."""
+    mount = tmp_path / "mount"
+
+    def fill(version: str, account: str) -> None:
+        (mount / version).mkdir(parents=True)
+        accounts = {account: {"refresh_tokens": {"eu": f"Atzr|{account}"}}}
+        (mount / version / "config.yaml").write_text(
+            yaml.safe_dump(settings_for(far_side, token_host, accounts=accounts))
+        )
+        (mount / "..data_tmp").symlink_to(version)
+        (mount / "..data_tmp").rename(mount / "..data")
+
+    fill("..2026_01", "acme")
+    (mount / "config.yaml").symlink_to("..data/config.yaml")
+    proxy = await start_proxy()
+    results: asyncio.Queue[Result] = asyncio.Queue()
+    load = partial(load_config, str(mount / "config.yaml"), {})
+    reloads = Reloads(
+        load(),
+        load=load,
+        hand_over=proxy.hand_over,
+        reloading=proxy.reloading,
+        metrics=proxy.metrics,
+        note=lambda result: results.put_nowait(result) if result else None,
+        look_every=0.005,
+    )
+    watching = asyncio.create_task(reloads.watch())
+    fill("..2026_02", "other")
+    assert await results.get() == "ok"
+    assert (await call(proxy.addresses[0], "GET", SELLERS)).decided["account"] == "other"
+    watching.cancel()
+
+
+async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watched: Watched, log: StringIO) -> None:
+    watched.write(store="memory", health="127.0.0.1:0", endpoints={"lwa": "http://127.0.0.1:9/"})
+    assert await watched.result() == "unchanged"
+    watched.reloads.ask()
+    assert await watched.result() == "unchanged"
+    warnings = [json.loads(line) for line in log.getvalue().splitlines() if "after a restart" in line]
+    assert [line["keys"] for line in warnings] == [["health", "endpoints"]]
+    assert (await watched.status())["configuration"]["needs_restart"] == ["health", "endpoints"]
+    watched.write()
+    assert await watched.result() == "unchanged"
+    assert (await watched.status())["configuration"]["needs_restart"] == []
+
+
+async def test_a_file_that_is_still_being_written_is_left_alone(watched: Watched) -> None:
+    good = watched.path.read_text()
+    for size in range(0, len(good), 20):
+        watched.path.write_text(good[:size])
+        await asyncio.sleep(0)  # as long as nothing stays as it is
+    watched.path.write_text(good + "limits: {max_queue: 9}\n")
+    assert await watched.result() == "ok"
+    assert watched.metric("reloads_total", result="failed") == 0
+
+
+async def test_files_that_hang_delay_nobody_and_are_given_up(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reload, "LONGEST_READ", 0.05)
+    release = threading.Event()
+
+    def hang() -> Loaded:
+        release.wait(30)
+        raise AssertionError("nobody waits for this any more")
+
+    watched.reloads._load = hang
+    watched.reloads.ask()
+    assert (await call(watched.proxy.addresses[0], "GET", SELLERS)).status == 200
+    assert await watched.result() == "failed"
+    release.set()
+    assert "could not be read" in (await watched.status())["configuration"]["problems"][0]
+
+
+async def test_a_fault_of_the_proxys_own_is_a_failed_reload_and_the_watch_goes_on(watched: Watched) -> None:
+    def fail() -> Loaded:
+        raise RuntimeError("what the log must not quote")
+
+    load, watched.reloads._load = watched.reloads._load, fail
+    watched.reloads.ask()
+    assert await watched.result() == "failed"
+    assert "quote" not in str(await watched.status())
+    watched.reloads._load = load
+    watched.reloads.ask()
+    assert await watched.result() == "unchanged"
+
+
+async def test_ten_reloads_under_load_half_of_them_broken_fail_no_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await run(10, 5, quiet_for=1.0) == 0, capsys.readouterr().out
+
+
+def test_looking_at_many_files_is_cheap_and_never_fails(tmp_path: Path) -> None:
+    assert stamps([tmp_path / "absent", Path("\0")]) == (None, None)
+    (tmp_path / "file").write_text("x")
+    first = stamps([tmp_path / "file"])
+    (tmp_path / "new").write_text("y")
+    (tmp_path / "new").rename(tmp_path / "file")
+    assert stamps([tmp_path / "file"]) != first
+
+
+async def test_a_configuration_in_force_says_all_its_files(tmp_path: Path) -> None:
+    for name in ("secret", "token", "cert.pem", "key.pem", "ca.pem"):
+        (tmp_path / name).write_text("x")
+    settings = {
+        "listen": {"address": "127.0.0.1:0", "tls": {"certificate": str(tmp_path / "cert.pem"), "key": "key.pem"}},
+        "applications": {"main": {"client_id": "client", "client_secret": {"file": "secret"}}},
+        "pool": {"ca_file": str(tmp_path / "ca.pem")},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    environ = {"SP_API_REFRESH_TOKEN_EU_FILE": str(tmp_path / "token")}
+    loaded = load_config(str(tmp_path / "config.yaml"), environ)
+    assert isinstance(loaded.config, Config)
+    assert {file.name for file in loaded.files} == {"config.yaml", "secret", "token", "cert.pem", "key.pem", "ca.pem"}
