@@ -36,6 +36,7 @@ from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
 from proxy.request.tokens import Tokens
+from proxy.request.traces import open_traces
 from proxy.request.upstream import Upstream, open_session
 from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
 from proxy.status import Readiness, admin_app, health_app
@@ -80,6 +81,9 @@ async def running(config: Config) -> AsyncIterator[Running]:
         metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
         readiness = Readiness()
         agents = user_agents(config)
+        traces = open_traces(config.tracing, __version__)
+        if traces is not None:
+            stack.push_async_callback(traces.close)
         store = Store()
         stack.push_async_callback(store.close)
         most_clients, most_upstream = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
@@ -118,6 +122,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             Experience(table),
             Deadlines(config, asyncio.get_running_loop()),
             metrics,
+            traces,
         )
         ports = _Ports(config, metrics, Room(most_clients, metrics))
         admin = health = None

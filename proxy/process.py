@@ -75,6 +75,8 @@ def _secrets_in(config: Config) -> Iterator[str]:
     for caller in config.callers.values():
         if caller.key is not None:
             yield caller.key.reveal()
+    if config.tracing.headers is not None:
+        yield config.tracing.headers.reveal()
 
 
 def _without_its_text(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:

@@ -40,6 +40,7 @@ STEPS = [
     "policy",
     "identify",
     "exchange",
+    "traces",
     "mask",
     "http1",
     "dial",

@@ -266,8 +266,8 @@ def test_a_wrong_name_or_label_would_be_found() -> None:
 _BEGINNING = """# Alerts
 
 What Prometheus alerts to, by [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), and what to
-do then. `python -m tests.test_watching` makes this page from the rules. `critical`: calls fail now, or will for certain;
-`warning`: look today. Thresholds are a beginning: change them to what your apps need.
+do then. `python -m tests.test_watching` makes this page from the rules. `critical`: calls fail now, or will for
+certain; `warning`: look today. Thresholds are a beginning: change them to what your apps need.
 
 The dashboard ([config/grafana/dashboards/sp-api-proxy.json](../config/grafana/dashboards/sp-api-proxy.json)) shows what
 is behind each.

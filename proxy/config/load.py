@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -236,6 +237,8 @@ def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
     for name, caller in _mapping(tree, "callers").items():
         if isinstance(caller, dict) and "key" in caller:
             yield ("callers", name, "key")
+    if _mapping(tree, "tracing").get("headers") is not None:
+        yield ("tracing", "headers")
 
 
 def _text_of(path: Path) -> str:
@@ -342,6 +345,7 @@ def _cross_check(draft: _Draft) -> None:
         *_wrong_account_names(tree, accounts),
         *_open_listeners(tree),
         *_wrong_callers(tree),
+        *_wrong_tracing(tree),
     ]
     draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
 
@@ -409,6 +413,25 @@ def _wrong_callers(tree: Tree) -> Wrong:
     if not any(str(one.get("address", "")).startswith("unix:") for one in listeners):
         for name in (name for name, caller in callers.items() if caller.get("uid") is not None):
             yield ("callers", name, "uid"), "can never be seen: no listener is a Unix socket"
+
+
+def _wrong_tracing(tree: Tree) -> Wrong:
+    """Traces are wanted, and what makes them is not installed."""
+    if _mapping(tree, "tracing").get("endpoint") is not None and not _is_installed(*_TRACING_NEEDS):
+        yield (
+            ("tracing", "endpoint"),
+            "needs OpenTelemetry, which is not installed: pip install 'sp-api-proxy[otel]'",
+        )
+
+
+_TRACING_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+
+
+def _is_installed(*modules: str) -> bool:
+    try:
+        return all(find_spec(module) is not None for module in modules)
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:
