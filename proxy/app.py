@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -36,11 +36,13 @@ from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
 from proxy.request.tokens import Tokens
-from proxy.request.traces import open_traces
 from proxy.request.upstream import Upstream, open_session
 from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
 from proxy.status import Readiness, admin_app, health_app
 from proxy.store import Store
+
+if TYPE_CHECKING:
+    from proxy.request.spans import Traces
 
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
@@ -81,9 +83,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
         readiness = Readiness()
         agents = user_agents(config)
-        traces = open_traces(config.tracing, __version__)
-        if traces is not None:
-            stack.push_async_callback(traces.close)
+        traces = _open_traces(stack, config, metrics)
         store = Store()
         stack.push_async_callback(store.close)
         most_clients, most_upstream = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
@@ -195,6 +195,17 @@ def user_agents(config: Config) -> dict[str, str]:
         )
         for name, application in config.applications.items()
     }
+
+
+def _open_traces(stack: AsyncExitStack, config: Config, metrics: Metrics) -> "Traces | None":
+    """Return what makes spans, None where nobody wants any; `stack` gives the last of them time to leave."""
+    if config.tracing.endpoint is None:
+        return None
+    from proxy.request import spans  # noqa: PLC0415 - needs OpenTelemetry, an extra
+
+    traces = spans.open_traces(config.tracing, __version__, metrics)
+    stack.push_async_callback(traces.close)
+    return traces
 
 
 def open_lwa_session(config: Config) -> Pool:

@@ -123,6 +123,7 @@ class Metrics:
         self.lost_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
         )
+        self.lost_spans = self._counter("trace_spans_lost_total", "Spans of traces that the collector did not take.")
         self._tallied(
             "request_body_bytes_total",
             "Body bytes sent to Amazon.",

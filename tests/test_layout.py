@@ -41,6 +41,7 @@ STEPS = [
     "identify",
     "exchange",
     "traces",
+    "spans",
     "mask",
     "http1",
     "dial",

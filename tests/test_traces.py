@@ -2,20 +2,23 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from proxy.app import running
-from proxy.config import Config, ConfigError, load_config
-from proxy.request import traces
-from proxy.request.traces import MOST_STEPS, Step, TracedExchange, open_traces
+from proxy.config import Config, ConfigError, Tracing, load_config
+from proxy.metrics import Metrics
+from proxy.request import spans
+from proxy.request.traces import MOST_STEPS, Step, TracedExchange
 from tests.clock import FakeClock
 from tests.conftest import config_from, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
@@ -29,13 +32,14 @@ SAMPLED = f"00-{TRACE}-{PARENT}-01"
 
 
 class Collector:
-    """Takes OTLP over HTTP; `hangs` keeps it from answering."""
+    """Takes OTLP over HTTP; `hangs` keeps it from answering, `statuses` are those of its answers (200 after them)."""
 
     def __init__(self) -> None:
         self.url = ""
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.hangs = False
+        self.statuses: Iterator[int] = iter(())
         self.over = asyncio.Event()
 
     async def take(self, received: web.BaseRequest) -> web.Response:
@@ -44,7 +48,7 @@ class Collector:
         assert received.path == "/v1/traces"
         if self.hangs:
             await self.over.wait()
-        return web.Response(content_type="application/x-protobuf")
+        return web.Response(status=next(self.statuses, 200), content_type="application/x-protobuf")
 
     @property
     def spans(self) -> list[Span]:
@@ -283,7 +287,7 @@ async def test_headers_for_the_collector_reach_it(traced: Any, collector: Collec
 async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
     traced: Any, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(traces, "FLUSH", 0.3)
+    monkeypatch.setattr(spans, "FLUSH", 0.3)
     collector.hangs = True
     clock = asyncio.get_running_loop().time
     async with traced() as app:
@@ -295,9 +299,26 @@ async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
 
 
 async def test_a_collector_that_is_not_there_fails_no_request(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "FLUSH", 0.3)
+    monkeypatch.setattr(spans, "FLUSH", 0.3)
     async with traced({"endpoint": "http://127.0.0.1:9"}) as app:
         assert (await call(app, "GET", SELLERS)).status == 200
+
+
+async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Collector, log: StringIO) -> None:
+    statuses = [400, 400, 200, 200]
+    collector.statuses = iter(statuses)
+    metrics = Metrics()
+    traces = spans.open_traces(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
+    for _ in statuses:
+        exchange = traces.begin("GET", traces._now())
+        traces.end(exchange, CIMultiDictProxy(CIMultiDict()))
+        await asyncio.to_thread(traces._provider.force_flush)
+    await traces.close()
+    assert metrics.registry.get_sample_value("spapi_proxy_trace_spans_lost_total") == 2
+    assert len(collector.bodies) == 4
+    said = [line for line in log.getvalue().splitlines() if "collector" in line]
+    assert len(said) == 2
+    assert ["no spans" in said[0], "again" in said[1]] == [True, True]
 
 
 # The record.
@@ -444,14 +465,7 @@ async def test_without_the_extra_the_start_says_what_to_install() -> None:
 async def test_nothing_of_opentelemetry_is_loaded_where_there_are_no_traces() -> None:
     program = (
         "import sys, proxy.app, proxy.cli\n"
-        "from proxy.config import Tracing\n"
-        "from proxy.request.traces import open_traces\n"
-        "assert open_traces(Tracing(), '1') is None\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=ROOT)
     assert await process.wait() == 0
-
-
-def test_no_traces_are_made_unless_somebody_says_where_to() -> None:
-    assert open_traces(tracing({}).tracing, "1") is None

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -34,8 +35,10 @@ from proxy.request.patience import Deadlines, Patience
 from proxy.request.policy import Permit
 from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
 from proxy.request.tokens import Token, Tokens
-from proxy.request.traces import Traces
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
+
+if TYPE_CHECKING:
+    from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
@@ -68,7 +71,7 @@ class Handler:
     experience: Experience
     deadlines: Deadlines
     metrics: Metrics
-    traces: Traces | None = None
+    traces: "Traces | None" = None
     now: Callable[[], float] = time.monotonic
 
     async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
