@@ -207,6 +207,23 @@ async def test_a_call_without_an_answer_is_an_error(traced: Any, collector: Coll
     assert attributes(out)["error.type"] == "UpstreamBroken"
 
 
+async def test_an_answer_that_breaks_off_is_an_error_of_the_request_alone(
+    traced: Any, collector: Collector, far_side: FarSide
+) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        await writer.drain()
+        writer.close()
+
+    far_side.script = script
+    async with traced() as app:
+        assert not (await call(app, "GET", SELLERS)).complete
+    server = server_of(collector.spans)
+    assert server.status.code == Status.STATUS_CODE_ERROR
+    assert attributes(server)["error.type"] == "cut off"
+    assert below(collector.spans)[-1].status.code == Status.STATUS_CODE_UNSET
+
+
 async def test_a_refused_request_is_a_span_without_any_below(traced: Any, collector: Collector) -> None:
     async with traced() as app:
         assert (await call(app, "GET", SELLERS, x_sp_account="nobody")).status == 400
@@ -312,7 +329,7 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
     for _ in statuses:
         exchange = traces.begin("GET", traces._now())
         traces.end(exchange, CIMultiDictProxy(CIMultiDict()))
-        await asyncio.to_thread(traces._provider.force_flush)
+        await asyncio.to_thread(traces._processor.force_flush)
     await traces.close()
     assert metrics.registry.get_sample_value("spapi_proxy_trace_spans_lost_total") == 2
     assert len(collector.bodies) == 4

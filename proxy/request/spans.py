@@ -11,18 +11,19 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 from multidict import CIMultiDictProxy
-from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from proxy.config import Tracing
@@ -32,12 +33,13 @@ from proxy.request.exchange import Exchange
 from proxy.request.traces import Step, TracedExchange
 
 FLUSH = 3.0  # seconds that spans get at the end
-QUEUE = 4096  # spans that wait for the collector; more are dropped
 
 # OpenTelemetry's semantic conventions for HTTP: what is not in this list is `_OTHER`.
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 
 Attributes = dict[str, str | int | bool]
+
+_FAILED, _UNSET = Status(StatusCode.ERROR), Status()
 
 
 class _Watched(SpanExporter):
@@ -71,14 +73,17 @@ class Traces:
 
     def __init__(
         self,
-        provider: TracerProvider,
+        processor: SpanProcessor,
+        resource: Resource,
         share: float,
         *,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer("sp-api-proxy")
+        self._processor = processor
+        self._resource = resource
+        self._scope = InstrumentationScope("sp-api-proxy")
+        self._ids = RandomIdGenerator()
         self._share = share
         self._now = now
         self._wall = wall
@@ -92,57 +97,80 @@ class Traces:
         try:
             parent = _parent(headers) if "traceparent" in headers else None
             if isinstance(exchange, TracedExchange) and self._is_wanted(parent):
-                self._spans(exchange, parent)
+                self._make(exchange, parent)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the request has its answer
             LOGGER.error("a request could not be traced", exc_info=exc)
 
-    def _is_wanted(self, parent: Context | None) -> bool:
+    def _is_wanted(self, parent: SpanContext | None) -> bool:
         """Return whether to trace: as the app that called decided, else by the share."""
-
         if parent is None:
             return random.random() < self._share  # noqa: S311 - a sample
-        return trace.get_current_span(parent).get_span_context().trace_flags.sampled
+        return parent.trace_flags.sampled
 
-    def _spans(self, exchange: TracedExchange, parent: Context | None) -> None:
-
+    def _make(self, exchange: TracedExchange, parent: SpanContext | None) -> None:
         now, wall = self._now(), self._wall()
         exchange.close(now)
 
         def at(moment: float) -> int:
             return wall - round((now - moment) * 1e9)
 
-        span = self._tracer.start_span(
-            _name(exchange),
-            context=parent or Context(),
-            kind=trace.SpanKind.SERVER,
-            attributes=_of_request(exchange),
-            start_time=at(exchange.started),
-        )
-        below = trace.set_span_in_context(span, Context())
+        whole = self._context(parent)
         calls = 0
         for step in exchange.steps:
-            is_call = step.name == "call"
-            child = self._tracer.start_span(
-                _method(exchange.method) if is_call else f"wait for {step.name}",
-                context=below,
-                kind=trace.SpanKind.CLIENT if is_call else trace.SpanKind.INTERNAL,
-                attributes=_of_call(exchange, step, calls) if is_call else None,
-                start_time=at(step.began),
-            )
-            calls += is_call
-            if is_call and (step.status >= 400 or not step.status):
-                child.set_status(trace.StatusCode.ERROR)
-            child.end(at(step.ended))
-        if exchange.status >= 500 or exchange.broken:
-            span.set_status(trace.StatusCode.ERROR)
-        span.end(wall)
+            if step.name == "call":
+                name, kind, attributes = _method(exchange.method), SpanKind.CLIENT, _of_call(exchange, step, calls)
+                calls += 1
+            else:
+                name, kind, attributes = f"wait for {step.name}", SpanKind.INTERNAL, {}
+            # A call that failed, whoever is to blame; of a request only what is not its client's own fault.
+            status = _FAILED if "error.type" in attributes else _UNSET
+            self._put(name, self._context(whole), whole, kind, status, attributes, at(step.began), at(step.ended))
+        status = _FAILED if exchange.status >= 500 or exchange.broken else _UNSET
+        attributes = _of_request(exchange)
+        self._put(_name(exchange), whole, parent, SpanKind.SERVER, status, attributes, at(exchange.started), wall)
+
+    def _context(self, above: SpanContext | None) -> SpanContext:
+        """Return a new span's place: in the trace of the one above it, or in a new one."""
+        return SpanContext(
+            trace_id=above.trace_id if above else self._ids.generate_trace_id(),
+            span_id=self._ids.generate_span_id(),
+            is_remote=False,
+            trace_flags=TraceFlags(TraceFlags.SAMPLED),
+            trace_state=above.trace_state if above else None,
+        )
+
+    def _put(
+        self,
+        name: str,
+        context: SpanContext,
+        parent: SpanContext | None,
+        kind: SpanKind,
+        status: Status,
+        attributes: Attributes,
+        began: int,
+        ended: int,
+    ) -> None:
+        # Not by a Tracer: that makes spans that change, with locks, at ten times the cost.
+        span = ReadableSpan(
+            name,
+            context,
+            parent,
+            self._resource,
+            attributes,
+            kind=kind,
+            status=status,
+            start_time=began,
+            end_time=ended,
+            instrumentation_scope=self._scope,
+        )
+        self._processor.on_end(span)
 
     async def close(self) -> None:
         """Give the spans that are left FLUSH seconds to reach the collector."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def flush() -> None:
-            self._provider.shutdown()
+            self._processor.shutdown()
             with suppress(RuntimeError):  # nobody waits any more, and the loop is gone
                 loop.call_soon_threadsafe(done.set)
 
@@ -157,13 +185,10 @@ def open_traces(settings: Tracing, version: str, metrics: Metrics) -> Traces:
     endpoint = settings.endpoint or ""
     # Its exporter says the same several times a batch; _Watched says it once.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
-    # Which requests are traced is decided here, before anything is made of them.
     resource = Resource.create({"service.name": settings.service_name, "service.version": version})
-    provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=endpoint, headers=_headers(settings))
-    watched = _Watched(exporter, urlsplit(endpoint).netloc, metrics)
-    provider.add_span_processor(BatchSpanProcessor(watched, max_queue_size=QUEUE))
-    return Traces(provider, settings.sample)
+    processor = BatchSpanProcessor(_Watched(exporter, urlsplit(endpoint).netloc, metrics))
+    return Traces(processor, resource, settings.sample)
 
 
 def _headers(settings: Tracing) -> dict[str, str]:
@@ -174,15 +199,14 @@ def _headers(settings: Tracing) -> dict[str, str]:
     return {name.lower(): unquote(value) for name, _, value in pairs}
 
 
-def _parent(headers: CIMultiDictProxy[str]) -> Context | None:
+def _parent(headers: CIMultiDictProxy[str]) -> SpanContext | None:
     """Return the app's span; None where its header is not well-formed (W3C Trace Context section 3.2)."""
-
     given = headers.getall("traceparent")
     if len(given) != 1:
         return None
-    carrier: Mapping[str, str] = {"traceparent": given[0], "tracestate": ",".join(headers.getall("tracestate", ()))}
-    context = TraceContextTextMapPropagator().extract(carrier, Context())
-    return context if trace.get_current_span(context).get_span_context().is_valid else None
+    carrier = {"traceparent": given[0], "tracestate": ",".join(headers.getall("tracestate", ()))}
+    found = get_current_span(TraceContextTextMapPropagator().extract(carrier, Context())).get_span_context()
+    return found if found.is_valid else None
 
 
 def _method(method: str) -> str:
@@ -219,6 +243,8 @@ def _of_request(exchange: Exchange) -> Attributes:
         found["spapi.hint"] = exchange.hint
     if exchange.error:
         found["error.type"] = exchange.error
+    elif exchange.broken:
+        found["error.type"] = "cut off"
     elif exchange.status >= 500:
         found["error.type"] = str(exchange.status)
     if exchange.fault:
