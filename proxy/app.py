@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy import __version__
 from proxy.amazon import rdt
@@ -43,13 +43,16 @@ from proxy.sockets import LOOK_AGAIN, CannotListen, descriptors, reason_of, shar
 from proxy.status import Admin, Readiness, Reloading, admin_app, health_app
 from proxy.store import Link, MemoryStore, Seal, SharedPlans, SharedStore, Store
 
+if TYPE_CHECKING:
+    from proxy.request.spans import Traces
+
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 LWA_CONNECTIONS = 32
 LAG_INTERVAL = 0.5  # seconds
 
 # What a running process cannot change: where it is watched, what its series are called, where things are written and
 # kept, and whom tokens may be sent to.
-AT_START = ("admin", "health", "endpoints", "store", "store_key", "audit", "metrics")
+AT_START = ("admin", "health", "endpoints", "store", "store_key", "audit", "metrics", "tracing")
 
 
 class HandedOver(NamedTuple):
@@ -103,6 +106,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         readiness, reloading, told_to_quit = Readiness(), Reloading(), asyncio.Event()
         metrics.last_reload_success.set(reloading.good_since)
         store, limits = await _shared_or_own(config, metrics, stack)
+        traces = _open_traces(stack, config, metrics)
         most_clients, most_upstream = _connections(config)
         pools = _Pools()
         stack.push_async_callback(pools.close)
@@ -136,6 +140,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             pools=pools,
             room=room,
             ports=ports,
+            traces=traces,
         )
         show_secrets_age(config, metrics, time.time)
         about = Admin(readiness, reloading, current, told_to_quit)
@@ -207,6 +212,7 @@ class _Shared:
     pools: "_Pools"
     room: Room
     ports: Ports
+    traces: "Traces | None"
     attempts: AllAttempts | None = None
     taking_turns: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -236,6 +242,7 @@ class _Shared:
                 self.experience,
                 deadlines,
                 self.metrics,
+                self.traces,
             )
             for index, listener in enumerate(config.listen)
         ]
@@ -392,6 +399,17 @@ def _since(moment: float, wall: Callable[[], float]) -> float:
 def user_agents(config: Config) -> dict[str, str]:
     """Return the `user-agent` of each application, built once."""
     return {name: user_agent_of(application) for name, application in config.applications.items()}
+
+
+def _open_traces(stack: AsyncExitStack, config: Config, metrics: Metrics) -> "Traces | None":
+    """Return what makes spans, None where nobody wants any; `stack` gives the last of them time to leave."""
+    if config.tracing.endpoint is None:
+        return None
+    from proxy.request import spans  # noqa: PLC0415 - needs OpenTelemetry, an extra
+
+    traces = spans.open_traces(config.tracing, __version__, metrics)
+    stack.push_async_callback(traces.close)
+    return traces
 
 
 def open_lwa_session(config: Config, tls: Tls | None = None) -> Pool:

@@ -137,6 +137,7 @@ class Metrics:
         self.lost_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
         )
+        self.lost_spans = self._counter("trace_spans_lost_total", "Spans of traces that the collector did not take.")
         self._tallied(
             "request_body_bytes_total",
             "Body bytes sent to Amazon.",
@@ -268,10 +269,11 @@ class Metrics:
         self.last_reload_success = self._gauge(
             "config_last_reload_success_timestamp_seconds", "When the configuration was last read and found good."
         )
-        self.last_reload_failed = self._gauge(
-            "config_last_reload_failed",
-            "1 where the newest configuration was refused, and the one before it serves on.",
+        self.last_reload_successful = self._gauge(
+            "config_last_reload_successful",
+            "0 where the newest configuration was refused, and the one before it serves on.",
         )
+        self.last_reload_successful.set(1)
 
     def _tallied(
         self,

@@ -79,6 +79,8 @@ def _secrets_in(config: Config) -> Iterator[str]:
         yield key.reveal()
     if config.store.password is not None:
         yield config.store.password.reveal()
+    if config.tracing.headers is not None:
+        yield config.tracing.headers.reveal()
 
 
 def _without_its_text(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:

@@ -148,7 +148,7 @@ class Reloads:
         self._reloading.looked_at, self._reloading.result = self._wall(), result
         self._reloading.problems = problems
         self._metrics.reloads.labels(result).inc()
-        self._metrics.last_reload_failed.set(result == "failed")
+        self._metrics.last_reload_successful.set(result != "failed")
         self._note(result)
         return result
 

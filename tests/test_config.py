@@ -220,6 +220,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         "warm_up": False,
         "log": {"level": "info", "format": "auto"},
         "metrics": {"account_on_histograms": False},
+        "tracing": {"sample": 1.0, "service_name": "sp-api-proxy"},
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
-from pydantic import BaseModel
+from pydantic import BaseModel, PlainSerializer
 
 from proxy import cli
 from proxy.amazon import rebuild
@@ -103,8 +103,10 @@ def default(key: str, field: Any) -> str:
         return "Amazon's" if key.startswith("endpoints.") else "none"
     if value in ((), {}):
         return "none"
+    if isinstance(value, float) and any(isinstance(one, PlainSerializer) for one in field.metadata):
+        return f"`{show_duration(value)}`"
     if isinstance(value, float):
-        return f"`{show_duration(value)}`"  # every float is a duration
+        return f"`{value:g}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -47,6 +47,8 @@ STEPS = [
     "policy",
     "identify",
     "exchange",
+    "traces",
+    "spans",
     "mask",
     "http1",
     "dial",

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "LWA_CLIENT_SECRET": "distinctive-client-secret",
     "SP_API_REFRESH_TOKEN_EU": "Atzr|distinctive-refresh-token",
     "COPY": "x=Atzr|distinctive-refresh-token;",
+    "OTEL_EXPORTER_OTLP_HEADERS": "api-key=distinctive-collector-key",
     "PATH": "/usr/bin",
 }
 

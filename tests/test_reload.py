@@ -92,7 +92,7 @@ async def test_a_bad_file_changes_nothing_and_log_metric_and_status_say_so(watch
     assert await watched.result() == "failed"
     assert (await call(watched.proxy.addresses[0], "GET", SELLERS)).decided["account"] == "acme"
     assert watched.metric("reloads_total", result="failed") == 1
-    assert watched.metric("last_reload_failed") == 1
+    assert watched.metric("last_reload_successful") == 0
     lines = [line for line in log.getvalue().splitlines() if "refused" in line]
     assert len(lines) == 1
     assert f"{watched.path}:1: listen[0].address: must be an address" in lines[0]
@@ -104,7 +104,7 @@ async def test_a_bad_file_changes_nothing_and_log_metric_and_status_say_so(watch
 
     watched.write()
     assert await watched.result() == "unchanged"
-    assert watched.metric("last_reload_failed") == 0
+    assert watched.metric("last_reload_successful") == 1
     assert (await watched.status())["configuration"]["problems"] == []
 
 

@@ -107,11 +107,49 @@ def _parse(kind: Any, text: str) -> Any:
 
 def fill_in(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
     """Return the application and the accounts that well-known variables describe, where `tree` has none."""
-    found = [*_forward_proxy(environ, tree), *_applications(environ, tree)]
+    tracing, wrong = _tracing(environ)
+    found = [*_forward_proxy(environ, tree), *tracing, *_applications(environ, tree)]
     if tree.get("accounts"):
-        return found, []
+        return found, wrong
     accounts, problems = _accounts(environ)
-    return found + accounts, problems
+    return found + accounts, wrong + problems
+
+
+# OpenTelemetry's own variables; where some other is set, its SDK reads that itself.
+_OTLP = ("OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_")
+_SAMPLERS = {"always_on": "1", "always_off": "0", "traceidratio": None}  # None: the share is in the argument
+
+
+def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
+    """Return where OpenTelemetry's variables send traces; unlike other names, they count before the file."""
+    off = next((name for name, value in _OFF.items() if environ.get(name, "").lower() == value), None)
+    if off is not None:
+        return [(("tracing", "endpoint"), None, off)], []
+    found: list[Found] = []
+    problems: list[Problem] = []
+    for prefix, path in zip(_OTLP, ("", "/v1/traces"), strict=True):
+        if not found and (endpoint := environ.get(f"{prefix}ENDPOINT")):
+            found.append((("tracing", "endpoint"), endpoint.rstrip("/") + path, f"{prefix}ENDPOINT"))
+    protocol = _first_given(environ, tuple(f"{prefix}PROTOCOL" for prefix in _OTLP))
+    if found and protocol and protocol[0] != "http/protobuf":
+        problems.append(Problem(protocol[1], "must be http/protobuf: nothing else is spoken here", "environment"))
+    if hit := _first_given(environ, tuple(f"{prefix}HEADERS" for prefix in _OTLP)):
+        found.append((("tracing", "headers"), *hit))
+    if name := environ.get("OTEL_SERVICE_NAME"):
+        found.append((("tracing", "service_name"), name, "OTEL_SERVICE_NAME"))
+    sampler = environ.get("OTEL_TRACES_SAMPLER", "").removeprefix("parentbased_")
+    if sampler in _SAMPLERS:
+        share = _SAMPLERS[sampler] or environ.get("OTEL_TRACES_SAMPLER_ARG") or "1"
+        found.append((("tracing", "sample"), share, "OTEL_TRACES_SAMPLER"))
+    elif sampler:
+        known = ", ".join(_SAMPLERS)
+        problems.append(
+            Problem("OTEL_TRACES_SAMPLER", f"must be one of {known}, with parentbased_ or not", "environment")
+        )
+    return found, problems
+
+
+_OFF = {"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "none"}
 
 
 def _forward_proxy(environ: Mapping[str, str], tree: Tree) -> list[Found]:

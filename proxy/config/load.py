@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -281,6 +282,8 @@ def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
     if "store_key" in tree:
         keys = tree["store_key"]
         yield from (("store_key", index) for index in range(len(keys))) if isinstance(keys, list) else (("store_key",),)
+    if _mapping(tree, "tracing").get("headers") is not None:
+        yield ("tracing", "headers")
 
 
 def _text_of(path: Path) -> str:
@@ -388,6 +391,7 @@ def _cross_check(draft: _Draft) -> None:
         *_open_listeners(tree),
         *_wrong_callers(tree),
         *_wrong_store(tree),
+        *_wrong_tracing(tree),
     ]
     draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
 
@@ -482,6 +486,25 @@ def _note_open_store(draft: _Draft) -> None:
     if store.kind == "redis" and not is_loopback(store.host):
         message = "goes over the network in the clear: use rediss:// where others can listen or interfere"
         draft.doubtful.append(Problem("store", message, _where(("store",), draft)))
+
+
+def _wrong_tracing(tree: Tree) -> Wrong:
+    """Traces are wanted, and what makes them is not installed."""
+    if _mapping(tree, "tracing").get("endpoint") is not None and not _is_installed(*_TRACING_NEEDS):
+        yield (
+            ("tracing", "endpoint"),
+            "needs OpenTelemetry, which is not installed: pip install 'sp-api-proxy[otel]'",
+        )
+
+
+_TRACING_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+
+
+def _is_installed(*modules: str) -> bool:
+    try:
+        return all(find_spec(module) is not None for module in modules)
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def _listeners(tree: Tree) -> Iterator[dict[str, Any]]:

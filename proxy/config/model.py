@@ -39,6 +39,9 @@ SHORTEST_STORE_KEY = 32  # characters: its key is derived at once, so that a pas
 LONGEST_DURATION = 366 * 86400.0
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
+HEADER_LIST = re.compile(
+    r"[\w!#$%&'*+.^`|~-]+=[\x21-\x2b\x2d-\x7e]*(?:, *[\w!#$%&'*+.^`|~-]+=[\x21-\x2b\x2d-\x7e]*)*", re.ASCII
+)
 SOCKET_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -482,6 +485,43 @@ class MetricsSettings(Settings):
     )
 
 
+def _collector(value: object) -> object:
+    """Check the address of a collector, and add OTLP's own path where there is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parts = urlsplit(value)
+        is_right = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_right = False
+    if not is_right or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or parts.query or parts.fragment:
+        raise wrong("must be http://host:port or https://host:port, with or without a path")
+    return value if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
+
+
+def _header_list(secret: Secret) -> Secret:
+    if not HEADER_LIST.fullmatch(secret.reveal()):
+        raise wrong("must be name=value, several with commas between them")
+    return secret
+
+
+class Tracing(Settings):
+    """Where OpenTelemetry traces go, one span a request; needs the extra `otel`."""
+
+    endpoint: Annotated[str, BeforeValidator(_collector)] | None = Field(
+        None,
+        description="A collector that takes OTLP over HTTP, as http://127.0.0.1:4318; none: no traces. "
+        "OTEL_EXPORTER_OTLP_ENDPOINT and its like count before the file.",
+    )
+    headers: Annotated[Secret, AfterValidator(_header_list)] | None = Field(
+        None, description="Headers that the collector wants, as name=value,name=value."
+    )
+    sample: float = Field(
+        1.0, ge=0, le=1, description="The share of requests that is traced; those whose app traces them always are."
+    )
+    service_name: str = Field("sp-api-proxy", min_length=1, description="The name of this service in the traces.")
+
+
 class Config(Settings):
     """Everything the proxy is told."""
 
@@ -553,6 +593,7 @@ class Config(Settings):
     )
     log: Log = Field(default_factory=Log, description="What goes to standard error.")
     metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="What the series carry.")
+    tracing: Tracing = Field(default_factory=Tracing, description="OpenTelemetry traces.")
 
     def application_of(self, account: Account) -> tuple[str, Application]:
         """Return the name and the settings of the application that `account` belongs to."""

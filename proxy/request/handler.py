@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -35,6 +36,9 @@ from proxy.request.policy import Permit
 from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
 from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
+
+if TYPE_CHECKING:
+    from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
@@ -67,11 +71,13 @@ class Handler:
     experience: Experience
     deadlines: Deadlines
     metrics: Metrics
+    traces: "Traces | None" = None
     now: Callable[[], float] = time.monotonic
 
     async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
         """Answer one request; every outcome is counted and logged once."""
-        exchange = Exchange(request.method, self.now())
+        traces = self.traces
+        exchange = Exchange(request.method, self.now()) if traces is None else traces.begin(request.method, self.now())
         self.metrics.in_flight += 1
         entered: str | None = None
         answer: AmazonsAnswer | OwnAnswer
@@ -102,6 +108,8 @@ class Handler:
             if entered is not None:
                 self.crowd.leave(entered)
             self._record(exchange)
+            if traces is not None:
+                traces.end(exchange, request.headers)
         return answer
 
     def _admitted(self, request: web.BaseRequest, head: Head, exchange: Exchange) -> Admitted:
