@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
 # The proxy on Python's own image: docker build -t sp-api-proxy .
+# For several architectures, with a list of what is in it: docker buildx build --platform linux/amd64,linux/arm64 --sbom=true .
 # README, "Container", says how to run it. .ci/check_image.py follows this file where there is no container engine.
 
 # The digest is the index's, for all architectures. For a newer one: docker buildx imagetools inspect python:3.13-slim-trixie

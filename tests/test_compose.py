@@ -83,7 +83,8 @@ def test_every_foreign_image_is_pinned_by_its_digest(services: dict[str, Service
 def test_every_service_that_goes_on_running_is_looked_after(services: dict[str, Service]) -> None:
     lasting = {name: service for name, service in services.items() if service["restart"] != "no"}
     assert set(services) - set(lasting) == {"store-key"}
-    assert not [name for name, service in lasting.items() if "test" not in service["healthcheck"]]
+    checks = {name: service["healthcheck"] for name, service in lasting.items()}
+    assert not [name for name, check in checks.items() if check.get("disable") or check["test"][0] != "CMD"]
 
 
 def test_redis_is_reached_by_the_proxy_alone(services: dict[str, Service]) -> None:
@@ -107,7 +108,11 @@ def test_requests_in_flight_have_the_time_that_they_may_take(services: dict[str,
 async def test_without_credentials_it_serves_from_the_simulator(services: dict[str, Service]) -> None:
     command, settings = services["proxy"]["command"], settings_of(services["proxy"])
     async with started(*command, "--log-format", "json", environment=settings) as proxy:
-        address = proxy.addresses[0].replace("0.0.0.0:", "127.0.0.1:")
+        assert proxy.process.stdout is not None
+        welcome = (await proxy.process.stdout.readuntil(b"Ctrl-C ends both.")).decode()
+        # The address that it names is one that requests are taken at.
+        address = welcome.partition("http://")[2].partition("/")[0]
+        assert address == proxy.addresses[0].replace("0.0.0.0", "127.0.0.1")
         got = await call(address, "GET", "/sellers/v1/marketplaceParticipations", **{"x-sp-region": "eu"})
         assert got.status == 200
         assert "account=demo" in str(got.get("x-sp-proxy"))

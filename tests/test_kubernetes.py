@@ -10,7 +10,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
 from proxy import __version__
 from proxy.config import Config
@@ -95,6 +94,8 @@ def test_every_manifest_follows_the_schema_of_kubernetes(
 
 
 def test_the_pod_monitor_follows_the_schema_of_the_operator(built: dict[str, list[Manifest]]) -> None:
+    from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # noqa: PLC0415 - it takes seconds
+
     (monitor,) = built["monitoring"]
     # What the model does not know it leaves out.
     assert PodMonitor.model_validate(monitor).model_dump(by_alias=True, exclude_unset=True, mode="json") == monitor
@@ -115,20 +116,19 @@ def test_every_file_belongs_to_a_kustomization() -> None:
 async def test_the_configuration_is_good_with_the_secrets_that_are_mounted(
     built: dict[str, list[Manifest]], folder: str, tmp_path: Path
 ) -> None:
-    for pod, proxy in proxies(built[folder]):
+    for number, (pod, proxy) in enumerate(proxies(built[folder])):
+        root = tmp_path / str(number)
         mounted = {mount["name"]: mount["mountPath"] for mount in proxy["volumeMounts"]}
-        (tmp_path / folder).mkdir(exist_ok=True)
         for volume in pod["spec"]["volumes"]:
-            where = tmp_path / folder / Path(mounted[volume["name"]]).relative_to(MOUNTED)
+            where = root / Path(mounted[volume["name"]]).relative_to(MOUNTED)
+            where.mkdir(parents=True)
             for name, text in files_of(volume, folder, built[folder]):
-                where.mkdir(exist_ok=True)
-                (where / name).write_text(text.replace(MOUNTED, str(tmp_path / folder)), encoding="utf-8")
-                mode = (volume.get("secret") or volume["configMap"])["defaultMode"]
-                (where / name).chmod(mode)
-    (said,) = {each["value"] for _, proxy in proxies(built[folder]) for each in proxy["env"]}
-    path = str(tmp_path / folder / Path(said).relative_to(MOUNTED))
-    code, printed, complained = await command("check", environment={"SP_API_PROXY_CONFIG": path})
-    assert (code, complained) == (0, ""), printed
+                (where / name).write_text(text.replace(MOUNTED, str(root)), encoding="utf-8")
+                (where / name).chmod((volume.get("secret") or volume["configMap"])["defaultMode"])
+        (said,) = (each["value"] for each in proxy["env"])
+        path = str(root / Path(said).relative_to(MOUNTED))
+        code, printed, complained = await command("check", environment={"SP_API_PROXY_CONFIG": path})
+        assert (code, complained) == (0, ""), printed
 
 
 def files_of(volume: Manifest, folder: str, built: list[Manifest]) -> Iterator[tuple[str, str]]:
