@@ -52,6 +52,8 @@ lock:
 		pyproject.toml -o requirements.lock $(ARGS)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
 		pyproject.toml --group dev -o requirements-dev.lock $(ARGS)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+		--group build -o requirements-build.lock $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

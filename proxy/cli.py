@@ -383,7 +383,8 @@ def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, s
 
 
 def _welcome(proxy: Running) -> None:
-    address = proxy.addresses[0]
+    # All addresses are none that a request could be sent to: this machine's own is one of them.
+    address = proxy.addresses[0].replace("0.0.0.0:", "127.0.0.1:")
     curl = (
         f"curl -si --unix-socket {address.removeprefix('unix:')} http://localhost"
         if address.startswith("unix:")
