@@ -261,6 +261,7 @@ async def _serve_until_told(
 ) -> int:
     """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
     seen = stamps(loaded.files)
+    process.settle()
     told, service = _Told(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
         async with running(loaded.config) as proxy:
