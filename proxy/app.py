@@ -435,7 +435,9 @@ def _stopping(readiness: Readiness) -> None:
 
 async def _linger(current: _Current) -> None:
     """Go on taking requests for `timeouts.shutdown_delay`, in which those who send them learn that this proxy ends."""
-    await asyncio.sleep(current.config.timeouts.shutdown_delay)
+    delay = current.config.timeouts.shutdown_delay
+    if delay:  # otherwise nothing is to come in between: asyncio trips over what connects the moment a listener closes
+        await asyncio.sleep(delay)
 
 
 class _Lag:

@@ -6,7 +6,6 @@ or SIGTERM before the requests in flight were finished; 143 also where /quitquit
 
 import argparse
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -262,6 +261,7 @@ async def _serve_until_told(
 ) -> int:
     """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
     seen = stamps(loaded.files)
+    process.settle()
     told, service = _Told(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
         async with running(loaded.config) as proxy:
@@ -282,8 +282,6 @@ async def _serve_until_told(
             proxy.has_started.add_done_callback(partial(_note_start, service))
             if after_start:
                 after_start(proxy)
-            gc.collect()
-            gc.freeze()  # what is there by now stays: no look for garbage has to go through it again
             watching = asyncio.create_task(reloads.watch(), name="reload")
             because = await told.or_(proxy.quit)
             told.on_hangup = _is_ending

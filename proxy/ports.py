@@ -97,7 +97,8 @@ class Ports:
     def take_up(self, ports: list[Port], handlers: list[Handler], config: Config) -> None:
         """Serve by these handlers from now on; ports that are not among these finish what they have, and end.
 
-        No request lasts longer than `timeouts.total`; where the process ends before that, they end with it."""
+        No request lasts longer than `timeouts.total`; where the process ends before that, they end with it.
+        """
         gone = [port for port in self._open if port not in ports]
         self._open = ports
         for port, handler in zip(ports, handlers, strict=True):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
@@ -32,6 +33,15 @@ def harden() -> None:
         # Also makes /proc/PID/environ and /proc/PID/mem the administrator's alone.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def settle() -> None:
+    """Take what is there, modules above all, for what stays: the garbage collector looks at it no more.
+
+    To go through it takes a tenth of a second, in which no request would be served.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def forget_secrets(environ: MutableMapping[str, str], config: Config) -> list[str]:

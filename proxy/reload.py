@@ -34,8 +34,8 @@ class Reloads:
     """Takes up new configurations.
 
     `load` reads and checks one; it may block, and raise ConfigError. `hand_over` makes it the one in force, or raises
-    CannotListen or ConfigError. `note` hears when that begins, and how it went. `seen` are the stamps that the files
-    had when `loaded` was read.
+    CannotListen or ConfigError. `note` hears when that begins, and how it went. `seen` are the stamps of the files when
+    `loaded` was read from them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Reloads:
         self._wall = wall
         self._look_every = look_every
         self._asked = asyncio.Event()
-        self._good_files = self._files = loaded.files
+        self._files = loaded.files
         self._seen = seen or stamps(self._files)
 
     def ask(self) -> None:
@@ -101,7 +101,7 @@ class Reloads:
             loaded = await _aside(self._load)
             handed_over = await self._hand_over(loaded.config)
         except ConfigError as exc:
-            self._look_at((*exc.files, *self._good_files))  # the mistake may be one file that is not there yet
+            self._look_at(exc.files or self._files)  # one of them may be still to come
             problems = tuple(str(problem) for problem in exc.problems)
         except CannotListen as exc:
             problems = (str(exc),)
@@ -115,7 +115,6 @@ class Reloads:
         return self._refused(problems, because)
 
     def _taken(self, loaded: Loaded, handed_over: HandedOver, because: str) -> Result:
-        self._good_files = loaded.files
         self._look_at(loaded.files)
         result: Result = "ok" if handed_over.has_changed else "unchanged"
         if handed_over.has_changed:

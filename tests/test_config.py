@@ -187,6 +187,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
             }
         ],
         "admin": "127.0.0.1:9090",
+        "quit": False,
         "allowed_hosts": [],
         "environment": "production",
         "sandbox_rdt": "none",
@@ -212,6 +213,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
             "token": "10s",
             "total": "1h",
             "keep_alive": "75s",
+            "shutdown_delay": "0s",
             "shutdown": "20s",
         },
         "pool": {"max_connections": 1000, "idle": "20s", "no_proxy": []},
