@@ -35,12 +35,11 @@ from proxy.request.patience import Deadlines
 from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
-from proxy.request.shared_limits import SharedLimits
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Upstream, open_session
 from proxy.sockets import LOOK_AGAIN, CannotListen, ServerTls, descriptors, listen, share_descriptors
 from proxy.status import Readiness, admin_app, health_app
-from proxy.store import Link, MemoryStore, Seal, SharedPlans, SharedStore, Store
+from proxy.store import MemoryStore, Store
 
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
@@ -81,7 +80,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
         readiness = Readiness()
         agents = user_agents(config)
-        store, limits = await _shared_or_own(config, metrics, stack)
+        store, limits = await _own_or_shared(config, metrics, stack)
         most_clients, most_upstream = share_descriptors(config.bounds, config.pool.max_connections, descriptors())
         if (most_clients, most_upstream) != (config.bounds.connections, config.pool.max_connections):
             LOGGER.warning(
@@ -145,19 +144,15 @@ async def running(config: Config) -> AsyncIterator[Running]:
         yield Running(tuple(addresses), admin, health, readiness, metrics, tokens, limits, ports.ending)
 
 
-async def _shared_or_own(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Store, Limits]:
+async def _own_or_shared(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Store, Limits]:
     """Return where tokens and usage plans are kept; `stack` closes it."""
-    if not config.store.is_shared:
-        store = MemoryStore()
-        stack.push_async_callback(store.close)
-        return store, Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
-    link, seal = Link(config.store, metrics), Seal(config.store_key)
-    shared = SharedStore(link, seal, metrics, patience=config.timeouts.token)
-    plans = SharedPlans(link, seal)
-    stack.push_async_callback(shared.close)
-    stack.push_async_callback(plans.close)
-    await link.start()
-    return shared, SharedLimits(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)
+    if config.store.is_shared:
+        from proxy.replicas import joined  # noqa: PLC0415 - who keeps all in memory pays nothing for Redis and seals
+
+        return await joined(config, metrics, stack)
+    store = MemoryStore()
+    stack.push_async_callback(store.close)
+    return store, Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
 
 
 def handler_of(

@@ -22,7 +22,7 @@ MOST_AT_ONCE = 256  # steps of one pipeline
 # look: take none. For each bucket: the sender's rate, whether that is news, burst, margin in seconds, what the sender
 # thinks it holds (where Redis knows nothing), and whether Amazon has just said that it is empty.
 # The answer: seconds until the place, or -1 where there is none yet, then of each bucket what it holds, seconds from
-# now of its last moment, and its rate.
+# now of its last moment, its rate, and how many places were taken so far.
 _STEP = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1000000
@@ -31,13 +31,14 @@ for i, key in ipairs(KEYS) do
   local at = (i - 1) * 6 + 1
   local rate, news, burst = tonumber(ARGV[at + 1]), ARGV[at + 2], tonumber(ARGV[at + 3])
   local margin, holds, empty = tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6]
-  local tokens, moment = holds, now
+  local tokens, moment, taken = holds, now, 0
   local value = redis.pcall('GET', key)
   if type(value) == 'string' and #value < 200 then
-    local t, m, r = string.match(value, '^(%S+) (%S+) (%S+)$')
-    t, m, r = tonumber(t), tonumber(m), tonumber(r)
-    if t and m and r and t == t and m == m and r > 0.000001 and r < 100000 and t >= -1 and m <= now + 1000 / r then
-      tokens, moment = math.min(t, burst), m
+    local t, m, r, c = string.match(value, '^(%S+) (%S+) (%S+) (%d+)$')
+    t, m, r, c = tonumber(t), tonumber(m), tonumber(r), tonumber(c)
+    local is_sane = t and m and r and c and t == t and m == m and r > 0.000001 and r < 100000
+    if is_sane and t >= -1 and m <= now + 1000 / r then
+      tokens, moment, taken = math.min(t, burst), m, c % 1000000000
       if news == '0' then rate = r end
     end
   end
@@ -45,28 +46,28 @@ for i, key in ipairs(KEYS) do
     tokens, moment = math.min(burst, tokens + (now - moment) * rate), now
   end
   if empty == '1' then tokens = math.min(tokens, 0) end
-  buckets[i] = {key, tokens, moment, rate, burst, margin}
+  buckets[i] = {key, tokens, moment, rate, burst, margin, taken}
   if tokens < 0.999999999 or moment > now then wait = -1 end
 end
 for _, b in ipairs(buckets) do
   if mode == 'try' and wait == 0 then
-    b[2] = b[2] - 1
+    b[2], b[7] = b[2] - 1, b[7] + 1
   elseif mode == 'reserve' then
     local missing = 1 - b[2]
     if missing > 0.000000001 then
       local pause = missing / b[4] + b[6]
       b[2], b[3] = math.min(b[5], b[2] + pause * b[4]), b[3] + pause
     end
-    b[2], wait = b[2] - 1, b[3] - now
+    b[2], b[7], wait = b[2] - 1, b[7] + 1, b[3] - now
   elseif mode == 'back' then
     b[2] = math.min(b[5], b[2] + 1)
   end
   local life = b[3] - now + (b[5] - b[2]) / b[4] + 60
-  redis.call('SET', b[1], string.format('%.9f %.6f %.9g', b[2], b[3], b[4]), 'PX', math.ceil(life * 1000))
+  redis.call('SET', b[1], string.format('%.9f %.6f %.9g %d', b[2], b[3], b[4], b[7]), 'PX', math.ceil(life * 1000))
 end
 local answer = {string.format('%.6f', wait)}
 for _, b in ipairs(buckets) do
-  answer[#answer + 1] = string.format('%.9f %.6f %.9g', b[2], b[3] - now, b[4])
+  answer[#answer + 1] = string.format('%.9f %.6f %.9g %d', b[2], b[3] - now, b[4], b[7])
 end
 return table.concat(answer, ' ')
 """
@@ -87,11 +88,12 @@ class Step(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a bucket holds, at a moment `ahead` seconds from now, and its rate."""
+    """What a bucket holds, at a moment `ahead` seconds from now, its rate, and how many places all took so far."""
 
     tokens: float
     ahead: float
     rate: float
+    taken: float
 
 
 class Place(NamedTuple):
@@ -206,9 +208,9 @@ class SharedPlans:
 def _place(answer: object, count: int) -> Place:
     """Return what an answer says; raise ValueError for one that is none."""
     numbers = [float(text) for text in answer.split()] if isinstance(answer, bytes) else []
-    if len(numbers) != 1 + 3 * count or not all(map(math.isfinite, numbers)):
+    if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
         raise ValueError("not the numbers that the script answers")
-    held = tuple(Held(*numbers[at : at + 3]) for at in range(1, len(numbers), 3))
+    held = tuple(Held(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
     return Place(numbers[0] if numbers[0] >= 0 else None, held)
 
 

@@ -226,7 +226,9 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             return await here.counts()
 
         clients = (client(number) for number in range(PACED * max(5, 2 * replicas)))
-        counts, *_ = await asyncio.gather(count(), kill(), background(), *clients)
+        counting = asyncio.create_task(count())
+        await asyncio.gather(kill(), background(), *clients)
+        counts = await counting
         throttled = counts.get("answers.eu.429", 0)
         healed = await here.up() == [1.0] * len(here.alive())
         failed = {
