@@ -7,6 +7,7 @@ from what it knew last.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from proxy.metrics import Metrics
@@ -17,6 +18,13 @@ from proxy.store.plans import Held, SharedPlans, Step
 
 SHARE_OF = 20  # places that all take, by which a process finds its share of them
 LEAST_SHARE = 0.02
+
+
+@dataclass(slots=True)
+class TypicalShare:
+    """Which share of the fleet's calls this process makes, by the plans for which it is known."""
+
+    share: float = 1.0
 
 
 class SharedPlan(Plan):
@@ -30,6 +38,7 @@ class SharedPlan(Plan):
         call_later: CallLater,
         shared: SharedPlans,
         name: str,
+        typical: TypicalShare,
     ) -> None:
         super().__init__(published, where, now, call_later)
         self._shared = shared
@@ -39,7 +48,8 @@ class SharedPlan(Plan):
         self._reserving: asyncio.Task[None] | None = None
         self._coming: Any = None  # the timer of the place that is reserved
         self._comes_at = 0.0
-        self._share = 1.0  # of all places that are taken: what this process has when it is on its own
+        self._typical = typical
+        self._own_share: float | None = None  # of all places that are taken
         self._taken_here, self._taken_before = 0, 0.0
         self._is_alone = False
         self._apart = 0.0  # seconds between the last two places: the other processes take those between
@@ -55,6 +65,10 @@ class SharedPlan(Plan):
                 self.bucket.tokens *= self._share
         return is_alone
 
+    @property
+    def _share(self) -> float:
+        return self._typical.share if self._own_share is None else self._own_share
+
     def _note_share(self, taken: float, *, is_mine: bool) -> None:
         """Learn which share of the plan's places this process takes; `taken` is what all have taken so far."""
         self._taken_here += is_mine
@@ -63,7 +77,8 @@ class SharedPlan(Plan):
             self._taken_here, self._taken_before = 0, taken
         elif all_took >= SHARE_OF:
             share = min(1.0, max(LEAST_SHARE, self._taken_here / all_took))
-            self._share = (self._share + share) / 2
+            self._own_share = share if self._own_share is None else (self._own_share + share) / 2
+            self._typical.share += (self._own_share - self._typical.share) / 4
             self._taken_here, self._taken_before = 0, taken
 
     def step(self) -> Step:
@@ -189,6 +204,7 @@ class SharedLimits(Limits):
     def __init__(self, metrics: Metrics, shared: SharedPlans, *, pace: bool, max_queue: int = 5000) -> None:
         super().__init__(metrics, pace=pace, max_queue=max_queue)
         self._shared = shared
+        self._typical = TypicalShare()
 
     def admits_at_once(self, target: Target, claim: Claim) -> bool:
         """Take a place that is free now, where that is known without asking Redis."""
@@ -226,4 +242,4 @@ class SharedLimits(Limits):
     def _make(
         self, key: tuple[str, ...], published: Published, where: tuple[str, str, str], call_later: CallLater
     ) -> Plan:
-        return SharedPlan(published, where, self._now, call_later, self._shared, self._shared.name(key))
+        return SharedPlan(published, where, self._now, call_later, self._shared, self._shared.name(key), self._typical)
