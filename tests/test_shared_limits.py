@@ -236,6 +236,17 @@ async def test_without_redis_each_has_the_share_that_it_took_before(
     assert all(30 < rate < 70 for rate in rates)
 
 
+async def test_a_connection_that_redis_closed_while_it_was_idle_is_no_loss(
+    fleet: Fleet, content: Target, client: Redis
+) -> None:
+    limits = await fleet.replica()
+    await limits.admit(content, Claim(0))
+    await client.client_kill_filter(_type="normal", skipme=True)
+    assert await limits.admit(content, Claim(0)) == 0
+    assert sample(limits._metrics, "store_up") == 1
+    assert sample(limits._metrics, "store_failures_total") == 0
+
+
 async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: Target, redis: RedisServer) -> None:
     limits = await fleet.replica()
     await drain(limits, content)

@@ -59,6 +59,7 @@ class Link:
         self._probing: asyncio.Task[None] | None = None
         self._lost_at = 0.0
         self._forgiven = 0
+        self.losses = 0  # how often it was lost: connections from before are of no use
         metrics.store_up.set(1)
 
     async def start(self) -> None:
@@ -101,6 +102,7 @@ class Link:
         if not self.is_up:
             return
         self.is_up, self._lost_at = False, time.monotonic()
+        self.losses += 1
         self._metrics.store_up.set(0)
         LOGGER.warning(
             "store lost: tokens and usage plans are kept by this process alone until it is back",

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from proxy.store.link import Link, Lost
@@ -122,6 +124,9 @@ class SharedPlans:
         self._waiting: list[_Question] = []
         self._asking: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._connection: AbstractConnection | None = None
+        self._is_fresh = True
+        self._of_loss = 0
 
     def name(self, key: tuple[str, ...]) -> str:
         """Return the name under which Redis keeps the bucket of a plan."""
@@ -184,17 +189,56 @@ class SharedPlans:
                 question.answer.set_exception(Lost())
 
     async def _answers(self, questions: Sequence[_Question]) -> list[object]:
-        for _ in range(2):
-            async with self.link.client.pipeline(transaction=False) as pipe:
-                for question in questions:
-                    pipe.evalsha(self._script.sha, len(question.keys), *question.keys, *question.args)
+        """Ask all at once, over a connection that is kept for it; raise what redis-py raises, and ResponseError."""
+        try:
+            return await self._answers_over(await self._connected(), questions)
+        except NoScriptError:  # a new server, or one that was told to forget; none of the steps was taken
+            await self.link.client.script_load(_STEP)
+            return await self._answers_over(await self._connected(), questions)
+        except RedisConnectionError:
+            if self._is_fresh:
+                raise
+            # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
+            return await self._answers_over(await self._connected(), questions)
+
+    async def _connected(self) -> AbstractConnection:
+        connection = self._connection
+        self._is_fresh = connection is None or self._of_loss != self.link.losses
+        if connection is None or self._is_fresh:
+            await self._disconnect()
+            pool = self.link.client.connection_pool
+            made: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # not annotated there
+            await made.connect()  # type: ignore[no-untyped-call]  # as above
+            connection, self._of_loss = made, self.link.losses
+            self._connection = connection
+        return connection
+
+    async def _answers_over(self, connection: AbstractConnection, questions: Sequence[_Question]) -> list[object]:
+        # Not redis-py's pipeline: that costs as much as all else that a call under a plan costs.
+        commands: list[list[str | int]] = [
+            ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
+        ]
+        refusal: ResponseError | None = None
+        answers: list[object] = []
+        try:
+            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            for _ in questions:
                 try:
-                    answers: list[object] = await pipe.execute()
-                except NoScriptError:  # a new server, or one that was told to forget; none of the steps was taken
-                    await self.link.client.script_load(_STEP)
-                else:
-                    return answers
-        raise ResponseError("the script does not stay")
+                    answers.append(await connection.read_response(disable_decoding=True))
+                except ResponseError as exc:
+                    refusal = exc
+        except BaseException:
+            await self._disconnect()  # what is still to come would be taken for the next answer
+            raise
+        if refusal is not None:
+            raise refusal
+        return answers
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         """Ask nothing more."""
@@ -203,6 +247,7 @@ class SharedPlans:
             self._asking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._asking
+        await self._disconnect()
 
 
 def _place(answer: object, count: int) -> Place:
