@@ -36,12 +36,11 @@ from proxy.request.patience import Deadlines
 from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
-from proxy.request.shared_limits import SharedLimits
 from proxy.request.tokens import Tokens
 from proxy.request.upstream import Upstream, open_session
 from proxy.sockets import LOOK_AGAIN, CannotListen, descriptors, reason_of, share_descriptors
 from proxy.status import Admin, Readiness, Reloading, admin_app, health_app
-from proxy.store import Link, MemoryStore, Seal, SharedPlans, SharedStore, Store
+from proxy.store import MemoryStore, Store
 
 if TYPE_CHECKING:
     from proxy.request.spans import Traces
@@ -105,7 +104,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
         readiness, reloading, told_to_quit = Readiness(), Reloading(), asyncio.Event()
         metrics.last_reload_success.set(reloading.good_since)
-        store, limits = await _shared_or_own(config, metrics, stack)
+        store, limits = await _own_or_shared(config, metrics, stack)
         traces = _open_traces(stack, config, metrics)
         most_clients, most_upstream = _connections(config)
         pools = _Pools()
@@ -179,19 +178,15 @@ async def running(config: Config) -> AsyncIterator[Running]:
         )
 
 
-async def _shared_or_own(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Store, Limits]:
+async def _own_or_shared(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Store, Limits]:
     """Return where tokens and usage plans are kept; `stack` closes it."""
-    if not config.store.is_shared:
-        store = MemoryStore()
-        stack.push_async_callback(store.close)
-        return store, Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
-    link, seal = Link(config.store, metrics), Seal(config.store_key)
-    shared = SharedStore(link, seal, metrics, patience=config.timeouts.token)
-    plans = SharedPlans(link, seal)
-    stack.push_async_callback(shared.close)
-    stack.push_async_callback(plans.close)
-    await link.start()
-    return shared, SharedLimits(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)
+    if config.store.is_shared:
+        from proxy.replicas import joined  # noqa: PLC0415 - who keeps all in memory pays nothing for Redis and seals
+
+        return await joined(config, metrics, stack)
+    store = MemoryStore()
+    stack.push_async_callback(store.close)
+    return store, Limits(metrics, pace=config.limits.pace, max_queue=config.limits.max_queue)
 
 
 @dataclass(slots=True)

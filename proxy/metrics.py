@@ -249,7 +249,8 @@ class Metrics:
         self.store_up.set(1)
         self.store_failures = self._counter(
             "store_failures_total",
-            "Questions that Redis did not answer well (timeout, connection, refused, full, read_only, nonsense).",
+            "Questions that Redis did not answer well (timeout, connection, refused, full, read_only, nonsense), or "
+            "whose answer the proxy was too busy to see in time (late).",
             "reason",
         )
         self.store_ignored = self._counter(

@@ -28,8 +28,9 @@ ARROWS: dict[str, set[str]] = {
     "ask": GROUND,
     "systemd": set(),
     "ports": {"request", "listener", "sockets", *GROUND},
-    "app": {"", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},
+    "app": {"", "replicas", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},
     "reload": {"app", "sockets", "status", *GROUND},
+    "replicas": {"request", "store", *GROUND},
     "rotate": {"app", "request", "amazon", *GROUND},
     "simulator": set(),
     "cli": {

@@ -17,7 +17,9 @@ from proxy.request.buckets import Bucket
 from proxy.request.identify import Target
 from proxy.request.limits import Claim
 from proxy.request.shared_limits import SharedLimits
-from proxy.store import Link, Seal, SharedPlans
+from proxy.store.link import Link
+from proxy.store.plans import SharedPlans
+from proxy.store.seal import Seal
 from tests.conftest import needs
 from tests.redis_server import PROGRAM, RedisServer, redis_server
 from tests.test_limits import config, drain, target
@@ -219,6 +221,32 @@ async def test_without_redis_a_process_paces_by_what_it_knew_last(
     assert await drain(limits, content) < 10
 
 
+async def test_without_redis_each_has_the_share_that_it_took_before(
+    fleet: Fleet, content: Target, redis: RedisServer
+) -> None:
+    all_limits = [await fleet.replica() for _ in range(4)]
+    all_limits[0].learn(content, 200, "200")
+    for _ in range(4 * 40):
+        await asyncio.gather(*(limits.admit(content, Claim(5)) for limits in all_limits))
+    redis.stop()
+    for limits in all_limits:
+        await limits.admit(content, Claim(5))
+    rates = [rate_of(limits, content) for limits in all_limits]
+    assert 150 < sum(rates) < 250
+    assert all(30 < rate < 70 for rate in rates)
+
+
+async def test_a_connection_that_redis_closed_while_it_was_idle_is_no_loss(
+    fleet: Fleet, content: Target, client: Redis
+) -> None:
+    limits = await fleet.replica()
+    await limits.admit(content, Claim(0))
+    await client.client_kill_filter(_type="normal", skipme=True)
+    assert await limits.admit(content, Claim(0)) == 0
+    assert sample(limits._metrics, "store_up") == 1
+    assert sample(limits._metrics, "store_failures_total") == 0
+
+
 async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: Target, redis: RedisServer) -> None:
     limits = await fleet.replica()
     await drain(limits, content)
@@ -230,7 +258,18 @@ async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: T
 
 
 @pytest.mark.parametrize(
-    "spoilt", [b"", b"nonsense", b"nan 1 1", b"5 nan 2", b"1e9 0 10", b"-100 0 10", b"1 99999999999 10", b"x" * 100_000]
+    "spoilt",
+    [
+        b"",
+        b"nonsense",
+        b"nan 1 1 1",
+        b"5 nan 2 1",
+        b"1e9 0 10 1",
+        b"-100 0 10 1",
+        b"1 99999999999 10 1",
+        b"1 1 1 x",
+        b"x" * 100_000,
+    ],
 )
 async def test_a_bucket_that_was_spoilt_is_begun_anew(
     fleet: Fleet, content: Target, client: Redis, spoilt: bytes

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
@@ -17,9 +18,11 @@ from proxy.config import ConfigError, Secret, StoreAddress, load_config
 from proxy.config.store_address import parse_store
 from proxy.metrics import Metrics
 from proxy.request.identify import Credential
-from proxy.store import Link, Seal, SharedStore, StoredToken
+from proxy.store import StoredToken
 from proxy.store import seal as seal_module
-from proxy.store.seal import NotSealed
+from proxy.store.link import Link
+from proxy.store.seal import NotSealed, Seal
+from proxy.store.shared import SharedStore
 from tests.bench.processes import free_port
 from tests.certificates import Authority
 from tests.conftest import StartProxy, needs
@@ -335,19 +338,24 @@ def test_a_seal_tells_purposes_keys_and_places_apart() -> None:
 # How it is reached.
 
 
-async def test_a_unix_socket_a_database_and_an_acl_user_are_understood(tmp_path: Path) -> None:
+async def test_a_unix_socket_a_database_and_a_user_with_few_rights_are_enough(
+    tmp_path: Path, start_proxy: StartProxy
+) -> None:
     needs(PROGRAM is not None, "redis-server")
-    user = ("--user", "proxy", "on", ">p@ss/word", "~sp-api-proxy:*", "+@all", "--user", "default", "off")
-    with redis_server(tmp_path, *user) as server:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rights = next(re.finditer(r"`(~sp-api-proxy:\* [^`]+)`", readme))[1].split()
+    with redis_server(tmp_path, "--user", "proxy", "on", ">p@ss/word", *rights, "--user", "default", "off") as server:
         for url in (
             f"unix://proxy:p%40ss%2Fword@{server.socket}?db=3",
-            f"redis://proxy:p%40ss%2Fword@127.0.0.1:{server.port}/3",
+            f"redis://proxy:p%40ss%2Fword@127.0.0.1:{server.port}/4",
         ):
-            metrics = Metrics()
-            link = Link(parse_store(url), metrics)
-            await link.start()
-            assert link.is_up
-            await link.close()
+            one, other = [await start_proxy(store=url, store_key=KEY) for _ in range(2)]
+            token = await one.tokens.get(ACME)
+            same = await other.tokens.get(ACME)
+            assert same.value == token.value
+            assert (await other.tokens.get(ACME, rejected=same)).value != token.value
+            assert await orders(one) == 200
+            assert [sample(proxy.metrics, "store_failures_total") for proxy in (one, other)] == [0, 0]
 
 
 async def test_tls_is_checked_against_the_ca_that_is_named(tmp_path: Path) -> None:

@@ -127,7 +127,17 @@ def exported(metrics: Metrics) -> str:
 
 
 @pytest.mark.parametrize(
-    "nonsense", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b":1\r\n" * 20, b"\x00" * 100, b"$-7\r\n", b"*1000000000\r\n"]
+    "nonsense",
+    [
+        b"*0\r\n",
+        b"*-1\r\n",
+        b"$100000000\r\n",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b":1\r\n" * 20,
+        b"\x00" * 100,
+        b"$-7\r\n",
+        b"*1000000000\r\n",
+    ],
 )
 async def test_what_does_not_speak_redis_is_left_alone(nonsense: bytes, start_proxy: StartProxy) -> None:
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -141,6 +151,34 @@ async def test_what_does_not_speak_redis_is_left_alone(nonsense: bytes, start_pr
     assert sample(proxy.metrics, "store_up") == 0
     assert await orders(proxy) == 200
     server.close()
+
+
+async def test_another_server_behind_the_same_name_is_found_when_the_first_one_becomes_a_replica(
+    start_proxy: StartProxy, redis: RedisServer, tmp_path: Path
+) -> None:
+    now = [redis]
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_unix_connection(str(now[0].socket))
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer), return_exceptions=True)
+
+    service = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    port = service.sockets[0].getsockname()[1]
+    proxy = await start_proxy(store=f"redis://127.0.0.1:{port}", store_key=KEY)
+    assert await orders(proxy) == 200
+    with redis_server(tmp_path) as another:
+        now[0] = another
+        await break_it(redis, "a replica")
+        assert await orders(proxy) == 200
+        assert sample(proxy.metrics, "store_up") == 0
+        await until(proxy.metrics, 1)
+    service.close()
 
 
 async def test_an_emptied_redis_costs_nothing_but_what_was_in_it(

@@ -7,12 +7,24 @@ from what it knew last.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from proxy.metrics import Metrics
 from proxy.request.identify import Target
 from proxy.request.limits import CallLater, Claim, Limits, Plan, Published
-from proxy.store import Held, Lost, SharedPlans, Step
+from proxy.store.link import Lost
+from proxy.store.plans import Held, SharedPlans, Step
+
+SHARE_OF = 20  # places that all take, by which a process finds its share of them
+LEAST_SHARE = 0.02
+
+
+@dataclass(slots=True)
+class TypicalShare:
+    """Which share of the fleet's calls this process makes, by the plans for which it is known."""
+
+    share: float = 1.0
 
 
 class SharedPlan(Plan):
@@ -26,6 +38,7 @@ class SharedPlan(Plan):
         call_later: CallLater,
         shared: SharedPlans,
         name: str,
+        typical: TypicalShare,
     ) -> None:
         super().__init__(published, where, now, call_later)
         self._shared = shared
@@ -35,10 +48,42 @@ class SharedPlan(Plan):
         self._reserving: asyncio.Task[None] | None = None
         self._coming: Any = None  # the timer of the place that is reserved
         self._comes_at = 0.0
+        self._typical = typical
+        self._own_share: float | None = None  # of all places that are taken
+        self._taken_here, self._taken_before = 0, 0.0
+        self._is_alone = False
         self._apart = 0.0  # seconds between the last two places: the other processes take those between
+
+    def _on_its_own(self) -> bool:
+        """Return whether Redis is lost; what this process has then is its share, so that all have one plan's worth."""
+        is_alone = not self._shared.link.is_up
+        if is_alone != self._is_alone:
+            self._is_alone = is_alone
+            self.bucket.refill(self._now())
+            self.bucket.rate = self.estimate.rate * (self._share if is_alone else 1.0)
+            if is_alone:
+                self.bucket.tokens *= self._share
+        return is_alone
+
+    @property
+    def _share(self) -> float:
+        return self._typical.share if self._own_share is None else self._own_share
+
+    def _note_share(self, taken: float, *, is_mine: bool) -> None:
+        """Learn which share of the plan's places this process takes; `taken` is what all have taken so far."""
+        self._taken_here += is_mine
+        all_took = taken - self._taken_before
+        if all_took < 0:  # a new Redis, which counts from nothing
+            self._taken_here, self._taken_before = 0, taken
+        elif all_took >= SHARE_OF:
+            share = min(1.0, max(LEAST_SHARE, self._taken_here / all_took))
+            self._own_share = share if self._own_share is None else (self._own_share + share) / 2
+            self._typical.share += (self._own_share - self._typical.share) / 4
+            self._taken_here, self._taken_before = 0, taken
 
     def step(self) -> Step:
         """Return what Redis is told of this plan."""
+        self._on_its_own()
         bucket = self.bucket
         step = Step(
             self._name, bucket.rate, self._rate_is_news, bucket.burst, bucket.margin, self._tokens(), self._is_empty
@@ -50,11 +95,16 @@ class SharedPlan(Plan):
         self.bucket.refill(self._now())
         return self.bucket.tokens
 
-    def hear(self, held: Held) -> None:
-        """Take over what Redis says; a rate that another process has learnt, too."""
+    def hear(self, held: Held, *, is_mine: bool) -> None:
+        """Take over what Redis says, a rate that another process has learnt, too; `is_mine`: a place was taken."""
+        self._note_share(held.taken, is_mine=is_mine)
+        if self._on_its_own():
+            return
         bucket, now = self.bucket, self._now()
         bucket.tokens, bucket.updated = min(held.tokens, bucket.burst), now + held.ahead
-        if held.rate != bucket.rate and not self._rate_is_news and abs(held.rate / bucket.rate - 1) > 1e-6:
+        if held.rate < self.estimate.slowest * 0.99:
+            self._rate_is_news = True  # no plan is that slow: Redis is told better with the next step
+        elif not self._rate_is_news and abs(held.rate / bucket.rate - 1) > 1e-6:
             if held.rate < bucket.rate:
                 self.estimate.changed = now  # that 429 is dealt with
             bucket.rate = self.estimate.rate = held.rate
@@ -62,7 +112,7 @@ class SharedPlan(Plan):
 
     def wait_of(self, claim: Claim) -> float:
         """Return how long a call would wait that came now, in seconds, if the other processes go on as they do."""
-        if not self._shared.link.is_up:
+        if self._on_its_own():
             return super().wait_of(claim)
         now = self._now()
         ahead = self.queue.ahead_of(self._round_of(claim)) if len(self.queue) else 0
@@ -74,15 +124,15 @@ class SharedPlan(Plan):
 
     def is_free(self, claim: Claim) -> bool:
         """Return whether a call has its place without asking anybody else."""
-        return not self._shared.link.is_up and super().is_free(claim)
+        return self._on_its_own() and super().is_free(claim)
 
     def give_back(self) -> None:
         """Return a place that was not used."""
-        if self._shared.link.is_up:
+        if self._on_its_own():
+            super().give_back()
+        else:
             self._shared.tell("back", (self.step(),))
             self._look()
-        else:
-            super().give_back()
 
     def throttled(self) -> None:
         """Learn from a 429 of Amazon's, and let the others know."""
@@ -97,13 +147,15 @@ class SharedPlan(Plan):
             self._coming = None
             self._shared.tell("back", (self.step(),))
             self._rate_is_news = True  # should that be lost
-        super()._set_rate()
+        self.bucket.refill(self._now())  # what came so far came at the old rate
+        self.bucket.rate = self.estimate.rate * (self._share if self._on_its_own() else 1.0)
+        self._look()
 
     def _look(self) -> None:
         """See to it that the next place comes, if somebody waits."""
         if self._reserving is not None or self._coming is not None:
             return
-        if not self._shared.link.is_up:
+        if self._on_its_own():
             super()._look()
             return
         if self._timer is not None:  # from when this process was on its own
@@ -124,7 +176,7 @@ class SharedPlan(Plan):
             raise
         self._reserving = None
         now, wait = self._now(), place.wait or 0.0
-        self.hear(place.buckets[0])
+        self.hear(place.buckets[0], is_mine=True)
         self._apart = max(0.0, now + wait - self._comes_at) if self._comes_at else 0.0
         self._comes_at = now + wait
         self._coming = self._call_later(wait, self._come)
@@ -152,6 +204,7 @@ class SharedLimits(Limits):
     def __init__(self, metrics: Metrics, shared: SharedPlans, *, pace: bool, max_queue: int = 5000) -> None:
         super().__init__(metrics, pace=pace, max_queue=max_queue)
         self._shared = shared
+        self._typical = TypicalShare()
 
     def admits_at_once(self, target: Target, claim: Claim) -> bool:
         """Take a place that is free now, where that is known without asking Redis."""
@@ -183,10 +236,10 @@ class SharedLimits(Limits):
         except Lost:
             return False
         for plan, held in zip(plans, place.buckets, strict=True):
-            plan.hear(held)
+            plan.hear(held, is_mine=place.wait is not None)
         return place.wait is not None
 
     def _make(
         self, key: tuple[str, ...], published: Published, where: tuple[str, str, str], call_later: CallLater
     ) -> Plan:
-        return SharedPlan(published, where, self._now, call_later, self._shared, self._shared.name(key))
+        return SharedPlan(published, where, self._now, call_later, self._shared, self._shared.name(key), self._typical)

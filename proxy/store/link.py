@@ -32,6 +32,8 @@ from proxy.store.seal import PREFIX
 
 PATIENCE = 0.25  # seconds for a question and its answer, the connection included
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each time
+LATE = 1.3  # times PATIENCE: a timer that comes so late says that this process was busy
+MOST_FORGIVEN = 3  # of those in a row
 CONNECTIONS = 16
 
 Answer = TypeVar("Answer")
@@ -56,6 +58,8 @@ class Link:
         self._places = asyncio.Semaphore(CONNECTIONS)
         self._probing: asyncio.Task[None] | None = None
         self._lost_at = 0.0
+        self._forgiven = 0
+        self.losses = 0  # how often it was lost: connections from before are of no use
         metrics.store_up.set(1)
 
     async def start(self) -> None:
@@ -75,14 +79,22 @@ class Link:
         """Do as `ask`, ahead of everybody: for one question at a time."""
         if not self.is_up:
             raise Lost
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(self._patience):
-                return await question()
-        except (RedisError, OSError, ValueError) as exc:  # ValueError: what came is not Redis' protocol
+                answer = await question()
+        except Exception as exc:  # of any kind: what a library makes of what does not speak Redis
             if _is_of_one_value(exc):
                 raise
-            self.lost(_reason(exc))
+            reason, took = _reason(exc), time.monotonic() - asked
+            if reason == "timeout" and took > self._patience * LATE and self._forgiven < MOST_FORGIVEN:
+                self._forgiven += 1  # this process was too late to see the answer, which says nothing of Redis
+                self._metrics.store_failures.labels("late").inc()
+            else:
+                self.lost(reason)
             raise Lost from exc
+        self._forgiven = 0
+        return answer
 
     def lost(self, reason: str) -> None:
         """Ask no more until a probe has worked."""
@@ -90,6 +102,7 @@ class Link:
         if not self.is_up:
             return
         self.is_up, self._lost_at = False, time.monotonic()
+        self.losses += 1
         self._metrics.store_up.set(0)
         LOGGER.warning(
             "store lost: tokens and usage plans are kept by this process alone until it is back",
@@ -98,16 +111,17 @@ class Link:
         self._probing = asyncio.create_task(self._until_back(), name="store probe")
 
     async def _until_back(self) -> None:
-        # What is connected to a server that has gone would look like another loss when it is used next.
-        with contextlib.suppress(RedisError, OSError):
-            await self.client.connection_pool.disconnect()
         pause = self._pause
         while True:
+            # What is connected to a server that has gone would look like another loss when it is used next, and what is
+            # connected to one that has become a replica would never see the new primary behind the same name.
+            with contextlib.suppress(RedisError, OSError):
+                await self.client.connection_pool.disconnect()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: replicas do not come together
             try:
                 async with asyncio.timeout(self._patience):
                     await self._probe()
-            except (RedisError, OSError, ValueError):
+            except Exception:  # noqa: BLE001 - whatever a library makes of what is not Redis' protocol
                 pause = min(LONGEST_PAUSE, pause * 2)
             else:
                 break
@@ -119,8 +133,8 @@ class Link:
     async def _probe(self) -> None:
         """Write and read: a server that is full, or a replica, answers PING too."""
         name = f"{PREFIX}probe"
-        await self.client.set(name, b"1", px=1000)
-        if await self.client.get(name) not in {b"1", None}:
+        await self.client.set(name, b"1", px=10_000)
+        if await self.client.get(name) != b"1":
             raise ValueError("not what was written")
 
     async def close(self) -> None:

@@ -116,12 +116,11 @@ class SharedStore:
         names = [self._seal.name("token", key), self._lock(key)]
         args: list[str | int] = [owner, round(self._lock_life * 1000), MOST_BYTES, unfit]
         answer = await self._link.ask(partial(self._claim, keys=names, args=args))
-        try:
-            value, life, locked = answer
-            return bytes(value), int(life) / 1000, bool(int(locked))
-        except (TypeError, ValueError):
-            self._link.lost("nonsense")
-            raise Lost from None
+        match answer:
+            case [bytes(value), int(life), int(locked)]:
+                return value, life / 1000, bool(locked)
+        self._link.lost("nonsense")
+        raise Lost
 
     def _unsealed(self, key: str, value: bytes, life: float) -> StoredToken | None:
         """Return the token in a value; None, counted, where it is none of ours, or not of this key."""
