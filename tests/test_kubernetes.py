@@ -24,10 +24,7 @@ MOUNTED = "/etc/sp-api-proxy"
 TIMEOUTS = type(Config().timeouts)
 Manifest = dict[str, Any]
 
-# The replicas' settings that other changes bring.
-lacks_settings = "store_key" not in Config.model_fields or "shutdown_delay" not in TIMEOUTS.model_fields
-not_yet = pytest.mark.xfail(lacks_settings, reason="store_key or timeouts.shutdown_delay is not there yet", strict=True)
-PROXIES = (pytest.param("replicas", marks=not_yet), "sidecar")
+PROXIES = ("replicas", "sidecar")
 
 
 @pytest.fixture(scope="module", name="built")

@@ -27,7 +27,12 @@ ORDER = "/orders/v0/orders/1"
 DESTINATIONS = "/notifications/v1/destinations"
 
 # Nothing is found where nothing of the kind happened: lines lost, and connections closed for want of room.
-DID_NOT_HAPPEN = {"spapi_proxy_log_lines_lost_total", "spapi_proxy_client_connections_closed_total"}
+DID_NOT_HAPPEN = {
+    "spapi_proxy_client_connections_closed_total",
+    "spapi_proxy_log_lines_lost_total",
+    "spapi_proxy_store_failures_total",
+    "spapi_proxy_store_values_ignored_total",
+}
 
 
 @asynccontextmanager
