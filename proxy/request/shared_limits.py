@@ -16,8 +16,8 @@ from proxy.request.limits import CallLater, Claim, Limits, Plan, Published
 from proxy.store.link import Lost
 from proxy.store.plans import Held, SharedPlans, Step
 
-SHARE_OF = 20  # places that all take, by which a process finds its share of them
-LEAST_SHARE = 0.02
+SHARE_OF = 50  # places that all take, by which a process finds its share of them
+LEAST_SHARE = 0.05
 
 
 @dataclass(slots=True)
