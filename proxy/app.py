@@ -19,7 +19,7 @@ from proxy.config import Config, ConfigError, Problem
 from proxy.listener import Room
 from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
-from proxy.ports import Ending, Ports, as_opened, status_port
+from proxy.ports import Ending, Ports, fixed_when_open, status_port
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
@@ -49,9 +49,11 @@ SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Crede
 LWA_CONNECTIONS = 32
 LAG_INTERVAL = 0.5  # seconds
 
-# What a running process cannot change: where it is watched, what its series are called, where things are written and
-# kept, and whom tokens may be sent to.
-AT_START = ("admin", "health", "endpoints", "store", "store_key", "audit", "metrics", "tracing")
+# What a running process cannot change, and leaves as it is: where it is watched, what its series are called, where
+# things are written and kept. Whom tokens are sent to, and who may come in by an open port, are not among them: without
+# that the rest could mean something else, so that all of it is refused.
+AT_START = ("admin", "health", "store", "store_key", "audit", "metrics", "tracing")
+_RESTART = "cannot change while the proxy runs: restart it"
 
 
 class HandedOver(NamedTuple):
@@ -109,7 +111,9 @@ async def running(config: Config) -> AsyncIterator[Running]:
         most_clients, most_upstream = _connections(config)
         pools = _Pools()
         stack.push_async_callback(pools.close)
-        amazon, lwa = await pools.take_up(config, most_upstream)
+        made = await pools.prepare(config, most_upstream)
+        pools.take_up(made)
+        amazon, lwa = made.pools
         table = load_table()
         grants = Grants(
             config,
@@ -131,6 +135,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             limits=limits,
             grants=grants,
             tokens=tokens,
+            store=store,
             circuits=Circuits(metrics, time.monotonic),
             documents=documents,
             experience=Experience(table),
@@ -158,7 +163,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             stack.callback(asyncio.create_task(watch, name="watch").cancel)
         stack.push_async_callback(_linger, current)
         stack.callback(_stopping, readiness)
-        warming = asyncio.create_task(_become_ready(config, readiness, tokens), name="become ready")
+        warming = asyncio.create_task(_become_ready(current, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
         if not config.warm_up:
             await warming
@@ -199,6 +204,7 @@ class _Shared:
     limits: Limits
     grants: Grants
     tokens: Tokens
+    store: Store
     circuits: Circuits
     documents: Documents
     experience: Experience
@@ -250,13 +256,15 @@ class _Shared:
         async with self.taking_turns:
             before = self.current.config
             config, needs_restart = within_reach(wanted, before)
-            if config == before:
-                return HandedOver(has_changed=False, needs_restart=needs_restart)
             most_clients, most_upstream = _connections(config)
             try:
-                amazon, lwa = await self.pools.take_up(config, most_upstream)
+                made = await self.pools.prepare(config, most_upstream)
             except OSError as exc:
                 raise ConfigError([Problem("pool.ca_file", f"cannot be used: {reason_of(exc)}")]) from exc
+            if config == before and not made.is_new:
+                return HandedOver(has_changed=False, needs_restart=needs_restart)
+            amazon, lwa = made.pools
+            attempts_before = self.attempts
             handlers = self.handlers(config, amazon)
             # Before any request can come that only the new configuration knows; it knows those of the old one too.
             grants_before = self.grants.by
@@ -264,13 +272,17 @@ class _Shared:
             try:
                 ports = await self.ports.prepare(handlers, config)
             except BaseException as exc:
-                self.grants.by = grants_before
-                await self.pools.take_up(before, _connections(before)[1])
+                self.grants.by, self.attempts = grants_before, attempts_before
+                # What was fetched meanwhile may be for somebody whom only the refused configuration knows.
+                self.tokens.forget(lambda credential: source_of(config, credential) != source_of(before, credential))
+                await self.pools.give_up(made)
                 if isinstance(exc, OSError):
                     raise CannotListen(f"a certificate cannot be used: {reason_of(exc)}") from exc
                 raise
+            self.pools.take_up(made)
             self.ports.take_up(ports, handlers, config)
             self.current.config = config
+            self.store.patience = config.timeouts.token
             self._let_go(before, config)
             self.limits.take_up(pace=config.limits.pace, max_queue=config.limits.max_queue)
             self.crowd.bounds = config.bounds
@@ -297,24 +309,37 @@ class _Shared:
 
 
 def within_reach(wanted: Config, before: Config) -> tuple[Config, tuple[str, ...]]:
-    """Return as much of a new configuration as a running process can take up, and the keys that need a restart."""
+    """Return as much of a new configuration as a running process can take up, and the keys that need a restart.
+
+    Raises ConfigError where the rest would not be safe without these.
+    """
+    refused = [Problem("endpoints", _RESTART)] if wanted.endpoints != before.endpoints else []
     kept = [key for key in AT_START if getattr(wanted, key) != getattr(before, key)]
     changes: dict[str, Any] = {key: getattr(before, key) for key in kept}
     if wanted.log.format != before.log.format:
         kept.append("log.format")
         changes["log"] = wanted.log.model_copy(update={"format": before.log.format})
-    open_now, listeners = list(before.listen), []
+    open_now = list(before.listen)
     for index, listener in enumerate(wanted.listen):
         old = next((one for one in open_now if one.address == listener.address), None)
-        keys: list[str] = []
         if old is not None:
             open_now.remove(old)
-            listener, keys = as_opened(listener, old)  # noqa: PLW2901 - as much of it as can be had
-        listeners.append(listener)
-        kept += [f"listen[{index}].{key}" for key in keys]
-    if tuple(listeners) != wanted.listen:
-        changes["listen"] = tuple(listeners)
+            refused += [
+                Problem(f"listen[{index}].{key}", f"{_RESTART}, or give the listener another address")
+                for key in fixed_when_open(listener, old)
+            ]
+    if refused:
+        raise ConfigError(refused)
     return (wanted.model_copy(update=changes) if changes else wanted), tuple(kept)
+
+
+class _Made(NamedTuple):
+    """Connections to Amazon and to its token host, by what they were made, and how many there may be to Amazon."""
+
+    by: tuple[object, ...]
+    pools: tuple[Pool, Pool]
+    most_upstream: int
+    is_new: bool
 
 
 class _Pools:
@@ -326,33 +351,39 @@ class _Pools:
         self._retired: list[Pool] = []
         self._tls: tuple[object, tuple[Tls, Tls]] | None = None
 
-    async def take_up(self, config: Config, most_upstream: int) -> tuple[Pool, Pool]:
+    async def prepare(self, config: Config, most_upstream: int) -> "_Made":
         """Return the connections to Amazon and those to its token host, new ones where their settings have changed.
 
-        Raises OSError where `pool.ca_file` cannot be used, and changes nothing.
+        Raises OSError where `pool.ca_file` cannot be used. `take_up` or `give_up` follows.
         """
         trusts = (config.pool.ca_file, _stamp(config.pool.ca_file))
         made_by = (config.pool.model_copy(update={"max_connections": 0}), config.timeouts.connect, trusts)
-        if made_by != self._made_by:
-            if self._tls is None or trusts != self._tls[0]:
-                # Two of them: a session is resumed by the name of its host.
-                both = await asyncio.to_thread(lambda: (tls_context(config), tls_context(config)))
-                self._tls = trusts, both
-            amazon_tls, lwa_tls = self._tls[1]
-            made = open_session(config, most_upstream, amazon_tls), open_lwa_session(config, lwa_tls)
+        if made_by == self._made_by:
+            return _Made(made_by, (self._current[0], self._current[1]), most_upstream, is_new=False)
+        tls = self._tls[1] if self._tls is not None and trusts == self._tls[0] else None
+        if tls is None:
+            # Two of them: a session is resumed by the name of its host.
+            tls = await asyncio.to_thread(lambda: (tls_context(config), tls_context(config)))
+        self._tls = trusts, tls
+        pools = open_session(config, most_upstream, tls[0]), open_lwa_session(config, tls[1])
+        for pool in pools:
+            await pool.__aenter__()
+        return _Made(made_by, pools, most_upstream, is_new=True)
+
+    def take_up(self, made: "_Made") -> None:
+        """Use these from now on; those before them end when nobody uses them any more."""
+        if made.is_new:
             for pool in self._current:
                 pool.retire()
-            in_use = [pool for pool in self._retired if pool.is_in_use]
-            for pool in self._retired:
-                if pool not in in_use:
-                    await pool.__aexit__(None, None, None)
-            self._retired = [*in_use, *self._current]
-            for pool in made:
-                await pool.__aenter__()
-            self._made_by, self._current = made_by, made
-        amazon, lwa = self._current
-        amazon.limit = most_upstream
-        return amazon, lwa
+            self._retired = [*(pool for pool in self._retired if pool.is_in_use), *self._current]
+            self._made_by, self._current = made.by, made.pools
+        made.pools[0].limit = made.most_upstream
+
+    async def give_up(self, made: "_Made") -> None:
+        """Use these not after all."""
+        if made.is_new:
+            for pool in made.pools:
+                await pool.__aexit__(None, None, None)
 
     async def close(self) -> None:
         """End all connections."""
@@ -412,12 +443,12 @@ def open_lwa_session(config: Config, tls: Tls | None = None) -> Pool:
     return Pool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
 
 
-async def _become_ready(config: Config, readiness: Readiness, tokens: Tokens) -> None:
-    if config.warm_up:
+async def _become_ready(current: _Current, readiness: Readiness, tokens: Tokens) -> None:
+    if current.config.warm_up:
         readiness.waiting_for = "the tokens (warm_up)"
         await tokens.warm_up()
     readiness.state, readiness.waiting_for = "ready", ""
-    readiness.details = _details(config)
+    readiness.details = _details(current.config)
 
 
 def _details(config: Config) -> dict[str, str]:
@@ -452,8 +483,8 @@ class _Lag:
             self._worst = max(self._worst, clock() - due)
 
     def _export(self) -> None:
-        self._gauge.set(self._worst)
-        self._worst = 0.0
+        worst, self._worst = self._worst, 0.0
+        self._gauge.set(worst)
 
 
 def _export_lost_lines(metrics: Metrics) -> Callable[[], None]:

@@ -5,6 +5,7 @@ applications come from the configuration, operations from the table (or `unknown
 ever becomes one.
 """
 
+import asyncio
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Metrics:
 
     def __init__(self, *, account_on_histograms: bool = False) -> None:
         self.registry = CollectorRegistry()
+        self.exporting = asyncio.Lock()  # who exports: what is brought up to date for it is not made for two at once
         self.before_export: list[Callable[[], None]] = []
         self.registry.register(_BeforeExport(self.before_export))
         ProcessCollector(registry=self.registry)

@@ -37,8 +37,8 @@ class Port:
     tls: ServerTls | None
 
 
-def as_opened(listener: Listener, before: Listener) -> tuple[Listener, list[str]]:
-    """Return the listener as a port that is open already can be, and the keys in which it cannot change.
+def fixed_when_open(listener: Listener, before: Listener) -> list[str]:
+    """Return the keys in which a listener differs from the one that is open, and in which a port cannot change.
 
     A port speaks TLS or not, and asks for client certificates or not, from its beginning; so it is with the rights of
     a socket file.
@@ -49,7 +49,7 @@ def as_opened(listener: Listener, before: Listener) -> tuple[Listener, list[str]
     asks_otherwise = old is not None and new is not None and (old.client_ca is None) is not (new.client_ca is None)
     if speaks_otherwise or asks_otherwise:
         kept.append("tls")
-    return (listener.model_copy(update={key: getattr(before, key) for key in kept}) if kept else listener), kept
+    return kept
 
 
 class Ports:

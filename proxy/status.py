@@ -190,12 +190,10 @@ def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) ->
         has_started = readiness.state != "starting"
         return web.Response(status=200 if has_started else 503, text="ok\n" if has_started else "starting\n")
 
-    one_at_a_time = asyncio.Lock()
-
     async def scrape(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         # Many accounts are many series: the requests of the apps must not wait until all are written down.
-        async with one_at_a_time:
+        async with metrics.exporting:
             body = await asyncio.to_thread(encode, metrics.registry)
         return web.Response(body=body, headers={"Content-Type": content_type})
 

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import json
+import re
+import shutil
 import socket
 import weakref
 from io import StringIO
@@ -269,28 +271,90 @@ async def test_an_address_that_cannot_be_had_leaves_everything_as_it_was(
     assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")).error == "UnknownAccount"
 
 
-async def test_what_needs_a_restart_is_named_and_left_as_it_is(
-    start_proxy: StartProxy, configured: Any, tmp_path: Path
+async def test_what_needs_a_restart_is_named_and_left_as_it_is(start_proxy: StartProxy, configured: Any) -> None:
+    proxy = await start_proxy()
+    done = await proxy.hand_over(
+        configured(
+            admin="127.0.0.1:1",
+            health="127.0.0.1:0",
+            log={"format": "json", "level": "error"},
+            metrics={"account_on_histograms": True},
+            store="redis://127.0.0.1:9",
+            store_key="k" * 40,
+            audit="/nowhere/audit.log",
+        )
+    )
+    assert set(done.needs_restart) == {"admin", "health", "log.format", "metrics", "store", "store_key", "audit"}
+    assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+
+
+@pytest.mark.parametrize("change", ["tls", "mode", "endpoints"])
+async def test_what_would_mean_something_else_without_a_restart_is_refused_with_all_the_rest(
+    start_proxy: StartProxy, configured: Any, tmp_path: Path, change: str
 ) -> None:
     authority = Authority.made(tmp_path)
     certificate, key = authority.issue("proxy")
     unix = f"unix:{tmp_path}/app.sock"
-    listen: list[Any] = [{"address": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}}]
-    proxy = await start_proxy(listen=["127.0.0.1:0", unix])
-    done = await proxy.hand_over(
-        configured(
-            listen=[*listen, {"address": unix, "mode": "0660"}],
-            admin="127.0.0.1:1",
-            health="127.0.0.1:0",
-            endpoints={"lwa": "http://127.0.0.1:9/"},
-            log={"format": "json", "level": "error"},
-            metrics={"account_on_histograms": True},
-        )
-    )
-    assert set(done.needs_restart) == {
-        *("listen[0].tls", "listen[1].mode", "admin", "health", "endpoints", "log.format", "metrics"),
+    plain: list[Any] = ["127.0.0.1:0", unix]
+    callers = {"job": {"key": "a-key-of-the-job"}}
+    proxy = await start_proxy(listen=plain, callers=callers)
+    tls = {"certificate": str(certificate), "key": str(key), "client_ca": str(authority.certificate)}
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "tls": ("listen[0].tls", {"listen": [{"address": "127.0.0.1:0", "tls": tls}, unix]}),
+        "mode": ("listen[1].mode", {"listen": ["127.0.0.1:0", {"address": unix, "mode": "0666"}]}),
+        "endpoints": ("endpoints", {"listen": plain, "endpoints": {"lwa": "http://127.0.0.1:9/"}}),
     }
+    named, changed = changes[change]
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        await proxy.hand_over(configured(**changed))
+    assert (await call(proxy.addresses[0], "GET", SELLERS)).error == "CallerRefused", "the callers are those of before"
+
+
+async def test_a_refused_configuration_leaves_the_connections_to_amazon_alone(
+    start_proxy: StartProxy, far_side: FarSide, configured: Any
+) -> None:
+    proxy = await start_proxy()
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = ["127.0.0.1:0", f"127.0.0.1:{taken.getsockname()[1]}"]
+        with pytest.raises(CannotListen):
+            await proxy.hand_over(configured(listen=listen, timeouts={"connect": "3s"}))
+    for _ in range(3):
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+    assert len({received.connection for received in far_side.received}) == 1
+
+
+async def test_another_content_of_the_authority_that_is_trusted_is_a_change(
+    start_proxy: StartProxy, configured: Any, tmp_path: Path
+) -> None:
+    trusted = tmp_path / "ca.pem"
+    shutil.copyfile(Authority.made(tmp_path).certificate, trusted)
+    settings = {"pool": {"ca_file": str(trusted)}}
+    proxy = await start_proxy(**settings)
+    assert not (await proxy.hand_over(configured(**settings))).has_changed
+    (tmp_path / "new").mkdir()
+    shutil.copyfile(Authority.made(tmp_path / "new").certificate, trusted)
+    assert (await proxy.hand_over(configured(**settings))).has_changed
+    assert not (await proxy.hand_over(configured(**settings))).has_changed
+
+
+async def test_a_restricted_token_that_was_minted_for_somebody_else_is_kept_for_nobody(
+    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, configured: Any, tmp_path: Path
+) -> None:
+    secret = tmp_path / "refresh-token"
+    secret.write_text("Atzr|one")
+    secret.chmod(0o600)
+    accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(secret)}}, "data_elements": ["buyerInfo"]}}
+    proxy = await start_proxy(accounts=accounts)
+    assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+    secret.write_text("Atzr|two")
+    orders = "/orders/v0/orders"
+    assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
+    assert (await proxy.hand_over(configured(accounts=accounts))).has_changed
+    assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
+    assert len(far_side.minted) == 2, "the one that was minted with the token of before is not used"
+    assert far_side.minted[0].get("x-amz-access-token") != far_side.minted[1].get("x-amz-access-token")
+    assert len(token_host.received) == 2
 
 
 async def test_other_settings_of_the_way_out_leave_requests_in_flight_alone(

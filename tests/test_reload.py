@@ -183,13 +183,13 @@ async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
 
 
 async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watched: Watched, log: StringIO) -> None:
-    watched.write(store="memory", health="127.0.0.1:0", endpoints={"lwa": "http://127.0.0.1:9/"})
+    watched.write(store="memory", health="127.0.0.1:0", metrics={"account_on_histograms": True})
     assert await watched.result() == "unchanged"
     watched.reloads.ask()
     assert await watched.result() == "unchanged"
     warnings = [json.loads(line) for line in log.getvalue().splitlines() if "after a restart" in line]
-    assert [line["keys"] for line in warnings] == [["health", "endpoints"]]
-    assert (await watched.status())["configuration"]["needs_restart"] == ["health", "endpoints"]
+    assert [line["keys"] for line in warnings] == [["health", "metrics"]]
+    assert (await watched.status())["configuration"]["needs_restart"] == ["health", "metrics"]
     watched.write()
     assert await watched.result() == "unchanged"
     assert (await watched.status())["configuration"]["needs_restart"] == []

@@ -45,7 +45,7 @@ class Fleet:
 
     async def replica(self) -> SharedLimits:
         metrics = Metrics()
-        link = Link(parse_store(self._redis.url), metrics)
+        link = Link(parse_store(self._redis.url), metrics, patience=5.0)
         plans = SharedPlans(link, Seal((Secret(KEY),)))
         self._stack.push_async_callback(link.close)
         self._stack.push_async_callback(plans.close)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import pytest
 from prometheus_client import generate_latest
 from redis.asyncio import Redis
 
+from proxy import replicas as replicas_module
 from proxy.app import Running
 from proxy.config import ConfigError, Secret, StoreAddress, load_config
 from proxy.config.store_address import parse_store
@@ -55,7 +57,10 @@ class StartReplicas(Protocol):
 
 
 @pytest.fixture
-def replicas(start_proxy: StartProxy, redis: RedisServer) -> StartReplicas:
+def replicas(start_proxy: StartProxy, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> StartReplicas:
+    # However busy the machine is: nothing here is about a Redis that is slow.
+    monkeypatch.setattr(replicas_module, "Link", partial(Link, patience=5.0))
+
     async def start(count: int) -> list[Running]:
         return [await start_proxy(store=redis.url, store_key=KEY) for _ in range(count)]
 

@@ -133,7 +133,9 @@ def _add_some(parts: list[bytes], answer: Answer, beginnings: tuple[bytes, ...])
             if name.lower() == b"connection"
         ]
     )
-    left_out = named | {"content-length"} if answer.status == 204 else named  # RFC 9110 section 8.6
+    # The length goes on whatever Connection says, where there is a body: without it nobody knew where that ends.
+    length = {"content-length"}
+    left_out = named | length if answer.status == 204 else named - length  # RFC 9110 section 8.6
     for beginning, name, value in zip(beginnings, answer.names.in_order, answer.values, strict=True):
         if beginning and _plain(name.decode("latin-1")) not in left_out:
             parts += (beginning, value)

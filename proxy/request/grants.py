@@ -20,7 +20,7 @@ from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenU
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.http1 import Broken
-from proxy.request.identify import Credential, Kind, Target, endpoint_of, ordinary_of
+from proxy.request.identify import ONE_OFF, Credential, Target, endpoint_of, ordinary_of
 from proxy.request.limits import Claim, Limits
 from proxy.request.pool import Pool
 
@@ -87,9 +87,16 @@ def source_of(config: Config, credential: Credential) -> tuple[object, ...] | No
     if account is None or config.application_of(account)[0] != credential.application:
         return None
     refresh_token = account.refresh_tokens.get(credential.region)
-    if refresh_token is None or config.environment_of(account) != credential.environment:
+    if refresh_token is None:
         return None
-    return application.client_id, refresh_token, account.target_application if credential.kind == "rdt" else None
+    # Not compared with the credential's own: an account of the sandbox may want a token of production's (sandbox_rdt).
+    environment = config.environment_of(account)
+    return (
+        application.client_id,
+        refresh_token,
+        environment,
+        account.target_application if credential.kind == "rdt" else None,
+    )
 
 
 class Grants:
@@ -210,7 +217,7 @@ class Grants:
             endpoint=endpoint,
             credential=ordinary_of(credential),
             elements_source="",
-            kind=Kind(),
+            kind=ONE_OFF,
             path_and_query=rdt.PATH,
         )
 

@@ -8,9 +8,10 @@ from itertools import chain
 
 from multidict import CIMultiDictProxy
 
-# How many heads are remembered, and how many bytes of fields: over all listeners. What follows from a head takes some
-# five times its own room.
-MOST_HEADS, MOST_BYTES = 512, 256 * 1024
+# How many heads are remembered over all listeners, and how many bytes of memory they may take: about FIELD_COST for
+# each field, beside its own text, of which there are some COPIES.
+MOST_HEADS, MOST_BYTES = 512, 4 * 1024 * 1024
+FIELD_COST, COPIES = 700, 4
 
 Raw = tuple[tuple[bytes, bytes], ...]  # names and values as they came
 
@@ -39,7 +40,7 @@ class KnownHeads:
 
     def __init__(self, listeners: int = 1) -> None:
         self._most_heads, self._most_bytes = MOST_HEADS // listeners, MOST_BYTES // listeners
-        self._size = 0  # bytes, of all that are known
+        self._bytes = 0  # that all that are known take
         self._known: dict[Raw, Head] = {}
 
     def of(self, raw: Raw, headers: CIMultiDictProxy[str]) -> Head:
@@ -48,10 +49,17 @@ class KnownHeads:
         if known is not None:
             return known
         head = Head(headers, raw)
-        if head.size <= self._most_bytes:
-            self._size += head.size
-            if len(self._known) >= self._most_heads or self._size > self._most_bytes:
-                self._known.clear()
-                self._size = head.size
-            self._known[raw] = head
+        cost = _cost(raw, head)
+        if cost > self._most_bytes:
+            return head
+        while self._known and (len(self._known) >= self._most_heads or self._bytes + cost > self._most_bytes):
+            oldest = next(iter(self._known))  # one that comes all the time is back at once
+            self._bytes -= _cost(oldest, self._known.pop(oldest))
+        self._bytes += cost
+        self._known[raw] = head
         return head
+
+
+def _cost(raw: Raw, head: Head) -> int:
+    """Return about how many bytes of memory a head takes that is remembered."""
+    return FIELD_COST * (2 + len(raw)) + COPIES * head.size

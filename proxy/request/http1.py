@@ -397,7 +397,7 @@ class Wire(asyncio.Protocol):
             answer.completed()
 
     def _known(self, names: tuple[bytes, ...]) -> Names:
-        is_long = self._between > LONGEST_ORDER and sum(map(len, names)) > LONGEST_ORDER
+        is_long = self._between > LONGEST_ORDER and (len(names) > MAX_FIELDS or sum(map(len, names)) > LONGEST_ORDER)
         return Names(names) if is_long else _known_names(names)
 
     def on_body(self, chunk: bytes) -> None:

@@ -71,6 +71,9 @@ class Kind:
     __slots__ = ()
 
 
+ONE_OFF = Kind()  # of requests that are decided anew each time
+
+
 class Target(NamedTuple):
     """What the proxy decided about one request."""
 
@@ -132,7 +135,8 @@ class Decisions:
             if len(self._known) >= _MOST_DECISIONS:
                 self._known.clear()
             self._known[key] = target[:-1]
-        return target
+            return target
+        return target._replace(kind=ONE_OFF)
 
 
 def _choices(headers: CIMultiDictProxy[str]) -> tuple[object, ...]:

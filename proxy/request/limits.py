@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from proxy.errors import UsagePlanExhausted
 from proxy.metrics import Metrics, PlanNumbers
 from proxy.request.buckets import Bucket, Estimate, Queue
-from proxy.request.identify import Kind, Target
+from proxy.request.identify import ONE_OFF, Kind, Target
 
 MAX_WAIT_HEADER = "x-sp-max-wait"
 RATE_HEADER = b"x-amzn-ratelimit-limit"
@@ -314,8 +314,11 @@ class Limits:
 
     def _find(self, target: Target) -> tuple[Plan | None, Plan | None]:
         """Return the plan that the target falls under, and that over all accounts; remember them for its kind."""
-        found = (self._plan(target), self._plan_for_all(target))
-        if target.operation is not None:  # otherwise its path decides, and only a 429 tells that there is a plan
+        for_all = self._plan_for_all(target)
+        found = (self._plan(target), for_all)
+        # Without an operation its path decides, and only a 429 tells that there is a plan.
+        is_lasting = target.operation is not None and target.kind is not ONE_OFF
+        if is_lasting and len(self._plans) < _MOST_PLANS:
             if len(self._found) >= _MOST_FOUND:
                 self._found.clear()
             self._found[target.kind] = found

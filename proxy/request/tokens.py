@@ -58,6 +58,7 @@ class Token:
     # The lines of a request's head that it stands in, and the second of the wall clock that they name.
     lines: bytes = field(default=b"", repr=False)
     lines_of: int = -1
+    source: str = ""  # the fingerprint of what it was fetched by; nothing where that is not certain
 
 
 @dataclass(slots=True)
@@ -289,14 +290,19 @@ class Tokens:
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
     async def _renew(self, credential: Credential, rejected: Token | None) -> Token:
+        source = self._grants.fingerprint(credential)
         if not credential.reusable:
-            token = await self._exchanged(credential, "")
+            token = await self._exchanged(credential, source)
         else:
-            key = self._key(credential)
+            key = self._key(credential, source)
             fits = partial(self._fits, credential)
             refused = rejected.value if rejected is not None else None
             async with self._store.turn(key, fits, refused) as stored:
-                token = self._of_store(credential, stored) if stored else await self._exchanged(credential, key)
+                if stored is not None:
+                    token = self._of_store(credential, stored)
+                    token.source = source
+                else:
+                    token = await self._exchanged(credential, source)
         if not self._is_current_exchange(credential):
             return token
         self._failed.pop(credential, None)
@@ -304,8 +310,8 @@ class Tokens:
             self._hold(credential, token)
         return token
 
-    async def _exchanged(self, credential: Credential, key: str) -> Token:
-        """Return a token that was fetched now, and kept for others under `key` where that makes sense."""
+    async def _exchanged(self, credential: Credential, source: str) -> Token:
+        """Return a token that was fetched now, and kept for others where it certainly is of `source`."""
         ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
         secrets = self._grants.secrets(credential)
         try:
@@ -324,9 +330,16 @@ class Tokens:
                 self._note_failure(credential, nothing_left, secrets)
                 raise nothing_left from exc
             raise
-        if not self._is_current_exchange(credential):
-            return self._fresh(credential, granted)
-        return await self._kept(credential, granted, key)
+        token = self._fresh(credential, granted)
+        # Files may have changed since, or between the ordinary token and the one that was minted with it.
+        is_certain = source == self._grants.fingerprint(credential) and (ordinary is None or ordinary.source == source)
+        token.source = source if is_certain else ""
+        if credential.reusable and is_certain and self._is_current_exchange(credential):
+            life = token.expires_at - self._now()
+            if life > 0:
+                stored = StoredToken(token.value, self._wall() + life)
+                await self._store.put(self._key(credential, source), stored, life)
+        return token
 
     def _is_current_exchange(self, credential: Credential) -> bool:
         """Return whether what the running task fetches is still wanted: nobody has forgotten the credential since."""
@@ -376,23 +389,13 @@ class Tokens:
     def _of_store(self, credential: Credential, stored: StoredToken) -> Token:
         return self._token(credential, stored.value, self._now(), stored.expires_at - self._wall(), took=0.0)
 
-    def _key(self, credential: Credential) -> str:
+    def _key(self, credential: Credential, source: str) -> str:
         """Return what the credential's token is kept by: it differs wherever another secret would give another token.
 
         So two fleets on one Redis that call different sellers by one name do not meet, nor does a new configuration
         meet what was kept for somebody else.
         """
-        return f"{_key(credential)}\x1f{self._grants.fingerprint(credential)}"
-
-    async def _kept(self, credential: Credential, granted: Granted, key: str) -> Token:
-        grant, token = granted.grant, self._fresh(credential, granted)
-        life = token.expires_at - self._now()
-        if life > 0:
-            expires_at = self._wall() + life
-            self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
-            if credential.reusable:
-                await self._store.put(key, StoredToken(grant.value, expires_at), life)
-        return token
+        return f"{_key(credential)}\x1f{source}"
 
     def _fresh(self, credential: Credential, granted: Granted) -> Token:
         # Counted from before the exchange: the token host's clock started no earlier than that.
@@ -412,6 +415,8 @@ class Tokens:
         if len(self._held) >= MOST_HELD:
             del self._held[next(iter(self._held))]  # the one that was fetched longest ago
         self._held[credential] = token
+        expires_at = self._wall() + token.expires_at - self._now()
+        self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
         self._look(credential, token, at=token.renew_at)
 
     def _look(self, credential: Credential, token: Token, at: float) -> None:

@@ -16,6 +16,8 @@ from proxy.store.token import Fits, StoredToken
 class MemoryStore:
     """A Store that does not outlive the process."""
 
+    patience = 0.0  # nobody waits here
+
     def __init__(self) -> None:
         # No timeout: memory answers at once, and the default would make a task of every look-up.
         self._cache = SimpleMemoryCache(timeout=None)

@@ -62,7 +62,7 @@ class SharedStore:
         self._link = link
         self._seal = seal
         self._metrics = metrics
-        self._patience = patience  # seconds that a turn is waited for at most: what one exchange may take
+        self.patience = patience
         self._wall = wall
         self._lock_life = lock_life
         self._claim = link.client.register_script(_CLAIM)
@@ -92,7 +92,7 @@ class SharedStore:
         self, key: str, owner: str, fits: Fits, refused: Secret | None
     ) -> tuple[StoredToken | None, bool]:
         """Return a token that fits, or whether the lock was got; neither where the wait was long enough."""
-        end, pause, unfit = time.monotonic() + self._patience, FIRST_LOOK, ""
+        end, pause, unfit = time.monotonic() + self.patience, FIRST_LOOK, ""
         while True:
             value, life, is_locked = await self._look(key, owner, unfit)
             if is_locked:

@@ -20,7 +20,12 @@ Fits = Callable[[StoredToken], bool]
 
 
 class Store(Protocol):
-    """Keeps tokens by key until they expire. Nothing here raises: what cannot be kept is fetched again."""
+    """Keeps tokens by key until they expire. Nothing here raises: what cannot be kept is fetched again.
+
+    `patience` is how many seconds a turn is waited for at most: what one exchange may take.
+    """
+
+    patience: float
 
     def turn(
         self, key: str, fits: Fits, refused: Secret | None = None
