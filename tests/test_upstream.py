@@ -233,6 +233,19 @@ async def test_status_reason_headers_and_bytes_are_amazons(proxy: Running, far_s
     ]
 
 
+async def test_an_answers_length_goes_on_even_where_connection_names_it(proxy: Running, far_side: FarSide) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nConnection: content-length, x-hop\r\nX-Hop: 1\r\nContent-Length: 5\r\n\r\nhello"
+        )
+
+    far_side.script = script
+    async with connect(proxy.addresses[0]) as client:
+        for _ in range(2):
+            got = await client.request("GET", "/orders/v0/orders")
+            assert (got.status, got.body, got.get("content-length"), got.get("x-hop")) == (200, b"hello", "5", None)
+
+
 async def test_an_answer_without_type_date_or_server_gets_none(proxy: Running) -> None:
     got = await call(proxy.addresses[0], "POST", FEEDS, b"{}")
     assert {name.lower() for name, _ in got.fields} == {"content-type", "content-length", "x-sp-proxy"}
