@@ -10,7 +10,7 @@ from multidict import CIMultiDictProxy
 
 # How many heads are remembered over all listeners, and how many bytes of memory they may take: about FIELD_COST for
 # each field, beside its own text, of which there are some COPIES.
-MOST_HEADS, MOST_BYTES = 512, 4 * 1024 * 1024
+MOST_HEADS, MOST_BYTES = 2048, 8 * 1024 * 1024
 FIELD_COST, COPIES = 700, 4
 
 Raw = tuple[tuple[bytes, bytes], ...]  # names and values as they came
