@@ -16,8 +16,9 @@ from typing import Any
 
 from aiohttp import StreamReader, web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, StreamWriter
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.http_parser import HttpRequestParser
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from proxy.config import Config
@@ -51,6 +52,7 @@ _NONSENSE = b"\x00"  # no request begins with it
 # The first line of a request behind another one, with a space too many.
 _SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
 
+_PLAIN_LINE = re.compile(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.1\r\n")  # with single spaces (RFC 9112 section 3)
 _PLAIN_END = re.compile(rb"(?:\r\n|\A)0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
@@ -336,38 +338,53 @@ class Connection(RequestHandler):
 
 
 class Request(web.BaseRequest):
-    """A request as it came, without what only a framework asks it for: a tidied URL, the peer's name."""
+    """A request as it came, without what only a framework asks it for: a tidied URL, the peer's name.
+
+    What the steps ask for is at hand; aiohttp would look each of them up, and make a writer that hardly any needs.
+    """
+
+    __slots__ = (
+        "_writer",
+        "body_exists",
+        "content",
+        "headers",
+        "keep_alive",
+        "method",
+        "raw_headers",
+        "raw_path",
+        "version",
+    )
 
     def __init__(
         self,
         message: RawRequestMessage,
         payload: StreamReader,
         protocol: RequestHandler,
-        writer: StreamWriter,
         task: "asyncio.Task[None]",
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._message = message
-        self._headers = headers = message.headers
-        self._method = method = message.method
-        self._version = version = message.version
-        self._rel_url = message.url
-        self._payload = payload
+        self.method = self._method = message.method
+        self.raw_path = message.path
+        self.version = message.version
+        self.headers = message.headers
+        self.raw_headers = message.raw_headers
+        self.keep_alive = not message.should_close
+        self.content = self._payload = payload
+        self.body_exists = payload is not EMPTY_PAYLOAD
         self._protocol = protocol
-        self._payload_writer = writer
         self._task = task
         self._loop = loop
-        # What aiohttp would compute, one after the other, when it is asked for.
-        self._cache: dict[str, Any] = {
-            "headers": headers,
-            "method": method,
-            "version": version,
-            "raw_headers": message.raw_headers,
-            "raw_path": message.path,
-            "keep_alive": not message.should_close,
-            "content": payload,
-        }
+        self._rel_url = message.url
+        self._writer: StreamWriter | None = None
+        self._cache: dict[str, Any] = {}
         self._state: dict[Any, Any] = {}
+
+    @property
+    def _payload_writer(self) -> StreamWriter:  # type: ignore[override]  # aiohttp has it as an attribute
+        if self._writer is None:
+            self._writer = StreamWriter(self._protocol, self._loop)
+        return self._writer
 
     def __contains__(self, key: object) -> bool:
         return key in self._state
@@ -380,21 +397,43 @@ class ProxiedConnection(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Take what is nearly always the case without much ado: a whole head, with nothing before and behind it."""
-        if self._line != b"" or self._waiter is None or self._messages or self._head_bytes or self._last is not None:
+        parser, waiter = self._parser, self._waiter
+        if (
+            self._line != b""
+            or waiter is None
+            or self._messages
+            or self._head_bytes
+            or self._last is not None
+            or parser is None
+            or data.find(b"\r\n\r\n") != len(data) - 4
+            or not _PLAIN_LINE.match(data)
+            or self._force_close
+            or self._close
+            or self._upgraded
+            or waiter.done()
+        ):
             super().data_received(data)
             return
-        line = data[: data.find(b"\r")]
-        is_whole_head = data.endswith(b"\r\n\r\n") and data.count(b"\r\n\r\n") == 1
-        if not is_whole_head or line.count(b" ") != 2 or not line[:1].isalpha():
-            super().data_received(data)
-            return
-        RequestHandler.data_received(self, data)
-        if len(self._messages) == 1:
-            message, payload = self._messages[0]
-            is_plain = not isinstance(message, _ErrInfo) and not (message.upgrade or message.chunked)
-            if is_plain and payload.is_eof() and getattr(message, "method", "CONNECT") != "CONNECT":
+        # As aiohttp does it, but for what only bodies, upgrades and long queues of requests need.
+        try:
+            messages, self._upgraded, self._message_tail = parser.feed_data(data)
+        except HttpProcessingError as exc:
+            messages = [(_ErrInfo(status=400, exc=exc, message=exc.message), EMPTY_PAYLOAD)]
+        if messages:
+            self._request_count += len(messages)
+            self._messages.extend(messages)
+            waiter.set_result(None)
+            message, payload = messages[0]
+            if (
+                len(messages) == 1
+                and (payload is EMPTY_PAYLOAD or payload.is_eof())
+                and type(message) is RawRequestMessage
+                and not (message.upgrade or message.chunked)
+                and message.method != "CONNECT"
+            ):
                 self._room.is_busy(self)
-                self._end_head_timer()
+                if self._head_timer is not None:
+                    self._end_head_timer()
                 return
         self._look_again(data)
 
@@ -479,7 +518,7 @@ class ProxiedConnection(Connection):
     def _request_of(self, message: RawRequestMessage, payload: StreamReader) -> web.BaseRequest:
         if self._task_handler is None:
             raise ConnectionError("the connection ended")
-        request = Request(message, payload, self, StreamWriter(self, self._loop), self._task_handler, self._loop)
+        request = Request(message, payload, self, self._task_handler, self._loop)
         if message.version is not HttpVersion11 or message is ERROR or self.peer is not NOBODY or self._is_leaving:
             _mark(request, message, self)
         return request
@@ -581,8 +620,10 @@ def _mark(request: web.BaseRequest, message: RawRequestMessage, connection: Conn
     """Note what the steps have to know, and aiohttp does not say."""
     if message is ERROR or message.version not in SPOKEN:
         # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them; what it could not read is 1.0.
-        request._version = HttpVersion11  # noqa: SLF001 - there is no other place
-        request._cache.pop("version", None)  # noqa: SLF001 - see above
+        if isinstance(request, Request):
+            request.version = HttpVersion11
+        else:
+            request._version = HttpVersion11  # noqa: SLF001 - there is no other place
         if message.version not in SPOKEN:
             request[VERSION_REFUSED] = True
     if connection.peer is not NOBODY:

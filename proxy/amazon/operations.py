@@ -132,6 +132,7 @@ class OperationTable:
     def __init__(self, operations: Iterable[Operation]) -> None:
         self._operations = tuple(operations)
         self._root = _Node()
+        self._literal: dict[str, dict[str, Operation]] = {}  # by path, of those without a parameter
         self._deepest = 0
         for operation in self._operations:
             self._add(operation)
@@ -150,6 +151,9 @@ class OperationTable:
         `%2F` stays inside its segment. Literals win over parameters, and a parameter takes one segment, the greedy one
         all that are left; no segment may be empty. Method and literals are compared with their case.
         """
+        literal = self._literal.get(raw_path)
+        if literal is not None and method in literal:
+            return literal[method]
         # No deeper than the table: a path of ten thousand slashes is one piece more, and matches nothing.
         segments = raw_path.split("/", self._deepest + 1)
         if segments[0]:
@@ -179,6 +183,8 @@ class OperationTable:
                 node.parameter = node = node.parameter or _Node()
         # Two models with one method and path: the first by api and version stays, so that the order of files is moot.
         node.operations.setdefault(operation.method, operation)
+        if "{" not in operation.template:
+            self._literal[operation.template] = node.operations
 
     def _note_ways(self, node: _Node) -> None:
         node.has_several_ways = node.greedy is not None or bool(node.literals and node.parameter)

@@ -3,7 +3,7 @@
 import math
 import socket
 import struct
-from itertools import chain, compress
+from itertools import compress
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -94,12 +94,13 @@ class AmazonsAnswer:
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
         self.is_chunked = False
         names, status = answer.names, answer.status
-        beginnings = names.line_beginnings or _line_beginnings(names)
         parts = [b"HTTP/1.%d %d %b" % (not is_1_0, status, answer.reason)]
+        if names.lines is None or names.line_beginnings is None:
+            _work_out_lines(names)
         if status == 204 or b"connection" in names.at:
-            _add_some(parts, answer, beginnings)
+            _add_some(parts, answer)
         else:
-            parts += chain.from_iterable(compress(zip(beginnings, answer.values, strict=True), beginnings))
+            parts.append((names.lines or b"") % tuple(compress(answer.values, names.line_beginnings or ())))
         if b"content-length" not in names.at and status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
@@ -109,7 +110,7 @@ class AmazonsAnswer:
         if is_1_0 is self.keep_alive:
             parts.append(b"\r\nConnection: keep-alive" if is_1_0 else b"\r\nConnection: close")
         parts.append(b"\r\nx-sp-proxy: " + exchange.summary().encode())
-        if exchange.retry_after is not None and answer.first(b"retry-after") is None:
+        if exchange.retry_after is not None and answer.value(b"retry-after") is None:
             parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(exchange.retry_after)))
         parts.append(b"\r\n\r\n")
         self.head = mask.whole(b"".join(parts))
@@ -124,7 +125,7 @@ class AmazonsAnswer:
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
-def _add_some(parts: list[bytes], answer: Answer, beginnings: tuple[bytes, ...]) -> None:
+def _add_some(parts: list[bytes], answer: Answer) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [
@@ -136,18 +137,16 @@ def _add_some(parts: list[bytes], answer: Answer, beginnings: tuple[bytes, ...])
     # The length goes on whatever Connection says, where there is a body: without it nobody knew where that ends.
     length = {"content-length"}
     left_out = named | length if answer.status == 204 else named - length  # RFC 9110 section 8.6
-    for beginning, name, value in zip(beginnings, answer.names.in_order, answer.values, strict=True):
+    lines = zip(answer.names.line_beginnings or (), answer.names.in_order, answer.values, strict=True)
+    for beginning, name, value in lines:
         if beginning and _plain(name.decode("latin-1")) not in left_out:
             parts += (beginning, value)
 
 
-def _line_beginnings(names: Names) -> tuple[bytes, ...]:
-    """Return each field line up to its value, with the line end before it, and nothing for one that goes no further.
-
-    It is noted in the names.
-    """
-    names.line_beginnings = beginnings = tuple(_beginning_of(name) for name in names.in_order)
-    return beginnings
+def _work_out_lines(names: Names) -> None:
+    """Note each field line up to its value, with the line end before it, and nothing for one that goes no further."""
+    names.line_beginnings = tuple(_beginning_of(name) for name in names.in_order)
+    names.lines = b"".join(beginning.replace(b"%", b"%%") + b"%b" for beginning in names.line_beginnings if beginning)
 
 
 def _beginning_of(name: bytes) -> bytes:

@@ -29,7 +29,7 @@ class Exchange:
     status: int = 0
     error: str = ""
     fault: Fault | None = None
-    amazon_request_id: str | None = None  # Amazon's and the app's own, as they came: they may be anything
+    amazon_request_id: bytes | None = None  # Amazon's and the app's own, as they came: they may be anything
     request_id: str | None = None
     begun: bool = False  # the head of the answer is on its way to the app
     broken: bool = False  # the answer was cut off

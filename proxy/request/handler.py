@@ -224,7 +224,7 @@ class Handler:
             raise
         exchange.status = status = response.status
         exchange.upstream_duration = self.now() - sent
-        exchange.amazon_request_id = response.first(b"x-amzn-requestid")
+        exchange.amazon_request_id = response.value(b"x-amzn-requestid")
         if status >= 500:
             self.circuits.failed(where, call.target.operation_name, answered=True)
         else:
@@ -314,8 +314,10 @@ def _label(method: str) -> str:
     return method if method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} else "other"
 
 
-def _well_formed_id(text: str | None) -> str:
+def _well_formed_id(text: str | bytes | None) -> str:
     """Return an id of the app's or of Amazon's for the log; nothing where it is more than an id."""
+    if isinstance(text, bytes):
+        text = text.decode("latin-1").rstrip(" \t")
     return text if text is not None and _ID.fullmatch(text) else ""
 
 

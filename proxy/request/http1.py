@@ -33,7 +33,7 @@ MOST_ORDERS, LONGEST_ORDER = 256, 8192  # sequences of field names that are reme
 class Names:
     """The names of an answer's fields in their order, and what follows from them; a server sends the same few."""
 
-    __slots__ = ("at", "in_order", "line_beginnings")
+    __slots__ = ("at", "in_order", "line_beginnings", "lines")
 
     def __init__(self, in_order: tuple[bytes, ...]) -> None:
         self.in_order = in_order
@@ -41,7 +41,9 @@ class Names:
         self.at: Mapping[bytes, int] = {
             name.lower(): len(in_order) - 1 - index for index, name in enumerate(reversed(in_order))
         }
-        self.line_beginnings: tuple[bytes, ...] | None = None  # on the way to the app; None until that is worked out
+        # On the way to the app, and all their lines with a place for each value; None until that is worked out.
+        self.line_beginnings: tuple[bytes, ...] | None = None
+        self.lines: bytes | None = None
 
 
 _known_names = lru_cache(maxsize=MOST_ORDERS)(Names)
@@ -102,6 +104,11 @@ class Answer:
         """Return the first value of the field with this name in lower case, None where there is none."""
         index = self.names.at.get(name)
         return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
+
+    def value(self, name: bytes) -> bytes | None:
+        """Return what `first` returns, as it came."""
+        index = self.names.at.get(name)
+        return self.values[index] if index is not None else None
 
     @property
     def is_waiting(self) -> bool:

@@ -5,6 +5,7 @@ that no two steps can disagree. Account and region each come from the first sour
 disagree are refused, never guessed about.
 """
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -46,6 +47,8 @@ _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.g
 _MOST_MARKETPLACES = 64
 _MOST_DECISIONS = 10_000
 _LONGEST_KEY = 1000  # characters
+_MARKETPLACE_VALUES = re.compile(r"[Mm](?<![^&].)arketplaceIds?=([^&]*)")  # where a pair begins
+_ENCODED_NAME = re.compile(r"%[^=&]*=")  # or a value with = in it
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
@@ -123,7 +126,7 @@ class Decisions:
             region,
             admitted.amazon,
             None if _CHOICES.isdisjoint(admitted.names) else _choices(headers),
-            tuple(_marketplace_ids(query)) if query else (),
+            _marketplaces_as_written(query) if "arketplaceId" in query or "%" in query else (),
         )
         known = self._known.get(key)
         if known is not None:
@@ -371,6 +374,13 @@ def _marketplace_ids(query: str) -> Iterator[str]:
                 raise BadTarget("the query names too many marketplaces", f"Name at most {_MOST_MARKETPLACES}.")
             if marketplace.strip(" \t"):
                 yield marketplace.strip(" \t")
+
+
+def _marketplaces_as_written(query: str) -> tuple[str, ...]:
+    """Return what decides which ids `_marketplace_ids` yields: the values as they stand, but for encoded names."""
+    if "%" in query and _ENCODED_NAME.search(query):
+        return tuple(_marketplace_ids(query))
+    return tuple(_MARKETPLACE_VALUES.findall(query))
 
 
 def _decoded(text: str) -> str:

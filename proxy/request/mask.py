@@ -7,13 +7,22 @@ Lengths stay as they are. What is packed (Content-Encoding) is not looked into.
 _LEAST = 16  # characters that tell one token from another
 
 
-class Mask:
-    """Looks through one answer for one token."""
+def telling_part(token: str) -> bytes:
+    """Return what of a token to look for.
 
-    def __init__(self, token: str) -> None:
-        # Without what all tokens begin with (`Atza|`), which may come back in another spelling (`Atza%7C`).
-        behind = token.partition("|")[2]
-        self._secret = (behind if len(behind) >= _LEAST else token).encode()
+    That is without what all tokens begin with (`Atza|`), which may come back in another spelling (`Atza%7C`).
+    """
+    behind = token.partition("|")[2]
+    return (behind if len(behind) >= _LEAST else token).encode()
+
+
+class Mask:
+    """Looks through one answer for the telling part of one token."""
+
+    __slots__ = ("_held", "_secret", "was_needed")
+
+    def __init__(self, looked_for: bytes) -> None:
+        self._secret = looked_for
         self._held = b""
         self.was_needed = False
 

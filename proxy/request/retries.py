@@ -40,7 +40,8 @@ class Budget:
 
     def note_call(self) -> None:
         """Add what one call allows."""
-        self.saved = min(MOST_SAVED, self.saved + self.share)
+        if self.saved < MOST_SAVED:
+            self.saved = min(MOST_SAVED, self.saved + self.share)
 
     def take(self) -> bool:
         """Take one retry; return whether there was one."""

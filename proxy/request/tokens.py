@@ -21,6 +21,7 @@ from proxy.request.documents import Documents
 from proxy.request.doubts import Doubts
 from proxy.request.grants import ElementsRefused, Granted, Grants, NotRestricted, OrdinaryTokenRefused
 from proxy.request.identify import Credential, TokenKind, ordinary_credential, ordinary_of
+from proxy.request.mask import telling_part
 from proxy.store import Store, StoredToken
 
 RENEW_AT = 0.85  # of a token's life
@@ -59,6 +60,10 @@ class Token:
     lines: bytes = field(default=b"", repr=False)
     lines_of: int = -1
     source: str = ""  # the fingerprint of what it was fetched by; nothing where that is not certain
+    telling_part: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.telling_part = telling_part(self.value.reveal())
 
 
 @dataclass(slots=True)

@@ -140,7 +140,7 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-_NO_MASK = Mask("")
+_NO_MASK = Mask(b"")
 
 
 class Call:
@@ -245,7 +245,7 @@ class Upstream:
         Raises an error of ours for everything that keeps an answer from coming.
         """
         call.exchange.attempts += 1
-        call.mask = Mask(token.value.reveal())
+        call.mask = Mask(token.telling_part)
         call.patience.for_amazon()
         origin, host = _origin_of(call.target.endpoint)
         head, is_chunked = self._head(call, token, host)
