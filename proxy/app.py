@@ -285,7 +285,7 @@ class _Shared:
             self.store.patience = config.timeouts.token
             self._let_go(before, config)
             self.limits.take_up(pace=config.limits.pace, max_queue=config.limits.max_queue)
-            self.crowd.bounds = config.bounds
+            self.crowd.keep_to(config.bounds)
             self.room.limit = most_clients
             LOGGER.setLevel(config.log.level.upper())
             show_secrets_age(config, self.metrics, time.time)

@@ -41,6 +41,7 @@ from proxy.reload import Reloads, Result, stamps
 from proxy.request import dial, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
+from proxy.request.heads import Head
 from proxy.request.identify import describe, identify
 from proxy.request.upstream import check_body, cleaned
 from proxy.rotate import RotationFailed, rotate_client_secret
@@ -613,7 +614,7 @@ def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     listener = config.listen[options.listener]
     sent = CIMultiDictProxy(headers)
     admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
-    check_body(options.method, sent)
+    check_body(options.method, Head(sent))
     caller = options.caller or Callers(config).who(sent, NOBODY, listener)
     permit = policy.permits(config, options.listener)[caller]
     decided = describe(identify(options.method, admitted, sent, listener, config, load_table(), permit))

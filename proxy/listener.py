@@ -52,7 +52,6 @@ _NONSENSE = b"\x00"  # no request begins with it
 # The first line of a request behind another one, with a space too many.
 _SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
 
-_PLAIN_LINE = re.compile(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.1\r\n")  # with single spaces (RFC 9112 section 3)
 _PLAIN_END = re.compile(rb"(?:\r\n|\A)0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
@@ -350,6 +349,7 @@ class Request(web.BaseRequest):
         "headers",
         "keep_alive",
         "method",
+        "protocol",
         "raw_headers",
         "raw_path",
         "version",
@@ -372,7 +372,7 @@ class Request(web.BaseRequest):
         self.keep_alive = not message.should_close
         self.content = self._payload = payload
         self.body_exists = payload is not EMPTY_PAYLOAD
-        self._protocol = protocol
+        self.protocol = self._protocol = protocol  # type: ignore[misc]  # read-only in aiohttp
         self._task = task
         self._loop = loop
         self._rel_url = message.url
@@ -406,7 +406,8 @@ class ProxiedConnection(Connection):
             or self._last is not None
             or parser is None
             or data.find(b"\r\n\r\n") != len(data) - 4
-            or not _PLAIN_LINE.match(data)
+            or data.count(b" ", 0, data.find(b"\r")) != 2
+            or not data[:1].isalpha()
             or self._force_close
             or self._close
             or self._upgraded

@@ -79,7 +79,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.account_on_histograms = account_on_histograms
-        self._series: dict[tuple[str, ...], RequestSeries] = {}
+        self.known_series: dict[tuple[str, ...], RequestSeries] = {}
         self._durations: dict[tuple[str, ...], Durations] = {}
         self._upstream_durations: dict[tuple[str, ...], Durations] = {}
         self._traffic: dict[tuple[str, ...], Traffic] = {}
@@ -97,7 +97,7 @@ class Metrics:
             "requests_total",
             "Requests answered, by what they were and who answered (source: amazon or proxy).",
             ("account", "region", "operation", "method", "code", "token", "source"),
-            lambda: ((labels, series.requests) for labels, series in self._series.copy().items()),
+            lambda: ((labels, series.requests) for labels, series in self.known_series.copy().items()),
         )
         self._tallied(
             "request_duration_seconds",
@@ -169,11 +169,11 @@ class Metrics:
 
     def series_of(self, *labels: str) -> RequestSeries:
         """Return the series of a request by the labels of `requests_total`, looked up once for each combination."""
-        found = self._series.get(labels)
+        found = self.known_series.get(labels)
         if found is None:
             account, region, operation = where = labels[:3]
             by_operation = where if self.account_on_histograms else (region, operation)
-            found = self._series[labels] = RequestSeries(
+            found = self.known_series[labels] = RequestSeries(
                 self._durations.setdefault(by_operation, Durations()),
                 self._upstream_durations.setdefault(by_operation, Durations()),
                 self._traffic.setdefault((account, region, operation), Traffic()),

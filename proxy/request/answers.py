@@ -3,6 +3,7 @@
 import math
 import socket
 import struct
+from functools import lru_cache
 from itertools import compress
 
 from aiohttp import web
@@ -31,6 +32,8 @@ HOP_BY_HOP = frozenset(
 )
 
 BODILESS_STATUSES = frozenset({204, 304})
+
+_LONGEST_REASON = 64  # bytes of a reason phrase that is remembered
 
 # Only the proxy may say these: an answer that brings them is not to be taken for the proxy's own.
 OURS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
@@ -94,7 +97,8 @@ class AmazonsAnswer:
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
         self.is_chunked = False
         names, status = answer.names, answer.status
-        parts = [b"HTTP/1.%d %d %b" % (not is_1_0, status, answer.reason)]
+        line = _status_line if len(answer.reason) <= _LONGEST_REASON else _status_line.__wrapped__
+        parts = [line(not is_1_0, status, answer.reason)]
         if names.lines is None or names.line_beginnings is None:
             _work_out_lines(names)
         if status == 204 or b"connection" in names.at:
@@ -123,6 +127,11 @@ class AmazonsAnswer:
     def end(self) -> bytes:
         """What is written behind the body."""
         return b"0\r\n\r\n" if self.is_chunked else b""
+
+
+@lru_cache(maxsize=256)
+def _status_line(minor: int, status: int, reason: bytes) -> bytes:
+    return b"HTTP/1.%d %d %b" % (minor, status, reason)
 
 
 def _add_some(parts: list[bytes], answer: Answer) -> None:

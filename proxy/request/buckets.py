@@ -45,6 +45,11 @@ class Bucket:
         missing = ahead + 1 - self.tokens
         return missing / self.rate + self.margin if missing > _ROUNDING else 0.0
 
+    def has_token(self, now: float) -> bool:
+        """Return whether a call that comes now goes at once."""
+        self.refill(now)
+        return self.tokens >= 1 - _ROUNDING
+
     @property
     def margin(self) -> float:
         """The seconds behind a token's exact moment at which a call that waited for it goes."""
@@ -65,8 +70,10 @@ class Bucket:
 
     def refill(self, now: float) -> None:
         """Add what has come since the last look; a clock that goes backwards adds nothing and takes nothing."""
-        self.tokens = self.tokens_at(now)
-        self.updated = max(self.updated, now)
+        if now > self.updated:
+            tokens = self.tokens + (now - self.updated) * self.rate
+            self.tokens = min(self.burst, tokens)
+            self.updated = now
 
     def tokens_at(self, now: float) -> float:
         """Return how many tokens there are, without a change."""

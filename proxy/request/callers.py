@@ -53,7 +53,7 @@ class Callers:
             caller.certificate: name for name, caller in config.callers.items() if caller.certificate is not None
         }
         self._by_uid = {caller.uid: name for name, caller in config.callers.items() if caller.uid is not None}
-        self._has_any = bool(config.callers)
+        self.has_any = bool(config.callers)
         # Keys are looked up by a digest that nobody outside can compute: how long that takes tells nothing of them.
         self._salt = secrets.token_bytes(32)
         self._by_digest: dict[bytes, tuple[bytes, str]] = {}
@@ -65,7 +65,7 @@ class Callers:
         A key counts more than a certificate, and that more than a user id: several programs may run as one user. An
         `Authorization` that is no caller's is the app's own affair.
         """
-        if not self._has_any:
+        if not self.has_any:
             return ANONYMOUS
         key = _key(headers)
         if key is not None:

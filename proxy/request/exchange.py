@@ -5,66 +5,91 @@ from functools import lru_cache
 from proxy.errors import Fault, ProxyError
 from proxy.request.identify import Target
 
+NOWHERE = ("-", "-", "unknown")  # account, region and operation of a request for which none was found
+
 
 class Exchange:
-    """The record of one request; durations in seconds, `started` on the monotonic clock.
+    """The record of one request; durations in seconds, `started` on the monotonic clock."""
 
-    What is not noted stays as the class has it, so that a new record costs next to nothing.
-    """
-
-    caller: str = ""  # who sent it; nothing for nobody in particular
-    target: Target | None = None
-    token: str = "none"  # noqa: S105 - a kind of token
-    elements: tuple[str, ...] = ()  # the personal data that the token covers
-    token_age: float = 0.0  # seconds since it was asked for
-    dropped: tuple[str, ...] = ()  # data elements that were asked for and are not to be had
-    retry_after: float | None = None  # seconds, where Amazon's 429 does not say when to come back
-    hint: str = ""  # why Amazon probably refused the call
-    attempts: int = 0
-    waited: float = 0.0
-    token_wait: float = 0.0
-    upstream_duration: float | None = None
-    request_bytes: int = 0
-    response_bytes: int = 0
-    status: int = 0
-    error: str = ""
-    fault: Fault | None = None
-    amazon_request_id: bytes | None = None  # Amazon's and the app's own, as they came: they may be anything
-    request_id: str | None = None
-    begun: bool = False  # the head of the answer is on its way to the app
-    broken: bool = False  # the answer was cut off
-    upload_error: ProxyError | None = None  # the app's body was not well-formed
+    __slots__ = (
+        "amazon_request_id",
+        "attempts",
+        "begun",
+        "broken",
+        "caller",
+        "dropped",
+        "elements",
+        "error",
+        "fault",
+        "hint",
+        "method",
+        "request_bytes",
+        "request_id",
+        "response_bytes",
+        "retry_after",
+        "started",
+        "status",
+        "target",
+        "token",
+        "token_age",
+        "token_wait",
+        "upload_error",
+        "upstream_duration",
+        "waited",
+    )
 
     def __init__(self, method: str, started: float) -> None:
         self.method = method
         self.started = started
+        self.caller = ""  # who sent it; nothing for nobody in particular
+        self.target: Target | None = None
+        self.token = "none"  # noqa: S105 - a kind of token
+        self.elements: tuple[str, ...] = ()  # the personal data that the token covers
+        self.token_age = 0.0  # seconds since it was asked for
+        self.dropped: tuple[str, ...] = ()  # data elements that were asked for and are not to be had
+        self.retry_after: float | None = None  # seconds, where Amazon's 429 does not say when to come back
+        self.hint = ""  # why Amazon probably refused the call
+        self.upstream_duration: float | None = None
+        self.attempts = 0
+        self.waited = self.token_wait = 0.0
+        self.request_bytes = self.response_bytes = 0
+        self.status = 0
+        self.error = ""
+        self.fault: Fault | None = None
+        # Amazon's and the app's own, as they came: they may be anything.
+        self.amazon_request_id: bytes | None = None
+        self.request_id: str | None = None
+        self.begun = False  # the head of the answer is on its way to the app
+        self.broken = False  # the answer was cut off
+        self.upload_error: ProxyError | None = None  # the app's body was not well-formed
 
     def note_token(self, kind: str, data_elements: tuple[str, ...]) -> None:
         """Note which token goes with the request, and what of the data asked for it does not cover."""
         self.token = kind
         self.elements = data_elements
-        asked = self.target.credential.data_elements if self.target else ()
-        self.dropped = () if asked == data_elements else tuple(name for name in asked if name not in data_elements)
+        asked = self.target.credential.data_elements if self.target is not None else ()
+        if asked or data_elements:
+            self.dropped = tuple(name for name in asked if name not in data_elements)
 
     @property
     def account(self) -> str:
         """The account's name, `-` where none was found."""
-        return self.target.account if self.target else "-"
+        return self.target.account if self.target is not None else "-"
 
     @property
     def region(self) -> str:
         """The region, `-` where none was found."""
-        return self.target.region if self.target else "-"
+        return self.target.region if self.target is not None else "-"
 
     @property
     def operation(self) -> str:
         """The operation's name, `unknown` where the table has none."""
-        return self.target.operation_name if self.target else "unknown"
+        return self.target.operation_name if self.target is not None else "unknown"
 
     def where(self) -> tuple[str, str, str]:
         """Return account, region and operation: all three at once."""
         target = self.target
-        return (target.account, target.region, target.operation_name) if target is not None else ("-", "-", "unknown")
+        return (target.account, target.region, target.operation_name) if target is not None else NOWHERE
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""

@@ -214,6 +214,7 @@ class Grants:
             environment=credential.environment,
             application=credential.application,
             operation=self._mint,
+            operation_name=self._mint.name if self._mint is not None else "unknown",
             endpoint=endpoint,
             credential=ordinary_of(credential),
             elements_source="",

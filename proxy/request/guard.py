@@ -7,7 +7,6 @@ this machine: hence the checks of `Host` (DNS rebinding) and of the signs that b
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -31,7 +30,8 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
-_UNFIT = re.compile(r"[^!\"$-\[\]-~]")  # one class, which is looked for many times faster than two
+# What a target may consist of: visible ASCII, but for `#` and the backslash.
+_FIT = bytes(code for code in range(0x21, 0x7F) if chr(code) not in "#\\")
 # What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
 _PREFLIGHT = frozenset(
     {
@@ -49,7 +49,8 @@ _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
 
 
-class Admitted(NamedTuple):
+@dataclass(slots=True)
+class Admitted:
     """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used.
 
     `names` are those of the header fields, in lower case.
@@ -194,7 +195,8 @@ def _allowed(authority: str, doorway: Doorway) -> str:
 
 def _check_path(target: str) -> None:
     """Refuse what Amazon might read as another path than the one the token was chosen for."""
-    if _UNFIT.search(target):
+    # Leaving out what fits is many times faster than a regular expression that looks for what does not.
+    if not target.isascii() or target.encode().translate(None, _FIT):
         raise BadTarget(
             "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
             "Percent-encode it.",

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -23,7 +23,7 @@ from proxy.request.callers import Callers, peer_of
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents, unpacked
-from proxy.request.exchange import Exchange
+from proxy.request.exchange import NOWHERE, Exchange
 from proxy.request.forbidden import REFUSED, Experience
 from proxy.request.guard import Admitted, Doorway, admit_with, check_message
 from proxy.request.heads import Head, KnownHeads
@@ -49,9 +49,9 @@ AGED = 0.05  # seconds of waiting after which a token is looked at again
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Handler:
-    """Serves the requests of one listener; `now` is a monotonic clock in seconds."""
+    """Serves the requests of one listener; `now` is a monotonic clock in seconds. Nobody changes it."""
 
     config: Config
     listener: Listener
@@ -73,11 +73,18 @@ class Handler:
     metrics: Metrics
     traces: "Traces | None" = None
     now: Callable[[], float] = time.monotonic
+    # Settings that every request asks for.
+    _max_wait: float = field(init=False)
+    _header_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._max_wait = self.config.limits.max_wait
+        self._header_size = self.config.bounds.header_size
 
     async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
         """Answer one request; every outcome is counted and logged once."""
-        traces = self.traces
-        exchange = Exchange(request.method, self.now()) if traces is None else traces.begin(request.method, self.now())
+        traces, now = self.traces, self.now
+        exchange = Exchange(request.method, now()) if traces is None else traces.begin(request.method, now())
         self.metrics.in_flight += 1
         entered: str | None = None
         answer: AmazonsAnswer | OwnAnswer
@@ -116,10 +123,11 @@ class Handler:
         """Return what may come in, and note who sent it; nothing was looked up for it yet."""
         if "x-request-id" in head.names:
             exchange.request_id = head.headers["x-request-id"]
-        check_message(request, head, self.config.bounds.header_size)
+        check_message(request, head, self._header_size)
         admitted = admit_with(head, request.method, request.raw_path, self.doorway)
-        check_body(request.method, head.headers)
-        exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
+        check_body(request.method, head)
+        if self.callers.has_any:
+            exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
         return admitted
 
     async def _serve(
@@ -129,7 +137,7 @@ class Handler:
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
-        options = parse_options(headers, head.names, (self.name, exchange.caller), self.config.limits.max_wait)
+        options = parse_options(headers, head.names, (self.name, exchange.caller), self._max_wait)
         with Patience(self.deadlines, options.timeout) as patience:
             call = Call(request, head, target, exchange, patience)
             try:
@@ -169,7 +177,7 @@ class Handler:
                     raise
             else:
                 if response.status == 429:
-                    claim = claim._replace(max_wait=options.claim.max_wait - exchange.waited, first=True)
+                    claim = replace(claim, max_wait=options.claim.max_wait - exchange.waited, first=True)
                     pause = self._after_429(call, claim, may_repeat=options.may_repeat)
                 elif response.status in RETRIED_STATUSES:
                     attempts = attempts or self.attempts.of(call, may_repeat=options.may_repeat)
@@ -211,28 +219,29 @@ class Handler:
     async def _send(self, call: Call, token: Token) -> Answer:
         """Send the request with this token, and note what the head of its answer says."""
         exchange = call.exchange
+        now, target = self.now, call.target
         exchange.note_token(token.kind, token.data_elements)
-        sent, where = self.now(), (call.target.environment, call.target.region)
+        sent, where = now(), (target.environment, target.region)
         try:
             response = await self.upstream.send(call, token)
         except NO_ANSWER:
-            self.circuits.failed(where, call.target.operation_name, answered=False)
+            self.circuits.failed(where, target.operation_name, answered=False)
             raise
         except asyncio.CancelledError:
             if call.patience.amazon_was_silent:
-                self.circuits.failed(where, call.target.operation_name, answered=False)
+                self.circuits.failed(where, target.operation_name, answered=False)
             raise
         exchange.status = status = response.status
-        exchange.upstream_duration = self.now() - sent
+        exchange.upstream_duration = now() - sent
         exchange.amazon_request_id = response.value(b"x-amzn-requestid")
         if status >= 500:
-            self.circuits.failed(where, call.target.operation_name, answered=True)
+            self.circuits.failed(where, target.operation_name, answered=True)
         else:
             self.circuits.worked(where)
             if status not in REFUSED:
-                self.experience.note_worked(call.target)
+                self.experience.note_worked(target)
         if status == 429 or RATE_HEADER in response.names.at or exchange.waited:
-            self.limits.learn(call.target, status, response.first(RATE_HEADER), waited=exchange.waited > 0)
+            self.limits.learn(target, status, response.first(RATE_HEADER), waited=exchange.waited > 0)
         return response
 
     async def _refused(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:
@@ -269,34 +278,34 @@ class Handler:
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log one finished request."""
+        metrics, now, target, status = self.metrics, self.now, exchange.target, exchange.status
+        duration = now() - exchange.started
         if exchange.broken:
-            self.metrics.cut_off.inc()
+            metrics.cut_off.inc()
         if exchange.fault is not None:
-            self.metrics.errors.labels(exchange.error, exchange.fault).inc()
-        duration = self.now() - exchange.started
-        source = "amazon" if not exchange.error else "client" if exchange.status == CLIENT_LEFT else "proxy"
-        series = self.metrics.series_of(
-            *exchange.where(),
-            _label(exchange.method),
-            str(exchange.status),
-            exchange.token,
-            source,
+            metrics.errors.labels(exchange.error, exchange.fault).inc()
+        account, region, operation = (
+            (target.account, target.region, target.operation_name) if target is not None else NOWHERE
         )
+        source = "amazon" if not exchange.error else "client" if status == CLIENT_LEFT else "proxy"
+        labels = (account, region, operation, _label(exchange.method), str(status), exchange.token, source)
+        series = metrics.known_series.get(labels) or metrics.series_of(*labels)
         series.requests += 1
         series.duration.observe(duration)
-        if exchange.target is not None:
+        if target is not None:
             if exchange.waited:
-                self.metrics.limit_wait.observe(exchange.waited)
+                metrics.limit_wait.observe(exchange.waited)
             else:
-                self.metrics.limit_wait.none += 1
+                metrics.limit_wait.none += 1
         if exchange.upstream_duration is not None:
             series.upstream_duration.observe(exchange.upstream_duration)
             if exchange.token_wait:
-                self.metrics.token_wait.observe(exchange.token_wait)
+                metrics.token_wait.observe(exchange.token_wait)
             else:
-                self.metrics.token_wait.none += 1
-            series.traffic.sent += exchange.request_bytes
-            series.traffic.received += exchange.response_bytes
+                metrics.token_wait.none += 1
+            traffic = series.traffic
+            traffic.sent += exchange.request_bytes
+            traffic.received += exchange.response_bytes
         if LOGGER.isEnabledFor(logging.INFO):
             LOGGER.info("request", extra=fields(**_line(exchange, duration)))
         if AUDIT.isEnabledFor(logging.INFO):

@@ -218,8 +218,7 @@ class Wire(asyncio.Protocol):
         self._answer: Answer | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._between = 0
-        self._names: list[bytes] = []  # of the fields that come
-        self._values: list[bytes] = []
+        self._fields: list[bytes] = []  # names and values by turns, of those that come
         self._may_be_kept = False
         self._is_paused = False
         self._can_write: asyncio.Future[None] | None = None
@@ -250,7 +249,7 @@ class Wire(asyncio.Protocol):
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
         self._answer = answer = Answer(self, method, self._loop)
-        self._names, self._values = [], answer.values
+        self._fields = []
         self._transport.write(message)
         return answer
 
@@ -365,9 +364,7 @@ class Wire(asyncio.Protocol):
         answer = self._answer
         if answer is None or answer.is_complete:
             raise _Malformed("is followed by another one")
-        if self._names:
-            self._names, answer.values = [], []
-            self._values = answer.values
+        self._fields = []
         answer.reason = b""
 
     def on_status(self, reason: bytes) -> None:
@@ -379,8 +376,7 @@ class Wire(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a field of the head, or of a trailer section, which goes no further."""
-        self._names.append(name)
-        self._values.append(value)
+        self._fields += (name, value)
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
@@ -391,11 +387,12 @@ class Wire(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         answer.version = parser.get_http_version()
-        answer.names = self._known(tuple(self._names))
+        answer.names = self._known(tuple(self._fields[::2]))
+        answer.values = self._fields[1::2]
         wrong = _what_is_wrong_with(answer, self._between)
         if wrong:
             raise _Malformed(wrong)
-        self._names, self._values = [], []  # what still comes is no part of the head
+        self._fields = []  # what still comes is no part of the head
         answer.has_head = True
         if answer.method == "HEAD":
             # The parser does not know the method, and would wait for a body.
@@ -424,7 +421,7 @@ class Wire(asyncio.Protocol):
         answer, parser = self._answer, self._parser
         if answer is None or parser is None or not answer.has_head:
             return
-        if len(self._names) > MAX_FIELDS:
+        if len(self._fields) > 2 * MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
         if _CODING in answer.names.at:

@@ -6,8 +6,10 @@ disagree are refused, never guessed about.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote_plus
 
@@ -77,8 +79,9 @@ class Kind:
 ONE_OFF = Kind()  # of requests that are decided anew each time
 
 
-class Target(NamedTuple):
-    """What the proxy decided about one request."""
+@dataclass(slots=True)
+class Target:
+    """What the proxy decided about one request; nobody changes it. Its fields are read often, and made once."""
 
     account: str
     account_source: str
@@ -87,16 +90,16 @@ class Target(NamedTuple):
     environment: Environment
     application: str
     operation: Operation | None
+    operation_name: str  # in metrics, logs and `x-sp-proxy`; `unknown` outside the table
     endpoint: str
     credential: Credential
     elements_source: str
     kind: Kind
     path_and_query: str
 
-    @property
-    def operation_name(self) -> str:
-        """The operation's name in metrics, logs and `x-sp-proxy`; `unknown` outside the table."""
-        return self.operation.name if self.operation else "unknown"
+
+_target: Callable[..., Target] = Target
+_DECIDED = attrgetter(*[field.name for field in fields(Target)][:-1])  # all but the path
 
 
 class Decisions:
@@ -117,7 +120,8 @@ class Decisions:
         """Return what `identify` returns, and raise what it raises."""
         account, region, path_and_query = _split_prefix(admitted.target)
         path, _, query = path_and_query.partition("?")
-        operation = self._match(method, path)
+        match = self._match
+        operation = match(method, path)
         key = (
             method,
             operation.name if operation is not None else "",
@@ -130,16 +134,16 @@ class Decisions:
         )
         known = self._known.get(key)
         if known is not None:
-            return Target._make((*known, path_and_query))
+            return _target(*known, path_and_query)
         target = identify(method, admitted, headers, *self._by, permit)
         for_this_path = target.credential.kind == "rdt" and not target.credential.reusable
         # What a query may bring is looked at anew each time where not all of it is allowed.
         if not for_this_path and permit.elements is None and len(str(key)) <= _LONGEST_KEY:
             if len(self._known) >= _MOST_DECISIONS:
                 self._known.clear()
-            self._known[key] = target[:-1]
+            self._known[key] = _DECIDED(target)
             return target
-        return target._replace(kind=ONE_OFF)
+        return replace(target, kind=ONE_OFF)
 
 
 def _choices(headers: CIMultiDictProxy[str]) -> tuple[object, ...]:
@@ -195,6 +199,7 @@ def identify(
         environment=environment,
         application=application,
         operation=operation,
+        operation_name=operation.name if operation is not None else "unknown",
         endpoint=endpoint_of(config, environment, _known(region)),
         credential=credential,
         elements_source=elements_source,

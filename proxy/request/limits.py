@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ def _rate_of(text: str) -> float | None:
     return rate if _RATE_BOUNDS[0] <= rate <= _RATE_BOUNDS[1] else None
 
 
-class Claim(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Claim:
     """How a call wants its place: how long it may wait in seconds, who sends it, and how it stands in the queue."""
 
     max_wait: float
@@ -150,9 +151,10 @@ class Plan:
                 self.give_back()  # it came in the very moment
             raise
 
-    def is_free(self, claim: Claim) -> bool:
+    def is_free(self, claim: Claim) -> bool:  # noqa: ARG002 - who it is matters where others are asked
         """Return whether a call that comes now has its place at once."""
-        return not len(self.queue) and self.wait_of(claim) <= 0
+        now = self._now
+        return not self.queue and self.bucket.has_token(now())
 
     def take(self) -> None:
         """Take a place that is free."""
@@ -246,7 +248,7 @@ class Limits:
         if for_all is not None:
             try:
                 left = max(0.0, claim.max_wait - (self._now() - began))
-                await self._place_in(for_all, target, claim._replace(max_wait=left))
+                await self._place_in(for_all, target, replace(claim, max_wait=left))
             except BaseException:
                 if plan is not None:
                     plan.give_back()

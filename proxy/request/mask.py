@@ -28,7 +28,7 @@ class Mask:
 
     def whole(self, data: bytes) -> bytes:
         """Return what is no part of something longer, a head for one, with the token masked."""
-        if self._secret not in data:
+        if data.find(self._secret) < 0:  # `in` tries to make a number of it first
             return data
         self.was_needed = True
         return data.replace(self._secret, b"*" * len(self._secret))

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from multidict import CIMultiDictProxy
 
@@ -21,7 +21,8 @@ _LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Options:
     """The wishes of one call; `timeout` in seconds, None for none of its own."""
 
     claim: Claim

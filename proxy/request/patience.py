@@ -31,7 +31,9 @@ class Deadlines:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.timeouts = config.timeouts
+        self.now = loop.time
+        timeouts = config.timeouts
+        self.total, self.upstream_idle, self.body_idle = timeouts.total, timeouts.upstream_idle, timeouts.body_idle
         self.body_rate = config.bounds.body_rate
         self.waiting: set[Patience] = set()
         self.next = _NEVER
@@ -78,16 +80,16 @@ class Patience:
     )
 
     def __init__(self, deadlines: Deadlines, timeout: float | None = None) -> None:
-        total = deadlines.timeouts.total
+        total = deadlines.total
         self._too_long: ProxyError = _TOO_LONG
         if timeout is not None and timeout < total:
             total, self._too_long = timeout, _CALL_OVER
         self._deadlines = deadlines
-        self._amazon_idle = deadlines.timeouts.upstream_idle
-        self._now = deadlines.loop.time
+        self._amazon_idle = deadlines.upstream_idle
+        self._now = now = deadlines.now
         self._app_time, self._app_since = 0.0, None  # type: float, float | None
         self._error: ProxyError = self._too_long
-        self.deadline = self._ends_at = self._now() + total
+        self.deadline = self._ends_at = now() + total
         self._has_expired = False
 
     def for_app(self, moved: int = 0) -> None:
@@ -97,7 +99,7 @@ class Patience:
         `bounds.body_rate` gives it for what it has moved: one byte every few seconds would never end.
         """
         self._app_since = now = self._end_phase()
-        idle, rate = self._deadlines.timeouts.body_idle, self._deadlines.body_rate
+        idle, rate = self._deadlines.body_idle, self._deadlines.body_rate
         left = min(idle, idle + moved / rate - self._app_time) if rate else idle
         self._wait_until(now + left, _APP_STALLED)
 
@@ -110,7 +112,8 @@ class Patience:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
         if self._app_since is not None:
             self._end_phase()
-        end = self._now() + self._amazon_idle
+        now = self._now
+        end = now() + self._amazon_idle
         if end >= self._ends_at:
             self._wait_until(end, _AMAZON_SILENT)
             return

@@ -125,8 +125,8 @@ class Tokens:
         """Return the token that `get` would return without waiting, None where it would wait."""
         if credential.kind == "rdt":
             credential = self._to_be_had(credential)
-        held = self._held.get(credential)
-        now = self._now()
+        held, clock = self._held.get(credential), self._now
+        now = clock()
         if held is None or held is rejected or now >= held.expires_at:
             return None
         held.used_at = now

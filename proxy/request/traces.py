@@ -25,13 +25,14 @@ class TracedExchange(Exchange):
     """The record of a traced request: it notes when waits end, and when calls to Amazon begin and are answered."""
 
     def __init__(self, method: str, started: float, now: Callable[[], float]) -> None:
-        super().__init__(method, started)
         self.steps: list[Step] = []
         self._now = now
         self._sent: float | None = None  # a call to Amazon that has no answer yet
         self._waited = self._token_wait = 0.0
         self._upstream_duration: float | None = None
         self._attempts = 0
+        super().__init__(method, started)
+        self._sent = None  # nothing was sent: the record was but filled in
 
     def _note(self, step: Step) -> None:
         if len(self.steps) < MOST_STEPS:

@@ -70,6 +70,7 @@ PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
 # Amazon's front end refuses these on GET and HEAD (DOC "API request validation for 400 errors with HTML response").
 BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
 BODILESS = frozenset({"GET", "HEAD"})
+_BODY_LENGTH = frozenset({"content-length", "transfer-encoding"})
 
 # Written with `_`, they are others than these, but not for everybody.
 LOOKALIKES = BODY_FIELDS
@@ -81,9 +82,11 @@ _VALUE = itemgetter(1)
 _MOST_ORIGINS = 64  # addresses that are kept taken apart
 
 
-def check_body(method: str, headers: CIMultiDictProxy[str]) -> None:
+def check_body(method: str, head: Head) -> None:
     """Raise MalformedRequest for a body on GET or HEAD: Amazon answers that with a page of HTML."""
-    if method in BODILESS and ("Transfer-Encoding" in headers or headers.get("Content-Length", "0").strip("0")):
+    if method not in BODILESS or _BODY_LENGTH.isdisjoint(head.names):
+        return
+    if "Transfer-Encoding" in head.headers or head.headers.get("Content-Length", "0").strip("0"):
         raise MalformedRequest(f"a {method} request has a body", "Send it without a body, or use POST.")
 
 
@@ -280,7 +283,8 @@ class Upstream:
 
     def _credentials(self, application: str, token: Token) -> bytes:
         """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
-        now = self._wall()
+        wall = self._wall
+        now = wall()
         if token.lines_of != int(now):
             headers = credential_headers(token.value, self._user_agents[application], now)
             token.lines, token.lines_of = field_lines(list(headers.items())), int(now)
@@ -312,7 +316,8 @@ class Upstream:
             if answer.is_complete and reader is None:
                 data = call.mask.whole(beginning + answer.taken())
                 exchange.response_bytes += len(data)
-                if _written(call, passed.head + passed.framed(data) + passed.end):
+                framed = passed.framed(data) + passed.end if passed.is_chunked else data
+                if _written(call, passed.head + framed):
                     await _drained(call)
             else:
                 await _stream(call, answer, passed, beginning, reader)
