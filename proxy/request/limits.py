@@ -23,7 +23,7 @@ RATE_HEADER = b"x-amzn-ratelimit-limit"
 
 
 _RATE = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
-_RATE_BOUNDS = (1e-5, 1e4)  # calls per second; what is outside is no usage plan
+_RATE_BOUNDS = (1e-5, 1e5)  # calls per second; what is outside is no usage plan
 _GUESSED_RATE = 1.0  # calls per second, where a 429 says that there is a plan and nothing says which
 _GRACE = 0.5  # seconds by which timers may be late
 _MOST_PLANS = 50_000

@@ -38,7 +38,7 @@ for i, key in ipairs(KEYS) do
   if type(value) == 'string' and #value < 200 then
     local t, m, r, c = string.match(value, '^(%S+) (%S+) (%S+) (%d+)$')
     t, m, r, c = tonumber(t), tonumber(m), tonumber(r), tonumber(c)
-    local is_sane = t and m and r and c and t == t and m == m and r > 0.000001 and r < 100000
+    local is_sane = t and m and r and c and t == t and m == m and r > 0.000001 and r <= 100000
     if is_sane and t >= -1 and m <= now + 1000 / r then
       tokens, moment, taken = math.min(t, burst), m, c % 1000000000
       if news == '0' then rate = r end

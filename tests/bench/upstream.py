@@ -22,7 +22,7 @@ from tests.bench.payload import MIB, blocks
 from tests.bench.processes import HOST
 
 ANSWER_SIZE = 2048  # bytes of body
-RATE = 10_000  # requests a second that are announced: the most that the proxy believes, so that none waits its turn
+RATE = 100_000  # requests a second that are announced: the most that the proxy believes, so that none waits its turn
 TOKEN = b"atza|benchmark"  # in lower case, as it is looked for
 
 _HEAD_END = b"\r\n\r\n"
