@@ -176,6 +176,29 @@ class BadOption(ClientError):
     code = "BadOption"
 
 
+class TokenRequestRefused(ClientError):
+    """A request for an access token that the proxy cannot answer with its placeholder.
+
+    `error` is what OAuth calls it (RFC 6749 section 5.2).
+    """
+
+    code = "TokenRequestRefused"
+
+    def __init__(self, error: str, message: str) -> None:
+        super().__init__(message)
+        self.error = error
+
+    def body(self) -> bytes:
+        """Return the error as Login with Amazon writes it: who asks there reads nothing else."""
+        return json.dumps({"error": self.error, "error_description": self.message}).encode()
+
+
+class RestrictedDataTokenInvalid(ClientError):
+    """A request for a Restricted Data Token is malformed (with `local_rdt: true`), or such a token is not whole."""
+
+    code = "InvalidInput"  # as Amazon says it
+
+
 # What the proxy cannot do, for now or for good.
 
 

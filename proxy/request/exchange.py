@@ -14,6 +14,7 @@ class Exchange:
 
     caller: str = ""  # who sent it; nothing for nobody in particular
     target: Target | None = None
+    own: str = ""  # the name of what the proxy answered itself, in Amazon's place
     token: str = "none"  # noqa: S105 - a kind of token
     elements: tuple[str, ...] = ()  # the personal data that the token covers
     token_age: float = 0.0  # seconds since it was asked for
@@ -59,12 +60,14 @@ class Exchange:
     @property
     def operation(self) -> str:
         """The operation's name, `unknown` where the table has none."""
-        return self.target.operation_name if self.target else "unknown"
+        return self.where()[2]
 
     def where(self) -> tuple[str, str, str]:
         """Return account, region and operation: all three at once."""
         target = self.target
-        return (target.account, target.region, target.operation_name) if target is not None else ("-", "-", "unknown")
+        if target is None:
+            return "-", "-", self.own or "unknown"
+        return target.account, target.region, target.operation_name
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""
