@@ -1,7 +1,7 @@
 """What do libraries get that insist on tokens of their own, and what does it say when they send it back?
 
-An access token of here says nothing: the proxy puts the real one in its place. A Restricted Data Token of here says which
-personal data was asked for, for which calls. It holds no secret and gives no right: it only asks, as the header
+An access token of here says nothing: the proxy puts the real one in its place. A Restricted Data Token of here says
+which personal data was asked for, for which calls. It holds no secret and gives no right: it only asks, as the header
 `x-sp-data-elements` does, so that any replica can read it and nobody gains by writing one.
 """
 
@@ -17,14 +17,14 @@ from proxy.amazon.personal_data import ALL_ELEMENTS
 
 LWA_HOST = "api.amazon.com"
 LWA_PATH = "/auth/o2/token"
-LIFETIME = 3600  # seconds, as Amazon's tokens have (FACTS 2.3 and 3.1 name the pages); these do not expire
+LIFETIME = 3600  # seconds, as Amazon's tokens have; these do not expire
 
 ACCESS_TOKEN = "Atza|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 GRANTLESS_TOKEN = "Atc|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 REFRESH_TOKEN = "Atzr|placeholder-of-sp-api-proxy-which-keeps-the-real-token"  # noqa: S105 - no secret
 RDT_PREFIX = "Atz.sprdt|sp-api-proxy."
 
-# Characters of a placeholder: it has to pass as a header field, twice over in a log of a careless app.
+# Characters of a placeholder: it has to pass as a header field, by any HTTP library.
 LONGEST = 8 * 1024
 MOST_RESOURCES = 50  # in one request (model tokens_2021-03-01)
 
@@ -99,7 +99,7 @@ def _resource(where: str, item: object) -> Resource:
     fields = item if isinstance(item, dict) else {}
     method, path, elements = fields.get("method"), fields.get("path"), fields.get("dataElements") or []
     if not isinstance(method, str) or not isinstance(path, str) or not path.startswith("/"):
-        raise ValueError(f"{where} must have a method and a path")  # noqa: TRY004 - of what was sent, not of a call
+        raise ValueError(f"{where} must have a method and a path")
     if "?" in path:
         raise ValueError(f"{where}.path must be a path without a query")
     if not isinstance(elements, list) or not all(element in ALL_ELEMENTS for element in elements):
