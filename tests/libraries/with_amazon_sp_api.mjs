@@ -1,18 +1,21 @@
 // amazon-sp-api (npm) as apps use it, moved to the proxy by an agent; prints what it got as JSON.
 // PLAIN and PRIVATE are addresses of the proxy, the second one's account with data elements.
 
-import http from "node:http";
+import https from "node:https";
 import net from "node:net";
 import { SellingPartner } from "amazon-sp-api";
 
-// The whole of the move: the library speaks https to Amazon's names; this agent takes what it says to the proxy instead.
-function proxyAgent(address) {
-  const { hostname, port } = new URL(address);
-  const agent = new http.Agent({ keepAlive: true });
-  agent.protocol = "https:";
-  agent.defaultPort = 443;
-  agent.createConnection = () => net.connect(Number(port), hostname);
-  return agent;
+// The whole of the move: the library speaks to Amazon's names; this agent takes what it says to the proxy instead.
+class ProxyAgent extends https.Agent {
+  constructor(address) {
+    super({ keepAlive: true });
+    this.proxy = new URL(address);
+  }
+
+  createConnection(options, connected) {
+    const isAmazons = /^((sandbox\.)?sellingpartnerapi-(na|eu|fe)|api)\.amazon\.com$/.test(options.host);
+    return isAmazons ? net.connect(Number(this.proxy.port), this.proxy.hostname) : super.createConnection(options, connected);
+  }
 }
 
 function client(address) {
@@ -23,7 +26,7 @@ function client(address) {
       SELLING_PARTNER_APP_CLIENT_ID: "the-apps-old-id",
       SELLING_PARTNER_APP_CLIENT_SECRET: "the-apps-old-secret",
     },
-    options: { https_proxy_agent: proxyAgent(address), auto_request_throttled: false },
+    options: { https_proxy_agent: new ProxyAgent(address), auto_request_throttled: false },
   });
 }
 
