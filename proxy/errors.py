@@ -184,13 +184,14 @@ class TokenRequestRefused(ClientError):
 
     code = "TokenRequestRefused"
 
-    def __init__(self, error: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, hint: str = "", *, error: str = "invalid_request") -> None:
+        super().__init__(message, hint)
         self.error = error
 
     def body(self) -> bytes:
         """Return the error as Login with Amazon writes it: who asks there reads nothing else."""
-        return json.dumps({"error": self.error, "error_description": self.message}).encode()
+        description = f"{self.message}. {self.hint}" if self.hint else self.message
+        return json.dumps({"error": self.error, "error_description": description}).encode()
 
 
 class RestrictedDataTokenInvalid(ClientError):

@@ -54,12 +54,9 @@ def access_token_answer(content_type: str, body: bytes) -> dict[str, object]:
     """
     grant = _grant_type(content_type, body)
     if grant is None:
-        raise BadTokenRequest("invalid_request", "The request is missing a required parameter : grant_type")
+        raise BadTokenRequest("invalid_request", "the request for a token names no grant_type")
     if grant not in _GRANTS:
-        raise BadTokenRequest(
-            "unsupported_grant_type",
-            "The proxy answers refresh_token and client_credentials; ask Login with Amazon itself for anything else",
-        )
+        raise BadTokenRequest("unsupported_grant_type", "the proxy answers refresh_token and client_credentials alone")
     answer: dict[str, object] = {
         "access_token": ACCESS_TOKEN if grant == "refresh_token" else GRANTLESS_TOKEN,
         "token_type": "bearer",

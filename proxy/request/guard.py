@@ -98,12 +98,11 @@ def admit_with(head: Head, method: str, target: str, doorway: Doorway) -> Admitt
     if not target.startswith("/"):
         target, authority = _origin_form(target)
     if host is None:
-        host = _host(head.headers, doorway)
-        head.host = host if host != LWA_HOST else None  # which is good for one path alone
+        host = head.host = _host(head.headers, doorway)
     if authority is not None:
         host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
     if host == LWA_HOST and host not in doorway.hosts and not asks_for_token(method, target):
-        raise _foreign()
+        raise _foreign()  # it is good for one path alone
     _check_path(target)
     return Admitted(target, host, HOST_MEANS.get(host), head.names)
 

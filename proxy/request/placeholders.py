@@ -96,7 +96,7 @@ def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
     try:
         return access_token_answer(content_type, body)
     except BadTokenRequest as exc:
-        raise TokenRequestRefused(exc.code, str(exc)) from exc
+        raise TokenRequestRefused(str(exc), "Ask Login with Amazon itself for anything else.", error=exc.code) from exc
 
 
 async def _body(request: web.BaseRequest, exchange: Exchange, patience: Patience) -> bytes:
@@ -122,7 +122,7 @@ async def _body(request: web.BaseRequest, exchange: Exchange, patience: Patience
 def _too_large(exchange: Exchange) -> TokenRequestRefused | RestrictedDataTokenInvalid:
     message = f"the body is larger than {MOST_BODY} bytes"
     if exchange.own == ACCESS:
-        return TokenRequestRefused("invalid_request", message)
+        return TokenRequestRefused(message)
     return RestrictedDataTokenInvalid(message, "Name fewer resources.")
 
 
