@@ -8,6 +8,7 @@ addresses alone. `make test` installs what they need: `.venv-libraries` from `re
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -148,6 +149,12 @@ async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str,
     assert [line["attempts"] for line in own] == [0]
 
 
-def test_there_is_a_program_for_every_library() -> None:
-    named = {path.stem for path in PROGRAMS.glob("with_*")}
-    assert len(named) == len(list(PROGRAMS.glob("with_*"))) == 9
+def test_the_document_names_every_program_and_the_version_of_every_library() -> None:
+    document = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
+    programs = {path.name for path in PROGRAMS.glob("with_*")}
+    assert set(re.findall(r"`tests/libraries/(with_[\w.]+)`", document)) == programs
+    lock = (ROOT / "requirements-libraries.lock").read_text(encoding="utf-8")
+    pinned = re.findall(r"^(?:amzn-sp-api|python-amazon-sp-api)==(\S+)", lock, re.MULTILINE)
+    pinned += json.loads((PROGRAMS / "package.json").read_text())["dependencies"].values()
+    assert sorted(re.findall(r"version\s+(\d+\.\d+\.\d+)", document)) == sorted(pinned)
+    assert len(pinned) == 4

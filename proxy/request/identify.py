@@ -562,7 +562,8 @@ def _described_token(target: Target) -> str:
     if credential.kind == "grantless":
         return f"grantless token, scope {credential.scope}: the operation is the application's own"
     if credential.kind == "rdt":
-        elements = f" with {', '.join(credential.data_elements)}" if credential.data_elements else ""
+        named = ", ".join(credential.data_elements)
+        elements = f" with {named}, which {target.elements_source} asks for" if named else ""
         return f"Restricted Data Token: for {credential.method} {credential.path}{elements}"
     if operation is not None and operation.api == "tokens":
         return "ordinary access token: the app gets a token of Amazon's, which it needs not; see local_rdt"
