@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.amazon.personal_data import ALL_ELEMENTS
@@ -393,6 +393,7 @@ async def test_a_restricted_token_needs_a_key(start_proxy: StartProxy) -> None:
 # What is in one.
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.builds(
@@ -417,6 +418,7 @@ def test_a_placeholder_says_what_it_was_asked_for_and_fits_a_header(resources: l
     assert list(resources_in(text)) == resources
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_behind_the_prefix_is_read_or_refused(text: str) -> None:
     with suppress(ValueError):
