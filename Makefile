@@ -8,13 +8,33 @@ CONFIG ?= $(wildcard config.yaml)
 ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
-.PHONY: run test lint types format wheel check coverage bench lock operations clean
+# Where the libraries are that tests/test_libraries.py runs.
+LIBRARIES := .venv-libraries
+NODE_LIBRARIES := tests/libraries/node_modules
+
+.PHONY: run test libraries lint types format wheel check coverage bench lock operations clean
 
 run: $(VENV)/.runtime
 	@exec $(BIN)/python -m proxy serve --demo $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev libraries
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# Libraries that apps bring along, apart from ours. What cannot be had here is left out: its tests skip, and fail in CI.
+libraries:
+	@$(MAKE) --silent --no-print-directory $(LIBRARIES)/.installed || echo "The tests of Python libraries will be skipped." >&2
+	@$(MAKE) --silent --no-print-directory $(NODE_LIBRARIES)/.installed || echo "The tests of Node libraries will be skipped." >&2
+
+$(LIBRARIES)/.installed: requirements-libraries.lock
+	@echo "Installing the libraries that the tests run into $(LIBRARIES) …"
+	@$(PYTHON) -m venv $(LIBRARIES)
+	@$(LIBRARIES)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(NODE_LIBRARIES)/.installed: tests/libraries/package-lock.json
+	@echo "Installing the libraries that the tests run into $(NODE_LIBRARIES) …"
+	@npm ci --prefix tests/libraries --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -33,7 +53,7 @@ wheel: $(VENV)/.dev
 
 check: test lint types wheel
 
-coverage: $(VENV)/.dev
+coverage: $(VENV)/.dev libraries
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -54,9 +74,11 @@ lock:
 		pyproject.toml --group dev -o requirements-dev.lock $(ARGS)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
 		--group build -o requirements-build.lock $(ARGS)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+		tests/libraries/requirements.in -o requirements-libraries.lock $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LIBRARIES) $(NODE_LIBRARIES) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -33,6 +33,7 @@ from proxy.request.heads import KnownHeads
 from proxy.request.identify import Credential, Decisions
 from proxy.request.limits import Limits
 from proxy.request.patience import Deadlines
+from proxy.request.placeholders import Placeholders
 from proxy.request.policy import permits
 from proxy.request.pool import Pool
 from proxy.request.retries import AllAttempts
@@ -234,6 +235,7 @@ class _Shared:
                 permits(config, index),
                 self.crowd,
                 Decisions(listener, config, self.table),
+                Placeholders(self.table, answers_rdt=config.local_rdt),
                 self.limits,
                 self.tokens,
                 upstream,

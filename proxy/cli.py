@@ -38,11 +38,12 @@ from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.reload import Reloads, Result, stamps
-from proxy.request import dial, policy
+from proxy.request import dial, placeholders, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
 from proxy.request.heads import Head
 from proxy.request.identify import describe, identify
+from proxy.request.placeholders import Placeholders
 from proxy.request.upstream import check_body, cleaned
 from proxy.rotate import RotationFailed, rotate_client_secret
 from proxy.sockets import CannotListen
@@ -615,9 +616,15 @@ def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     sent = CIMultiDictProxy(headers)
     admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
     check_body(options.method, Head(sent))
+    table = load_table()
+    own = Placeholders(table, answers_rdt=config.local_rdt).answered(admitted.target)
+    if options.method == "POST" and own == placeholders.ACCESS:
+        return placeholders.describe(own, admitted.target)  # whoever asks: no key is needed for that
     caller = options.caller or Callers(config).who(sent, NOBODY, listener)
     permit = policy.permits(config, options.listener)[caller]
-    decided = describe(identify(options.method, admitted, sent, listener, config, load_table(), permit))
+    if options.method == "POST" and own:
+        return placeholders.describe(own, admitted.target)
+    decided = describe(identify(options.method, admitted, sent, listener, config, table, permit))
     kept = cleaned(options.method, sent)
     dropped = [name for name in sent if name not in kept]
     who = {"caller": caller} if caller else {}

@@ -176,6 +176,30 @@ class BadOption(ClientError):
     code = "BadOption"
 
 
+class TokenRequestRefused(ClientError):
+    """A request for an access token that the proxy cannot answer with its placeholder.
+
+    `error` is what OAuth calls it (RFC 6749 section 5.2).
+    """
+
+    code = "TokenRequestRefused"
+
+    def __init__(self, message: str, hint: str = "", *, error: str = "invalid_request") -> None:
+        super().__init__(message, hint)
+        self.error = error
+
+    def body(self) -> bytes:
+        """Return the error as Login with Amazon writes it: who asks there reads nothing else."""
+        description = f"{self.message}. {self.hint}" if self.hint else self.message
+        return json.dumps({"error": self.error, "error_description": description}).encode()
+
+
+class RestrictedDataTokenInvalid(ClientError):
+    """A request for a Restricted Data Token is malformed (with `local_rdt: true`), or such a token is not whole."""
+
+    code = "InvalidInput"  # as Amazon says it
+
+
 # What the proxy cannot do, for now or for good.
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from proxy import __version__
+from proxy.amazon.placeholders import Resource, placeholder_for
 from proxy.simulator.command import _for_people
 from tests.conftest import needs, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
@@ -119,6 +120,40 @@ async def test_explain_says_why_a_request_is_refused() -> None:
     decided = json.loads(printed)
     assert decided["refused"] == "400 UnknownAccount"
     assert decided["do"]
+
+
+@pytest.mark.parametrize("target", ["/auth/o2/token", "/@anybody/eu/auth/o2/token"])
+async def test_explain_says_that_a_request_for_a_token_goes_nowhere(target: str) -> None:
+    several = {
+        **ENVIRONMENT,
+        "SP_API_REFRESH_TOKEN_ACME_NA": "distinctive-token",
+        "SP_API_PROXY_CALLERS_ONE_KEY": "key",
+    }
+    code, printed, _ = await command("explain", "POST", target, "--json", environment=several)
+    assert code == 0
+    decided = json.loads(printed)
+    assert decided["operation"] == "lwa.token"
+    assert "nothing is sent to Amazon" in decided["answered by"]
+    code, printed, _ = await command("explain", "GET", target, "--json", environment=several)
+    assert (code, "refused" in json.loads(printed)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("local", "said"), [("false", "the app gets a token of Amazon's"), ("true", "nothing is sent to Amazon")]
+)
+async def test_explain_says_who_answers_a_request_for_a_restricted_token(local: str, said: str) -> None:
+    arguments = ("explain", "POST", "/tokens/2021-03-01/restrictedDataToken", "--set", f"local_rdt={local}")
+    code, printed, _ = await command(*arguments, environment=ENVIRONMENT)
+    assert code == 0
+    assert said in printed
+
+
+async def test_explain_says_who_asks_for_personal_data() -> None:
+    token = placeholder_for([Resource("GET", "/orders/v0/orders", ("buyerInfo",))])
+    arguments = ("explain", "GET", "/orders/v0/orders", "-H", f"x-amz-access-token: {token}", "--set", "local_rdt=true")
+    code, printed, _ = await command(*arguments, environment=ENVIRONMENT)
+    assert code == 0
+    assert "with buyerInfo, which the app's Restricted Data Token asks for" in printed
 
 
 async def test_operations_are_listed_and_filtered() -> None:

@@ -190,6 +190,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         "quit": False,
         "allowed_hosts": [],
         "environment": "production",
+        "local_rdt": False,
         "sandbox_rdt": "none",
         "callers": {},
         "strict_permissions": False,

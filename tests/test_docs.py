@@ -29,7 +29,7 @@ from proxy.tallies import Tallied
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/moving.md"]
 
 NAMES = {"applications": "NAME", "accounts": "NAME", "listen": "N", "refresh_tokens": "REGION", "marketplaces": "ID"}
 ENVIRONMENT = dict.fromkeys(

@@ -11,6 +11,7 @@ from proxy.errors import (
     InternalError,
     MethodRefused,
     ProxyError,
+    TokenRequestRefused,
     TokenUnavailable,
     UsagePlanExhausted,
     all_errors,
@@ -41,6 +42,8 @@ CONTRACT = [
     ("RegionNotConfigured", 400, "client", False),
     ("ConflictingSources", 400, "client", False),
     ("BadOption", 400, "client", False),
+    ("InvalidInput", 400, "client", False),
+    ("TokenRequestRefused", 400, "client", False),
     ("UsagePlanExhausted", 429, "client", True),
     ("InternalError", 500, "proxy", False),
     ("TokenUnavailable", 503, "amazon", True),
@@ -76,9 +79,13 @@ def test_every_error_says_what_it_means_and_is_an_error_status() -> None:
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.code)
 def test_every_error_is_answered_in_the_envelope_of_amazon_and_marked_as_ours(kind: type[ProxyError]) -> None:
     error = kind("something is wrong", "Do this.")
-    assert json.loads(error.body()) == {
-        "errors": [{"code": kind.code, "message": "something is wrong", "details": "Do this."}]
-    }
+    if kind is TokenRequestRefused:  # as Login with Amazon: who asks there reads nothing else
+        as_oauth = {"error": "invalid_request", "error_description": "something is wrong. Do this."}
+        assert json.loads(error.body()) == as_oauth
+    else:
+        assert json.loads(error.body()) == {
+            "errors": [{"code": kind.code, "message": "something is wrong", "details": "Do this."}]
+        }
     headers = error.headers()
     assert headers["Content-Type"] == "application/json; charset=utf-8"
     assert headers["x-sp-proxy-error"] == kind.code

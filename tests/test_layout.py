@@ -68,6 +68,7 @@ STEPS = [
     "tokens",
     "forbidden",
     "upstream",
+    "placeholders",
     "retries",
     "handler",
 ]

@@ -559,6 +559,11 @@ class Config(Settings):
         description="What restricted operations bring in the sandbox: none, the ordinary token; production, a "
         "Restricted Data Token made in production.",
     )
+    local_rdt: bool = Field(
+        default=False,
+        description="Answer apps that ask for a Restricted Data Token themselves with a placeholder, which says what "
+        "the proxy is to ask for; false: they get one of Amazon's.",
+    )
     endpoints: Endpoints = Field(default_factory=Endpoints, description="Other servers than Amazon's.")
     marketplaces: dict[str, Region] = Field(
         default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."

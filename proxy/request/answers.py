@@ -1,8 +1,10 @@
 """What do answers look like on the wire: Amazon's, passed on, and the proxy's own?"""
 
+import json
 import math
 import socket
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import compress
 
@@ -165,6 +167,14 @@ def _beginning_of(name: bytes) -> bytes:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+class PlaceholderAnswer(_Plain, web.Response):
+    """The answer to an app that asks for a token: as Amazon's, with a placeholder, which nobody is to keep."""
+
+    def __init__(self, content: Mapping[str, object], summary: str) -> None:
+        headers = {"Content-Type": "application/json;charset=UTF-8", "Cache-Control": "no-store", "Pragma": "no-cache"}
+        super().__init__(body=json.dumps(content).encode(), headers={**headers, "x-sp-proxy": summary})
 
 
 class OwnAnswer(_Plain, web.Response):

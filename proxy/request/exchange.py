@@ -23,6 +23,7 @@ class Exchange:
         "fault",
         "hint",
         "method",
+        "own",
         "request_bytes",
         "request_id",
         "response_bytes",
@@ -43,6 +44,7 @@ class Exchange:
         self.started = started
         self.caller = ""  # who sent it; nothing for nobody in particular
         self.target: Target | None = None
+        self.own = ""  # the name of what the proxy answered itself, in Amazon's place
         self.token = "none"  # noqa: S105 - a kind of token
         self.elements: tuple[str, ...] = ()  # the personal data that the token covers
         self.token_age = 0.0  # seconds since it was asked for
@@ -84,12 +86,14 @@ class Exchange:
     @property
     def operation(self) -> str:
         """The operation's name, `unknown` where the table has none."""
-        return self.target.operation_name if self.target is not None else "unknown"
+        return self.where()[2]
 
     def where(self) -> tuple[str, str, str]:
         """Return account, region and operation: all three at once."""
         target = self.target
-        return (target.account, target.region, target.operation_name) if target is not None else NOWHERE
+        if target is None:
+            return ("-", "-", self.own) if self.own else NOWHERE
+        return target.account, target.region, target.operation_name
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""

@@ -13,6 +13,7 @@ from aiohttp.http import HttpVersion11
 from multidict import CIMultiDictProxy
 
 from proxy.amazon.marketplaces import HOST_MEANS
+from proxy.amazon.placeholders import LWA_HOST, LWA_PATH
 from proxy.config import LOOPBACK_NAMES, Config, Environment, Listener, Region
 from proxy.errors import (
     BadTarget,
@@ -46,6 +47,7 @@ _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_PREFIX = re.compile(r"/@[^/]+(?:/(?:na|eu|fe))?", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
 
 
@@ -100,6 +102,8 @@ def admit_with(head: Head, method: str, target: str, doorway: Doorway) -> Admitt
         host = head.host = _host(head.headers, doorway)
     if authority is not None:
         host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
+    if host == LWA_HOST and host not in doorway.hosts and not asks_for_token(method, target):
+        raise _foreign()  # it is good for one path alone
     _check_path(target)
     return Admitted(target, host, HOST_MEANS.get(host), head.names)
 
@@ -185,12 +189,26 @@ def host_in(authority: str) -> str | None:
 
 def _allowed(authority: str, doorway: Doorway) -> str:
     host = host_in(authority)
-    if host is not None and (host in doorway.hosts or host in HOST_MEANS):
+    if host is not None and (host in doorway.hosts or host in HOST_MEANS or host == LWA_HOST):
         return host
-    raise HostRefused(
+    raise _foreign()
+
+
+def _foreign() -> HostRefused:
+    return HostRefused(
         "the Host is not one that this proxy answers to",
         "Call it as 127.0.0.1 or localhost, or list the name under allowed_hosts.",
     )
+
+
+def asks_for_token(method: str, target: str) -> bool:
+    """Return whether a request is one for an access token, which the proxy answers itself, whoever sends it."""
+    if method != "POST" or LWA_PATH not in target:
+        return False
+    path = target.partition("?")[0]
+    before = path.removesuffix(LWA_PATH)
+    # /@ACCOUNT or /@ACCOUNT/REGION may stand before it, as before any other path.
+    return path != before and (not before or _PREFIX.fullmatch(before) is not None)
 
 
 def _check_path(target: str) -> None:

@@ -15,23 +15,24 @@ from aiohttp import web
 
 from proxy.amazon.refusals import Refusal, parse_refusal
 from proxy.config import Config, Listener
-from proxy.errors import HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
+from proxy.errors import CallerRefused, HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
 from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
-from proxy.request.answers import AmazonsAnswer, OwnAnswer
+from proxy.request.answers import AmazonsAnswer, OwnAnswer, PlaceholderAnswer
 from proxy.request.callers import Callers, peer_of
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
 from proxy.request.documents import Documents, unpacked
-from proxy.request.exchange import NOWHERE, Exchange
+from proxy.request.exchange import Exchange
 from proxy.request.forbidden import REFUSED, Experience
-from proxy.request.guard import Admitted, Doorway, admit_with, check_message
+from proxy.request.guard import Admitted, Doorway, admit_with, asks_for_token, check_message
 from proxy.request.heads import Head, KnownHeads
 from proxy.request.http1 import Answer
 from proxy.request.identify import Decisions
 from proxy.request.limits import RATE_HEADER, Claim, Limits
 from proxy.request.options import Options, parse_options
 from proxy.request.patience import Deadlines, Patience
+from proxy.request.placeholders import Placeholders
 from proxy.request.policy import Permit
 from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
 from proxy.request.tokens import Token, Tokens
@@ -62,6 +63,7 @@ class Handler:
     permits: Mapping[str, Permit]  # by caller
     crowd: Crowd
     decisions: Decisions
+    placeholders: Placeholders
     limits: Limits
     tokens: Tokens
     upstream: Upstream
@@ -81,13 +83,13 @@ class Handler:
         self._max_wait = self.config.limits.max_wait
         self._header_size = self.config.bounds.header_size
 
-    async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
+    async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | PlaceholderAnswer | OwnAnswer:
         """Answer one request; every outcome is counted and logged once."""
         traces, now = self.traces, self.now
         exchange = Exchange(request.method, now()) if traces is None else traces.begin(request.method, now())
         self.metrics.in_flight += 1
         entered: str | None = None
-        answer: AmazonsAnswer | OwnAnswer
+        answer: AmazonsAnswer | PlaceholderAnswer | OwnAnswer
         try:
             head = self.heads.of(request.raw_headers, request.headers)
             admitted = self._admitted(request, head, exchange)
@@ -127,13 +129,21 @@ class Handler:
         admitted = admit_with(head, request.method, request.raw_path, self.doorway)
         check_body(request.method, head)
         if self.callers.has_any:
-            exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
+            try:
+                exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
+            except CallerRefused:
+                # Libraries fetch their token without the headers that they add to calls; it is good for nothing.
+                if not asks_for_token(request.method, admitted.target):
+                    raise
         return admitted
 
     async def _serve(
         self, request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
-    ) -> AmazonsAnswer:
+    ) -> AmazonsAnswer | PlaceholderAnswer:
         headers, permit = head.headers, self.permits[exchange.caller]
+        if request.method == "POST" and (own := self.placeholders.answered(admitted.target)):
+            exchange.own = own
+            return await self.placeholders.answer(request, exchange, permit, self.deadlines)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
@@ -285,9 +295,11 @@ class Handler:
         if exchange.fault is not None:
             metrics.errors.labels(exchange.error, exchange.fault).inc()
         account, region, operation = (
-            (target.account, target.region, target.operation_name) if target is not None else NOWHERE
+            (target.account, target.region, target.operation_name) if target is not None else exchange.where()
         )
         source = "amazon" if not exchange.error else "client" if status == CLIENT_LEFT else "proxy"
+        if exchange.own and not exchange.error:
+            source = "proxy"
         labels = (account, region, operation, _label(exchange.method), str(status), exchange.token, source)
         series = metrics.known_series.get(labels) or metrics.series_of(*labels)
         series.requests += 1

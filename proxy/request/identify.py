@@ -18,6 +18,7 @@ from multidict import CIMultiDictProxy
 from proxy.amazon.marketplaces import HOSTS, MARKETPLACE_PARAMETERS, MARKETPLACES
 from proxy.amazon.operations import Operation, OperationTable
 from proxy.amazon.personal_data import ALL_ELEMENTS, HARMLESS_WITHOUT_RDT
+from proxy.amazon.placeholders import RDT_PREFIX, resources_in
 from proxy.amazon.rdt import METHODS as RDT_METHODS
 from proxy.config import REGIONS, Account, Config, DataElement, Environment, Listener, Region
 from proxy.errors import (
@@ -29,6 +30,7 @@ from proxy.errors import (
     MalformedRequest,
     RegionNotConfigured,
     RegionRequired,
+    RestrictedDataTokenInvalid,
     UnknownAccount,
     UnknownMarketplace,
     UnknownRegion,
@@ -42,6 +44,7 @@ TokenKind = Literal["lwa", "grantless", "rdt"]
 ACCOUNT_HEADER = "x-sp-account"
 REGION_HEADER = "x-sp-region"
 ELEMENTS_HEADER = "x-sp-data-elements"
+TOKEN_HEADER = "x-amz-access-token"  # noqa: S105 - a header's name
 _CHOICES = frozenset({ACCOUNT_HEADER, REGION_HEADER, ELEMENTS_HEADER, KEY_HEADER})
 
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
@@ -112,13 +115,15 @@ class Decisions:
     def __init__(self, listener: Listener, config: Config, table: OperationTable) -> None:
         self._by = (listener, config, table)
         self._match = table.match
+        self._choices = _CHOICES | {TOKEN_HEADER} if config.local_rdt else _CHOICES
+        self._local_rdt = config.local_rdt
         self._known: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
     def target(
         self, method: str, admitted: Admitted, headers: CIMultiDictProxy[str], caller: str, permit: Permit
     ) -> Target:
         """Return what `identify` returns, and raise what it raises."""
-        account, region, path_and_query = _split_prefix(admitted.target)
+        account, region, path_and_query = split_prefix(admitted.target)
         path, _, query = path_and_query.partition("?")
         match = self._match
         operation = match(method, path)
@@ -129,7 +134,9 @@ class Decisions:
             account,
             region,
             admitted.amazon,
-            None if _CHOICES.isdisjoint(admitted.names) else _choices(headers),
+            None
+            if self._choices.isdisjoint(admitted.names)
+            else _choices(headers, _asked_by_token(headers, method, path, operation) if self._local_rdt else None),
             _marketplaces_as_written(query) if "arketplaceId" in query or "%" in query else (),
         )
         known = self._known.get(key)
@@ -146,9 +153,10 @@ class Decisions:
         return replace(target, kind=ONE_OFF)
 
 
-def _choices(headers: CIMultiDictProxy[str]) -> tuple[object, ...]:
+def _choices(headers: CIMultiDictProxy[str], asked: tuple[str, ...] | None) -> tuple[object, ...]:
     """Return what the headers say of those things that a decision looks at."""
     return (
+        asked,
         tuple(headers.getall(ACCOUNT_HEADER, ())),
         tuple(headers.getall(REGION_HEADER, ())),
         tuple(headers.getall(ELEMENTS_HEADER, ())),
@@ -176,7 +184,7 @@ def identify(
 
     What `permit` does not allow is refused before anything else is said of it.
     """
-    prefix_account, prefix_region, path_and_query = _split_prefix(admitted.target)
+    prefix_account, prefix_region, path_and_query = split_prefix(admitted.target)
     path, _, query = path_and_query.partition("?")
     account = _account(prefix_account, headers, listener, config, permit)
     operation = table.match(method, path)
@@ -186,7 +194,8 @@ def identify(
     region = _region(prefix_region, headers, listener, admitted, query, account, settings, config)
     _check_environment(admitted, environment, account)
     application, _ = config.application_of(settings)
-    elements, elements_source = _elements(headers, settings, operation, permit)
+    asked = _asked_by_token(headers, method, path, operation) if config.local_rdt else None
+    elements, elements_source = _elements(headers, asked, settings, operation, permit)
     ordinary = ordinary_credential(application, account.value, environment, _known(region))
     credential = _credential(method, path, operation, ordinary, elements, config.sandbox_rdt)
     if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
@@ -227,7 +236,7 @@ def ordinary_credential(application: str, account: str, environment: Environment
 # Account.
 
 
-def _split_prefix(target: str) -> tuple[str | None, str | None, str]:
+def split_prefix(target: str) -> tuple[str | None, str | None, str]:
     """Return account, region and the remaining target of `/@ACCOUNT/REGION/…` or `/@ACCOUNT/…`."""
     if not target.startswith("/@"):
         return None, None, target
@@ -427,11 +436,44 @@ def _check_environment(admitted: Admitted, environment: Environment, account: _C
 # Token.
 
 
+def _asked_by_token(
+    headers: CIMultiDictProxy[str], method: str, path: str, operation: Operation | None
+) -> tuple[str, ...] | None:
+    """Return the personal data that the app's placeholder for a Restricted Data Token asks for (`local_rdt`).
+
+    None where it brings none, or one that was made for other calls: that has no say here.
+    """
+    if operation is None or not operation.restricted or TOKEN_HEADER not in headers:
+        return None
+    given = headers.getall(TOKEN_HEADER)
+    if len(given) > 1 or not given[0].startswith(RDT_PREFIX):
+        return None
+    try:
+        resources = resources_in(given[0])
+    except ValueError as exc:
+        raise RestrictedDataTokenInvalid(
+            f"the Restricted Data Token in {TOKEN_HEADER} is {exc}", "Ask the proxy for a new one."
+        ) from exc
+    for resource in resources:
+        if resource.method == method and resource.path in {path, operation.template}:
+            return resource.data_elements
+    return None
+
+
 def _elements(
-    headers: CIMultiDictProxy[str], settings: Account, operation: Operation | None, permit: Permit
+    headers: CIMultiDictProxy[str],
+    by_token: tuple[str, ...] | None,
+    settings: Account,
+    operation: Operation | None,
+    permit: Permit,
 ) -> tuple[tuple[str, ...] | None, str]:
     """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
     header = _single(headers, ELEMENTS_HEADER)
+    if header is None and by_token is not None:
+        permit.check_elements(set(by_token))
+        if _never_with_rdt(operation, permit):
+            return None, "the policy"
+        return _in_order(set(by_token), operation), "the app's Restricted Data Token"
     if header is None:
         if _never_with_rdt(operation, permit):
             return None, "the policy"
@@ -535,8 +577,11 @@ def _described_token(target: Target) -> str:
     if credential.kind == "grantless":
         return f"grantless token, scope {credential.scope}: the operation is the application's own"
     if credential.kind == "rdt":
-        elements = f" with {', '.join(credential.data_elements)}" if credential.data_elements else ""
+        named = ", ".join(credential.data_elements)
+        elements = f" with {named}, which {target.elements_source} asks for" if named else ""
         return f"Restricted Data Token: for {credential.method} {credential.path}{elements}"
+    if operation is not None and operation.api == "tokens":
+        return "ordinary access token: the app gets a token of Amazon's, which it needs not; see local_rdt"
     if operation is not None and operation.restricted:
         why = (
             "the sandbox takes it"

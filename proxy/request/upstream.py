@@ -178,7 +178,7 @@ class Call:
             for chunk in self._kept or ():
                 yield chunk
             return
-        _say_continue(self.request)
+        say_continue(self.request)
         while chunk := await self._next():
             self._keep(chunk)
             self.exchange.request_bytes += len(chunk)
@@ -215,7 +215,7 @@ class Call:
             self._kept = None
 
 
-def _say_continue(request: web.BaseRequest) -> None:
+def say_continue(request: web.BaseRequest) -> None:
     """Tell an app that waits for it to send its body (RFC 9110 section 10.1.1); everything is checked by now."""
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     if expects and request.transport is not None:

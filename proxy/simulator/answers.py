@@ -43,6 +43,7 @@ def _order(token: Issued, path: str, order_id: str) -> dict[str, Any]:
         "AmazonOrderId": order_id,
         "OrderStatus": "Shipped",
         "PurchaseDate": "2026-01-01T00:00:00Z",
+        "LastUpdateDate": "2026-01-02T00:00:00Z",
     }
     resource = rdt.covers(token, "GET", path) if token.kind == "rdt" else None
     elements = resource.data_elements if resource else ()

@@ -232,6 +232,7 @@ OWN = [
     b"Proxy-Authorization: Basic mine",
     b"authorization: AWS4-HMAC-SHA256 mine",
     b"X-Amz-Security-Token: mine",
+    b"x-amz-content-sha256: mine",
     b"x-amz-date: mine",
     b"x_amz_date: mine",
     b"user_agent: mine",
