@@ -136,6 +136,12 @@ class Metrics:
         self.masked_tokens = self._counter(
             "tokens_masked_total", "Answers of Amazon's that repeated the token of their request, which was masked."
         )
+        self.document_urls = self._counter(
+            "document_urls_total",
+            "Presigned URLs in answers, where documents are relayed (relayed; left as they are: foreign_host, "
+            "too_large, unreadable).",
+            "result",
+        )
         self.lost_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
         )

@@ -38,6 +38,7 @@ from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
 
 if TYPE_CHECKING:
+    from proxy.request.relay import Relay  # and what seals, for those who have documents relayed
     from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
@@ -72,6 +73,7 @@ class Handler:
     deadlines: Deadlines
     metrics: Metrics
     traces: "Traces | None" = None
+    relay: "Relay | None" = None
     now: Callable[[], float] = time.monotonic
 
     async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | OwnAnswer:
@@ -125,7 +127,9 @@ class Handler:
     async def _serve(
         self, request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
     ) -> AmazonsAnswer:
-        headers, permit = head.headers, self.permits[exchange.caller]
+        headers, permit, relay = head.headers, self.permits[exchange.caller], self.relay
+        if relay is not None and relay.is_for(admitted.target):
+            return await self._relay(relay, request, head, admitted, exchange)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
@@ -134,6 +138,8 @@ class Handler:
             call = Call(request, head, target, exchange, patience)
             try:
                 response, beginning = await self._answered(call, options)
+                if relay is not None and relay.concerns(target, response):
+                    return await relay.pass_on(call, response, self.listener)
                 reader = self.documents.reader(target, response)
                 return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
             finally:
@@ -141,6 +147,17 @@ class Handler:
                     self.crowd.come_back(target.account)
                 if call.mask.was_needed:
                     self.metrics.masked_tokens.inc()
+
+    async def _relay(
+        self, relay: "Relay", request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
+    ) -> AmazonsAnswer:
+        """Serve a document; no usage plan is for it, and no token."""
+        permit = self.permits[exchange.caller]
+        target, unpack = relay.opened(request.method, admitted, head, self.listener, exchange.caller, permit)
+        exchange.target = target
+        options = parse_options(head.headers, head.names, (self.name, exchange.caller), self.config.limits.max_wait)
+        with Patience(self.deadlines, options.timeout) as patience:
+            return await relay.fetched(Call(request, head, target, exchange, patience), unpack=unpack)
 
     async def _answered(self, call: Call, options: Options) -> tuple[Answer, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.
