@@ -68,6 +68,8 @@ STEPS = [
     "tokens",
     "forbidden",
     "upstream",
+    "gunzip",
+    "relay",
     "retries",
     "handler",
 ]

@@ -30,8 +30,10 @@ PLACES: dict[str, Place] = {
     "fulfillmentInbound.v0.getBillOfLading": Place(("payload", "DownloadURL")),
     "fulfillmentInbound.v0.getLabels": Place(("payload", "DownloadURL")),
     "fulfillmentOutbound.2020-07-01.getFulfillmentOrder": Place(
-        ("payload", "fulfillmentShipments", "*", "fulfillmentShipmentPackage", "*")
-        + ("deliveryInformation", "deliveryDocumentList", "*", "url")
+        (
+            *("payload", "fulfillmentShipments", "*", "fulfillmentShipmentPackage", "*"),
+            *("deliveryInformation", "deliveryDocumentList", "*", "url"),
+        )
     ),
     "invoices.2024-06-19.getGovernmentInvoiceDocument": Place(("invoiceDocument", "invoiceDocumentUrl")),
     "invoices.2024-06-19.getInvoicesDocument": Place(("invoicesDocument", "invoicesDocumentUrl")),
@@ -40,9 +42,9 @@ PLACES: dict[str, Place] = {
     "uploads.2020-11-01.createUploadDestinationForResource": Place(("payload", "url"), is_upload=True),
 }
 
-# A bucket's name before it or in the path, S3's host of a region in each of its spellings, all of them in use:
-# tortuga-prod-na.s3.amazonaws.com, tortuga-prod-na.s3-external-1.amazonaws.com, tortuga-prod-eu.s3-eu-west-1.amazonaws.com,
-# tortuga-prod-eu.s3.eu-west-1.amazonaws.com, s3.amazonaws.com (S3 user guide, "Virtual hosting of buckets").
+# A bucket's name before it or in the path, and S3's host in one of its spellings, of which Amazon uses several:
+# tortuga-prod-na.s3.amazonaws.com, tortuga-prod-na.s3-external-1.amazonaws.com,
+# tortuga-prod-eu.s3-eu-west-1.amazonaws.com, s3.amazonaws.com (S3 user guide, "Virtual hosting of buckets").
 _REGION = r"[a-z]{2}(?:-[a-z]{2,12}){1,3}-\d{1,2}"
 _S3 = re.compile(
     r"(?:[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?\.)?"

@@ -336,34 +336,23 @@ class Upstream:
     ) -> AmazonsAnswer:
         """Stream what was made of an answer, a first piece and all `pieces`, behind a head of its own.
 
-        It breaks off where `relay` does, and where `pieces` raise an error, which is raised on.
+        Where it breaks off, so does the app's connection, if anything went out on it. Raises UpstreamBroken before
+        that, and what `pieces` raise.
         """
         request, exchange = call.request, call.exchange
         is_early = request.body_exists and not request.content.at_eof()
         passed = AmazonsAnswer(head, request, exchange, call.mask, is_last=is_early)
         try:
-            exchange.begun, out = True, passed.head
-            while True:
-                data = call.mask.feed(piece)
-                exchange.response_bytes += len(data)
-                out += passed.framed(data)
-                following = await anext(pieces, b"") if pieces is not None else b""
-                if not following:
-                    break
-                if _written(call, out):
-                    await _drained(call)
-                piece, out = following, b""
-            data = call.mask.end()
-            exchange.response_bytes += len(data)
-            if _written(call, out + passed.framed(data) + passed.end):
-                await _drained(call)
-        except (Broken, ConnectionError):
+            await _stream_changed(call, passed, piece, pieces)
+        except BaseException as exc:
+            if not exchange.begun:
+                if isinstance(exc, Broken):
+                    raise UpstreamBroken("Amazon's answer broke off", "Try again.") from exc
+                raise
             exchange.broken = True
             break_off(request)
-        except BaseException:
-            exchange.broken = True
-            break_off(request)
-            raise
+            if not isinstance(exc, (Broken, ConnectionError)):
+                raise
         finally:
             if pieces is not None:
                 await pieces.aclose()
@@ -452,6 +441,28 @@ async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: byte
         reader.end()
     data = call.mask.end()
     call.exchange.response_bytes += len(data)
+    if _written(call, out + passed.framed(data) + passed.end):
+        await _drained(call)
+
+
+async def _stream_changed(
+    call: Call, passed: AmazonsAnswer, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
+) -> None:
+    """Write what was made of an answer; nothing goes out before there is a second piece, or no more of them."""
+    exchange, out = call.exchange, passed.head
+    while True:
+        data = call.mask.feed(piece)
+        exchange.response_bytes += len(data)
+        out += passed.framed(data)
+        piece = await anext(pieces, b"") if pieces is not None else b""
+        if not piece:
+            break
+        exchange.begun = True
+        if _written(call, out):
+            await _drained(call)
+        out = b""
+    exchange.begun, data = True, call.mask.end()
+    exchange.response_bytes += len(data)
     if _written(call, out + passed.framed(data) + passed.end):
         await _drained(call)
 
