@@ -1,8 +1,8 @@
 """Which Prometheus series does the proxy export? All of them are in this list.
 
 Names follow Prometheus' own practice: one prefix, base units, `_total` for counters. Labels are bounded: accounts and
-applications come from the configuration, operations from the table (or `unknown`); no path, id or header of a caller
-ever becomes one.
+applications come from the configuration, operations from the table (or are `unknown`, or `relayDocument`); no path, id
+or header of a caller ever becomes one.
 """
 
 import asyncio

@@ -892,7 +892,8 @@ PLACES = [
     "applications.main.user_agent.version", "accounts", "accounts.acme", "accounts.acme.application",
     "accounts.acme.refresh_tokens", "accounts.acme.refresh_tokens.eu", "accounts.acme.data_elements",
     "accounts.acme.data_elements.0", "accounts.acme.environment", "default_account", "environment", "endpoints",
-    "endpoints.na", "endpoints.lwa", "endpoints.documents", "documents", "documents_url", "marketplaces", "marketplaces.A1", "limits", "limits.max_wait", "limits.pace",
+    "endpoints.na", "endpoints.lwa", "endpoints.documents", "documents", "documents_url",
+    "marketplaces", "marketplaces.A1", "limits", "limits.max_wait", "limits.pace",
     "timeouts", "timeouts.token", "pool", "pool.max_connections", "pool.ca_file", "store", "store_key", "warm_up",
     "log", "log.level", "metrics", "metrics.account_on_histograms", "unknown", "limits.unknown",
 ]  # fmt: skip

@@ -153,11 +153,12 @@ class Handler:
     ) -> AmazonsAnswer:
         """Serve a document; no usage plan is for it, and no token."""
         permit = self.permits[exchange.caller]
-        target, unpack = relay.opened(request.method, admitted, head, self.listener, exchange.caller, permit)
-        exchange.target = target
+        opened = relay.opened(request.method, admitted, head, self.listener, exchange.caller, permit)
+        exchange.target, exchange.elements = opened.target, opened.elements
         options = parse_options(head.headers, head.names, (self.name, exchange.caller), self.config.limits.max_wait)
         with Patience(self.deadlines, options.timeout) as patience:
-            return await relay.fetched(Call(request, head, target, exchange, patience), unpack=unpack)
+            call = Call(request, head, opened.target, exchange, patience)
+            return await relay.fetched(call, unpack=opened.unpack)
 
     async def _answered(self, call: Call, options: Options) -> tuple[Answer, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.

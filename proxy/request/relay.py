@@ -133,6 +133,7 @@ class Opened(NamedTuple):
 
     target: Target
     unpack: bool
+    elements: tuple[str, ...]  # the personal data that may be in it
 
 
 class Relay:
@@ -304,7 +305,7 @@ class Relay:
             raise BadOption(
                 "decompress=1 is for whole downloads", "Leave decompress=1 out, or Range, of which it makes no sense."
             )
-        return Opened(self._target(document, account, source), unpack)
+        return Opened(self._target(document, account, source), unpack, document.elements)
 
     def _unsealed(self, account: str, sealed: str) -> Document:
         try:
