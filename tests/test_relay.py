@@ -4,6 +4,8 @@ import asyncio
 import gzip
 import json
 import logging
+import shutil
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable
 from io import StringIO
@@ -17,9 +19,10 @@ from proxy.config import Secret
 from proxy.logs import AUDIT
 from proxy.request import relay as relay_module
 from proxy.store.seal import DocumentSeal, NotSealed
-from tests.conftest import StartProxy, config_from, settings_for
+from tests.certificates import Authority
+from tests.conftest import StartProxy, config_from, needs, settings_for
 from tests.far_side import FarSide, RawServer, Received, TokenHost, answer
-from tests.near_side import Answer, call, connect, request
+from tests.near_side import Answer, Client, call, connect, request
 
 FEEDS, REPORTS = "/feeds/2021-06-30/documents", "/reports/2021-06-30/documents"
 REPORT = f"{REPORTS}/amzn1.spdoc.1"
@@ -277,6 +280,25 @@ async def test_the_address_is_where_the_app_found_the_proxy(
     assert json.loads(got.body)["url"].startswith(f"{base}/@acme/-/documents/")
 
 
+async def test_the_address_says_https_where_the_listener_speaks_tls(start: Start, tmp_path: Path) -> None:
+    needs(shutil.which("openssl") is not None, "openssl")
+    authority = Authority.made(tmp_path / "authority")
+    certificate, key = authority.issue("localhost", alternative="DNS:localhost")
+    started = await start(listen={"address": "127.0.0.1:0", "tls": {"certificate": certificate, "key": key}})
+    named(started.far_side, f"{started.storage.url}/1")
+    context, port = ssl.create_default_context(cafile=authority.certificate), int(started.address.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
+    got = await Client(reader, writer).request("GET", REPORT)
+    writer.close()
+    assert json.loads(got.body)["url"].startswith("https://localhost/@acme/-/documents/")
+
+
+async def test_an_app_at_a_unix_socket_uses_the_same_socket(start: Start, tmp_path: Path) -> None:
+    started = await start(listen=f"unix:{tmp_path}/x.sock")
+    target = await started.document()
+    assert (await call(started.address, "GET", target)).body == CONTENT
+
+
 # Downloads.
 
 
@@ -362,6 +384,18 @@ async def test_a_connection_that_ended_while_it_was_idle_costs_nothing_but_anoth
     relayed.storage.script = script
     got = await call(relayed.address, "GET", target)
     assert (got.status, got.body, got.decided["attempts"]) == (200, CONTENT, "2")
+
+
+async def test_a_storage_that_says_nothing_is_told_in_time(start: Start) -> None:
+    started = await start(timeouts={"upstream_idle": "100ms"})
+    target = await started.document()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    started.storage.script = script
+    assert await refused(started.address, "GET", target) == (504, "UpstreamTimeout")
+    assert await refused(started.address, "GET", target, x_sp_timeout="50ms") == (504, "CallTimeout")
 
 
 async def test_a_storage_that_is_not_there_is_told(relayed: Started) -> None:
