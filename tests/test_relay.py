@@ -219,6 +219,26 @@ async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
     assert relayed.count("too_large") == 1
 
 
+async def test_an_answer_of_very_many_urls_passes_as_it_is(relayed: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "MOST_URLS", 2)
+    for count in (2, 3):
+        urls = [{"uri": f"{relayed.storage.url}/{number}"} for number in range(count)]
+        body = json.dumps({"documentDownloads": urls}).encode()
+        serve(relayed.far_side, answer("200 OK", body))
+        got = await call(relayed.address, "POST", "/inbound/fba/2024-03-20/items/labels", b"{}")
+        assert (got.body == body) == (count == 3)
+    assert relayed.count("too_large") == 1
+
+
+async def test_a_url_is_found_however_it_is_spelt(relayed: Started) -> None:
+    url = f"{relayed.storage.url}/1"
+    spelt = "".join(f"\\u{ord(letter):04x}" for letter in url)
+    serve(relayed.far_side, answer("200 OK", f'{{"http": "x", "url": "{spelt}", "note": "{url}"}}'.encode()))
+    got = json.loads((await call(relayed.address, "GET", REPORT)).body)
+    assert got["url"] == got["note"] != url
+    assert got["url"].startswith("http://localhost/@acme/")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"<html>"])
 async def test_an_answer_that_is_no_json_passes_as_it_is(relayed: Started, body: bytes) -> None:
     serve(relayed.far_side, answer("200 OK", body))

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -53,6 +53,7 @@ from proxy.request.upstream import Call, Upstream, cleaned
 from proxy.store.seal import DocumentSeal, NotSealed
 
 MOST_REWRITTEN = 1024 * 1024  # bytes of an answer in which URLs are looked for; the largest have a few KiB
+MOST_URLS = 500  # in one answer; a bulk of labels or an order of many packages names some dozens
 LONGEST_LIFE = 3600.0  # seconds of an address, however long Amazon's URL behind it lasts
 LONGEST_ADDRESS = 12 * 1024  # characters of its path: a request line may have 16 KiB, and apps less
 
@@ -208,16 +209,11 @@ class Relay:
         except (ValueError, RecursionError):
             self._left("unreadable", call.target)
             return None
-        found = {url: address for url in urls if (address := self._address(call, listener, url)) is not None}
-        if not found:
+        if len(urls) > MOST_URLS:
+            self._left("too_large", call.target)
             return None
-        pieces, done = [], 0
-        for begin, end in literals_in(body):
-            address = found.get(json.loads(body[begin:end]))
-            if address is not None:
-                pieces += [body[done:begin], json.dumps(address).encode()]
-                done = end
-        return b"".join([*pieces, body[done:]])
+        found = {url: address for url in urls if (address := self._address(call, listener, url)) is not None}
+        return _replaced(body, found) if found else None
 
     def _address(self, call: Call, listener: Listener, url: str) -> str | None:
         """Return the address on the proxy that stands for a URL, None where it is to stay as it is."""
@@ -400,6 +396,20 @@ class Relay:
         if not is_packed:
             return await self._upstream.relay(call, answer, beginning=begun)
         return await self._upstream.relay_changed(call, answer, ChangedHead.of(answer, None), first, pieces)
+
+
+def _replaced(body: bytes, found: Mapping[str, str]) -> bytes:
+    """Return a JSON text with other strings in place of those that are `found`, and not another byte changed."""
+    pieces, done = [], 0
+    for begin, end in literals_in(body):
+        # Most are no URL, which is seen at once.
+        if not body.startswith(b"http", begin + 1) and b"\\" not in body[begin:end]:
+            continue
+        address = found.get(json.loads(body[begin:end]))
+        if address is not None:
+            pieces += [body[done:begin], json.dumps(address).encode()]
+            done = end
+    return b"".join([*pieces, body[done:]])
 
 
 async def _beginning_of(call: Call, answer: Answer) -> bytes:
