@@ -57,9 +57,8 @@ class Gunzip:
                 data = self._member.unused_data
             else:
                 data = self._member.unconsumed_tail
-                # A full piece may have left something inside, though all that came is consumed.
-                if not data and len(piece) < PIECE:
-                    return
+                if not data:
+                    return  # what may be left inside comes out with the trailer, which is still to be read
 
 
 def _bad(what: str) -> BadGzip:
