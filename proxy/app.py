@@ -44,7 +44,9 @@ from proxy.status import Admin, Readiness, Reloading, admin_app, health_app
 from proxy.store import MemoryStore, Store
 
 if TYPE_CHECKING:
+    from proxy.request.relay import Relay
     from proxy.request.spans import Traces
+    from proxy.store.seal import DocumentSeal
 
 SECRET_LIFE = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
 LWA_CONNECTIONS = 32
@@ -216,6 +218,7 @@ class _Shared:
     ports: Ports
     traces: "Traces | None"
     attempts: AllAttempts | None = None
+    seal: "DocumentSeal | None" = None
     taking_turns: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def handlers(self, config: Config, amazon: Pool) -> list[Handler]:
@@ -224,6 +227,7 @@ class _Shared:
         callers = Callers(config)
         upstream = Upstream(session=amazon, user_agents=user_agents(config))
         deadlines = Deadlines(config, asyncio.get_running_loop())
+        relay = self._relay(config, upstream, amazon) if config.documents == "relay" else None
         return [
             Handler(
                 config,
@@ -246,9 +250,18 @@ class _Shared:
                 deadlines,
                 self.metrics,
                 self.traces,
+                relay,
             )
             for index, listener in enumerate(config.listen)
         ]
+
+    def _relay(self, config: Config, upstream: Upstream, amazon: Pool) -> "Relay":
+        """Return what gives documents by way of the proxy; its key outlives a configuration."""
+        from proxy.request.relay import Relay  # noqa: PLC0415 - who gets documents directly pays nothing for seals
+        from proxy.store.seal import DocumentSeal  # noqa: PLC0415
+
+        self.seal = self.seal or DocumentSeal(config.store_key)
+        return Relay(config, self.table, seal=self.seal, upstream=upstream, pool=amazon, metrics=self.metrics)
 
     async def hand_over(self, wanted: Config) -> HandedOver:
         """Serve every request that begins from now on by `wanted`; those in flight finish as they began.

@@ -371,7 +371,7 @@ async def _demo(options: argparse.Namespace) -> int:
 
 def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
     """Return the environment with the simulator's addresses and its made-up credentials added."""
-    names = (*REGIONS, "lwa")
+    names = (*REGIONS, "lwa", "documents")
     endpoints = {f"SP_API_PROXY_ENDPOINTS_{name.upper()}": simulator.endpoints[name] for name in names}
     account = f"SP_API_PROXY_ACCOUNTS_{_DEMO_SELLER.upper()}_REFRESH_TOKENS_"
     tokens = {account + region.upper(): f"Atzr|demo-{region}" for region in REGIONS}

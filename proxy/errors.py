@@ -128,6 +128,18 @@ class NotAllowed(ClientError):
     status, code = 403, "NotAllowed"
 
 
+class DocumentRefused(ClientError):
+    """The address of a document is none that this proxy gave this caller, for this account, method and listener."""
+
+    status, code = 403, "DocumentRefused"
+
+
+class DocumentExpired(ClientError):
+    """The address of a document is older than Amazon's URL behind it lasts."""
+
+    status, code = 403, "DocumentExpired"
+
+
 class UnknownAccount(ClientError):
     """The account is not in the configuration."""
 
@@ -227,6 +239,12 @@ class TooManyConnections(ProxyError):
     status, code, fault, retryable = 503, "TooManyConnections", "client", True
 
 
+class DocumentsBusy(ProxyError):
+    """Half of the connections to Amazon carry documents already; the other half is for calls."""
+
+    status, code, fault, retryable = 503, "DocumentsBusy", "client", True
+
+
 class CallTimeout(ProxyError):
     """The time that the app gave the call (`x-sp-timeout`) is over."""
 
@@ -276,6 +294,18 @@ class UpstreamBroken(ProxyError):
     """Amazon closed the connection without an answer, or answered something that is not HTTP."""
 
     status, code, fault = 502, "UpstreamBroken", "amazon"
+
+
+class BadGzip(ProxyError):
+    """A document that was to be unpacked (`?decompress=1`) is damaged, or not all of it came."""
+
+    status, code, fault = 502, "BadGzip", "amazon"
+
+
+class GzipBomb(ProxyError):
+    """A document that was to be unpacked (`?decompress=1`) unpacks to far more than any report does."""
+
+    status, code, fault = 502, "GzipBomb", "amazon"
 
 
 class ConnectTimeout(ProxyError):

@@ -1,8 +1,8 @@
 """Which Prometheus series does the proxy export? All of them are in this list.
 
 Names follow Prometheus' own practice: one prefix, base units, `_total` for counters. Labels are bounded: accounts and
-applications come from the configuration, operations from the table (or `unknown`); no path, id or header of a caller
-ever becomes one.
+applications come from the configuration, operations from the table (or are `unknown`, or `relayDocument`); no path, id
+or header of a caller ever becomes one.
 """
 
 import asyncio
@@ -135,6 +135,12 @@ class Metrics:
         )
         self.masked_tokens = self._counter(
             "tokens_masked_total", "Answers of Amazon's that repeated the token of their request, which was masked."
+        )
+        self.document_urls = self._counter(
+            "document_urls_total",
+            "Presigned URLs in answers, where documents are relayed (relayed; left as they are: foreign_host, "
+            "too_large, unreadable).",
+            "result",
         )
         self.lost_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"

@@ -429,7 +429,7 @@ def test_an_account_given_twice_is_reported_with_both_lines(tmp_path: Path) -> N
         ("limits: {max_wiat: 1s}", "limits.max_wiat: is no setting; did you mean max_wait?"),
         ("limits: {zzz: 1s}", "limits.zzz: is no setting; known here: max_wait, pace, max_queue"),
         ("listen: [{adress: '127.0.0.1:1'}]", "listen[0].adress: is no setting; did you mean address?"),
-        ("endpoints: {uk: 'https://a.test'}", "endpoints.uk: is no setting; known here: na, eu, fe, lwa"),
+        ("endpoints: {uk: 'https://a.test'}", "endpoints.uk: is no setting; known here: na, eu, fe, lwa, documents"),
         ("Limits: {pace: true}", "Limits: is no setting; did you mean limits?"),
     ],
 )
@@ -893,7 +893,8 @@ PLACES = [
     "applications.main.user_agent.version", "accounts", "accounts.acme", "accounts.acme.application",
     "accounts.acme.refresh_tokens", "accounts.acme.refresh_tokens.eu", "accounts.acme.data_elements",
     "accounts.acme.data_elements.0", "accounts.acme.environment", "default_account", "environment", "endpoints",
-    "endpoints.na", "endpoints.lwa", "marketplaces", "marketplaces.A1", "limits", "limits.max_wait", "limits.pace",
+    "endpoints.na", "endpoints.lwa", "endpoints.documents", "documents", "documents_url",
+    "marketplaces", "marketplaces.A1", "limits", "limits.max_wait", "limits.pace",
     "timeouts", "timeouts.token", "pool", "pool.max_connections", "pool.ca_file", "store", "store_key", "warm_up",
     "log", "log.level", "metrics", "metrics.account_on_histograms", "unknown", "limits.unknown",
 ]  # fmt: skip

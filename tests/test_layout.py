@@ -69,6 +69,8 @@ STEPS = [
     "forbidden",
     "upstream",
     "placeholders",
+    "gunzip",
+    "relay",
     "retries",
     "handler",
 ]

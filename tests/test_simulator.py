@@ -394,7 +394,7 @@ async def test_the_command_says_where_it_listens_and_ends_on_a_signal() -> None:
     )
     assert process.stdout is not None
     endpoints = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
-    assert set(endpoints) == {"na", "eu", "fe", "lwa", "control"}
+    assert set(endpoints) == {"na", "eu", "fe", "lwa", "documents", "control"}
     got = await call(endpoints["lwa"].split("/")[2], "GET", "/_simulator/state")
     assert got.status == 200
     process.terminate()

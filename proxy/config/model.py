@@ -174,6 +174,18 @@ def _check_region_endpoint(value: str) -> str:
     return url
 
 
+def _check_public_url(value: str) -> str:
+    """Return the base URL under which apps reach the proxy, without a trailing slash; no token goes there."""
+    try:
+        parts = urlsplit(value)
+        is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or "?" in value or "#" in value:
+        raise wrong("must be a URL such as https://sp-api.example.com, without user, query or fragment")
+    return value.rstrip("/")
+
+
 Endpoint = Annotated[str, Field(min_length=8), BeforeValidator(lambda value: check_endpoint(str(value)))]
 RegionEndpoint = Annotated[str, Field(min_length=8), BeforeValidator(lambda value: _check_region_endpoint(str(value)))]
 
@@ -391,6 +403,10 @@ class Endpoints(Settings):
     eu: RegionEndpoint | None = Field(None, description="Base URL for Europe.")
     fe: RegionEndpoint | None = Field(None, description="Base URL for the Far East.")
     lwa: Endpoint = Field("https://api.amazon.com/auth/o2/token", description="Login with Amazon's token address.")
+    documents: RegionEndpoint | None = Field(
+        None,
+        description="Where documents may be besides Amazon's storage: scheme, host and port, for documents: relay.",
+    )
 
 
 class Limits(Settings):
@@ -565,6 +581,16 @@ class Config(Settings):
         "the proxy is to ask for; false: they get one of Amazon's.",
     )
     endpoints: Endpoints = Field(default_factory=Endpoints, description="Other servers than Amazon's.")
+    documents: Literal["direct", "relay"] = Field(
+        "direct",
+        description="How apps get at documents: direct, by Amazon's presigned URLs as they are; relay, through the "
+        "proxy, for apps that reach nothing else.",
+    )
+    documents_url: Annotated[str, BeforeValidator(lambda value: _check_public_url(str(value)))] | None = Field(
+        None,
+        description="Where apps send the requests for relayed documents, as https://host[:port][/path]; none: where "
+        "they sent the call, by its Host.",
+    )
     marketplaces: dict[str, Region] = Field(
         default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."
     )

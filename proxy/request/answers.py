@@ -4,9 +4,10 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
+from typing import Protocol, Self
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -14,7 +15,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
 from proxy.request.exchange import Exchange
-from proxy.request.http1 import Answer, Names
+from proxy.request.http1 import Names
 from proxy.request.mask import Mask
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
@@ -39,6 +40,22 @@ _LONGEST_REASON = 64  # bytes of a reason phrase that is remembered
 
 # Only the proxy may say these: an answer that brings them is not to be taken for the proxy's own.
 OURS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
+
+
+# What is true of the bytes of a body alone, and no longer where it was unpacked or written anew.
+_OF_THE_BYTES = frozenset(
+    {
+        "accept-ranges",
+        "content-digest",
+        "content-encoding",
+        "content-length",
+        "content-md5",
+        "digest",
+        "etag",
+        "repr-digest",
+    }
+)
+_CHECKSUM = "x-amz-checksum-"
 
 
 def named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
@@ -84,6 +101,58 @@ class _Plain(web.StreamResponse):
                 self.headers.popall(name, None)
 
 
+class AnswerHead(Protocol):
+    """What there is to know of an answer before its body: Amazon's own, or one that was made of it."""
+
+    @property
+    def status(self) -> int:
+        """The status code."""
+
+    @property
+    def reason(self) -> bytes:
+        """The reason phrase."""
+
+    @property
+    def names(self) -> Names:
+        """The names of its fields."""
+
+    @property
+    def values(self) -> Sequence[bytes]:
+        """Their values, in the same order."""
+
+    def first(self, name: bytes) -> str | None:
+        """Return the first value of the field with this name in lower case, None where there is none."""
+
+
+class ChangedHead:
+    """The head of an answer whose body is not the one it came with; what tells of the bytes of that one is left out."""
+
+    def __init__(self, status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes]]) -> None:
+        kept = list(fields)
+        self.status = status
+        self.reason = reason
+        self.names = Names(tuple(name for name, _ in kept))
+        self.values = [value for _, value in kept]
+
+    @classmethod
+    def of(cls, head: AnswerHead, length: int | None) -> Self:
+        """Return the head for another body, of `length` bytes where that is known."""
+        fields = [
+            (name, value)
+            for name, value in zip(head.names.in_order, head.values, strict=True)
+            if _plain(name.decode("latin-1")) not in _OF_THE_BYTES
+            and not _plain(name.decode("latin-1")).startswith(_CHECKSUM)
+        ]
+        if length is not None:
+            fields.append((b"Content-Length", b"%d" % length))
+        return cls(head.status, head.reason, fields)
+
+    def first(self, name: bytes) -> str | None:
+        """Return the first value of the field with this name in lower case, None where there is none."""
+        index = self.names.at.get(name)
+        return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
+
+
 class AmazonsAnswer:
     """How Amazon's answer is written to the app: with one field more, what the proxy decided and did.
 
@@ -93,7 +162,7 @@ class AmazonsAnswer:
     __slots__ = ("head", "is_chunked", "keep_alive")
 
     def __init__(
-        self, answer: Answer, request: web.BaseRequest, exchange: Exchange, mask: Mask, *, is_last: bool
+        self, answer: AnswerHead, request: web.BaseRequest, exchange: Exchange, mask: Mask, *, is_last: bool
     ) -> None:
         is_1_0 = request.version != HttpVersion11
         self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
@@ -116,7 +185,7 @@ class AmazonsAnswer:
         if is_1_0 is self.keep_alive:
             parts.append(b"\r\nConnection: keep-alive" if is_1_0 else b"\r\nConnection: close")
         parts.append(b"\r\nx-sp-proxy: " + exchange.summary().encode())
-        if exchange.retry_after is not None and answer.value(b"retry-after") is None:
+        if exchange.retry_after is not None and b"retry-after" not in names.at:
             parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(exchange.retry_after)))
         parts.append(b"\r\n\r\n")
         self.head = mask.whole(b"".join(parts))
@@ -136,7 +205,7 @@ def _status_line(minor: int, status: int, reason: bytes) -> bytes:
     return b"HTTP/1.%d %d %b" % (minor, status, reason)
 
 
-def _add_some(parts: list[bytes], answer: Answer) -> None:
+def _add_some(parts: list[bytes], answer: AnswerHead) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [

@@ -39,6 +39,7 @@ from proxy.request.tokens import Token, Tokens
 from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
 
 if TYPE_CHECKING:
+    from proxy.request.relay import Relay  # and what seals, for those who have documents relayed
     from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
@@ -74,6 +75,7 @@ class Handler:
     deadlines: Deadlines
     metrics: Metrics
     traces: "Traces | None" = None
+    relay: "Relay | None" = None
     now: Callable[[], float] = time.monotonic
     # Settings that every request asks for.
     _max_wait: float = field(init=False)
@@ -140,10 +142,12 @@ class Handler:
     async def _serve(
         self, request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
     ) -> AmazonsAnswer | PlaceholderAnswer:
-        headers, permit = head.headers, self.permits[exchange.caller]
+        headers, permit, relay = head.headers, self.permits[exchange.caller], self.relay
         if request.method == "POST" and (own := self.placeholders.answered(admitted.target)):
             exchange.own = own
             return await self.placeholders.answer(request, exchange, permit, self.deadlines)
+        if relay is not None and relay.is_for(admitted.target):
+            return await self._relay(relay, request, head, admitted, exchange)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
@@ -152,6 +156,8 @@ class Handler:
             call = Call(request, head, target, exchange, patience)
             try:
                 response, beginning = await self._answered(call, options)
+                if relay is not None and relay.concerns(target, response):
+                    return await relay.pass_on(call, response, self.listener)
                 reader = self.documents.reader(target, response)
                 return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
             finally:
@@ -159,6 +165,18 @@ class Handler:
                     self.crowd.come_back(target.account)
                 if call.mask.was_needed:
                     self.metrics.masked_tokens.inc()
+
+    async def _relay(
+        self, relay: "Relay", request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
+    ) -> AmazonsAnswer:
+        """Serve a document; no usage plan is for it, and no token."""
+        permit = self.permits[exchange.caller]
+        opened = relay.opened(request.method, admitted, head, self.listener, exchange.caller, permit)
+        exchange.target, exchange.elements = opened.target, opened.elements
+        options = parse_options(head.headers, head.names, (self.name, exchange.caller), self._max_wait)
+        with Patience(self.deadlines, options.timeout) as patience:
+            call = Call(request, head, opened.target, exchange, patience)
+            return await relay.fetched(call, unpack=opened.unpack)
 
     async def _answered(self, call: Call, options: Options) -> tuple[Answer, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.

@@ -217,6 +217,14 @@ def identify(
     )
 
 
+def account_of(
+    name: str, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: Permit
+) -> tuple[str, str]:
+    """Return the account that a path names, and the words for where it came from; raise as `identify` does."""
+    choice = _account(name, headers, listener, config, permit)
+    return choice.value, choice.source
+
+
 def endpoint_of(config: Config, environment: Environment, region: Region) -> str:
     """Return the base URL, without a trailing slash, of the region's host."""
     return getattr(config.endpoints, region) or f"https://{HOSTS[environment, region]}"

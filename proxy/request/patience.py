@@ -5,6 +5,7 @@ a phase costs a few comparisons, and no timer of its own.
 """
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -120,6 +121,11 @@ class Patience:
         self.deadline, self._error = end, _AMAZON_SILENT
         if end < self._deadlines.next:
             self._deadlines.be_there(end)
+
+    @property
+    def now(self) -> Callable[[], float]:
+        """The clock, monotonic, in seconds."""
+        return self._now
 
     @property
     def left(self) -> float:

@@ -7,9 +7,10 @@ headers are set. Bodies are streamed both ways as they are, and both ways at onc
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from functools import lru_cache
 from operator import itemgetter
+from typing import Any
 
 from aiohttp import ClientError, web
 from aiohttp.http import HttpVersion11
@@ -18,14 +19,14 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy.amazon.headers import credential_headers
 from proxy.config import Config
 from proxy.errors import ConnectTimeout, MalformedRequest, ProxyError, UpstreamBroken, UpstreamUnreachable
-from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, break_off, named_in_connection
+from proxy.request.answers import HOP_BY_HOP, AmazonsAnswer, AnswerHead, break_off, named_in_connection
 from proxy.request.dial import Origin, Tls
 from proxy.request.documents import Reader
 from proxy.request.exchange import Exchange
 from proxy.request.heads import Head
 from proxy.request.http1 import Answer, Broken, Wire
 from proxy.request.identify import Target
-from proxy.request.mask import Mask
+from proxy.request.mask import Mask, NoMask
 from proxy.request.patience import Patience
 from proxy.request.pool import Pool, field_lines
 from proxy.request.tokens import Token
@@ -143,7 +144,7 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-_NO_MASK = Mask(b"")
+_NO_MASK = NoMask()
 
 
 class Call:
@@ -162,7 +163,7 @@ class Call:
         self.patience = patience
         self.has_place = False  # among the account's requests at Amazon
         self.wants_new_connection = False  # the last attempt broke on one that had been idle
-        self.mask = _NO_MASK  # for the token that went with it
+        self.mask: Mask = _NO_MASK  # for the token that went with it
         self._kept: list[bytes] | None = []
         self._kept_size = 0
         self._is_read = not request.body_exists
@@ -242,16 +243,25 @@ class Upstream:
         self._user_agents = user_agents
         self._wall = wall
 
-    async def send(self, call: Call, token: Token) -> Answer:
+    def send(self, call: Call, token: Token) -> Coroutine[Any, Any, Answer]:
         """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
 
         Raises an error of ours for everything that keeps an answer from coming.
         """
         call.exchange.attempts += 1
         call.mask = Mask(token.telling_part)
+        own = lines_for_amazon(call.request.method, call.head)
+        credentials = self._credentials(call.target.application, token)
+        return self.send_with(call, own, credentials, says_length=call.head.says_length)
+
+    async def send_with(self, call: Call, *lines: bytes, says_length: bool) -> Answer:
+        """Do what `send` does with these lines of fields and no other; they say the body's length, or do not.
+
+        The request goes to the target's endpoint, whatever that is.
+        """
         call.patience.for_amazon()
         origin, host = _origin_of(call.target.endpoint)
-        head, is_chunked = self._head(call, token, host)
+        head, is_chunked = _head(call, host, *lines, says_length=says_length)
         wire = await self._connection(origin, fresh=call.wants_new_connection)
         was_used = wire.served > 0
         answer = _begin(wire, call, head, is_chunked=is_chunked)
@@ -269,17 +279,6 @@ class Upstream:
             await answer.end()
             raise
         return answer
-
-    def _head(self, call: Call, token: Token, host: bytes) -> tuple[bytes, bool]:
-        """Return the request's head, and whether its body goes in chunks."""
-        method, is_chunked, framing = call.request.method, False, b"\r\n"
-        own, credentials = lines_for_amazon(method, call.head), self._credentials(call.target.application, token)
-        if method not in BODILESS and not call.head.says_length:
-            is_chunked = call.request.body_exists
-            framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
-        # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
-        line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
-        return b"".join((line, host, own, credentials, framing)), is_chunked
 
     def _credentials(self, application: str, token: Token) -> bytes:
         """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
@@ -331,6 +330,51 @@ class Upstream:
             if answer.upload is not None or exchange.broken or not answer.at_end:
                 await answer.end()
         return passed
+
+    async def relay_changed(
+        self,
+        call: Call,
+        answer: Answer,
+        head: AnswerHead,
+        piece: bytes,
+        pieces: AsyncGenerator[bytes, None] | None = None,
+    ) -> AmazonsAnswer:
+        """Stream what was made of an answer, a first piece and all `pieces`, behind a head of its own.
+
+        Where it breaks off, so does the app's connection, if anything went out on it. Raises UpstreamBroken before
+        that, and what `pieces` raise.
+        """
+        request, exchange = call.request, call.exchange
+        is_early = request.body_exists and not request.content.at_eof()
+        passed = AmazonsAnswer(head, request, exchange, call.mask, is_last=is_early)
+        try:
+            await _stream_changed(call, passed, piece, pieces)
+        except BaseException as exc:
+            if not exchange.begun:
+                if isinstance(exc, Broken):
+                    raise UpstreamBroken("Amazon's answer broke off", "Try again.") from exc
+                raise
+            exchange.broken = True
+            break_off(request)
+            if not isinstance(exc, (Broken, ConnectionError)):
+                raise
+        finally:
+            if pieces is not None:
+                await pieces.aclose()
+            if answer.upload is not None or exchange.broken or not answer.at_end:
+                await answer.end()
+        return passed
+
+
+def _head(call: Call, *lines: bytes, says_length: bool) -> tuple[bytes, bool]:
+    """Return the request's head, and whether its body goes in chunks."""
+    method, is_chunked, framing = call.request.method, False, b"\r\n"
+    if method not in BODILESS and not says_length:
+        is_chunked = call.request.body_exists
+        framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
+    # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
+    line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
+    return b"".join((line, *lines, framing)), is_chunked
 
 
 def _begin(wire: Wire, call: Call, head: bytes, *, is_chunked: bool) -> Answer:
@@ -402,6 +446,28 @@ async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: byte
         reader.end()
     data = call.mask.end()
     call.exchange.response_bytes += len(data)
+    if _written(call, out + passed.framed(data) + passed.end):
+        await _drained(call)
+
+
+async def _stream_changed(
+    call: Call, passed: AmazonsAnswer, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
+) -> None:
+    """Write what was made of an answer; nothing goes out before there is a second piece, or no more of them."""
+    exchange, out = call.exchange, passed.head
+    while True:
+        data = call.mask.feed(piece)
+        exchange.response_bytes += len(data)
+        out += passed.framed(data)
+        piece = await anext(pieces, b"") if pieces is not None else b""
+        if not piece:
+            break
+        exchange.begun = True
+        if _written(call, out):
+            await _drained(call)
+        out = b""
+    exchange.begun, data = True, call.mask.end()
+    exchange.response_bytes += len(data)
     if _written(call, out + passed.framed(data) + passed.end):
         await _drained(call)
 

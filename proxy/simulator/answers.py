@@ -88,9 +88,5 @@ _FIXED: dict[tuple[str, str], tuple[int, Any]] = {
     ),
     ("POST", "/reports/2021-06-30/reports"): (202, {"reportId": "1"}),
     ("POST", "/feeds/2021-06-30/feeds"): (202, {"feedId": "1"}),
-    ("POST", "/feeds/2021-06-30/documents"): (
-        201,
-        {"feedDocumentId": "amzn1.tortuga.3.simulated", "url": "https://storage.example/upload"},
-    ),
     ("POST", "/applications/2023-11-30/clientSecret"): (204, None),
 }

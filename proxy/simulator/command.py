@@ -132,7 +132,7 @@ def _for_people(endpoints: dict[str, str]) -> str:
         "# The simulator listens. A configuration for the proxy:",
         "",
         "endpoints:",
-        *(f"  {name}: {endpoints[name]}" for name in (*REGIONS, "lwa")),
+        *(f"  {name}: {endpoints[name]}" for name in (*REGIONS, "lwa", "documents")),
         "applications:",
         f"  main: {{client_id: {DEMO_CLIENT}, client_secret: {DEMO_SECRET}}}",
         "accounts:",

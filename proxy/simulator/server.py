@@ -1,4 +1,7 @@
-"""How do requests come in and answers go out: the token host, three regions and the control, each a listener."""
+"""How do requests come in and answers go out: the token host, three regions and the control, each a listener.
+
+The documents are on the token host's port too.
+"""
 
 import asyncio
 import hashlib
@@ -12,7 +15,7 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.simulator import answers, control, gate, lwa, rdt
+from proxy.simulator import answers, control, documents, gate, lwa, rdt
 from proxy.simulator.models import Models, read_models
 from proxy.simulator.plans import WELL_KNOWN, Plans, announced
 from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
@@ -74,6 +77,7 @@ class Simulator:
         self.state = State.of(self.settings, now, wall)
         self.models = Models(read_models(self.settings.models)) if self.settings.models else None
         self.plans = self._plans()
+        self.documents = documents.Documents()
         self.endpoints: dict[str, str] = {}
         self._stack = AsyncExitStack()
 
@@ -94,6 +98,7 @@ class Simulator:
         except BaseException:
             await self._stack.aclose()
             raise
+        self.endpoints["documents"] = self.documents.base = self.endpoints["lwa"]
         self.endpoints["control"] = self.endpoints["lwa"] + control.PATH
         self.endpoints["lwa"] += lwa.PATH
         return self
@@ -133,6 +138,8 @@ class Simulator:
         return plans
 
     async def _handle(self, service: str, request: web.BaseRequest) -> web.StreamResponse:
+        if service == "lwa" and request.raw_path.startswith(documents.PATH):
+            service = "documents"
         incoming = await _read(service, request)
         if service == "lwa" and incoming.path.startswith(control.PATH):
             return await _send(request, control.answer(self, incoming.method, incoming.path, incoming.body))
@@ -146,6 +153,12 @@ class Simulator:
         return await _send(request, outcome.reply)
 
     def _answer(self, incoming: Incoming) -> Outcome:
+        if incoming.service == "documents":
+            return Outcome(
+                self.documents.answer(
+                    incoming.method, incoming.target, incoming.named, incoming.body, self.state.wall()
+                )
+            )
         if incoming.service == "lwa":
             content_type = incoming.named.get("content-type", "")
             return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
@@ -178,18 +191,23 @@ class Simulator:
         if (method, path) == ("POST", rdt.PATH) and token.kind == "lwa":
             return Outcome(rdt.create(self.state, token, incoming.body), token, "createRestrictedDataToken")
         if self.models is None:
-            status, content = answers.answer(token, method, path, incoming.query)
-            return Outcome(_as_reply(status, content), token)
+            return Outcome(self._plain(incoming, token), token)
         operation = self.models.find(method, path)
         if operation is None:
             return Outcome(forbidden(), token)
         if not operation.statics:
-            status, content = answers.answer(token, method, path, incoming.query)
-            return Outcome(_as_reply(status, content), token, operation.name)
+            return Outcome(self._plain(incoming, token), token, operation.name)
         static = self.models.answer(operation, path, incoming.query, incoming.named, incoming.body)
         if static is None:
             return Outcome(invalid_input("Could not match input arguments"), token, operation.name)
         return Outcome(_as_reply(static.status, static.content), token, operation.name)
+
+    def _plain(self, incoming: Incoming, token: Issued) -> Reply:
+        """Answer without a model."""
+        method, path = incoming.method, incoming.path
+        named = self.documents.call(method, path, incoming.body, self.state.wall())
+        status, content = named or answers.answer(token, method, path, incoming.query)
+        return _as_reply(status, content)
 
     def _record(self, incoming: Incoming, outcome: Outcome) -> None:
         token, status = outcome.token, outcome.reply.status
