@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -21,6 +21,7 @@ from proxy import __version__, ask, logs, process, sockets, systemd
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
+from proxy.authorize import add_flags, authorize
 from proxy.config import (
     REGIONS,
     Address,
@@ -31,6 +32,7 @@ from proxy.config import (
     Problem,
     Region,
     admin_addresses,
+    applications_config,
     load_config,
     parse_duration,
 )
@@ -47,6 +49,9 @@ from proxy.rotate import RotationFailed, rotate_client_secret
 from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
+
+T = TypeVar("T")
 
 _EXIT_CODES = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
 
@@ -71,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         for problem in exc.problems:
             _complain(f"  {problem}")
         return USAGE
+    except KeyboardInterrupt:
+        _complain("sp-api-proxy: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:
         # `sp-api-proxy operations | head`: nobody reads any more, which is no failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_schema,
         _add_simulate,
         _add_rotate,
+        _add_authorize,
         _add_wait,
         _add_healthcheck,
         _add_shutdown,
@@ -246,8 +255,8 @@ def _has_credentials(environ: Mapping[str, str]) -> bool:
     return any(value and name.startswith(names) for name, value in environ.items())
 
 
-def _run(main_task: Coroutine[Any, Any, int]) -> int:
-    """Run a coroutine on uvloop where it exists, and return the exit code it gives."""
+def _run(main_task: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop where it exists, and return what it returns."""
     try:
         import uvloop  # noqa: PLC0415 - there is none on Windows
     except ImportError:
@@ -512,6 +521,31 @@ def _rotate(options: argparse.Namespace) -> int:
 async def _rotated(config: Config, name: str, region: Region) -> int:
     await rotate_client_secret(config, name, region)
     return OK
+
+
+# authorize
+
+
+def _add_authorize(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "authorize",
+        _authorize,
+        "get a refresh token: a selling partner consents at Amazon, and a file keeps it",
+        "sp-api-proxy authorize --marketplace DE --application-id amzn1.sp.solution.… --output secrets/acme_eu\n"
+        "a private application: sp-api-proxy authorize --self-authorized --marketplace DE --output secrets/acme_eu",
+    )
+    add_flags(parser)
+    _add_config_flags(parser)
+
+
+def _authorize(options: argparse.Namespace) -> int:
+    config = applications_config(_config_path(options), os.environ, _flags(options))
+    process.harden()
+    process.forget_secrets(os.environ, config)  # a browser gets none of them
+    # Where there is no screen, a browser may be one for the terminal, which would take it over.
+    is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return authorize(options, config, has_screen=is_desktop and sys.stdout.isatty(), run=_run)
 
 
 # check, schema, explain

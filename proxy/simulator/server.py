@@ -12,7 +12,7 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.simulator import answers, control, gate, lwa, rdt
+from proxy.simulator import answers, consent, control, gate, lwa, rdt
 from proxy.simulator.models import Models, read_models
 from proxy.simulator.plans import WELL_KNOWN, Plans, announced
 from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
@@ -149,6 +149,9 @@ class Simulator:
         if incoming.service == "lwa":
             content_type = incoming.named.get("content-type", "")
             return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
+        if incoming.path.startswith(consent.PATH):
+            state, service = self.state, incoming.service
+            return Outcome(consent.page(state, service, incoming.method, incoming.path, incoming.query))
         names = [name.lower() for name, _ in incoming.headers]
         refused = gate.well_formed(incoming.method, names)
         if refused is None:
