@@ -63,8 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--application-id",
         metavar="ID",
-        help="the application's own id at Amazon, amzn1.sp.solution.…: it stands beside the application in Amazon's list "
-        "of them, and is not the client id",
+        help="the application's own id at Amazon, such as amzn1.sp.solution.x: it stands in Amazon's list of "
+        "applications, and is not the client id",
     )
     what.add_argument("--application", metavar="NAME", help="its name in the configuration, where there are several")
     what.add_argument(
@@ -87,8 +87,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     back = parser.add_argument_group(
         "the way back",
-        "Amazon leads the browser to an https address that the application is registered with. --paste works with every "
-        "one, whatever it shows. --listen works where that address sends the browser on to this machine, query and all.",
+        "Amazon leads the browser to an https address that the application is registered with. --paste works with "
+        "every one, whatever it shows. --listen works where that address sends the browser on to this machine, query "
+        "and all.",
     )
     one = back.add_mutually_exclusive_group()
     one.add_argument("--paste", action="store_true", help="ask for the address that the browser was led to (default)")
@@ -129,8 +130,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
             run(check_refresh_token(config, config.applications[name], refresh_token))
         else:
             consent = _consent(options, central, timeout, has_screen=has_screen, run=run)
-            if options.selling_partner not in {None, consent.selling_partner}:
-                raise AuthorizationFailed("somebody else consented than --selling-partner names: nothing is stored")
+            _check_who(consent, options.selling_partner)
             work = refresh_token_of(config, config.applications[name], consent, options.redirect_uri)
             refresh_token = run(work)
         store(options.output, refresh_token, replace=options.force)
@@ -160,7 +160,7 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, Central,
     if central is None:
         raise _WrongUse(f"--marketplace must be one of {', '.join(CENTRALS)}")
     if not options.self_authorized and not options.application_id:
-        raise _WrongUse("--application-id is needed, the id of the application at Amazon (amzn1.sp.solution.…)")
+        raise _WrongUse("--application-id is needed, the id of the application at Amazon (such as amzn1.sp.solution.x)")
     if (options.application_id or "").startswith("amzn1.application-oa2-client."):
         raise _WrongUse("--application-id is the client id: give the application's own, which is shown beside it")
     for flag, url in (("--redirect-uri", options.redirect_uri), ("--central", options.central)):
@@ -172,6 +172,11 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, Central,
         return name, central, parse_duration(options.timeout)
     except ValueError:
         raise _WrongUse("--timeout must be a duration such as 10m") from None
+
+
+def _check_who(consent: Consent, expected: str | None) -> None:
+    if expected is not None and consent.selling_partner != expected:
+        raise AuthorizationFailed("somebody else consented than --selling-partner names: nothing is stored")
 
 
 def _is_safe(url: str) -> bool:
@@ -274,13 +279,13 @@ async def check_refresh_token(
 
 async def _tried(
     call: Callable[[], Awaitable[T]],
-    timeout: float,
+    seconds: float,
     advice: dict[str, str],
     sleep: Callable[[float], Awaitable[None]],
 ) -> T:
     reason = "timeout"
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             for attempt in range(TRIES):
                 if attempt:
                     await sleep(PAUSE)

@@ -33,7 +33,7 @@ def store(path: Path, text: Secret, *, replace: bool) -> None:
     try:
         # Made with mode 0600, under a name that nobody else can have taken.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{text.reveal()}\n")
             file.flush()
             os.fsync(file.fileno())
