@@ -26,8 +26,9 @@ NO_ELEMENTS = (
     "data_elements. Until then the proxy asks without it."
 )
 WRONG_REGION = (
-    "Other accounts of the application work: this one's refresh token is for another region (put it under that one), or "
-    "its authorisation was withdrawn or is older than the role (have the seller authorise anew: sp-api-proxy authorize)."
+    "Other accounts of the application work: this one's refresh token is for another region (put it under that one), "
+    "or its authorisation was withdrawn, or is older than the role (have the seller authorise anew: "
+    "sp-api-proxy authorize)."
 )
 NO_ROLE = (
     "No account of the application works here. Either it lacks the role of the Sellers API (Selling Partner Insights), "

@@ -88,13 +88,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     back = parser.add_argument_group(
         "the way back",
         "Amazon leads the browser to an https address that the application is registered with. --paste works with "
-        "every one, whatever it shows. --listen works where that address sends the browser on to this machine, query "
+        "every one, whatever it shows. --port works where that address sends the browser on to this machine, query "
         "and all.",
     )
     one = back.add_mutually_exclusive_group()
     one.add_argument("--paste", action="store_true", help="ask for the address that the browser was led to (default)")
     one.add_argument(
-        "--listen", type=int, metavar="PORT", help="wait for the browser on 127.0.0.1 instead; 0 takes a free port"
+        "--port", type=int, metavar="PORT", help="wait for the browser on 127.0.0.1 instead; 0 takes a free port"
     )
     back.add_argument(
         "--redirect-uri", metavar="URL", help="which of the registered addresses; left out, it is the first of them"
@@ -141,7 +141,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
         _complain(f"nothing came within {options.timeout}: begin again, or give it longer (--timeout)")
         return FAILED
     except OSError as exc:
-        _complain(f"cannot listen on 127.0.0.1:{options.listen}: {exc.strerror or 'it is not possible'}")
+        _complain(f"cannot listen on 127.0.0.1:{options.port}: {exc.strerror or 'it is not possible'}")
         return FAILED
     _say(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
     _say(snippet(options.account, name, central.region, options.output))
@@ -166,8 +166,8 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, Central,
     for flag, url in (("--redirect-uri", options.redirect_uri), ("--central", options.central)):
         if url is not None and not _is_safe(url):
             raise _WrongUse(f"{flag} must be an https address (http only to this machine)")
-    if options.listen is not None and not 0 <= options.listen <= 65535:
-        raise _WrongUse("--listen must be a port: 0 to 65535")
+    if options.port is not None and not 0 <= options.port <= 65535:
+        raise _WrongUse("--port must be a port: 0 to 65535")
     try:
         return name, central, parse_duration(options.timeout)
     except ValueError:
@@ -211,7 +211,7 @@ def _consent(
         if is_opened and not webbrowser.open(url):
             _say("No browser could be opened here: open it yourself.")
 
-    if options.listen is None:
+    if options.port is None:
         send()
         _say("The browser is led to an address of the application's, whatever that shows. Paste it here, whole,")
         _say("within five minutes of the consent.")
@@ -223,7 +223,7 @@ def _consent(
         _say(f"Waiting on http://127.0.0.1:{port} for the browser. Amazon leads it to the https address that the")
         _say("application is registered with, which has to send it on to here, query and all. Otherwise: --paste.")
 
-    return run(_within(timeout, redirected(state, options.listen, listening)))
+    return run(_within(timeout, redirected(state, options.port, listening)))
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:

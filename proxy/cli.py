@@ -40,7 +40,7 @@ from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.reload import Reloads, Result, stamps
-from proxy.report import Progress, as_json, as_text
+from proxy.report import Progress, Report, as_json, as_text, places
 from proxy.request import dial, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
@@ -603,7 +603,7 @@ def _check(options: argparse.Namespace) -> int:
 def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
     config = loaded.config
     unknown = [name for name in options.account if name not in config.accounts]
-    wanted = live.places(config, options.account, options.region)
+    wanted = places(config, options.account, options.region)
     if unknown or not wanted:
         _complain(f"sp-api-proxy: no account {', '.join(unknown) or 'with a refresh token there'} in the configuration")
         return USAGE
@@ -614,7 +614,7 @@ def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
         _complain(f"warning: {problem}")
     process.harden()
     logs.LOGGER.setLevel("CRITICAL")  # what it would say is in the report
-    report = live.Report(wanted)
+    report = Report(wanted)
     progress = Progress(report)
     try:
         _run(_looked(config, report, options.call, progress))
@@ -626,7 +626,7 @@ def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
     return OK if report.works else FAILED
 
 
-async def _looked(config: Config, report: live.Report, call: str, progress: Progress) -> None:
+async def _looked(config: Config, report: Report, call: str, progress: Progress) -> None:
     # Ctrl-C cancels this: what was found till then is shown.
     with suppress(asyncio.CancelledError):
         await live.look(config, report, call=call, told=progress.tell)

@@ -9,22 +9,21 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.advice import (
     CLOCK,
     FAILING,
-    NOWHERE,
     NO_ELEMENTS,
     NO_MARKETPLACES,
     NO_ROLE,
     NO_SCOPE,
+    NOWHERE,
     ODD,
     THROTTLED,
     WRONG_REGION,
@@ -35,9 +34,10 @@ from proxy.amazon.headers import credential_headers
 from proxy.amazon.operations import OperationTable, load_table
 from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
 from proxy.app import open_lwa_session, user_agents
-from proxy.config import Config, Listener, Region
+from proxy.config import Config, Listener
 from proxy.errors import ProxyError, UsagePlanExhausted
 from proxy.metrics import Metrics
+from proxy.report import Finding, Place, Report, Result
 from proxy.request.dial import Origin
 from proxy.request.documents import Documents
 from proxy.request.forbidden import HINTS, REFUSED, Experience
@@ -61,35 +61,7 @@ CALL = "/sellers/v1/marketplaceParticipations"
 RESTRICTED = "/orders/v0/orders"  # asked for personal data, never called
 SCOPE = "sellingpartnerapi::notifications"
 
-Step = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
-Result = Literal["ok", "warning", "failed", "not tried"]
-
 _COUNTRY = re.compile(r"[A-Z]{2}", re.ASCII)
-
-
-class Finding(NamedTuple):
-    """What came of one step; what it is not about is empty.
-
-    `code` is a word for programs, `said` what happened, `advice` what to do; both hold nothing secret or personal.
-    """
-
-    step: Step
-    result: Result
-    application: str = ""
-    account: str = ""
-    region: str = ""
-    host: str = ""
-    code: str = ""
-    said: str = ""
-    advice: str = ""
-    countries: tuple[str, ...] = ()
-
-
-class Place(NamedTuple):
-    """An account in a region."""
-
-    account: str
-    region: Region
 
 
 def is_callable(path: str, table: OperationTable) -> bool:
@@ -101,32 +73,6 @@ def is_callable(path: str, table: OperationTable) -> bool:
         return False
     operation = table.match("GET", path.partition("?")[0])
     return operation is not None and not operation.restricted and not operation.scope
-
-
-def places(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[Place]:
-    """Return the accounts and regions to look at; no names stand for all of them."""
-    return [
-        Place(name, region)
-        for name, account in config.accounts.items()
-        if not accounts or name in accounts
-        for region in account.refresh_tokens
-        if not regions or region in regions
-    ]
-
-
-@dataclass(slots=True)
-class Report:
-    """What is wanted, what was found so far, and how many of the wanted are done."""
-
-    wanted: list[Place]
-    findings: list[Finding] = field(default_factory=list)
-    done: int = 0
-    is_whole: bool = False
-
-    @property
-    def works(self) -> bool:
-        """Whether everything was tried, and nothing failed."""
-        return self.is_whole and all(finding.result in {"ok", "warning"} for finding in self.findings)
 
 
 async def look(

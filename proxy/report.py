@@ -1,12 +1,16 @@
-"""How is what was found about the accounts shown: to a person, to a program, and while it is still going on?"""
+"""What was found about the accounts, and how is it shown: to a person, to a program, and while it is going on?"""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TextIO
 
-from proxy.live import Finding, Place, Report, Result, Step
+from proxy.config import Config, Region
+
+Step = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
+Result = Literal["ok", "warning", "failed", "not tried"]
 
 AT_A_TERMINAL = 0.2  # seconds between two signs of progress
 IN_A_FILE = 5.0
@@ -14,6 +18,57 @@ MOST_NAMED = 5  # of those who have the same trouble
 
 _MARKS: dict[Result, str] = {"ok": "ok", "warning": "warning", "failed": "FAILED", "not tried": "-"}
 _COLUMNS: tuple[Step, ...] = ("token", "call", "rdt")
+
+
+class Finding(NamedTuple):
+    """What came of one step; what it is not about is empty.
+
+    `code` is a word for programs, `said` what happened, `advice` what to do; both hold nothing secret or personal.
+    """
+
+    step: Step
+    result: Result
+    application: str = ""
+    account: str = ""
+    region: str = ""
+    host: str = ""
+    code: str = ""
+    said: str = ""
+    advice: str = ""
+    countries: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """An account in a region."""
+
+    account: str
+    region: Region
+
+
+def places(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[Place]:
+    """Return the accounts and regions to look at; no names stand for all of them."""
+    return [
+        Place(name, region)
+        for name, account in config.accounts.items()
+        if not accounts or name in accounts
+        for region in account.refresh_tokens
+        if not regions or region in regions
+    ]
+
+
+@dataclass(slots=True)
+class Report:
+    """What is wanted, what was found so far, and how many of the wanted are done."""
+
+    wanted: list[Place]
+    findings: list[Finding] = field(default_factory=list)
+    done: int = 0
+    is_whole: bool = False
+
+    @property
+    def works(self) -> bool:
+        """Whether everything was tried, and nothing failed."""
+        return self.is_whole and all(finding.result in {"ok", "warning"} for finding in self.findings)
 
 
 class Progress:
