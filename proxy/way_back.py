@@ -38,9 +38,9 @@ def read_line(prompt: str, timeout: float) -> str:
 
     A system without terminals of Unix waits for ever.
     """
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
     with _without_echo():
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
         try:
             line = _line(sys.stdin.fileno(), time.monotonic() + timeout)
         finally:
