@@ -14,6 +14,7 @@ NO_SCOPE = (
     "are for seller applications alone; ask Amazon for the role otherwise."
 )
 THROTTLED = "Something else uses up this account's usage plan: try again in a few minutes."
+NO_WAY_TO_LWA = "no way to Login with Amazon"
 NOWHERE = "Amazon answers 200, and names no marketplace"
 NO_MARKETPLACES = (
     "The refresh token is probably for another region: put it under that one. Else the account sells nowhere yet."

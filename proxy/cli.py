@@ -627,9 +627,11 @@ def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
 
 
 async def _looked(config: Config, report: Report, call: str, progress: Progress) -> None:
+    telling = asyncio.create_task(progress.go_on(), name="progress")
     # Ctrl-C cancels this: what was found till then is shown.
     with suppress(asyncio.CancelledError):
-        await live.look(config, report, call=call, told=progress.tell)
+        await live.look(config, report, call=call)
+    telling.cancel()
 
 
 def _plural(count: int, noun: str) -> str:

@@ -23,6 +23,7 @@ from proxy.advice import (
     NO_MARKETPLACES,
     NO_ROLE,
     NO_SCOPE,
+    NO_WAY_TO_LWA,
     NOWHERE,
     ODD,
     THROTTLED,
@@ -46,6 +47,7 @@ from proxy.request.guard import Admitted
 from proxy.request.http1 import Broken
 from proxy.request.identify import ACCOUNT_HEADER, REGION_HEADER, Credential, Target, endpoint_of, identify
 from proxy.request.limits import RATE_HEADER, Claim, Limits
+from proxy.request.mask import Mask
 from proxy.request.pool import Pool
 from proxy.request.retries import RETRIED_STATUSES
 from proxy.request.tokens import Token, Tokens
@@ -80,7 +82,6 @@ async def look(
     report: Report,
     *,
     call: str = CALL,
-    told: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -88,10 +89,10 @@ async def look(
 ) -> None:
     """Look at all that `report` wants, and note what is found; who is cancelled leaves what was found till then.
 
-    `call` is the path, with its query, that is called for each account; `told` is called after each.
+    `call` is the path, with its query, that is called for each account.
     """
     async with _parts(config, now=now, wall=wall, call_later=call_later) as parts:
-        looking = _Looking(config, parts, report, call, told, wall, sleep)
+        looking = _Looking(config, parts, report, call, wall, sleep)
         await looking.at_connections()
         await looking.at_applications()
         await looking.at_places()
@@ -147,7 +148,6 @@ class _Looking:
         parts: _Parts,
         report: Report,
         call: str,
-        told: Callable[[], None],
         wall: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
     ) -> None:
@@ -155,7 +155,6 @@ class _Looking:
         self._parts = parts
         self._report = report
         self._call = call
-        self._told = told
         self._wall = wall
         self._sleep = sleep
         self._experience = Experience(parts.table)
@@ -174,19 +173,19 @@ class _Looking:
         endpoints = {Origin.of(lwa): self._parts.lwa}
         for place in self._report.wanted:
             endpoints.setdefault(Origin.of(self._endpoint(place)), self._parts.amazon)
-        await asyncio.gather(*(self._at_connection(origin, pool) for origin, pool in endpoints.items()))
+        found = (self._at_connection(origin, pool) for origin, pool in endpoints.items())
+        self._report.findings += await asyncio.gather(*found)
 
-    async def _at_connection(self, origin: Origin, pool: Pool) -> None:
+    async def _at_connection(self, origin: Origin, pool: Pool) -> Finding:
         try:
             wire = await pool.take(origin, fresh=True)
         except OSError as exc:
             self._unreachable.add(origin)
             by_proxy = self._config.pool.proxy is not None
             code, said, advice = why_unreachable(exc, by_proxy=by_proxy)
-            self._note(Finding("connection", "failed", host=origin.authority, code=code, said=said, advice=advice))
-        else:
-            wire.abort()
-            self._note(Finding("connection", "ok", host=origin.authority))
+            return Finding("connection", "failed", host=origin.authority, code=code, said=said, advice=advice)
+        wire.abort()
+        return Finding("connection", "ok", host=origin.authority)
 
     def _endpoint(self, place: Place) -> str:
         environment = self._config.environment_of(self._config.accounts[place.account])
@@ -203,12 +202,13 @@ class _Looking:
         for place in self._report.wanted:
             name, _ = self._config.application_of(self._config.accounts[place.account])
             first.setdefault(name, place)
-        await asyncio.gather(*(self._at_application(name, place) for name, place in first.items()))
+        found = (self._at_application(name, place) for name, place in first.items())
+        self._report.findings += await asyncio.gather(*found)
 
-    async def _at_application(self, name: str, place: Place) -> None:
+    async def _at_application(self, name: str, place: Place) -> Finding:
+        about = Finding("grantless", "ok", name)
         if not self._is_reachable(self._config.endpoints.lwa):
-            self._note(Finding("grantless", "not tried", name, code="unreachable", said="no way to Login with Amazon"))
-            return
+            return about._replace(result="not tried", code="unreachable", said=NO_WAY_TO_LWA)
         environment = self._config.environment_of(self._config.accounts[place.account])
         credential = Credential("grantless", name, "", environment, place.region, scope=SCOPE)
         try:
@@ -218,9 +218,8 @@ class _Looking:
             # A vendor's application gets none, and needs none.
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
             advice = NO_SCOPE if result == "warning" else error.hint
-            self._note(Finding("grantless", result, name, code=reason, said=error.message, advice=advice))
-        else:
-            self._note(Finding("grantless", "ok", name))
+            return about._replace(result=result, code=reason, said=error.message, advice=advice)
+        return about
 
     # Accounts.
 
@@ -230,10 +229,8 @@ class _Looking:
 
         async def work() -> None:
             for place in waiting:
-                for finding in await self._at_place(place):
-                    self._note(finding)
+                self._report.findings += await self._at_place(place)
                 self._report.done += 1
-                self._told()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(PARALLEL, len(self._report.wanted))):
@@ -251,7 +248,7 @@ class _Looking:
         if wants_rdt:
             steps.append(about._replace(step="rdt"))
         if not self._is_reachable(self._config.endpoints.lwa):
-            return [step._replace(code="unreachable", said="no way to Login with Amazon") for step in steps]
+            return [step._replace(code="unreachable", said=NO_WAY_TO_LWA) for step in steps]
         try:
             token = await self._parts.tokens.get(target.credential)
         except ProxyError as error:
@@ -324,6 +321,7 @@ class _Looking:
             headers = {**credential_headers(token.value, agent, wall()), "Accept": "application/json"}
             async with asyncio.timeout(self._config.timeouts.upstream_idle):
                 answer, body = await self._parts.amazon.ask("GET", url, headers, b"", MAX_ANSWER)
+            body = Mask(token.value.reveal()).whole(body)
             self._note_date(answer.first(b"date"))
             self._parts.limits.learn(target, answer.status, answer.first(RATE_HEADER), waited=waited > 0)
             if attempt >= TRIES or answer.status not in {429, *RETRIED_STATUSES}:

@@ -1,5 +1,6 @@
 """What was found about the accounts, and how is it shown: to a person, to a program, and while it is going on?"""
 
+import asyncio
 import json
 import sys
 import time
@@ -80,7 +81,7 @@ class Progress:
         self._now = now
         self._is_terminal = stream.isatty()
         self._next = now() + (0.0 if self._is_terminal else IN_A_FILE)
-        self._shown = 0
+        self._line, self._shown = "", 0
 
     def tell(self) -> None:
         """Say it, where the last time was long enough ago."""
@@ -92,12 +93,18 @@ class Progress:
         )
         line = f"checked {self._report.done} of {len(self._report.wanted)}, {failed} with trouble"
         if self._is_terminal:
-            self._stream.write(f"\r{line:<{self._shown}}")
-            self._shown = len(line)
+            self._stream.write(f"\r{line:<{self._shown}}" if line != self._line else "")
+            self._line, self._shown = line, len(line)
         else:
             self._stream.write(f"{line}\n")
         self._stream.flush()
         self._next = now + (AT_A_TERMINAL if self._is_terminal else IN_A_FILE)
+
+    async def go_on(self) -> None:
+        """Say it again and again, until this is cancelled."""
+        while True:
+            self.tell()
+            await asyncio.sleep(AT_A_TERMINAL)
 
     def end(self) -> None:
         """Leave the line as it was before."""

@@ -62,12 +62,15 @@ def test_progress_is_one_line_at_a_terminal_and_gone_in_the_end() -> None:
     clock, stream, found = FakeClock(), Terminal(), report(refused(PLACES[0]), done=1)
     progress = Progress(found, stream, clock)
     progress.tell()
+    found.done = 2
     progress.tell()
-    clock.advance(AT_A_TERMINAL)
-    progress.tell()
+    assert stream.getvalue() == "\rchecked 1 of 8, 1 with trouble"
+    for _ in range(2):
+        clock.advance(AT_A_TERMINAL)
+        progress.tell()
     progress.end()
-    line = "checked 1 of 8, 1 with trouble"
-    assert stream.getvalue() == f"\r{line}\r{line}\r{'':<{len(line)}}\r"
+    last = "checked 2 of 8, 1 with trouble"
+    assert stream.getvalue() == f"\rchecked 1 of 8, 1 with trouble\r{last}\r{'':<{len(last)}}\r"
 
 
 def test_quick_looks_say_nothing_in_a_file() -> None:
