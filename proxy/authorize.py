@@ -7,6 +7,7 @@ its address here; or the page sends the browser on to a listener on this machine
 import argparse
 import asyncio
 import json
+import re
 import secrets
 import sys
 import webbrowser
@@ -19,6 +20,7 @@ from proxy.amazon import lwa
 from proxy.amazon.authorization import CENTRALS, Central, Consent, NotAuthorised, central_of, consent_url
 from proxy.app import open_lwa_session
 from proxy.config import Application, Config, Region, Secret, is_loopback, parse_duration
+from proxy.config.model import NAME
 from proxy.request.http1 import Broken
 from proxy.secret_file import CannotStore, check_place, store
 from proxy.way_back import pasted, read_line, redirected
@@ -126,7 +128,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
         return USAGE
     try:
         if options.self_authorized:
-            refresh_token = Secret(read_line("The refresh token that Amazon shows: ", timeout))
+            refresh_token = _shown(timeout)
             run(check_refresh_token(config, config.applications[name], refresh_token))
         else:
             consent = _consent(options, central, timeout, has_screen=has_screen, run=run)
@@ -139,9 +141,6 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
         return FAILED
     except TimeoutError:
         _complain(f"nothing came within {options.timeout}: begin again, or give it longer (--timeout)")
-        return FAILED
-    except OSError as exc:
-        _complain(f"cannot listen on 127.0.0.1:{options.port}: {exc.strerror or 'it is not possible'}")
         return FAILED
     _say(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
     _say(snippet(options.account, name, central.region, options.output))
@@ -166,12 +165,22 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, Central,
     for flag, url in (("--redirect-uri", options.redirect_uri), ("--central", options.central)):
         if url is not None and not _is_safe(url):
             raise _WrongUse(f"{flag} must be an https address (http only to this machine)")
+    if not re.fullmatch(NAME, options.account, re.ASCII):
+        raise _WrongUse("--account must be a name of letters, digits, ., _ and -")
     if options.port is not None and not 0 <= options.port <= 65535:
         raise _WrongUse("--port must be a port: 0 to 65535")
     try:
         return name, central, parse_duration(options.timeout)
     except ValueError:
         raise _WrongUse("--timeout must be a duration such as 10m") from None
+
+
+def _shown(timeout: float) -> Secret:
+    """Return the refresh token that a person pastes, as Amazon shows it."""
+    text = read_line("The refresh token that Amazon shows: ", timeout)
+    if not text.startswith("Atzr|") or not text.isascii() or not text.isprintable():
+        raise AuthorizationFailed("that is no refresh token: one begins with Atzr|")
+    return Secret(text)
 
 
 def _check_who(consent: Consent, expected: str | None) -> None:
@@ -199,7 +208,10 @@ def _consent(
     has_screen: bool,
     run: Run,
 ) -> Consent:
-    """Have a person consent, and return what came of it; raises NotAuthorised, TimeoutError and OSError."""
+    """Have a person consent, and return what came of it.
+
+    Raises NotAuthorised, AuthorizationFailed and TimeoutError.
+    """
     state = secrets.token_urlsafe(32)
     base = (options.central or f"https://{central.vendor if options.vendor else central.seller}").rstrip("/")
     url = consent_url(base, options.application_id, state, options.redirect_uri, is_draft=options.draft)
@@ -223,7 +235,13 @@ def _consent(
         _say(f"Waiting on http://127.0.0.1:{port} for the browser. Amazon leads it to the https address that the")
         _say("application is registered with, which has to send it on to here, query and all. Otherwise: --paste.")
 
-    return run(_within(timeout, redirected(state, options.port, listening)))
+    try:
+        return run(_within(timeout, redirected(state, options.port, listening)))
+    except TimeoutError:
+        raise
+    except OSError as exc:
+        reason = exc.strerror or "it is not possible"
+        raise AuthorizationFailed(f"cannot listen on 127.0.0.1:{options.port}: {reason}") from exc
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:

@@ -162,9 +162,6 @@ class _Looking:
         self._unreachable: set[Origin] = set()
         self._skews: list[float] = []
 
-    def _note(self, finding: Finding) -> None:
-        self._report.findings.append(finding)
-
     # Connections: who cannot be reached is not asked for each account anew.
 
     async def at_connections(self) -> None:
@@ -173,8 +170,8 @@ class _Looking:
         endpoints = {Origin.of(lwa): self._parts.lwa}
         for place in self._report.wanted:
             endpoints.setdefault(Origin.of(self._endpoint(place)), self._parts.amazon)
-        found = (self._at_connection(origin, pool) for origin, pool in endpoints.items())
-        self._report.findings += await asyncio.gather(*found)
+        found = await asyncio.gather(*(self._at_connection(origin, pool) for origin, pool in endpoints.items()))
+        self._report.findings += found
 
     async def _at_connection(self, origin: Origin, pool: Pool) -> Finding:
         try:
@@ -202,8 +199,8 @@ class _Looking:
         for place in self._report.wanted:
             name, _ = self._config.application_of(self._config.accounts[place.account])
             first.setdefault(name, place)
-        found = (self._at_application(name, place) for name, place in first.items())
-        self._report.findings += await asyncio.gather(*found)
+        found = await asyncio.gather(*(self._at_application(name, place) for name, place in first.items()))
+        self._report.findings += found
 
     async def _at_application(self, name: str, place: Place) -> Finding:
         about = Finding("grantless", "ok", name)
@@ -229,13 +226,16 @@ class _Looking:
 
         async def work() -> None:
             for place in waiting:
-                self._report.findings += await self._at_place(place)
+                found = await self._at_place(place)
+                self._report.findings += found
                 self._report.done += 1
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(PARALLEL, len(self._report.wanted))):
                 group.create_task(work())
-        self._report.findings[:] = [self._with_hindsight(finding) for finding in self._report.findings]
+        order = {(place.account, str(place.region)): number for number, place in enumerate(self._report.wanted)}
+        found = sorted(self._report.findings, key=lambda one: order.get((one.account, one.region), -1))
+        self._report.findings[:] = [self._with_hindsight(finding) for finding in found]
         self._at_clock()
 
     async def _at_place(self, place: Place) -> list[Finding]:
@@ -253,7 +253,10 @@ class _Looking:
             token = await self._parts.tokens.get(target.credential)
         except ProxyError as error:
             steps[0] = _failed(about, error)
-            return [steps[0], *(step._replace(code="no_token", said="there is no token for it") for step in steps[1:])]
+            return [
+                steps[0],
+                *(step._replace(code="token_missing", said="there is no token for it") for step in steps[1:]),
+            ]
         steps[0] = about._replace(result="ok")
         if not self._is_reachable(target.endpoint):
             unreachable = (step._replace(code="unreachable", said="no way to the region's host") for step in steps[1:])
@@ -372,10 +375,10 @@ class _Looking:
             return
         skew = sorted(self._skews)[len(self._skews) // 2]
         if abs(skew) <= SKEW:
-            self._note(Finding("clock", "ok"))
+            self._report.findings.append(Finding("clock", "ok"))
             return
         said = f"this machine's clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} Amazon's"
-        self._note(Finding("clock", "warning", code="clock", said=said, advice=CLOCK))
+        self._report.findings.append(Finding("clock", "warning", code="clock", said=said, advice=CLOCK))
 
 
 def _anybody() -> Listener:

@@ -24,8 +24,11 @@ def pasted(state: str, ask: Callable[[str], str], *, again: bool) -> Consent:
     With `again`, one that is no answer to this request is asked for anew. Raises NotAuthorised, and what `ask` raises.
     """
     for left in range(PASTES if again else 1, 0, -1):
+        address = ask("The address that it led to: ")
+        if not address:
+            raise NotAuthorised("nothing was pasted")
         try:
-            return consent_in(ask("The address that it led to: "), state)
+            return consent_in(address, state)
         except WrongState as exc:
             if left == 1:
                 raise

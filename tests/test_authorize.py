@@ -197,6 +197,11 @@ async def test_the_registered_redirect_address_goes_along_to_the_exchange(simula
     assert fields["client_id"] == DEMO_CLIENT
 
 
+async def test_nothing_pasted_is_said(simulator: Simulator, tmp_path: Path) -> None:
+    code, _, complained = await (await begun(simulator, tmp_path)).ended("")
+    assert (code, "nothing was pasted" in complained) == (1, True)
+
+
 async def test_a_seller_who_does_not_consent_is_said(simulator: Simulator, tmp_path: Path) -> None:
     talk = await begun(simulator, tmp_path)
     code, _, complained = await talk.ended(await consented(await talk.until(CONSENT_PAGE), "cancel"))
@@ -260,6 +265,10 @@ async def test_the_token_of_a_private_application_is_tried_before_it_is_kept(
     assert (code, complained) == (0, "The refresh token that Amazon shows: ")
     assert (tmp_path / "acme_eu").read_text() == "Atzr|demo-eu\n"
     assert "Atzr" not in printed
+    for text in ("", "Atza|an-access-token"):
+        talk = await begun(simulator, tmp_path, "--self-authorized", "--force")
+        code, _, complained = await talk.ended(text)
+        assert (code, "one begins with Atzr|" in complained) == (1, True)
     talk = await begun(simulator, tmp_path, "--self-authorized", "--force")
     code, _, complained = await talk.ended("Atzr|half")
     assert (code, "It is not whole, was revoked" in complained) == (1, True)
@@ -286,6 +295,7 @@ async def test_nobody_is_waited_for_without_end(simulator: Simulator, tmp_path: 
         (["--redirect-uri", "http://app.example/"], "--redirect-uri must be an https address"),
         (["--central", "http://evil.example"], "--central must be an https address"),
         (["--port", "70000"], "--port must be a port"),
+        (["--account", "a: b"], "--account must be a name"),
         (["--timeout", "soon"], "--timeout must be a duration"),
         (["--output", "/nonexistent/folder/file"], "there is no such folder"),
         (["--output", "/tmp"], "is a folder"),

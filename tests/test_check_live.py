@@ -137,7 +137,7 @@ async def test_each_refusal_of_login_with_amazon_has_its_advice(simulator: Simul
     revoked, foreign = found["revoked eu token"], found["foreign eu token"]
     assert (revoked["result"], revoked["code"]) == ("failed", "invalid_grant")
     assert "authorise the application again" in revoked["advice"]
-    assert (found["revoked eu call"]["result"], found["revoked eu call"]["code"]) == ("not tried", "no_token")
+    assert (found["revoked eu call"]["result"], found["revoked eu call"]["code"]) == ("not tried", "token_missing")
     assert foreign["code"] == "unauthorized_client"
     assert "belongs to another application" in foreign["advice"]
     assert found["fine eu call"]["result"] == "ok"

@@ -34,7 +34,7 @@ def test_the_same_trouble_is_told_once() -> None:
 
 
 def test_what_was_not_tried_is_no_success() -> None:
-    not_tried = Finding("call", "not tried", "main", *PLACES[0], code="no_token", said="there is no token for it")
+    not_tried = Finding("call", "not tried", "main", *PLACES[0], code="token_missing", said="there is no token for it")
     assert not report(not_tried).works
     assert report(Finding("clock", "warning", code="clock")).works
     assert not report(is_whole=False, done=3).works
