@@ -36,7 +36,7 @@ from proxy.amazon.operations import OperationTable, load_table
 from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
 from proxy.app import open_lwa_session, user_agents
 from proxy.config import Config, Listener
-from proxy.errors import ProxyError, UsagePlanExhausted
+from proxy.errors import ProxyError, TokenUnavailable, UsagePlanExhausted
 from proxy.metrics import Metrics
 from proxy.report import Finding, Place, Report, Result
 from proxy.request.dial import Origin
@@ -57,6 +57,8 @@ from proxy.store import MemoryStore
 PARALLEL = 10  # accounts that are looked at at once
 TRIES = 3  # of one call that fails for no reason of ours
 MAX_WAIT = 90.0  # seconds for a place in a usage plan: getMarketplaceParticipations has one a minute
+SILENCE = 30.0  # seconds for one answer, or timeouts.upstream_idle where that is shorter
+GIVE_UP = 20  # accounts in a row that a host fails, after which the rest is not tried
 MAX_ANSWER = 256 * 1024
 SKEW = 60.0  # seconds by which this machine's clock may be wrong
 CALL = "/sellers/v1/marketplaceParticipations"
@@ -160,6 +162,7 @@ class _Looking:
         self._experience = Experience(parts.table)
         self._agents = user_agents(config)
         self._unreachable: set[Origin] = set()
+        self._failures: dict[Origin, int] = {}
         self._skews: list[float] = []
 
     # Connections: who cannot be reached is not asked for each account anew.
@@ -190,6 +193,13 @@ class _Looking:
 
     def _is_reachable(self, url: str) -> bool:
         return Origin.of(url) not in self._unreachable
+
+    def _fared(self, url: str, *, well: bool) -> None:
+        """Learn how a host fared: one that fails everybody is given up, so that hundreds do not wait for it in turn."""
+        origin = Origin.of(url)
+        self._failures[origin] = 0 if well else self._failures.get(origin, 0) + 1
+        if self._failures[origin] >= GIVE_UP:
+            self._unreachable.add(origin)
 
     # Applications: a grantless token each.
 
@@ -252,11 +262,13 @@ class _Looking:
         try:
             token = await self._parts.tokens.get(target.credential)
         except ProxyError as error:
+            self._fared(self._config.endpoints.lwa, well=not isinstance(error, TokenUnavailable))
             steps[0] = _failed(about, error)
             return [
                 steps[0],
                 *(step._replace(code="token_missing", said="there is no token for it") for step in steps[1:]),
             ]
+        self._fared(self._config.endpoints.lwa, well=True)
         steps[0] = about._replace(result="ok")
         if not self._is_reachable(target.endpoint):
             unreachable = (step._replace(code="unreachable", said="no way to the region's host") for step in steps[1:])
@@ -284,8 +296,10 @@ class _Looking:
         except UsagePlanExhausted as error:
             return about._replace(result="failed", code="throttled", said=error.message, advice=THROTTLED)
         except (Broken, OSError) as exc:
+            self._fared(target.endpoint, well=False)
             code, said, advice = why_unreachable(exc, by_proxy=self._config.pool.proxy is not None)
             return about._replace(result="failed", code=code, said=said, advice=advice)
+        self._fared(target.endpoint, well=status not in RETRIED_STATUSES)
         if status == 200 and self._call != CALL:
             return about._replace(result="ok")
         if status == 200:
@@ -322,7 +336,7 @@ class _Looking:
             attempt += 1
             waited = await self._parts.limits.admit(target, claim)
             headers = {**credential_headers(token.value, agent, wall()), "Accept": "application/json"}
-            async with asyncio.timeout(self._config.timeouts.upstream_idle):
+            async with asyncio.timeout(min(SILENCE, self._config.timeouts.upstream_idle)):
                 answer, body = await self._parts.amazon.ask("GET", url, headers, b"", MAX_ANSWER)
             body = Mask(token.value.reveal()).whole(body)
             self._note_date(answer.first(b"date"))

@@ -343,6 +343,19 @@ async def test_a_429_is_paced_by_the_usage_plan_and_tried_again(simulator: Simul
     assert time.skipped < live.MAX_WAIT, "every wait is bounded"
 
 
+@pytest.mark.parametrize("service", ["lwa", "eu"])
+async def test_a_host_that_fails_everybody_is_given_up(service: str, simulator: Simulator, tmp_path: Path) -> None:
+    names = {f"shop{number}": f"Atzr|shop-{number}" for number in range(MANY)}
+    simulator.state.faults.append(Fault("reset", service=service, method="POST" if service == "lwa" else "GET"))
+    config = config_of(tmp_path, settings(simulator, **names))
+    report = Report([Place(name, "eu") for name in names])
+    await live.look(config, report)
+    results = [one.result for one in report.findings if one.step == ("token" if service == "lwa" else "call")]
+    assert live.GIVE_UP <= results.count("failed") < live.GIVE_UP + live.PARALLEL
+    assert results.count("failed") + results.count("not tried") == MANY
+    assert report.done == MANY
+
+
 class AtATerminal:
     """The command, with a terminal for its standard error."""
 
