@@ -4,6 +4,7 @@ import asyncio
 import os
 import pty
 import re
+import signal
 import stat
 import sys
 from collections.abc import AsyncIterator
@@ -283,6 +284,18 @@ async def test_nobody_is_waited_for_without_end(simulator: Simulator, tmp_path: 
         complained = (await asyncio.wait_for(talk.process.stderr.read(), PATIENCE)).decode()
         assert "nothing came within 50ms" in complained
         assert await asyncio.wait_for(talk.process.wait(), PATIENCE) == 1
+
+
+@pytest.mark.parametrize(("flags", "waits"), [([], r"(Paste it here)"), (["--port", "0"], r"(Otherwise: --paste)")])
+async def test_ctrl_c_ends_it_plainly(simulator: Simulator, tmp_path: Path, flags: list[str], waits: str) -> None:
+    talk = await begun(simulator, tmp_path, *flags)
+    await talk.until(waits)
+    talk.process.send_signal(signal.SIGINT)
+    assert talk.process.stderr is not None
+    complained = (await asyncio.wait_for(talk.process.stderr.read(), PATIENCE)).decode()
+    assert await asyncio.wait_for(talk.process.wait(), PATIENCE) == 130
+    assert complained.endswith("sp-api-proxy: interrupted\n")
+    assert "Traceback" not in complained
 
 
 @pytest.mark.parametrize(
