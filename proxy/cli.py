@@ -11,16 +11,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import __version__, ask, logs, process, sockets, systemd
+from proxy import __version__, ask, live, logs, process, sockets, systemd
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
+from proxy.authorize import add_flags, authorize
 from proxy.config import (
     REGIONS,
     Address,
@@ -31,6 +32,7 @@ from proxy.config import (
     Problem,
     Region,
     admin_addresses,
+    applications_config,
     load_config,
     parse_duration,
 )
@@ -38,6 +40,7 @@ from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.reload import Reloads, Result, stamps
+from proxy.report import Progress, Report, as_json, as_text, places
 from proxy.request import dial, placeholders, policy
 from proxy.request.callers import NOBODY, Callers
 from proxy.request.guard import Doorway, admit
@@ -49,6 +52,9 @@ from proxy.rotate import RotationFailed, rotate_client_secret
 from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
+
+T = TypeVar("T")
 
 _EXIT_CODES = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
 
@@ -73,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         for problem in exc.problems:
             _complain(f"  {problem}")
         return USAGE
+    except KeyboardInterrupt:
+        _complain("sp-api-proxy: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:
         # `sp-api-proxy operations | head`: nobody reads any more, which is no failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_schema,
         _add_simulate,
         _add_rotate,
+        _add_authorize,
         _add_wait,
         _add_healthcheck,
         _add_shutdown,
@@ -248,8 +258,8 @@ def _has_credentials(environ: Mapping[str, str]) -> bool:
     return any(value and name.startswith(names) for name, value in environ.items())
 
 
-def _run(main_task: Coroutine[Any, Any, int]) -> int:
-    """Run a coroutine on uvloop where it exists, and return the exit code it gives."""
+def _run(main_task: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop where it exists, and return what it returns."""
     try:
         import uvloop  # noqa: PLC0415 - there is none on Windows
     except ImportError:
@@ -516,6 +526,31 @@ async def _rotated(config: Config, name: str, region: Region) -> int:
     return OK
 
 
+# authorize
+
+
+def _add_authorize(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "authorize",
+        _authorize,
+        "get a refresh token: a selling partner consents at Amazon, and a file keeps it",
+        "sp-api-proxy authorize --marketplace DE --application-id amzn1.sp.solution.x --output secrets/acme_eu\n"
+        "a private application: sp-api-proxy authorize --self-authorized --marketplace DE --output secrets/acme_eu",
+    )
+    add_flags(parser)
+    _add_config_flags(parser)
+
+
+def _authorize(options: argparse.Namespace) -> int:
+    config = applications_config(_config_path(options), os.environ, _flags(options))
+    process.harden()
+    process.forget_secrets(os.environ, config)  # a browser gets none of them
+    # Where there is no screen, a browser may be one for the terminal, which would take it over.
+    is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return authorize(options, config, has_screen=is_desktop and sys.stdout.isatty(), run=_run)
+
+
 # check, schema, explain
 
 
@@ -524,15 +559,35 @@ def _add_check(commands: Any) -> None:
         commands,
         "check",
         _check,
-        "check the configuration and show what is in force, secrets hidden",
-        "sp-api-proxy check --config config.yaml",
+        "check the configuration and show what is in force, secrets hidden; with --live, see whether it works",
+        "sp-api-proxy check --config config.yaml\n         sp-api-proxy check --live --account acme --region eu",
     )
     _add_config_flags(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
+    asking = parser.add_argument_group(
+        "asking Amazon",
+        "Every account and region: an exchange of its refresh token, a call of getMarketplaceParticipations, and a "
+        "Restricted Data Token where data_elements are set. What works, what does not, and what to do. "
+        "Exit code 0 where all works, 1 where something does not, 2 where the configuration is wrong.",
+    )
+    asking.add_argument("--live", action="store_true", help="ask Login with Amazon and Amazon, not only the files")
+    asking.add_argument("--account", metavar="NAME", action="append", default=[], help="this one; may be repeated")
+    asking.add_argument("--region", choices=REGIONS, action="append", default=[], help="this one; may be repeated")
+    asking.add_argument(
+        "--call",
+        metavar="PATH",
+        default=live.CALL,
+        help="another path to GET, such as '/vendor/orders/v1/purchaseOrders?limit=1': vendors have no participations",
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
+    if not options.live and (options.account or options.region or options.call != live.CALL):
+        _complain("sp-api-proxy: --account, --region and --call belong to --live")
+        return USAGE
     loaded = _load(options)
+    if options.live:
+        return _check_live(options, loaded)
     rows = list(loaded.rows())
     if options.json:
         _say(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
@@ -545,6 +600,40 @@ def _check(options: argparse.Namespace) -> int:
         _complain(f"warning: {problem}")
     _say(f"The configuration is good: {_plural(len(loaded.config.accounts), 'account')}.")
     return OK
+
+
+def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
+    config = loaded.config
+    unknown = [name for name in options.account if name not in config.accounts]
+    wanted = places(config, options.account, options.region)
+    if unknown or not wanted:
+        _complain(f"sp-api-proxy: no account {', '.join(unknown) or 'with a refresh token there'} in the configuration")
+        return USAGE
+    if not live.is_callable(options.call, _table()):
+        _complain("sp-api-proxy: --call must be the path of a GET in `operations`, neither restricted nor grantless")
+        return USAGE
+    for problem in loaded.warnings:
+        _complain(f"warning: {problem}")
+    process.harden()
+    logs.LOGGER.setLevel("CRITICAL")  # what it would say is in the report
+    report = Report(wanted)
+    progress = Progress(report)
+    try:
+        _run(_looked(config, report, options.call, progress))
+    finally:
+        progress.end()
+    _say(as_json(report) if options.json else as_text(report))
+    if not report.is_whole:
+        return INTERRUPTED
+    return OK if report.works else FAILED
+
+
+async def _looked(config: Config, report: Report, call: str, progress: Progress) -> None:
+    telling = asyncio.create_task(progress.go_on(), name="progress")
+    # Ctrl-C cancels this: what was found till then is shown.
+    with suppress(asyncio.CancelledError):
+        await live.look(config, report, call=call)
+    telling.cancel()
 
 
 def _plural(count: int, noun: str) -> str:

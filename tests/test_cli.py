@@ -43,6 +43,7 @@ async def test_the_version_is_printed() -> None:
             for name in (
                 "serve",
                 "check",
+                "authorize",
                 "explain",
                 "wait",
                 "healthcheck",

@@ -1,13 +1,24 @@
 """What the answers of Login with Amazon mean: a token, a refusal for good, or another try later."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.amazon.lwa import MAX_TOKEN, REFUSALS, ExchangeFailed, ExchangeRefused, Grant, parse_answer, parse_lifetime
+from proxy.amazon.lwa import (
+    MAX_TOKEN,
+    REFUSALS,
+    ExchangeFailed,
+    ExchangeRefused,
+    Grant,
+    authorization_code_grant,
+    parse_answer,
+    parse_lifetime,
+)
 from proxy.config import Secret
 
 TOKEN = "Atza|" + "x" * 345
@@ -217,3 +228,55 @@ def test_a_token_comes_with_200_alone_and_a_refusal_with_4xx_alone(status: int, 
 
 def test_a_grant_does_not_show_its_token() -> None:
     assert TOKEN not in repr(parse_answer(200, body()))
+
+
+# The exchange of a code: one more text comes back.
+
+
+class _Host:
+    """Login with Amazon, as one function: keeps what it is sent, and answers one thing."""
+
+    def __init__(self, status: int, answer: bytes) -> None:
+        self.status, self.answer, self.sent = status, answer, b""
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
+        assert (url, headers["Accept"]) == ("https://host.example/token", "application/json")
+        self.sent = body
+        return self.status, self.answer[: most + 1]
+
+    async def asked(self, redirect_uri: str | None = None) -> Secret:
+        client = ("client|id", Secret("client&secret"))
+        return await authorization_code_grant(
+            self.post, "https://host.example/token", *client, Secret("a+code"), redirect_uri
+        )
+
+
+async def test_a_code_is_exchanged_for_a_refresh_token() -> None:
+    host = _Host(200, body(refresh_token="Atzr|whole"))
+    assert (await host.asked("https://app.example/r?x=1")).reveal() == "Atzr|whole"
+    assert parse_qs(host.sent.decode(), strict_parsing=True) == {
+        "grant_type": ["authorization_code"],
+        "code": ["a+code"],
+        "redirect_uri": ["https://app.example/r?x=1"],
+        "client_id": ["client|id"],
+        "client_secret": ["client&secret"],
+    }
+    await host.asked()
+    assert b"redirect_uri" not in host.sent
+
+
+@pytest.mark.parametrize("refresh_token", [None, "", 1, ["Atzr|x"], "Atzr|x\ny", "Atzr|x y", "a" * (MAX_TOKEN + 1)])
+async def test_an_answer_without_a_usable_refresh_token_is_a_failure(refresh_token: Any) -> None:
+    with pytest.raises(ExchangeFailed):
+        await _Host(200, body(refresh_token=refresh_token)).asked()
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+async def test_nonsense_is_no_refresh_token(nonsense: bytes) -> None:
+    with pytest.raises(ExchangeFailed):
+        await _Host(200, nonsense).asked()
+
+
+async def test_a_refused_code_is_a_refusal() -> None:
+    with pytest.raises(ExchangeRefused, match="invalid_grant"):
+        await _Host(400, json.dumps({"error": "invalid_grant"}).encode()).asked()

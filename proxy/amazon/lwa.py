@@ -68,10 +68,31 @@ async def client_credentials_grant(post: Post, url: str, client_id: str, client_
     return await _exchange(post, url, client_id, client_secret, form)
 
 
+async def authorization_code_grant(
+    post: Post, url: str, client_id: str, client_secret: Secret, code: Secret, redirect_uri: str | None
+) -> Secret:
+    """Exchange a selling partner's consent for a refresh token (DOC "Website Authorization Workflow").
+
+    It works once, within five minutes of the consent. Raises as `refresh_token_grant`.
+    """
+    form = {"grant_type": "authorization_code", "code": code.reveal()}
+    if redirect_uri is not None:
+        form["redirect_uri"] = redirect_uri
+    status, body = await _asked(post, url, client_id, client_secret, form)
+    parse_answer(status, body)
+    return parse_token(parse_object(body).get("refresh_token"))
+
+
 async def _exchange(post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]) -> Grant:
+    return parse_answer(*await _asked(post, url, client_id, client_secret, grant))
+
+
+async def _asked(
+    post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
+) -> tuple[int, bytes]:
     form = {**grant, "client_id": client_id, "client_secret": client_secret.reveal()}
     headers = {"Content-Type": "application/x-www-form-urlencoded;charset=UTF-8", "Accept": "application/json"}
-    return parse_answer(*await bounded(post, url, headers, urlencode(form).encode()))
+    return await bounded(post, url, headers, urlencode(form).encode())
 
 
 async def bounded(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
@@ -96,11 +117,16 @@ def parse_answer(status: int, body: bytes) -> Grant:
 
 def parse_grant(value: object, expires_in: object) -> Grant:
     """Return the Grant of a token and its life in seconds; raise ExchangeFailed where either makes no sense."""
+    return Grant(parse_token(value), parse_lifetime(expires_in))
+
+
+def parse_token(value: object) -> Secret:
+    """Return a token; raise ExchangeFailed for what cannot be one."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TOKEN:
         raise ExchangeFailed("no_token")
     if not (value.isascii() and value.isprintable()) or " " in value:
         raise ExchangeFailed("malformed_token")  # it goes into a header: no line break may come with it
-    return Grant(Secret(value), parse_lifetime(expires_in))
+    return Secret(value)
 
 
 def parse_lifetime(expires_in: object) -> float:

@@ -1,6 +1,6 @@
 """YAML and environment, read in one place, become a frozen and validated Config."""
 
-from proxy.config.load import ConfigError, Loaded, admin_addresses, load_config
+from proxy.config.load import ConfigError, Loaded, admin_addresses, applications_config, load_config
 from proxy.config.model import (
     LOOPBACK_NAMES,
     REGIONS,
@@ -50,6 +50,7 @@ __all__ = [
     "Tls",
     "Tracing",
     "admin_addresses",
+    "applications_config",
     "dump",
     "is_loopback",
     "load_config",

@@ -141,6 +141,27 @@ def admin_addresses(
         raise ConfigError([Problem("admin", "must be an address such as 127.0.0.1:9090", path or "")]) from exc
 
 
+def applications_config(
+    path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any] | None = None
+) -> Config:
+    """Return a Config of the applications, and of how to reach Login with Amazon, alone.
+
+    The accounts are not looked at: their refresh tokens may be what is still to be got. Raises ConfigError.
+    """
+    draft = _drafted(path, environ, flags or {})
+    draft.tree = {key: draft.tree[key] for key in _FOR_APPLICATIONS if key in draft.tree}
+    draft.problems = [
+        problem for problem in draft.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
+    ]
+    config = _validated(draft)
+    if draft.problems or config is None:
+        raise ConfigError(_in_order(draft.problems), draft.files)
+    return config
+
+
+_FOR_APPLICATIONS = ("applications", "endpoints", "pool", "timeouts")
+
+
 def _drafted(path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any]) -> _Draft:
     draft = _Draft()
     if path is not None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from proxy.config import Config
 from proxy.request.dial import Dialler, Origin, Tls, tls_context
-from proxy.request.http1 import Wire
+from proxy.request.http1 import Answer, Wire
 
 LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
 
@@ -96,12 +96,19 @@ class Pool:
 
         No redirect is followed: it would carry the secrets to another address. Raises as `take`, and Broken.
         """
+        answer, read = await self.ask("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
+        return answer.status, read
+
+    async def ask(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, most: int
+    ) -> tuple[Answer, bytes]:
+        """Do what `post` does with any method; return the answer, for its head, and up to `most` + 1 bytes of it."""
         origin = Origin.of(url)
         wire = await self.take(origin, fresh=True)
         parts = urlsplit(url)
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        own = {"Host": origin.authority, "Content-Length": str(len(body)), "Connection": "close", **self._headers}
-        answer = wire.send("POST", request_head("POST", path, [*own.items(), *headers.items()]) + body)
+        own = {"Host": origin.authority, "Connection": "close", **self._headers}
+        answer = wire.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
         try:
             await answer.head()
             read = b""
@@ -109,7 +116,7 @@ class Pool:
                 read += chunk
         finally:
             answer.close()
-        return answer.status, read[: most + 1]
+        return answer, read[: most + 1]
 
     async def _new(self, origin: Origin) -> Wire:
         self._dialling += 1

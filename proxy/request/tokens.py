@@ -474,4 +474,6 @@ def _nothing_left(credential: Credential) -> RestrictedDataRefused:
 
 def _again(error: ProxyError, remaining: float) -> ProxyError:
     """Return the remembered error anew: one instance raised by many would grow a traceback for each."""
-    return type(error)(error.message, error.hint, retry_after=remaining if error.retryable else None)
+    return type(error)(
+        error.message, error.hint, retry_after=remaining if error.retryable else None, reason=error.reason
+    )

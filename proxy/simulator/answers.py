@@ -30,6 +30,8 @@ def answer(token: Issued, method: str, path: str, query: str) -> tuple[int, Any]
         return 200, {"payload": _order(token, path, unquote(match[1]))}
     if method == "GET" and (match := _ORDER_PART.fullmatch(path)):
         return 200, {"payload": _order_part(unquote(match[1]), match[2])}
+    if (method, path) == ("GET", "/sellers/v1/marketplaceParticipations"):
+        return 200, {"payload": [_participation(token.region)]}
     fixed = _FIXED.get((method, path))
     if fixed is not None:
         return fixed
@@ -70,18 +72,23 @@ def _order_part(order_id: str, part: str) -> Mapping[str, Any]:
     return {"AmazonOrderId": order_id, **parts[part]}
 
 
+_MARKETPLACES = {
+    "na": ("ATVPDKIKX0DER", "Amazon.com", "US"),
+    "eu": ("A1PA6795UKMFR9", "Amazon.de", "DE"),
+    "fe": ("A1VC38T7YXB528", "Amazon.co.jp", "JP"),
+}
+
+
+def _participation(region: str) -> dict[str, Any]:
+    identity, name, country = _MARKETPLACES[region]
+    return {
+        "marketplace": {"id": identity, "name": name, "countryCode": country},
+        "participation": {"isParticipating": True, "hasSuspendedListings": False},
+        "storeName": "Erika Mustermann",
+    }
+
+
 _FIXED: dict[tuple[str, str], tuple[int, Any]] = {
-    ("GET", "/sellers/v1/marketplaceParticipations"): (
-        200,
-        {
-            "payload": [
-                {
-                    "marketplace": {"id": "A1PA6795UKMFR9", "name": "Amazon.de", "countryCode": "DE"},
-                    "participation": {"isParticipating": True, "hasSuspendedListings": False},
-                }
-            ]
-        },
-    ),
     ("GET", "/notifications/v1/destinations"): (
         200,
         {"payload": [{"name": "simulated", "destinationId": "d-1", "resource": {}}]},

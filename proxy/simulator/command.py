@@ -11,12 +11,13 @@ from pathlib import Path
 
 from proxy.simulator import control
 from proxy.simulator.server import Simulator
-from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET, REGIONS, Seller, Settings, demo_sellers
+from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET, REGIONS, Seller, Settings, demo_sellers
 
 _EPILOG = f"""\
 It starts with one application and one seller, both made up:
   client id      {DEMO_CLIENT}
   client secret  {DEMO_SECRET}
+  application id {DEMO_APPLICATION} (a draft, for authorize)
   refresh tokens {", ".join(f"Atzr|demo-{region}" for region in REGIONS)} (seller demo, one for each region)
 
 examples:

@@ -13,6 +13,8 @@ Below `/_simulator` on the token host's port, JSON in and out:
     POST   /_simulator/clients     {"client_id": "…", "client_secret": "…", "keep_old": true}
     POST   /_simulator/sellers     {"name": "…", "region": "eu", "refresh_token": "…", "client_id": "…"}
                                    or {"refresh_token": "…", "revoked": true}
+    POST   /_simulator/applications {"application_id": "…", "redirect_uris": ["https://…"], "draft": true,
+                                   "client_id": "…"}: what a selling partner can authorise, at /apps/authorize/consent
     POST   /_simulator/elements    {"granted": ["buyerInfo"]}: the personal data the application has roles for
 """
 
@@ -22,7 +24,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from proxy.simulator.reply import Reply, as_json
-from proxy.simulator.state import DEMO_CLIENT, Fault, Seller
+from proxy.simulator.state import DEMO_CLIENT, Fault, Seller, WebApplication
 
 if TYPE_CHECKING:
     from proxy.simulator.server import Simulator
@@ -127,6 +129,16 @@ def _sellers(simulator: "Simulator", order: dict[str, Any]) -> Any:
     return {"sellers": len(state.sellers), "revoked": len(state.revoked_sellers)}
 
 
+def _applications(simulator: "Simulator", order: dict[str, Any]) -> Any:
+    redirect_uris = tuple(map(str, order["redirect_uris"]))
+    if not redirect_uris:
+        raise ValueError("an application has a redirect_uri")
+    client, is_draft = str(order.get("client_id", DEMO_CLIENT)), bool(order.get("draft", True))
+    name = str(order["application_id"])
+    simulator.state.applications[name] = WebApplication(client, redirect_uris, is_draft)
+    return {"application_id": name}
+
+
 def _elements(simulator: "Simulator", order: dict[str, Any]) -> Any:
     simulator.state.elements = set(map(str, order["granted"]))
     return {"granted": sorted(simulator.state.elements)}
@@ -144,5 +156,6 @@ _ACTIONS: dict[tuple[str, str], Callable[["Simulator", dict[str, Any]], Any]] = 
     ("POST", "/lifetime"): _lifetime,
     ("POST", "/clients"): _clients,
     ("POST", "/sellers"): _sellers,
+    ("POST", "/applications"): _applications,
     ("POST", "/elements"): _elements,
 }

@@ -2,10 +2,11 @@
 
 import hmac
 import json
+import secrets
 from urllib.parse import parse_qs
 
 from proxy.simulator.reply import Reply, as_json, request_id
-from proxy.simulator.state import SCOPES, Issued, State
+from proxy.simulator.state import SCOPES, Issued, Seller, State
 
 PATH = "/auth/o2/token"
 
@@ -38,11 +39,14 @@ def _fields(content_type: str, body: bytes) -> dict[str, str] | None:
 
 def _granted(state: State, fields: dict[str, str]) -> Reply:
     grant, client = fields.get("grant_type"), fields.get("client_id", "")
-    if grant not in {"refresh_token", "client_credentials"}:
+    if grant not in {"refresh_token", "client_credentials", "authorization_code"}:
         return _refused(400, "unsupported_grant_type", "The authorization grant type is not supported")
     secret = fields.get("client_secret", "")
     if not any(hmac.compare_digest(secret, known) for known in state.clients.get(client, ())):
         return _refused(401, "invalid_client", "Client authentication failed")
+    if grant == "authorization_code":
+        state.count(f"exchanges.{grant}")
+        return _for_code(state, client, fields)
     if ("refresh_token" in fields) == ("scope" in fields):
         return _refused(400, "invalid_request", "The request takes either refresh_token or scope")
     if (grant == "refresh_token") != ("refresh_token" in fields):
@@ -60,6 +64,25 @@ def _for_seller(state: State, client: str, fields: dict[str, str]) -> Reply:
         return _refused(400, "unauthorized_client", "Not authorized for requested operation")
     issued = Issued("lwa", client, state.now() + state.lifetime, seller.name, seller.region)
     state.count(f"exchanges.seller.{seller.name}.{seller.region}")
+    return as_json(200, {**_token(state, "Atza|", issued), "refresh_token": refresh_token})
+
+
+def _for_code(state: State, client: str, fields: dict[str, str]) -> Reply:
+    """Exchange an authorization code, once, for a new authorisation (LWA "Authorization Code Grant")."""
+    if not fields.get("code"):
+        return _refused(400, "invalid_request", "The request is missing a required parameter : code")
+    code = state.codes.pop(fields["code"], None)
+    is_good = (
+        code is not None
+        and code.client_id == client
+        and state.now() < code.expires_at
+        and fields.get("redirect_uri", code.redirect_uri) == code.redirect_uri
+    )
+    if code is None or not is_good:
+        return _refused(400, "invalid_grant", "The request has an invalid grant parameter : code")
+    refresh_token = f"Atzr|{secrets.token_urlsafe(256)}"
+    state.sellers[refresh_token] = Seller("authorised", code.region, refresh_token, client)
+    issued = Issued("lwa", client, state.now() + state.lifetime, "authorised", code.region)
     return as_json(200, {**_token(state, "Atza|", issued), "refresh_token": refresh_token})
 
 

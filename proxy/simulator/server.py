@@ -15,7 +15,7 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.simulator import answers, control, documents, gate, lwa, rdt
+from proxy.simulator import answers, consent, control, documents, gate, lwa, rdt
 from proxy.simulator.models import Models, read_models
 from proxy.simulator.plans import WELL_KNOWN, Plans, announced
 from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
@@ -162,6 +162,9 @@ class Simulator:
         if incoming.service == "lwa":
             content_type = incoming.named.get("content-type", "")
             return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
+        if incoming.path.startswith(consent.PATH):
+            state, service = self.state, incoming.service
+            return Outcome(consent.page(state, service, incoming.method, incoming.path, incoming.query))
         names = [name.lower() for name, _ in incoming.headers]
         refused = gate.well_formed(incoming.method, names)
         if refused is None:

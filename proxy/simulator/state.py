@@ -15,6 +15,7 @@ REGIONS = ("na", "eu", "fe")
 SCOPES = ("sellingpartnerapi::notifications", "sellingpartnerapi::client_credential:rotation")
 
 DEMO_CLIENT = "amzn1.application-oa2-client.simulator"
+DEMO_APPLICATION = "amzn1.sp.solution.simulator"
 DEMO_SECRET = "amzn1.oa2-cs.v1.simulator"  # noqa: S105 - made up, and printed by --help
 
 MOST_RECORDED = 10_000
@@ -30,6 +31,25 @@ class Seller:
     region: str
     refresh_token: str = field(repr=False)
     client_id: str = DEMO_CLIENT
+
+
+@dataclass(frozen=True, slots=True)
+class WebApplication:
+    """An application as a selling partner authorises it: whose client it is, and where the consent may lead."""
+
+    client_id: str = DEMO_CLIENT
+    redirect_uris: tuple[str, ...] = ("https://app.example/redirect",)
+    is_draft: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """An authorization code that was given: to whom, for which region; `expires_at` on the simulator's clock."""
+
+    client_id: str
+    region: str
+    redirect_uri: str
+    expires_at: float
 
 
 def demo_sellers() -> tuple[Seller, ...]:
@@ -136,6 +156,8 @@ class State:
     tokens: dict[str, Issued] = field(default_factory=dict)
     journal: deque[Recorded] = field(default_factory=lambda: deque(maxlen=MOST_RECORDED))
     faults: list[Fault] = field(default_factory=list)
+    applications: dict[str, WebApplication] = field(default_factory=lambda: {DEMO_APPLICATION: WebApplication()})
+    codes: dict[str, Code] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     elements: set[str] = field(default_factory=lambda: {"buyerInfo", "shippingAddress"})
 

@@ -1,0 +1,183 @@
+"""What was found about the accounts, and how is it shown: to a person, to a program, and while it is going on?"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TextIO
+
+from proxy.config import Config, Region
+
+Step = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
+Result = Literal["ok", "warning", "failed", "not tried"]
+
+AT_A_TERMINAL = 0.2  # seconds between two signs of progress
+IN_A_FILE = 5.0
+MOST_NAMED = 5  # of those who have the same trouble
+
+_MARKS: dict[Result, str] = {"ok": "ok", "warning": "warning", "failed": "FAILED", "not tried": "-"}
+_COLUMNS: tuple[Step, ...] = ("token", "call", "rdt")
+
+
+class Finding(NamedTuple):
+    """What came of one step; what it is not about is empty.
+
+    `code` is a word for programs, `said` what happened, `advice` what to do; both hold nothing secret or personal.
+    """
+
+    step: Step
+    result: Result
+    application: str = ""
+    account: str = ""
+    region: str = ""
+    host: str = ""
+    code: str = ""
+    said: str = ""
+    advice: str = ""
+    countries: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """An account in a region."""
+
+    account: str
+    region: Region
+
+
+def places(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[Place]:
+    """Return the accounts and regions to look at; no names stand for all of them."""
+    return [
+        Place(name, region)
+        for name, account in config.accounts.items()
+        if not accounts or name in accounts
+        for region in account.refresh_tokens
+        if not regions or region in regions
+    ]
+
+
+@dataclass(slots=True)
+class Report:
+    """What is wanted, what was found so far, and how many of the wanted are done."""
+
+    wanted: list[Place]
+    findings: list[Finding] = field(default_factory=list)
+    done: int = 0
+    is_whole: bool = False
+
+    @property
+    def works(self) -> bool:
+        """Whether everything was tried, and nothing failed."""
+        return self.is_whole and all(finding.result in {"ok", "warning"} for finding in self.findings)
+
+
+class Progress:
+    """Says how far it has come: over and over on one line of a terminal, seldom elsewhere."""
+
+    def __init__(self, report: Report, stream: TextIO = sys.stderr, now: Callable[[], float] = time.monotonic) -> None:
+        self._report = report
+        self._stream = stream
+        self._now = now
+        self._is_terminal = stream.isatty()
+        self._next = now() + (0.0 if self._is_terminal else IN_A_FILE)
+        self._line, self._shown = "", 0
+
+    def tell(self) -> None:
+        """Say it, where the last time was long enough ago."""
+        now = self._now()
+        if now < self._next:
+            return
+        failed = len(
+            {(one.account, one.region) for one in self._report.findings if one.result == "failed"} - {("", "")}
+        )
+        line = f"checked {self._report.done} of {len(self._report.wanted)}, {failed} with trouble"
+        if self._is_terminal:
+            self._stream.write(f"\r{line:<{self._shown}}" if line != self._line else "")
+            self._line, self._shown = line, len(line)
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+        self._next = now + (AT_A_TERMINAL if self._is_terminal else IN_A_FILE)
+
+    async def go_on(self) -> None:
+        """Say it again and again, until this is cancelled."""
+        while True:
+            self.tell()
+            await asyncio.sleep(AT_A_TERMINAL)
+
+    def end(self) -> None:
+        """Leave the line as it was before."""
+        if self._shown:
+            self._stream.write(f"\r{'':<{self._shown}}\r")
+            self._stream.flush()
+
+
+def as_json(report: Report) -> str:
+    """Return the report for programs: `works`, `complete`, and one object with always the same keys for each step."""
+    checks = [{**finding._asdict(), "countries": list(finding.countries)} for finding in report.findings]
+    return json.dumps({"works": report.works, "complete": report.is_whole, "checks": checks}, indent=2)
+
+
+def as_text(report: Report) -> str:
+    """Return the report for a person: a table of what works, and below it what does not, why, and what to do."""
+    lines = [*_table(report), *_troubles(report.findings), _conclusion(report)]
+    return "\n".join(lines)
+
+
+def _table(report: Report) -> Iterator[str]:
+    by_place: dict[tuple[str, str], dict[Step, Finding]] = {}
+    for finding in report.findings:
+        if finding.account:
+            by_place.setdefault((finding.account, finding.region), {})[finding.step] = finding
+    rows = [("ACCOUNT", "REGION", "TOKEN", "CALL", "RDT", "MARKETPLACES")]
+    rows += [_row(place, by_place.get(place, {})) for place in report.wanted]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield ""
+    for finding in report.findings:
+        if not finding.account:
+            yield f"{_whose(finding)}: {_MARKS[finding.result]}"
+    yield ""
+
+
+def _row(place: Place, found: dict[Step, Finding]) -> tuple[str, str, str, str, str, str]:
+    token, call, restricted = (_MARKS[found[step].result] if step in found else "" for step in _COLUMNS)
+    countries = found["call"].countries if "call" in found else ()
+    return (place.account, place.region, token, call, restricted, " ".join(countries))
+
+
+def _whose(finding: Finding) -> str:
+    """Return whom or what a finding is about."""
+    if finding.account:
+        return f"{finding.account} {finding.region} {finding.step}"
+    if finding.application:
+        return f"{finding.step} token of application {finding.application}"
+    return f"connection to {finding.host}" if finding.host else finding.step
+
+
+def _troubles(findings: list[Finding]) -> Iterator[str]:
+    """Yield what is wrong: the same trouble of many accounts once."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        if finding.result in {"failed", "warning"}:
+            key = finding.step, finding.code, finding.advice, finding.application
+            groups.setdefault(key, []).append(finding)
+    for group in groups.values():
+        first, more = group[0], len(group) - MOST_NAMED
+        named = ", ".join(_whose(finding) for finding in group[:MOST_NAMED])
+        yield f"{named}{f' and {more} more' if more > 0 else ''}:"
+        yield f"  {first.code}: {first.said}"
+        yield f"  {first.advice}"
+        yield ""
+
+
+def _conclusion(report: Report) -> str:
+    if not report.is_whole:
+        return f"Interrupted: {report.done} of {len(report.wanted)} were looked at."
+    troubled = {(one.account, one.region) for one in report.findings if one.account and one.result != "ok"}
+    count = len(report.wanted)
+    if report.works:
+        return f"All {count} work." if count > 1 else "It works."
+    return f"{count - len(troubled)} of {count} accounts and regions work."
