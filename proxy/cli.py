@@ -26,7 +26,6 @@ from proxy.config import (
     Address,
     Config,
     ConfigError,
-    KeyPath,
     Loaded,
     Problem,
     Region,
@@ -152,25 +151,22 @@ def _add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _flags(options: argparse.Namespace) -> dict[KeyPath, Any]:
-    """Return what the command line set, by key path; raise ConfigError for a `--set` that is none."""
-    admin = None if options.admin == "none" else options.admin
-    given: dict[KeyPath, Any] = {
-        ("listen",): options.listen,
-        ("default_account",): options.default_account,
-        ("environment",): options.environment,
-        ("log", "level"): options.log_level,
-        ("log", "format"): options.log_format,
-    }
-    flags = {path: value for path, value in given.items() if value is not None}
-    if options.admin is not None:
-        flags[("admin",)] = admin
-    for setting in options.set:
+def _flags(options: argparse.Namespace) -> list[tuple[str, Any, str]]:
+    """Return what the command line set: key, value and flag; raise ConfigError for a `--set` that is none."""
+    found: list[tuple[str, Any, str]] = []
+    for key in ("listen", "admin", "default_account", "environment", "log.level", "log.format"):
+        value = getattr(options, key.replace(".", "_"), None)
+        if value is not None:
+            none_wanted = key == "admin" and value == "none"
+            found.append((key, None if none_wanted else value, f"--{key.replace('.', '-').replace('_', '-')}"))
+    for number, setting in enumerate(options.set, start=1):
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ConfigError([Problem("--set", f"{key or setting}: must be KEY=VALUE", "command line")])
-        flags[tuple(key.split("."))] = value
-    return flags
+            # It is not quoted: what was to be set may be a secret.
+            which = f"number {number}: " if len(options.set) > 1 else ""
+            raise ConfigError([Problem("--set", f"{which}must be KEY=VALUE, such as limits.max_wait=30s")])
+        found.append((key, value, "--set"))
+    return found
 
 
 def _config_path(options: argparse.Namespace) -> str | None:
@@ -189,7 +185,7 @@ def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None)
     config = loaded.config
     found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
-        raise ConfigError(found, loaded.files)
+        raise ConfigError(loaded.placed(found), loaded.files)
     return loaded
 
 
@@ -444,7 +440,7 @@ def _wait(options: argparse.Namespace) -> int:
     try:
         seconds = parse_duration(options.timeout)
     except ValueError:
-        raise ConfigError([Problem("--timeout", "must be a duration such as 30s or 2m", "command line")]) from None
+        raise ConfigError([Problem("--timeout", "must be a duration such as 30s or 2m")]) from None
     return _told_by(ask.until_ready(_where(options), seconds))
 
 
@@ -467,7 +463,7 @@ def _where(options: argparse.Namespace) -> Address:
         try:
             return ask.address_in(options.url)
         except ValueError:
-            raise ConfigError([Problem("--url", "must be such as http://127.0.0.1:9090", "command line")]) from None
+            raise ConfigError([Problem("--url", "must be such as http://127.0.0.1:9090")]) from None
     addresses = admin_addresses(_config_path(options), os.environ, _flags(options))
     if not addresses or not (addresses[0].path or addresses[0].port):
         raise ConfigError([Problem("admin", "says no address to ask at: give --url, or set admin or health")])

@@ -74,7 +74,7 @@ async def test_check_shows_what_is_in_force_and_hides_secrets() -> None:
     rows = {line.split()[0]: line for line in printed.splitlines() if line}
     assert rows["applications.main.client_secret"].split()[1] == "***"
     assert "environment variable LWA_CLIENT_SECRET" in rows["applications.main.client_secret"]
-    assert rows["limits.max_wait"].split()[1:] == ["3s", "command", "line"]
+    assert rows["limits.max_wait"].split()[1:] == ["3s", "--set"]
     assert rows["timeouts.connect"].split()[1:] == ["5s", "default"]
     assert "distinctive" not in printed
 

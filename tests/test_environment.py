@@ -201,7 +201,10 @@ def test_a_token_whose_region_is_unknown_is_a_problem_that_says_so(name: str, wr
 
 
 def test_a_missing_part_of_the_application_is_one_problem() -> None:
-    assert problems({"LWA_APP_ID": "client", **TOKEN}) == ["applications.main.client_secret: is missing"]
+    assert problems({"LWA_APP_ID": "client", **TOKEN}) == [
+        "environment variable LWA_APP_ID: applications.main.client_secret: "
+        "is missing: give it here, or set LWA_CLIENT_SECRET"
+    ]
 
 
 def test_known_names_fill_in_and_never_override_the_file(tmp_path: Path) -> None:

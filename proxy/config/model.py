@@ -44,6 +44,7 @@ HEADER_LIST = re.compile(
 )
 SOCKET_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+TARGET_APPLICATION = r"^amzn1\.[A-Za-z0-9._-]{1,200}$"
 
 
 def wrong(message: str) -> PydanticCustomError:
@@ -377,7 +378,7 @@ class Account(Settings):
     )
     target_application: str | None = Field(
         None,
-        pattern=r"^amzn1\.[A-Za-z0-9._-]{1,200}$",
+        pattern=TARGET_APPLICATION,
         description="The id of the application that Restricted Data Tokens are made for (delegation); it alone can use "
         "them.",
     )
