@@ -12,12 +12,12 @@ from typing import Any, get_args, get_origin
 
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
-from pydantic import BaseModel, PlainSerializer
+from pydantic import BaseModel
 
 from proxy import cli
 from proxy.amazon import rebuild
 from proxy.config import environment, load_config
-from proxy.config.model import Config, settings_in, show_duration
+from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
 from proxy.metrics import Metrics
 from proxy.request import identify, limits
@@ -31,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 
-NAMES = {"applications": "NAME", "accounts": "NAME", "listen": "N", "refresh_tokens": "REGION", "marketplaces": "ID"}
+# What stands for the names in a mapping, and for the number in a list of groups.
+NAMES = {"refresh_tokens": "REGION", "marketplaces": "ID"}
 ENVIRONMENT = dict.fromkeys(
     (
         *("LWA_CLIENT_ID", "LWA_CLIENT_SECRET", "ACME_NA_REFRESH_TOKEN", "ACME_EU_REFRESH_TOKEN"),
@@ -72,7 +73,7 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
         key, meaning = f"{prefix}{name}", field.description or ""
         below = settings_in(field.annotation) or _in_container(field.annotation)
         if below is None:
-            yield f"{key}.{NAMES[name]}" if name in NAMES else key, default(key, field), meaning
+            yield f"{key}{_place(name, field)}", default(key, field), meaning
             continue
         if name == "listen":
             yield (
@@ -80,13 +81,13 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
                 f"`{Config().listen[0].address}`",
                 f"{meaning} A plain address, or a mapping with the keys below.",
             )
-        yield from settings(below, f"{key}{_place(name)}.")
+        yield from settings(below, f"{key}{_place(name, field)}.")
 
 
-def _place(name: str) -> str:
-    if name == "listen":
-        return f"[{NAMES[name]}]"
-    return f".{NAMES[name]}" if name in NAMES else ""
+def _place(name: str, field: Any) -> str:
+    if get_origin(field.annotation) is dict:
+        return f".{NAMES.get(name, 'NAME')}"
+    return "[N]" if name == "listen" else ""
 
 
 def _in_container(kind: Any) -> type[BaseModel] | None:
@@ -98,13 +99,11 @@ def _in_container(kind: Any) -> type[BaseModel] | None:
 def default(key: str, field: Any) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = default_as_written(field)
     if value is None:
         return "Amazon's" if key.startswith("endpoints.") else "none"
-    if value in ((), {}):
+    if value in ([], {}):
         return "none"
-    if isinstance(value, float) and any(isinstance(one, PlainSerializer) for one in field.metadata):
-        return f"`{show_duration(value)}`"
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -291,7 +290,7 @@ def test_the_example_configurations_are_good(name: str) -> None:
 def test_the_example_shows_every_setting() -> None:
     text = text_of("config/example.yaml")
     assert not [name for name in Config.model_fields if not re.search(rf"^#? ?{name}:", text, re.MULTILINE)]
-    last = {key.rpartition(".")[2] for key, _, _ in settings()} - set(NAMES.values())
+    last = {key.rpartition(".")[2] for key, _, _ in settings()} - {"NAME", *NAMES.values()}
     assert not [name for name in last if not re.search(rf"\b{name}:", text)]
 
 

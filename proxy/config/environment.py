@@ -242,6 +242,20 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     return found, problems
 
 
+def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
+    """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
+    names = list(wanted)
+    for variable in sorted(environ):
+        near = difflib.get_close_matches(variable, names, n=1, cutoff=0.85)
+        if near and variable not in names and not variable.startswith(PREFIX):
+            return f"; {variable} is set: did you mean {near[0]}?"
+    return ""
+
+
+APPLICATION_NAMES = (*_CLIENT_ID, *_CLIENT_SECRET)
+ACCOUNT_NAMES = (_REFRESH_TOKEN, *(f"{_REFRESH_TOKEN}_{region.upper()}" for region in REGIONS))
+
+
 def _account_suffixes(environ: Mapping[str, str]) -> list[str]:
     """Return `_ACME` for SP_API_REFRESH_TOKEN_ACME: python-amazon-sp-api puts the account there."""
     reserved = {f"_{region.upper()}" for region in REGIONS}

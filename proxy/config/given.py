@@ -111,5 +111,6 @@ def _flow(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
 
 
 def _without_line(message: str) -> str:
-    words, line, _ = message.partition(" (first on line ")
-    return words if line else f"{words}; {FORMS}" if "YAML" in words else words
+    if "YAML" in message:
+        return f"{message.partition(';')[0]}; {FORMS}"
+    return message.partition(" (first on line ")[0]

@@ -94,7 +94,7 @@ def load_config(path: str | None, environ: Mapping[str, str], flags: Flags = ())
     config = _validated(draft)
     if config is not None:
         draft.files += _named_files(config)
-    _cross_check(draft)
+    _cross_check(draft, environ)
     _note_exposed_files(draft, path)
     _note_open_store(draft)
     if _is_true(draft.tree.get("strict_permissions")):
@@ -194,7 +194,7 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
         value = environ.get(name, "")
         where = document.origins.get(path, document.name)
         if not value:
-            state = "is empty" if name in environ else "is not set"
+            state = "is empty" if name in environ else f"is not set{environment.meant_for([name], environ)}"
             draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
             return "unset"  # stands in, so that the type is not complained about as well
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
@@ -351,12 +351,12 @@ def _without_misplaced_token(path: KeyPath) -> KeyPath:
     return tuple(part if fine else "***" for part, fine in zip(path, is_region, strict=True))
 
 
-def _cross_check(draft: Draft) -> None:
+def _cross_check(draft: Draft, environ: Mapping[str, str]) -> None:
     """Note the mistakes that no single setting shows; works on the raw tree, so that all problems come at once."""
     tree = draft.tree
     accounts, applications = _mapping(tree, "accounts"), _mapping(tree, "applications")
     problems = [
-        *_missing_parts(accounts, applications),
+        *_missing_parts(accounts, applications, environ),
         *_wrong_applications(accounts, applications),
         *_wrong_account_names(tree, accounts),
         *_open_listeners(tree),
@@ -375,14 +375,14 @@ def _mapping(tree: Tree, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _missing_parts(accounts: Tree, applications: Tree) -> Wrong:
+def _missing_parts(accounts: Tree, applications: Tree, environ: Mapping[str, str]) -> Wrong:
     if not applications:
-        yield (
-            ("applications",),
-            "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET",
-        )
+        meant = environment.meant_for(environment.APPLICATION_NAMES, environ)
+        message = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
+        yield ("applications",), message + meant
     if not accounts:
-        yield ("accounts",), "is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN"
+        meant = environment.meant_for(environment.ACCOUNT_NAMES, environ)
+        yield ("accounts",), f"is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN{meant}"
 
 
 def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
@@ -462,10 +462,17 @@ def _note_open_store(draft: Draft) -> None:
 def _wrong_tracing(tree: Tree) -> Wrong:
     """Traces are wanted, and what makes them is not installed."""
     if _mapping(tree, "tracing").get("endpoint") is not None and not _is_installed(*_TRACING_NEEDS):
-        yield (
-            ("tracing", "endpoint"),
-            "needs OpenTelemetry, which is not installed: pip install 'sp-api-proxy[otel]'",
-        )
+        yield ("tracing", "endpoint"), f"needs OpenTelemetry, which is not installed: {_how_to_install(_CHECKOUT)}"
+
+
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def _how_to_install(folder: Path) -> str:
+    """Return how OpenTelemetry comes to where the proxy runs from; a checkout is not known to pip by its name."""
+    if (folder / "pyproject.toml").is_file():
+        return f"python -m pip install '.[otel]' in {folder}, with the python that runs the proxy"
+    return "pip install 'sp-api-proxy[otel]'"
 
 
 _TRACING_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")

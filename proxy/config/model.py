@@ -18,9 +18,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     WithJsonSchema,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from proxy.config.secret import Secret
@@ -227,6 +229,14 @@ class Settings(BaseModel):
 
     # `hide_input_in_errors`: a rejected value may be a secret in the wrong place.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+
+def default_as_written(field: FieldInfo) -> Any:
+    """Return a setting's default as a file would have it (`10s`, `0600`); None where it has none."""
+    if field.is_required():
+        return None
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    return TypeAdapter(kind).dump_python(field.get_default(call_default_factory=True), mode="json")
 
 
 def settings_in(kind: Any) -> type[Settings] | None:

@@ -74,9 +74,13 @@ def _syntax_problem(name: str, exc: yaml.YAMLError) -> Problem:
     # The parser's full message quotes the line, which may hold a secret.
     found = str(getattr(exc, "problem", None) or getattr(exc, "reason", None) or "")
     advice = next((words for part, words in _ADVICE.items() if part in found), _LOOK)
+    begun = getattr(exc, "context_mark", None)
+    if begun is not None and mark is not None and begun.line < mark.line and "not closed" in advice:
+        where = f"{name}:{begun.line + 1}"  # where it was opened, not where the text ends without it
     return Problem("", f"is not valid YAML: {advice}", where)
 
 
+_QUOTES = "what has a bracket, a brace, '#' or ', ' in it needs quotes there, as \"${NAME}\""
 # What is probably wrong, by what libyaml or PyYAML complains of; the first that fits.
 _ADVICE = {
     "cannot start any token": "a value cannot begin with a tab, @, ` or %: put it in quotes, and indent with spaces",
@@ -85,12 +89,10 @@ _ADVICE = {
     "indentation",
     "sequence entries are not allowed": "a list item where none can be: look at the indentation of its '-'",
     "expected ':'": "a key without a colon: write KEY: VALUE, with a space after the colon",
-    "',' or ']'": "a list [ … ] that is not closed or lacks a comma; what has a bracket, a brace, '#' or ', ' in it needs "
-    'quotes there, as "${NAME}"',
-    "',' or '}'": "a mapping { … } that is not closed or lacks a comma; what has a bracket, a brace, '#' or ', ' in it "
-    'needs quotes there, as "${NAME}"',
+    "',' or ']'": f"a list [ … ] that is not closed or lacks a comma; {_QUOTES}",
+    "',' or '}'": f"a mapping {{ … }} that is not closed or lacks a comma; {_QUOTES}",
     "expected key": "the indentation does not fit the lines above: keys of one group begin in the same column",
-    "expected '-' indicator": "the indentation does not fit the lines above: items of one list begin in the same column",
+    "expected '-' indicator": "the indentation does not fit the lines above: its items begin in the same column",
     "<block end>": "the indentation does not fit the lines above: what is of one group begins in the same column",
     "unexpected end of stream": "a quote that is not closed",
     "document indicator": "a quote or a bracket that is not closed",

@@ -26,8 +26,8 @@ _WANTED = {  # by the beginning of the error's kind, with the values of its cont
     "int_": "must be a whole number",
     "float_": "must be a number",
     "date_": "must be a day such as 2026-11-23",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
 _MISSING = {
