@@ -1,6 +1,7 @@
 """Which sockets are listened on: their rights, their TLS, and how many descriptors there are for all of it?"""
 
 import asyncio
+import errno
 import os
 import shutil
 import socket
@@ -138,8 +139,16 @@ async def listen(
         )
     except (OSError, LookupError) as exc:
         reason = reason_of(exc) if isinstance(exc, OSError) else f"there is no such user or group: {exc.args[0]}"
-        raise CannotListen(f"cannot listen on {address}: {reason}; change {setting}, or end what uses it") from exc
+        is_taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+        raise CannotListen(f"cannot listen on {address}: {reason}; {_way_out(setting, is_taken=is_taken)}") from exc
     return listening, str(Address(address.host, listening.sockets[0].getsockname()[1]))
+
+
+def _way_out(setting: str, *, is_taken: bool) -> str:
+    """Return what to do where an address cannot be had; the first listener and the admin address have flags."""
+    flag = {"listen[0]": "--listen", "admin": "--admin"}.get(setting)
+    change = f"change {setting} in the configuration" + (f", or give another address with {flag}" if flag else "")
+    return f"end what uses it, or {change}" if is_taken else change
 
 
 def _unix_socket(path: str, listener: Listener | None) -> socket.socket:

@@ -26,7 +26,7 @@ from proxy.config import (
 )
 from proxy.config.draft import Draft
 from proxy.config.given import is_list, is_mapping, kind_below
-from proxy.config.load import _validated
+from proxy.config.load import _how_to_install, _validated
 from proxy.config.model import Settings, check_endpoint, parse_address, settings_in, show_duration
 from proxy.config.read import MAX_BYTES, read_yaml, show_key
 from proxy.config.schema import json_schema
@@ -264,6 +264,12 @@ def test_what_is_found_later_has_its_place_too(tmp_path: Path) -> None:
     assert places == [
         "config.yaml:5: listen[0].operations[1]: x", "config.yaml:4: listen[0].tls: y", "store: z"
     ]  # fmt: skip
+
+
+def test_what_is_missing_for_traces_is_installed_from_where_the_proxy_runs(tmp_path: Path) -> None:
+    assert _how_to_install(tmp_path) == "pip install 'sp-api-proxy[otel]'"
+    (tmp_path / "pyproject.toml").touch()
+    assert _how_to_install(tmp_path).startswith(f"python -m pip install '.[otel]' in {tmp_path}")
 
 
 def test_what_there_is_of_many_is_bounded(tmp_path: Path) -> None:
@@ -1202,6 +1208,16 @@ def test_every_setting_has_a_description_that_ends_as_a_sentence() -> None:
         if not (info.description or "").endswith((".", ")"))
     ]
     assert lacking == []
+
+
+def test_the_json_schema_has_defaults_as_a_file_would() -> None:
+    schema = json_schema()
+    assert schema["$defs"]["Listener"]["properties"]["mode"]["default"] == "0600"
+    assert schema["$defs"]["Timeouts"]["properties"]["total"]["default"] == "1h"
+    assert schema["properties"]["admin"]["default"] == "127.0.0.1:9090"
+    for group in (schema, *schema["$defs"].values()):
+        for setting in group["properties"].values():
+            assert setting.get("default") is None or allowed(setting, setting["default"], schema)
 
 
 def test_the_json_schema_is_json_and_holds_every_setting_with_its_description() -> None:

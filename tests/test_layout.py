@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "sockets": {"listener", *GROUND},
     "status": {"", "request", *GROUND},
     "ask": GROUND,
+    "flags": GROUND,
     "systemd": set(),
     "ports": {"request", "listener", "sockets", *GROUND},
     "app": {"", "replicas", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},
@@ -34,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "rotate": {"app", "request", "amazon", *GROUND},
     "simulator": set(),
     "cli": {
-        *("", "app", "ask", "process", "reload", "rotate", "sockets", "systemd"),
+        *("", "app", "ask", "flags", "process", "reload", "rotate", "sockets", "systemd"),
         *("request", "amazon", "simulator", *GROUND),
     },
     "__main__": {"cli"},
