@@ -296,7 +296,6 @@ def _add_environment(draft: Draft, environ: Mapping[str, str]) -> None:
 
 def _add_flags(draft: Draft, flags: Flags) -> None:
     for key, given_, flag in flags:
-        draft.list_listeners()  # so that a name with a dot is found below any of them
         path = given.key_path(key, draft.tree)
         value, problems = given.parse(path, given_, flag) if isinstance(given_, str) else (given_, [])
         draft.problems += problems
