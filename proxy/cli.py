@@ -31,13 +31,23 @@ from proxy.config import (
     Region,
     admin_addresses,
     load_config,
-    parse_duration,
 )
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
 from proxy.config.words import named, there_is
 from proxy.errors import ProxyError
-from proxy.flags import FOR_ASKING, FOR_REQUESTS, FOR_ROTATING, add_config_flags, day, header, settings_of, whole_number
+from proxy.flags import (
+    FOR_ASKING,
+    FOR_REQUESTS,
+    FOR_ROTATING,
+    add_config_flags,
+    address,
+    day,
+    duration,
+    header,
+    settings_of,
+    whole_number,
+)
 from proxy.reload import Reloads, Result, stamps
 from proxy.request import dial, policy
 from proxy.request.callers import NOBODY, Callers
@@ -384,6 +394,7 @@ def _add_asking(commands: Any, name: str, run: Callable[[argparse.Namespace], in
     parser.add_argument(
         "--url",
         metavar="URL",
+        type=address,
         help="the proxy's admin or health address, such as http://127.0.0.1:9090; otherwise that of its configuration",
     )
     add_config_flags(parser, FOR_ASKING)
@@ -394,7 +405,9 @@ def _add_wait(commands: Any) -> None:
     parser = _add_asking(
         commands, "wait", _wait, "wait until a proxy is ready", "sp-api-proxy wait --timeout 30s && my-job"
     )
-    parser.add_argument("--timeout", metavar="TIME", default="30s", help="how long at most, such as 30s or 2m (30s)")
+    parser.add_argument(
+        "--timeout", metavar="TIME", type=duration, default=30.0, help="how long at most, such as 30s or 2m (30s)"
+    )
 
 
 def _add_healthcheck(commands: Any) -> None:
@@ -415,11 +428,7 @@ def _add_shutdown(commands: Any) -> None:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    try:
-        seconds = parse_duration(options.timeout)
-    except ValueError:
-        raise ConfigError([Problem("--timeout", "must be a duration such as 30s or 2m")]) from None
-    return _told_by(ask.until_ready(_where(options), seconds))
+    return _told_by(ask.until_ready(_where(options), options.timeout))
 
 
 def _healthcheck(options: argparse.Namespace) -> int:
@@ -438,10 +447,8 @@ def _told_by(answer: ask.Answer) -> int:
 
 def _where(options: argparse.Namespace) -> Address:
     if options.url is not None:
-        try:
-            return ask.address_in(options.url)
-        except ValueError:
-            raise ConfigError([Problem("--url", "must be such as http://127.0.0.1:9090")]) from None
+        asked: Address = options.url
+        return asked
     addresses = admin_addresses(_config_path(options), os.environ, settings_of(options))
     if not addresses or not (addresses[0].path or addresses[0].port):
         raise ConfigError([Problem("admin", "says no address to ask at: give --url, or set admin or health")])

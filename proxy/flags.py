@@ -4,7 +4,8 @@ import argparse
 from datetime import date
 from typing import Any
 
-from proxy.config import ConfigError, Problem
+from proxy.ask import address_in
+from proxy.config import Address, parse_duration
 from proxy.config.environment import CONFIG_VARIABLE
 
 _ABOUT = """\
@@ -15,6 +16,14 @@ A flag overrides the environment, which overrides the file, which overrides the 
   --set 'allowed_hosts=[a.example, b.example]'  SP_API_PROXY_ALLOWED_HOSTS='[a.example, b.example]'
   --set 'marketplaces={A1EXAMPLE: eu}'          SP_API_PROXY_MARKETPLACES='{A1EXAMPLE: eu}'
   --set 'listen[0].account=acme'                SP_API_PROXY_LISTEN_0_ACCOUNT=acme"""
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError("must be KEY=VALUE, such as limits.max_wait=30s")
+    return key, value
+
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--config": {"metavar": "FILE", "help": f"the YAML file (also ${CONFIG_VARIABLE})"},
@@ -37,6 +46,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--set": {
         "metavar": "KEY=VALUE",
         "action": "append",
+        "type": _setting,
         "default": [],
         "help": "any other setting, as above; may be repeated",
     },
@@ -65,20 +75,16 @@ def add_config_flags(parser: argparse.ArgumentParser, flags: tuple[str, ...] = A
 
 
 def settings_of(options: argparse.Namespace) -> list[tuple[str, Any, str]]:
-    """Return what the command line set, as (key, value, flag); raise ConfigError for a `--set` that is none."""
+    """Return what the command line set, as (key, value, flag)."""
     found: list[tuple[str, Any, str]] = []
     for flag, key in _SETTINGS.items():
         value = getattr(options, flag.removeprefix("--").replace("-", "_"), None)
         if value is not None:
             found.append((key, None if flag == "--admin" and value == "none" else value, flag))
-    for number, setting in enumerate(options.set, start=1):
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            # It is not quoted: what was to be set may be a secret.
-            which = f"number {number} " if len(options.set) > 1 else ""
-            raise ConfigError([Problem("--set", f"{which}must be KEY=VALUE, such as limits.max_wait=30s")])
-        found.append((key, value, "--set"))
-    return found
+    return found + [(key, value, "--set") for key, value in options.set]
+
+
+# What argparse says of a value that is wrong does not quote it: it may be a secret.
 
 
 def whole_number(text: str) -> int:
@@ -97,6 +103,22 @@ def day(text: str) -> str:
     if not is_day:
         raise argparse.ArgumentTypeError("must be a day such as 2027-03-31")
     return text
+
+
+def duration(text: str) -> float:
+    """Return seconds; raise argparse's error."""
+    try:
+        return parse_duration(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a duration such as 30s or 2m") from None
+
+
+def address(text: str) -> Address:
+    """Return the address of a proxy's URL; raise argparse's error."""
+    try:
+        return address_in(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a URL without a path, such as http://127.0.0.1:9090") from None
 
 
 def header(text: str) -> tuple[str, str]:

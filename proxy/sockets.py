@@ -91,13 +91,26 @@ def reason_of(exc: OSError) -> str:
 
 
 def mistakes(config: Config) -> Iterator[Problem]:
-    """Yield a problem for every listener's certificate that cannot be used."""
+    """Yield a problem for every listener's certificate that cannot be used, and for every file of it."""
     for index, listener in enumerate(config.listen):
         if listener.tls is not None:
+            unreadable = list(_unreadable(f"listen[{index}].tls", listener.tls))
+            yield from unreadable
             try:
                 ServerTls(listener.tls)
             except OSError as exc:
-                yield Problem(f"listen[{index}].tls", f"cannot be used: {reason_of(exc)}")
+                if not unreadable:
+                    yield Problem(f"listen[{index}].tls", f"cannot be used: {reason_of(exc)}")
+
+
+def _unreadable(setting: str, tls: Tls) -> Iterator[Problem]:
+    for key in ("certificate", "key", "client_ca"):
+        name = getattr(tls, key)
+        try:
+            if name is not None:
+                Path(name).open("rb").close()
+        except OSError as exc:
+            yield Problem(f"{setting}.{key}", f"file {name}: {reason_of(exc)}")
 
 
 # Listening.

@@ -87,7 +87,7 @@ async def test_no_command_at_all_is_told_which_there_are() -> None:
         (["rotate", "mian"], "no application mian in the configuration; did you mean main? there is main"),
         (["operations", "--removed-by", "soon"], "--removed-by: must be a day such as 2027-03-31"),
         (["serve", "--set", "distinctive"], "--set: must be KEY=VALUE, such as limits.max_wait=30s"),
-        (["check", "--set", "warm_up=yes", "--set", "=x"], "--set: number 2 must be KEY=VALUE"),
+        (["healthcheck", "--url", "https://localhost"], "--url: must be a URL without a path, such as http://"),
         (["check", "--admin", "x"], "--admin: admin: must be an address"),
         (["wait", "--timeout", "soon"], "--timeout: must be a duration such as 30s or 2m"),
     ],

@@ -266,6 +266,12 @@ def test_what_is_found_later_has_its_place_too(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_where_names_of_ones_own_belong_it_is_said_so(tmp_path: Path) -> None:
+    own, marketplaces = problems(tmp_path, f"{BASE}callers: job\nmarketplaces: A1\n")
+    assert own == "config.yaml:3: callers: must be a mapping such as {acme: {…}}, with a name of yours for each"
+    assert marketplaces.endswith("must be a mapping such as {A1EXAMPLE: eu}, with the region of each")
+
+
 def test_what_is_missing_for_traces_is_installed_from_where_the_proxy_runs(tmp_path: Path) -> None:
     assert _how_to_install(tmp_path) == "pip install 'sp-api-proxy[otel]'"
     (tmp_path / "pyproject.toml").touch()

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "sockets": {"listener", *GROUND},
     "status": {"", "request", *GROUND},
     "ask": GROUND,
-    "flags": GROUND,
+    "flags": {"ask", *GROUND},
     "systemd": set(),
     "ports": {"request", "listener", "sockets", *GROUND},
     "app": {"", "replicas", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},

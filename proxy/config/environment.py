@@ -119,20 +119,25 @@ def _known_keys(kind: Any) -> tuple[str, ...]:
 
 def _nearest(name: str, tree: Tree) -> str:
     """Return the variable that was probably meant by one that names no setting."""
-    near = difflib.get_close_matches(name.upper(), list(_names(Config, tree)), n=1, cutoff=0.75)
+    new = name.upper().split("_")[1:2]  # perhaps the name of an account that the file does not have
+    near = difflib.get_close_matches(name.upper(), list(_names(Config, tree, new)), n=1, cutoff=0.75)
     if near:
         return f"did you mean {PREFIX}{near[0]}?"
     return f"a name is {PREFIX} and the key in upper case, such as {PREFIX}LIMITS_MAX_WAIT for limits.max_wait"
 
 
-def _names(kind: Any, tree: Any) -> Iterator[str]:
-    """Yield the names of all settings below a value of type `kind`, of its groups too."""
-    keys: Iterable[str | int] = tree if isinstance(tree, dict) and has_own_names(kind) else _known_keys(kind)
-    if is_list(kind) and is_mapping(kind_below(kind, 0)):
-        keys = (0,)
+def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
+    """Yield the names of all settings below a value of type `kind`, of its groups too; `new` are names to try."""
+    keys: Iterable[str | int]
+    if is_list(kind):
+        keys = (0,) if is_mapping(kind_below(kind, 0)) else ()
+    elif has_own_names(kind):
+        keys = [*(tree if isinstance(tree, dict) else ()), *new]
+    else:
+        keys = _known_keys(kind)
     for key in keys:
         yield _upper(key)
-        yield from (f"{_upper(key)}_{below}" for below in _names(kind_below(kind, key), _at(tree, key)))
+        yield from (f"{_upper(key)}_{below}" for below in _names(kind_below(kind, key), _at(tree, key), new))
 
 
 # Names that users of other libraries already have.
@@ -246,10 +251,19 @@ def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
     """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
     names = list(wanted)
     for variable in sorted(environ):
-        near = difflib.get_close_matches(variable, names, n=1, cutoff=0.85)
+        near = difflib.get_close_matches(variable, names, n=1, cutoff=_NEAR)
         if near and variable not in names and not variable.startswith(PREFIX):
             return f"; {variable} is set: did you mean {near[0]}?"
     return ""
+
+
+def instead_of(name: str, environ: Mapping[str, str]) -> str:
+    """Return `; did you mean LWA_APP_ID?` where such a variable is set, and `name` is close to it."""
+    near = difflib.get_close_matches(name, [one for one in environ if environ[one]], n=1, cutoff=_NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+_NEAR = 0.85  # of difflib's ratio: no name that merely begins alike
 
 
 APPLICATION_NAMES = (*_CLIENT_ID, *_CLIENT_SECRET)

@@ -194,7 +194,7 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
         value = environ.get(name, "")
         where = document.origins.get(path, document.name)
         if not value:
-            state = "is empty" if name in environ else f"is not set{environment.meant_for([name], environ)}"
+            state = "is empty" if name in environ else f"is not set{environment.instead_of(name, environ)}"
             draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
             return "unset"  # stands in, so that the type is not complained about as well
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from proxy.config.given import kind_at
+from proxy.config.given import has_own_names, kind_at
 from proxy.config.model import NAME, TARGET_APPLICATION, Listener, settings_in
 from proxy.config.read import KeyPath
 
@@ -79,14 +79,16 @@ def _requirement(error: Mapping[str, Any], path: KeyPath) -> str:
 
 def _mapping(path: KeyPath) -> str:
     kind = kind_at(path)
-    settings = settings_in(kind)
-    if settings is Listener:
-        return "must be an address such as 127.0.0.1:8080, or a mapping such as {address: 127.0.0.1:8080}"
-    if settings is not None:
-        return f"must be a mapping of settings; known here: {named(settings.model_fields)}"
     if path[-1] == "refresh_tokens":
         return "must be a mapping such as {eu: …}, with a refresh token for each region"
-    return "must be a mapping, with a name of yours for each: {NAME: …}"
+    if path[-1] == "marketplaces":
+        return "must be a mapping such as {A1EXAMPLE: eu}, with the region of each"
+    settings = settings_in(kind)
+    if settings is None or has_own_names(kind):
+        return "must be a mapping such as {acme: {…}}, with a name of yours for each"
+    if settings is Listener:
+        return "must be an address such as 127.0.0.1:8080, or a mapping such as {address: 127.0.0.1:8080}"
+    return f"must be a mapping of settings; known here: {named(settings.model_fields)}"
 
 
 def _suggestion(path: KeyPath) -> str:
