@@ -230,6 +230,11 @@ def test_set_reads_the_file_that_a_value_names(tmp_path: Path) -> None:
             "acme",
             "--set: listen[7]: cannot be set: the last one is listen[0], the next one listen[1]",
         ),
+        (
+            "listen.account",
+            "acme",
+            "--set: listen.account: cannot be set: it is a list, so say which of it, as listen[0]",
+        ),
         ("listen[x].account", "acme", "--set: listen[x]: is no setting; did you mean listen?"),
         ("callers.x.accounts", "acme", "--set: callers.x: needs a key, a certificate or a uid to be known by"),
         ("applications.other.client_id", "x", "--set: applications.other.client_secret: is missing"),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxy.config.given import is_list, kind_at
 from proxy.config.model import Config
 from proxy.config.read import KeyPath, Problem, Tree, show_key
 
@@ -72,7 +73,7 @@ class Draft:
             self.tree["listen"] = [{"address": str(one.address)} for one in Config.model_fields["listen"].default]
 
     def beyond(self, path: KeyPath, origin: str) -> Problem | None:
-        """Return what is wrong with the number of an item that would leave others out."""
+        """Return what is wrong with the number of an item, where there is none, or it would leave others out."""
         here: Any = self.tree
         for depth, part in enumerate(path):
             count = len(here) if isinstance(here, list) else 0
@@ -80,6 +81,9 @@ class Draft:
                 last = f"the last one is {show_key((*path[:depth], count - 1))}, " if count else ""
                 message = f"cannot be set: {last}the next one {show_key((*path[:depth], count))}"
                 return Problem(show_key(path[: depth + 1]), message, origin)
+            if isinstance(part, str) and isinstance(here, list) and is_list(kind_at(path[:depth])):
+                number = show_key((*path[:depth], 0, *path[depth:]))
+                return Problem(show_key(path), f"cannot be set: it is a list, so say which of it, as {number}", origin)
             here = _item(here, part)
         return None
 

@@ -111,6 +111,7 @@ def _flow(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
 
 
 def _without_line(message: str) -> str:
+    """Return what is wrong with a file's text as it is said of a single value, which has no lines and no `${NAME}`."""
     if "YAML" in message:
         return f"{message.partition(';')[0]}; {FORMS}"
     return message.partition(" (first on line ")[0]

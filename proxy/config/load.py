@@ -295,9 +295,9 @@ def _add_environment(draft: Draft, environ: Mapping[str, str]) -> None:
 
 
 def _add_flags(draft: Draft, flags: Flags) -> None:
-    for key, given_, flag in flags:
+    for key, written, flag in flags:
         path = given.key_path(key, draft.tree)
-        value, problems = given.parse(path, given_, flag) if isinstance(given_, str) else (given_, [])
+        value, problems = given.parse(path, written, flag) if isinstance(written, str) else (written, [])
         draft.problems += problems
         if not problems:
             _add(draft, path, value, flag)
