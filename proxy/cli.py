@@ -34,7 +34,7 @@ from proxy.config import (
 )
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
-from proxy.config.words import named, there_is
+from proxy.config.words import names_of, there_is
 from proxy.errors import ProxyError
 from proxy.flags import (
     FOR_ASKING,
@@ -579,7 +579,7 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     config = _load(options).config
     if options.listener >= len(config.listen):
-        listeners = named(f"{index} ({one.address})" for index, one in enumerate(config.listen))
+        listeners = names_of(f"{index} ({one.address})" for index, one in enumerate(config.listen))
         _complain(f"sp-api-proxy: --listener {options.listener}: no such listener; there is {listeners}")
         return USAGE
     if options.caller is not None and options.caller not in config.callers:

@@ -366,6 +366,25 @@ def test_a_misspelt_name_of_another_library_is_named_where_something_is_missing(
 
 
 @pytest.mark.parametrize(
+    ("missing", "there", "is_near"),
+    [
+        ("LWA_CLIENT_IDD", "LWA_CLIENT_ID", True),
+        ("LWA_APPID", "LWA_APP_ID", True),
+        ("ACME_NA_TOKEN", "ACME_EU_TOKEN", False),
+        ("ACME_FE_TOKEN", "ACME_EU_TOKEN", False),
+        ("SHOP12_EU_TOKEN", "SHOP13_EU_TOKEN", False),
+        ("SHOP_EU_TOKEN", "OTHER_EU_TOKEN", False),
+        ("SHOP_EU_TOKEN", "SHOP_EU_TOKN", True),
+    ],
+)
+def test_no_other_region_or_account_is_taken_for_what_was_meant(
+    tmp_path: Path, missing: str, there: str, is_near: bool
+) -> None:
+    (found,) = problems({there: SECRET}, tmp_path, BASE.replace("file-token", f"'${{{missing}}}'"))
+    assert (f"did you mean {there}?" in found) is is_near
+
+
+@pytest.mark.parametrize(
     "name",
     ["SP_API_PROXY_SERVICE_HOST", "SP_API_PROXY_SERVICE_PORT", "SP_API_PROXY_SERVICE_PORT_HTTP", "SP_API_PROXY_PORT",
      "SP_API_PROXY_PORT_8080_TCP", "SP_API_PROXY_PORT_8080_TCP_PROTO", "SP_API_PROXY_PORT_8080_TCP_PORT",

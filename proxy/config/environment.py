@@ -7,6 +7,7 @@ what the file leaves out, and never override it. Every name also exists with `_F
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, get_args, get_origin
 
 from proxy.config.given import has_own_names, is_list, is_mapping, kind_below, parse
@@ -15,6 +16,7 @@ from proxy.config.read import KeyPath, Problem, Tree
 
 PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+MOST_TRIED = 100  # names of accounts and the like that are compared with one that was misspelt
 
 # Kubernetes sets these for every Service that happens to be called sp-api-proxy; they are not settings.
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
@@ -132,7 +134,7 @@ def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
     if is_list(kind):
         keys = (0,) if is_mapping(kind_below(kind, 0)) else ()
     elif has_own_names(kind):
-        keys = [*(tree if isinstance(tree, dict) else ()), *new]
+        keys = [*islice(tree if isinstance(tree, dict) else (), MOST_TRIED), *new]
     else:
         keys = _known_keys(kind)
     for key in keys:
@@ -251,19 +253,29 @@ def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
     """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
     names = list(wanted)
     for variable in sorted(environ):
-        near = difflib.get_close_matches(variable, names, n=1, cutoff=_NEAR)
-        if near and variable not in names and not variable.startswith(PREFIX):
-            return f"; {variable} is set: did you mean {near[0]}?"
+        near = next((name for name in names if _is_near(variable, name)), None)
+        if near is not None and variable not in names:
+            return f"; {variable} is set: did you mean {near}?"
     return ""
 
 
 def instead_of(name: str, environ: Mapping[str, str]) -> str:
     """Return `; did you mean LWA_APP_ID?` where such a variable is set, and `name` is close to it."""
-    near = difflib.get_close_matches(name, [one for one in environ if environ[one]], n=1, cutoff=_NEAR)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = next((variable for variable in sorted(environ) if environ[variable] and _is_near(name, variable)), None)
+    return f"; did you mean {near}?" if near is not None else ""
 
 
-_NEAR = 0.85  # of difflib's ratio: no name that merely begins alike
+def _is_near(one: str, other: str) -> bool:
+    """Return whether a name may be the other one misspelt, and not that of another region or account."""
+    if one.replace("_", "") == other.replace("_", ""):
+        return True
+    words, others = one.split("_"), other.split("_")
+    if len(words) != len(others) or re.sub(r"\D", "", one) != re.sub(r"\D", "", other):
+        return False
+    return all(
+        mine == theirs or difflib.SequenceMatcher(None, mine, theirs).ratio() > 0.7
+        for mine, theirs in zip(words, others, strict=True)
+    )
 
 
 APPLICATION_NAMES = (*_CLIENT_ID, *_CLIENT_SECRET)

@@ -23,7 +23,7 @@ from proxy.config.model import Address, Config, dump, is_loopback, parse_address
 from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
 from proxy.config.secret import Sourced
 from proxy.config.store_address import StoreAddress, parse_store
-from proxy.config.words import message_of, named, there_is
+from proxy.config.words import MOST_NAMED, message_of, names_of, there_is
 
 Flags = Sequence[tuple[str, Any, str]]  # a key as people write it, its value, the flag that said so
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
@@ -389,7 +389,7 @@ def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
         chosen = account.get("application") if isinstance(account, dict) else None
         path: KeyPath = ("accounts", name, "application")
         if chosen is None and len(applications) > 1:
-            yield path, f"is missing: say which; there is {named(applications)}"
+            yield path, f"is missing: say which; there is {names_of(applications)}"
         elif isinstance(chosen, str) and applications and chosen not in applications:
             yield path, f"names no application; {there_is(applications, chosen)}"
 
@@ -402,9 +402,10 @@ def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
     for caller, settings in _mapping(tree, "callers").items():
         if isinstance(settings, dict):
             named += _names_in(("callers", caller, "accounts"), settings.get("accounts"))
-    for path, name in named:
-        if isinstance(name, str) and accounts and name not in accounts:
-            yield path, f"names no account; {there_is(accounts, name)}"
+    wrong = [(path, name) for path, name in named if isinstance(name, str) and accounts and name not in accounts]
+    for number, (path, name) in enumerate(wrong):
+        # To look for what was meant takes its time where there are thousands of both.
+        yield path, f"names no account; {there_is(accounts, name if number < MOST_NAMED else '')}"
 
 
 def _names_in(path: KeyPath, value: object) -> list[tuple[KeyPath, Any]]:

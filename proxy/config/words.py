@@ -36,11 +36,12 @@ _MISSING = {
 }
 
 
-def named(names: Iterable[object]) -> str:
+def names_of(names: Iterable[object]) -> str:
     """Return `a, b, c`, or the first of many and how many there are."""
-    texts = [str(name) for name in names]
-    more = len(texts) - MOST_NAMED
-    return ", ".join(texts) if more <= 0 else f"{', '.join(texts[:MOST_NAMED])} and {more} more"
+    known = list(names)
+    more = len(known) - MOST_NAMED
+    shown = ", ".join(map(str, known[:MOST_NAMED]))
+    return shown if more <= 0 else f"{shown} and {more} more"
 
 
 def there_is(names: Iterable[str], wrong: str = "") -> str:
@@ -49,7 +50,7 @@ def there_is(names: Iterable[str], wrong: str = "") -> str:
     if not known:
         return "there is none"
     near = difflib.get_close_matches(wrong, known, n=1)
-    return f"{'did you mean ' + near[0] + '? ' if near else ''}there is {named(known)}"
+    return f"{'did you mean ' + near[0] + '? ' if near else ''}there is {names_of(known)}"
 
 
 def message_of(error: Mapping[str, Any], path: KeyPath) -> str:
@@ -88,7 +89,7 @@ def _mapping(path: KeyPath) -> str:
         return "must be a mapping such as {acme: {…}}, with a name of yours for each"
     if settings is Listener:
         return "must be an address such as 127.0.0.1:8080, or a mapping such as {address: 127.0.0.1:8080}"
-    return f"must be a mapping of settings; known here: {named(settings.model_fields)}"
+    return f"must be a mapping of settings; known here: {names_of(settings.model_fields)}"
 
 
 def _suggestion(path: KeyPath) -> str:
