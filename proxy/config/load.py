@@ -194,7 +194,9 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
         value = environ.get(name, "")
         where = document.origins.get(path, document.name)
         if not value:
-            state = "is empty" if name in environ else f"is not set{environment.instead_of(name, environ)}"
+            # To look for what was meant takes its time where there are thousands of both.
+            meant = environment.instead_of(name, environ) if len(draft.problems) < MOST_NAMED else ""
+            state = "is empty" if name in environ else f"is not set{meant}"
             draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
             return "unset"  # stands in, so that the type is not complained about as well
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
@@ -404,7 +406,6 @@ def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
             named += _names_in(("callers", caller, "accounts"), settings.get("accounts"))
     wrong = [(path, name) for path, name in named if isinstance(name, str) and accounts and name not in accounts]
     for number, (path, name) in enumerate(wrong):
-        # To look for what was meant takes its time where there are thousands of both.
         yield path, f"names no account; {there_is(accounts, name if number < MOST_NAMED else '')}"
 
 
