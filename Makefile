@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The configuration to run with: `make run CONFIG=my.yaml`; config.yaml is taken where it exists.
 CONFIG ?= $(wildcard config.yaml)
-# More for the command line: `make run ARGS="--listen 127.0.0.1:9999"`, `make test ARGS="-k tokens"`.
+# More for the command line: `make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"`, `make test ARGS="-k tokens"`.
 ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 

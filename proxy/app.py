@@ -328,7 +328,9 @@ def within_reach(wanted: Config, before: Config) -> tuple[Config, tuple[str, ...
 
     Raises ConfigError where the rest would not be safe without these.
     """
-    refused = [Problem("endpoints", _RESTART)] if wanted.endpoints != before.endpoints else []
+    hosts = type(wanted.endpoints).model_fields
+    moved = [name for name in hosts if getattr(wanted.endpoints, name) != getattr(before.endpoints, name)]
+    refused = [Problem(f"endpoints.{name}", _RESTART) for name in moved]
     kept = [key for key in AT_START if getattr(wanted, key) != getattr(before, key)]
     changes: dict[str, Any] = {key: getattr(before, key) for key in kept}
     if wanted.log.format != before.log.format:

@@ -60,10 +60,34 @@ def once(address: Address, method: str, path: str, patience: float = PATIENCE) -
         answer = connection.getresponse()
         text = answer.read(MOST_TEXT).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as exc:
-        return Answer(is_good=False, text=f"no answer from {address}: {_reason(exc)}")
+        reason = _reason(exc)
+        return Answer(is_good=False, text=f"no answer from {address}: {reason}. Is the proxy running? {_ELSEWHERE}")
     finally:
         connection.close()
-    return Answer(is_good=answer.status == 200, text=text if answer.status == 200 else f"{answer.status}: {text}")
+    is_for_apps = any(name.lower() in _MARKS for name, _ in answer.getheaders())
+    if answer.status == 200 and not is_for_apps:
+        return Answer(is_good=True, text=text)
+    return Answer(
+        is_good=False, text=f"{answer.status}: {text}{_advice(answer.status, text, address, is_for_apps=is_for_apps)}"
+    )
+
+
+def _advice(status: int, text: str, address: Address, *, is_for_apps: bool) -> str:
+    """Return what to do about an answer that another address should have given."""
+    if is_for_apps:
+        return f". {address} is where apps send their requests. {_ELSEWHERE}"
+    if status == 404 and text == "Not Found":
+        return ". The health address ends no proxy: ask at its admin address, with --url or --config"
+    if text.startswith(_OURS):
+        return ""
+    return f". {address} is perhaps no proxy's. {_ELSEWHERE}"
+
+
+# What an answer on the proxied port has, Amazon's or the proxy's own.
+_MARKS = {"x-sp-proxy", "x-sp-proxy-error"}
+# How the admin and the health address begin what they say, where it is not what was hoped for.
+_OURS = ("not ready", "starting", "switched off", "call this address", "not for")
+_ELSEWHERE = "Name its admin or health address with --url, or the file that says it with --config"
 
 
 def _reason(exc: Exception) -> str:

@@ -27,18 +27,29 @@ from proxy.config import (
     Address,
     Config,
     ConfigError,
-    KeyPath,
     Loaded,
     Problem,
     Region,
     admin_addresses,
     applications_config,
     load_config,
-    parse_duration,
 )
 from proxy.config.environment import CONFIG_VARIABLE
 from proxy.config.schema import json_schema
+from proxy.config.words import names_of, there_is
 from proxy.errors import ProxyError
+from proxy.flags import (
+    FOR_ASKING,
+    FOR_REQUESTS,
+    FOR_ROTATING,
+    add_config_flags,
+    address,
+    day,
+    duration,
+    header,
+    settings_of,
+    whole_number,
+)
 from proxy.reload import Reloads, Result, stamps
 from proxy.report import Progress, Report, as_json, as_text, places
 from proxy.request import dial, placeholders, policy
@@ -71,7 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         return simulator.main(arguments[1:])
     if arguments[:2] == ["operations", "rebuild"]:
         return rebuild.main(arguments[2:])
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return USAGE
+    options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
     except ConfigError as exc:
@@ -144,47 +159,6 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     return parser
 
 
-def _add_config_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "configuration", "A flag overrides the environment, which overrides the file, which overrides the default."
-    )
-    group.add_argument("--config", metavar="FILE", help=f"the YAML file (also ${CONFIG_VARIABLE})")
-    group.add_argument(
-        "--listen", metavar="ADDRESS", action="append", help="host:port or unix:/path for the apps; may be repeated"
-    )
-    group.add_argument(
-        "--admin", metavar="ADDRESS", help="host:port for metrics and health; none for no admin listener"
-    )
-    group.add_argument("--default-account", metavar="NAME", help="the account of requests that name none")
-    group.add_argument("--environment", choices=("production", "sandbox"), help="which of Amazon's environments")
-    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
-    group.add_argument("--log-format", choices=("auto", "text", "json"))
-    group.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="any other setting, such as limits.max_wait=30s"
-    )
-
-
-def _flags(options: argparse.Namespace) -> dict[KeyPath, Any]:
-    """Return what the command line set, by key path; raise ConfigError for a `--set` that is none."""
-    admin = None if options.admin == "none" else options.admin
-    given: dict[KeyPath, Any] = {
-        ("listen",): options.listen,
-        ("default_account",): options.default_account,
-        ("environment",): options.environment,
-        ("log", "level"): options.log_level,
-        ("log", "format"): options.log_format,
-    }
-    flags = {path: value for path, value in given.items() if value is not None}
-    if options.admin is not None:
-        flags[("admin",)] = admin
-    for setting in options.set:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError([Problem("--set", f"{key or setting}: must be KEY=VALUE", "command line")])
-        flags[tuple(key.split("."))] = value
-    return flags
-
-
 def _config_path(options: argparse.Namespace) -> str | None:
     path: str | None = options.config or os.environ.get(CONFIG_VARIABLE)
     return path
@@ -197,11 +171,11 @@ def _table() -> OperationTable:
 
 def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Loaded:
     environ = os.environ if environ is None else environ
-    loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, _flags(options))
+    loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, settings_of(options))
     config = loaded.config
     found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
-        raise ConfigError(found, loaded.files)
+        raise ConfigError(loaded.placed(found), loaded.files)
     return loaded
 
 
@@ -210,7 +184,7 @@ def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None)
 
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", _serve, "run the proxy", "sp-api-proxy serve --config config.yaml")
-    _add_config_flags(parser)
+    add_config_flags(parser)
     parser.add_argument(
         "--demo",
         action="store_true",
@@ -229,7 +203,7 @@ def _serve(options: argparse.Namespace) -> int:
     with _logging(config):
         for problem in loaded.warnings:
             logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))
-        return _run(_serve_until_told(loaded, lambda: _load(options, environ)))
+        return _run(_serve_until_told(loaded, lambda: _load(options, environ), is_demo=options.demo))
 
 
 @contextmanager
@@ -269,7 +243,11 @@ def _run(main_task: Coroutine[Any, Any, T]) -> T:
 
 
 async def _serve_until_told(
-    loaded: Loaded, load: Callable[[], Loaded], after_start: Callable[[Running], None] | None = None
+    loaded: Loaded,
+    load: Callable[[], Loaded],
+    after_start: Callable[[Running], None] | None = None,
+    *,
+    is_demo: bool = False,
 ) -> int:
     """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
     seen = stamps(loaded.files)
@@ -302,6 +280,8 @@ async def _serve_until_told(
             logs.LOGGER.info("shutting down", extra=logs.fields(because=because))
     except CannotListen as exc:
         _complain(f"sp-api-proxy: {exc}")
+        if is_demo:  # as `make run` starts it
+            _complain('With make: make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"')
         return FAILED
     logs.LOGGER.info("ended", extra=logs.fields(cut_off=proxy.ending.cut_off))
     return 128 + told.number if proxy.ending.cut_off else OK
@@ -373,10 +353,10 @@ async def _demo(options: argparse.Namespace) -> int:
 
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
-        load = partial(load_config, None, _without_settings(os.environ, simulator), _flags(options))
+        load = partial(load_config, None, _without_settings(os.environ, simulator), settings_of(options))
         loaded = load()
         with _logging(loaded.config):
-            return await _serve_until_told(loaded, load, _welcome)
+            return await _serve_until_told(loaded, load, _welcome, is_demo=True)
 
 
 def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
@@ -400,17 +380,21 @@ def _welcome(proxy: Running) -> None:
         if address.startswith("unix:")
         else (f"curl -si http://{address}")
     )
-    _say("No credentials were given, so the proxy runs against a simulator of Amazon on this machine. Try:")
-    _say()
-    _say("  # an ordinary call")
-    _say(f"  {curl}/sellers/v1/marketplaceParticipations -H 'x-sp-region: eu'")
-    _say("  # a grantless one")
-    _say(f"  {curl}/notifications/v1/destinations -H 'x-sp-region: eu'")
-    _say("  # one that needs a Restricted Data Token")
-    _say(f"  {curl}/orders/v0/orders/902-1845936-5435065/address -H 'x-sp-region: eu'")
-    _say()
-    if proxy.admin:
-        _say(f"Metrics are at http://{proxy.admin}/metrics. Ctrl-C ends both.")
+    end = f"Metrics are at http://{proxy.admin}/metrics. " if proxy.admin else ""
+    # Written at once: a line of the log, which another thread writes, must not come between.
+    _say(
+        f"""\
+No credentials were given, so the proxy runs against a simulator of Amazon on this machine. Try:
+
+  # an ordinary call
+  {curl}/sellers/v1/marketplaceParticipations -H 'x-sp-region: eu'
+  # a grantless one
+  {curl}/notifications/v1/destinations -H 'x-sp-region: eu'
+  # one that needs a Restricted Data Token
+  {curl}/orders/v0/orders/902-1845936-5435065/address -H 'x-sp-region: eu'
+
+{end}Ctrl-C ends both."""
+    )
     sys.stdout.flush()
 
 
@@ -422,9 +406,10 @@ def _add_asking(commands: Any, name: str, run: Callable[[argparse.Namespace], in
     parser.add_argument(
         "--url",
         metavar="URL",
+        type=address,
         help="the proxy's admin or health address, such as http://127.0.0.1:9090; otherwise that of its configuration",
     )
-    _add_config_flags(parser)
+    add_config_flags(parser, FOR_ASKING)
     return parser
 
 
@@ -432,7 +417,9 @@ def _add_wait(commands: Any) -> None:
     parser = _add_asking(
         commands, "wait", _wait, "wait until a proxy is ready", "sp-api-proxy wait --timeout 30s && my-job"
     )
-    parser.add_argument("--timeout", metavar="TIME", default="30s", help="how long at most, such as 30s or 2m (30s)")
+    parser.add_argument(
+        "--timeout", metavar="TIME", type=duration, default=30.0, help="how long at most, such as 30s or 2m (30s)"
+    )
 
 
 def _add_healthcheck(commands: Any) -> None:
@@ -453,11 +440,7 @@ def _add_shutdown(commands: Any) -> None:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    try:
-        seconds = parse_duration(options.timeout)
-    except ValueError:
-        raise ConfigError([Problem("--timeout", "must be a duration such as 30s or 2m", "command line")]) from None
-    return _told_by(ask.until_ready(_where(options), seconds))
+    return _told_by(ask.until_ready(_where(options), options.timeout))
 
 
 def _healthcheck(options: argparse.Namespace) -> int:
@@ -476,11 +459,9 @@ def _told_by(answer: ask.Answer) -> int:
 
 def _where(options: argparse.Namespace) -> Address:
     if options.url is not None:
-        try:
-            return ask.address_in(options.url)
-        except ValueError:
-            raise ConfigError([Problem("--url", "must be such as http://127.0.0.1:9090", "command line")]) from None
-    addresses = admin_addresses(_config_path(options), os.environ, _flags(options))
+        asked: Address = options.url
+        return asked
+    addresses = admin_addresses(_config_path(options), os.environ, settings_of(options))
     if not addresses or not (addresses[0].path or addresses[0].port):
         raise ConfigError([Problem("admin", "says no address to ask at: give --url, or set admin or health")])
     return addresses[0]
@@ -499,14 +480,14 @@ def _add_rotate(commands: Any) -> None:
     )
     parser.add_argument("application", metavar="APPLICATION", help="its name in the configuration")
     parser.add_argument("--region", choices=REGIONS, default="na", help="whose host to ask (na, as Amazon's page does)")
-    _add_config_flags(parser)
+    add_config_flags(parser, FOR_ROTATING)
 
 
 def _rotate(options: argparse.Namespace) -> int:
     loaded = _load(options)
     name, applications = options.application, loaded.config.applications
     if name not in applications:
-        _complain(f"sp-api-proxy: no application {name} in the configuration; there is {', '.join(applications)}")
+        _complain(f"sp-api-proxy: no application {name} in the configuration; {there_is(applications, name)}")
         return USAGE
     try:
         _run(_rotated(loaded.config, name, options.region))
@@ -539,11 +520,11 @@ def _add_authorize(commands: Any) -> None:
         "a private application: sp-api-proxy authorize --self-authorized --marketplace DE --output secrets/acme_eu",
     )
     add_flags(parser)
-    _add_config_flags(parser)
+    add_config_flags(parser)
 
 
 def _authorize(options: argparse.Namespace) -> int:
-    config = applications_config(_config_path(options), os.environ, _flags(options))
+    config = applications_config(_config_path(options), os.environ, settings_of(options))
     process.harden()
     process.forget_secrets(os.environ, config)  # a browser gets none of them
     # Where there is no screen, a browser may be one for the terminal, which would take it over.
@@ -562,8 +543,8 @@ def _add_check(commands: Any) -> None:
         "check the configuration and show what is in force, secrets hidden; with --live, see whether it works",
         "sp-api-proxy check --config config.yaml\n         sp-api-proxy check --live --account acme --region eu",
     )
-    _add_config_flags(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_config_flags(parser)
+    parser.add_argument("--json", action="store_true", help="JSON, for programs")
     asking = parser.add_argument_group(
         "asking Amazon",
         "Every account and region: an exchange of its refresh token, a call of getMarketplaceParticipations, and a "
@@ -663,24 +644,38 @@ def _add_explain(commands: Any) -> None:
         "say what the proxy would do with a request and why, without sending it",
         "sp-api-proxy explain GET '/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9' -H 'x-sp-account: acme'",
     )
-    parser.add_argument("method", metavar="METHOD")
+    parser.add_argument("method", metavar="METHOD", help="GET, HEAD, POST, PUT, PATCH or DELETE")
     parser.add_argument("target", metavar="TARGET", help="path and query, as the app would send them")
-    parser.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[])
     parser.add_argument(
-        "--listener", type=int, default=0, metavar="N", help="which listener it comes in by; 0 is the first"
+        "-H",
+        dest="headers",
+        metavar="'NAME: VALUE'",
+        type=header,
+        action="append",
+        default=[],
+        help="a header of the request; may be repeated",
+    )
+    parser.add_argument(
+        "--listener",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="which listener it comes in by; 0 is the first (0)",
     )
     parser.add_argument("--caller", metavar="NAME", help="which of the callers sends it, instead of its key")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    _add_config_flags(parser)
+    parser.add_argument("--json", action="store_true", help="JSON, for programs")
+    add_config_flags(parser, FOR_REQUESTS)
 
 
 def _explain(options: argparse.Namespace) -> int:
     config = _load(options).config
-    if not 0 <= options.listener < len(config.listen):
-        _complain(f"sp-api-proxy: --listener {options.listener}: there are {len(config.listen)}")
+    if options.listener >= len(config.listen):
+        listeners = names_of(f"{index} ({one.address})" for index, one in enumerate(config.listen))
+        _complain(f"sp-api-proxy: --listener {options.listener}: no such listener; there is {listeners}")
         return USAGE
     if options.caller is not None and options.caller not in config.callers:
-        _complain(f"sp-api-proxy: --caller {options.caller}: there is {', '.join(config.callers) or 'none'}")
+        known = there_is(config.callers, options.caller)
+        _complain(f"sp-api-proxy: --caller {options.caller}: no such caller in the configuration; {known}")
         return USAGE
     try:
         decided = _decided(options, config)
@@ -697,9 +692,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     headers: CIMultiDict[str] = CIMultiDict()
-    for line in options.headers:
-        name, _, value = line.partition(":")
-        headers.add(name.strip(), value.strip())
+    for name, value in options.headers:
+        headers.add(name, value)
     headers.setdefault("Host", "localhost")
     listener = config.listen[options.listener]
     sent = CIMultiDictProxy(headers)
@@ -735,8 +729,8 @@ def _add_operations(commands: Any) -> None:
     parser.add_argument("text", nargs="?", default="", help="part of a name or a path")
     parser.add_argument("--restricted", action="store_true", help="only those that need a Restricted Data Token")
     parser.add_argument("--grantless", action="store_true", help="only those without a selling partner")
-    parser.add_argument("--removed-by", metavar="YYYY-MM-DD", help="only those Amazon removes by that day")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--removed-by", metavar="YYYY-MM-DD", type=day, help="only those Amazon removes by that day")
+    parser.add_argument("--json", action="store_true", help="JSON, for programs")
 
 
 def _operations(options: argparse.Namespace) -> int:

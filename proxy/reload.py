@@ -99,7 +99,7 @@ class Reloads:
         problems: tuple[str, ...] = ()
         try:
             loaded = await _aside(self._load)
-            handed_over = await self._hand_over(loaded.config)
+            handed_over = await self._handed_over(loaded)
         except ConfigError as exc:
             self._look_at(exc.files or self._files)  # one of them may be still to come
             problems = tuple(str(problem) for problem in exc.problems)
@@ -113,6 +113,13 @@ class Reloads:
         else:
             return self._taken(loaded, handed_over, because)
         return self._refused(problems, because)
+
+    async def _handed_over(self, loaded: Loaded) -> HandedOver:
+        """Hand a configuration over; what is wrong with it is told with its place."""
+        try:
+            return await self._hand_over(loaded.config)
+        except ConfigError as exc:
+            raise ConfigError(loaded.placed(exc.problems), exc.files or loaded.files) from exc
 
     def _taken(self, loaded: Loaded, handed_over: HandedOver, because: str) -> Result:
         self._look_at(loaded.files)

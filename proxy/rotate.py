@@ -12,6 +12,7 @@ from proxy.amazon.headers import credential_headers
 from proxy.amazon.refusals import parse_refusal
 from proxy.app import open_lwa_session, user_agents
 from proxy.config import Config, Region
+from proxy.request.grants import source_in_words
 from proxy.request.http1 import Broken
 from proxy.request.identify import endpoint_of
 from proxy.request.upstream import open_session
@@ -44,7 +45,10 @@ async def rotate_client_secret(config: Config, name: str, region: Region) -> Non
             async with asyncio.timeout(config.timeouts.upstream_idle):
                 status, body = await session.post(url, headers, b"", lwa.MAX_ANSWER)
     except lwa.ExchangeRefused as exc:
-        raise RotationFailed(f"Login with Amazon refuses the application {name}: {exc.reason}") from exc
+        keys = f"applications.{name}.client_id and client_secret{source_in_words(application.client_secret)}"
+        raise RotationFailed(
+            f"Login with Amazon refuses the application {name}: {exc.reason}. Look at {keys}."
+        ) from exc
     except (lwa.ExchangeFailed, Broken, OSError) as exc:
         raise RotationFailed("Amazon did not answer properly; it may or may not have made a new secret") from exc
     if status != 204:

@@ -1,6 +1,7 @@
 """Which sockets are listened on: their rights, their TLS, and how many descriptors there are for all of it?"""
 
 import asyncio
+import errno
 import os
 import shutil
 import socket
@@ -90,13 +91,26 @@ def reason_of(exc: OSError) -> str:
 
 
 def mistakes(config: Config) -> Iterator[Problem]:
-    """Yield a problem for every listener's certificate that cannot be used."""
+    """Yield a problem for every listener's certificate that cannot be used, and for every file of it."""
     for index, listener in enumerate(config.listen):
         if listener.tls is not None:
+            unreadable = list(_unreadable(f"listen[{index}].tls", listener.tls))
+            yield from unreadable
             try:
                 ServerTls(listener.tls)
             except OSError as exc:
-                yield Problem(f"listen[{index}].tls", f"cannot be used: {reason_of(exc)}")
+                if not unreadable:
+                    yield Problem(f"listen[{index}].tls", f"cannot be used: {reason_of(exc)}")
+
+
+def _unreadable(setting: str, tls: Tls) -> Iterator[Problem]:
+    for key in ("certificate", "key", "client_ca"):
+        name = getattr(tls, key)
+        try:
+            if name is not None:
+                Path(name).open("rb").close()
+        except OSError as exc:
+            yield Problem(f"{setting}.{key}", f"file {name}: {reason_of(exc)}")
 
 
 # Listening.
@@ -138,8 +152,16 @@ async def listen(
         )
     except (OSError, LookupError) as exc:
         reason = reason_of(exc) if isinstance(exc, OSError) else f"there is no such user or group: {exc.args[0]}"
-        raise CannotListen(f"cannot listen on {address}: {reason}; change {setting}, or end what uses it") from exc
+        is_taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+        raise CannotListen(f"cannot listen on {address}: {reason}; {_way_out(setting, is_taken=is_taken)}") from exc
     return listening, str(Address(address.host, listening.sockets[0].getsockname()[1]))
+
+
+def _way_out(setting: str, *, is_taken: bool) -> str:
+    """Return what to do where an address cannot be had; the first listener and the admin address have flags."""
+    flag = {"listen[0]": "--listen", "admin": "--admin"}.get(setting)
+    change = f"change {setting} in the configuration" + (f", or give another address with {flag}" if flag else "")
+    return f"end what uses it, or {change}" if is_taken else change
 
 
 def _unix_socket(path: str, listener: Listener | None) -> socket.socket:

@@ -28,6 +28,9 @@ _FIRST_PAGE = """sp-api-proxy: this is the admin address; apps use the other one
 """
 
 
+_NO_QUIT = "switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
+
+
 @dataclass(slots=True)
 class Readiness:
     """Whether the proxy serves; `waiting_for` says what keeps it from being ready."""
@@ -122,7 +125,7 @@ def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Applicati
 
     async def end(_: web.Request) -> web.Response:
         if not current().quit:
-            return web.Response(status=404, text="switched off: the setting quit is false\n")
+            return web.Response(status=404, text=_NO_QUIT)
         about.quit.set()
         return web.Response(text="shutting down\n")
 

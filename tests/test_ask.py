@@ -12,7 +12,7 @@ from proxy.app import Running
 from proxy.config import Address
 from tests.clock import FakeClock
 from tests.conftest import StartProxy, settings_for
-from tests.far_side import FarSide, TokenHost
+from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call
 from tests.proxy_process import command, serving
 
@@ -33,13 +33,23 @@ async def test_the_state_of_a_proxy_is_asked_for_by_url_and_by_configuration(
         url = ("--url", f"http://{line['health']}")
         assert await command("healthcheck", "--live", *url) == (0, "ok\n", "")
         code, _, complained = await command("shutdown", *url)
-        assert (code, complained) == (1, "404: Not Found\n")
+        assert code == 1
+        assert complained.startswith("404: Not Found. The health address ends no proxy: ask at its admin address")
         code, _, complained = await command("shutdown", *config)
-        assert (code, complained) == (1, "404: switched off: the setting quit is false\n")
+        assert code == 1
+        assert complained == (
+            "404: switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
+        )
+        code, _, complained = await command("healthcheck", "--url", f"http://{proxy.addresses[0]}")
+        assert code == 1
+        assert f". {proxy.addresses[0]} is where apps send their requests. Name its admin or health" in complained
     for name, *more in (("healthcheck",), ("wait", "--timeout", "50ms"), ("shutdown",)):
         code, printed, complained = await command(name, *more, *url)
         assert (code, printed) == (1, "")
-        assert complained == f"no answer from {line['health']}: Connection refused\n"
+        assert complained == (
+            f"no answer from {line['health']}: Connection refused. Is the proxy running? "
+            "Name its admin or health address with --url, or the file that says it with --config\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,16 @@ async def test_what_cannot_be_asked_is_wrong_usage(arguments: tuple[str, ...]) -
     code, printed, complained = await command(*arguments)
     assert (code, printed) == (2, "")
     assert "Traceback" not in complained
+
+
+async def test_somebody_else_at_the_address_is_not_taken_for_the_proxy(far_side: FarSide) -> None:
+    async def script(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer("404 Not Found", b"404 page not found"))
+
+    far_side.script = script
+    address = ask.address_in(far_side.url)
+    told = await asyncio.to_thread(ask.once, address, "GET", "/readyz")
+    assert told.text.startswith(f"404: 404 page not found. {address} is perhaps no proxy's. ")
 
 
 async def test_waiting_ends_when_the_proxy_is_ready(start_proxy: StartProxy, token_host: TokenHost) -> None:
@@ -81,7 +101,7 @@ def test_waiting_ends_with_its_time() -> None:
 
 
 def test_an_address_that_is_open_to_all_is_asked_at_this_machines_own() -> None:
-    assert ask.once(Address("0.0.0.0", 1), "GET", "/livez").text.endswith("Connection refused")
+    assert ": Connection refused. " in ask.once(Address("0.0.0.0", 1), "GET", "/livez").text
     assert ask.address_in("http://[::1]:9090") == Address("::1", 9090)
 
 

@@ -3,19 +3,22 @@
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from proxy import __version__
+from proxy import __version__, cli
 from proxy.amazon.placeholders import Resource, placeholder_for
 from proxy.simulator.command import _for_people
-from tests.conftest import needs, settings_for
+from tests.conftest import StartProxy, needs, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call, connect, request
 from tests.proxy_process import ROOT, command, serving, started
@@ -62,7 +65,44 @@ async def test_help_explains_every_command_with_an_example(arguments: list[str])
     assert "example" in printed or "commands" in printed
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "--nonsense"], ["explain"], ["serve", "--set", "x"]])
+async def test_no_command_at_all_is_told_which_there_are() -> None:
+    code, printed, complained = await command()
+    assert (code, printed) == (2, "")
+    assert re.findall(r"^    (\w+)", complained, re.MULTILINE)[:3] == ["serve", "check", "explain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["serve", "--nonsense"], "--nonsense"),
+        (["wait", "--log-level", "debug"], "--log-level"),
+        (["explain"], "METHOD, TARGET"),
+        (["explain", "GET", "/", "-H", "distinctive-header"], "-H: must be 'NAME: VALUE'"),
+        (["explain", "GET", "/", "--listener", "first"], "--listener: must be a whole number"),
+        (["explain", "GET", "/", "--listener", "1"], "no such listener; there is 0 (127.0.0.1:8080)"),
+        (["explain", "GET", "/", "--caller", "jbo"], "no such caller in the configuration; there is none"),
+        (
+            ["explain", "GET", "/", "--set", "callers={job: {key: k}}", "--caller", "jbo"],
+            "no such caller in the configuration; did you mean job? there is job",
+        ),
+        (["rotate", "mian"], "no application mian in the configuration; did you mean main? there is main"),
+        (["operations", "--removed-by", "soon"], "--removed-by: must be a day such as 2027-03-31"),
+        (["serve", "--set", "distinctive"], "--set: must be KEY=VALUE, such as limits.max_wait=30s"),
+        (["healthcheck", "--url", "https://localhost"], "--url: must be a URL without a path, such as http://"),
+        (["check", "--admin", "x"], "--admin: admin: must be an address"),
+        (["wait", "--timeout", "soon"], "--timeout: must be a duration such as 30s or 2m"),
+    ],
+)
+async def test_wrong_usage_says_what_is_right(arguments: list[str], said: str) -> None:
+    code, printed, complained = await command(*arguments, environment=ENVIRONMENT)
+    assert (code, printed) == (2, "")
+    assert said in complained
+    assert "distinctive" not in complained
+    assert "Traceback" not in complained
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["serve", "--nonsense"], ["explain"], ["serve", "--set", "x"]])
 async def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
     code, printed, complained = await command(*arguments, environment=ENVIRONMENT)
     assert (code, printed) == (2, "")
@@ -76,7 +116,7 @@ async def test_check_shows_what_is_in_force_and_hides_secrets() -> None:
     rows = {line.split()[0]: line for line in printed.splitlines() if line}
     assert rows["applications.main.client_secret"].split()[1] == "***"
     assert "environment variable LWA_CLIENT_SECRET" in rows["applications.main.client_secret"]
-    assert rows["limits.max_wait"].split()[1:] == ["3s", "command", "line"]
+    assert rows["limits.max_wait"].split()[1:] == ["3s", "--set"]
     assert rows["timeouts.connect"].split()[1:] == ["5s", "default"]
     assert "distinctive" not in printed
 
@@ -212,8 +252,33 @@ async def test_a_port_in_use_is_one_line_and_exit_code_1() -> None:
         code, _, complained = await command("serve", "--listen", address, "--admin", "none", environment=ENVIRONMENT)
     assert code == 1
     (line,) = [line for line in complained.splitlines() if not line.startswith("{")]
-    assert f"cannot listen on {address}: Address already in use; change listen[0]" in line
-    assert "Traceback" not in complained
+    assert line == (
+        f"sp-api-proxy: cannot listen on {address}: Address already in use; end what uses it, "
+        "or change listen[0] in the configuration, or give another address with --listen"
+    )
+
+
+async def test_the_demo_says_how_make_takes_another_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, printed, complained = await command("serve", "--demo", "--listen", "127.0.0.1:0", "--admin", address)
+    assert (code, printed) == (1, "")
+    assert "or give another address with --admin" in complained
+    assert 'make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"' in complained
+
+
+async def test_the_demos_lines_are_written_at_once(monkeypatch: pytest.MonkeyPatch, start_proxy: StartProxy) -> None:
+    written: list[str] = []
+
+    class Terminal(StringIO):
+        def write(self, text: str, /) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli._welcome(await start_proxy())
+    assert len(written) == 1
+    assert written[0].count("curl -si") == 3
 
 
 async def test_sigterm_lets_requests_finish_and_takes_no_more(
@@ -361,6 +426,6 @@ async def test_rebuild_runs_as_a_command(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_simulators_settings_is_a_configuration() -> None:
-    said = _for_people({name: f"http://127.0.0.1/{name}" for name in ("na", "eu", "fe", "lwa", "control")})
+    said = _for_people({name: f"http://127.0.0.1/{name}" for name in ("na", "eu", "fe", "lwa", "documents", "control")})
     tree: Any = yaml.safe_load(said)
     assert set(tree) == {"endpoints", "applications", "accounts"}

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,8 +24,11 @@ from proxy.config import (
     load_config,
     parse_duration,
 )
+from proxy.config.draft import Draft
+from proxy.config.given import is_list, is_mapping, kind_below
+from proxy.config.load import _how_to_install, _validated
 from proxy.config.model import Settings, check_endpoint, parse_address, settings_in, show_duration
-from proxy.config.read import MAX_BYTES, read_yaml
+from proxy.config.read import MAX_BYTES, read_yaml, show_key
 from proxy.config.schema import json_schema
 
 APPLICATIONS = "applications: {main: {client_id: client, client_secret: hush}}\n"
@@ -43,7 +46,9 @@ def load(
     """Return what a real file with `text` means."""
     path = folder / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_config(str(path), environ or {}, flags)
+    return load_config(
+        str(path), environ or {}, [(show_key(key), value, "--set") for key, value in (flags or {}).items()]
+    )
 
 
 def problems(
@@ -103,8 +108,8 @@ def test_a_flag_overrides_the_environment_which_overrides_the_file_which_overrid
         return str(value_at(loaded.config, path)).lower(), origins(loaded, tmp_path)[key]
 
     flag_value = flag[0] if isinstance(flag, list) else flag
-    assert seen(text, environ, flags) == (flag_value, "command line")
-    assert seen(text, {}, flags) == (flag_value, "command line")
+    assert seen(text, environ, flags) == (flag_value, "--set")
+    assert seen(text, {}, flags) == (flag_value, "--set")
     assert seen(text, environ, {}) == (variable, f"environment variable {next(iter(environ))}")
     assert seen(text, {}, {}) == (in_file, "config.yaml:3")
     if default is not None:
@@ -138,7 +143,7 @@ limits:
         "limits.max_wait": "config.yaml:12",
         "limits.pace": "environment variable SP_API_PROXY_LIMITS_PACE",
         "allowed_hosts[1]": "environment variable SP_API_PROXY_ALLOWED_HOSTS",
-        "log.level": "command line",
+        "log.level": "--set",
         "log.format": "default",
         "listen[0].address": "default",
     }
@@ -158,6 +163,133 @@ def test_what_lies_within_a_value_from_the_environment_comes_from_the_environmen
 ) -> None:
     seen = origins(load(tmp_path, BASE, {variable: value}), tmp_path)
     assert seen[key] == f"environment variable {variable}"
+
+
+# Flags mean by a value what the environment means.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown", "expected"),
+    [
+        ("allowed_hosts", "[a.test, b.test]", "allowed_hosts[1]", "b.test"),
+        ("allowed_hosts", "a.test,b.test", "allowed_hosts[1]", "b.test"),
+        ("marketplaces", "{A1: eu, A2: na}", "marketplaces.A2", "na"),
+        ("marketplaces.A1", "eu", "marketplaces.A1", "eu"),
+        ("limits", "{max_wait: 3s, pace: false}", "limits.pace", "false"),
+        ("pool.max_connections", "7", "pool.max_connections", "7"),
+        ("tracing.sample", "0.5", "tracing.sample", "0.5"),
+        ("default_account", "acme", "default_account", "acme"),
+        ("listen", "[127.0.0.1:1, {address: '127.0.0.1:2', region: eu}]", "listen[1].region", "eu"),
+        ("listen", "{address: '127.0.0.1:2', region: eu}", "listen[0].region", "eu"),
+        ("listen", "[::1]:8080", "listen[0].address", "[::1]:8080"),
+        ("listen[0].region", "eu", "listen[0].region", "eu"),
+        ("listen[1]", "127.0.0.1:2", "listen[1].address", "127.0.0.1:2"),
+        ("listen[1].address", "127.0.0.1:2", "listen[1].address", "127.0.0.1:2"),
+        ("listen[0].operations", "[READ *, feeds.*]", "listen[0].operations[1]", "feeds.*"),
+        ("callers.job", "{key: k, accounts: [acme]}", "callers.job.accounts[0]", "acme"),
+        ("accounts.acme.data_elements", "[buyerInfo]", "accounts.acme.data_elements[0]", "buyerInfo"),
+        ("accounts.a.b.environment", "sandbox", "accounts.a.b.environment", "sandbox"),
+    ],
+)
+def test_set_takes_lists_mappings_numbers_and_texts(
+    tmp_path: Path, key: str, value: str, shown: str, expected: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(BASE.replace("accounts: {", "accounts: {a.b: {refresh_tokens: {eu: t}}, "))
+    loaded = load_config(str(path), {}, [(key, value, "--set")])
+    rows = {name: (text, origin) for name, text, origin in loaded.rows()}
+    assert rows[shown] == (expected, "--set")
+
+
+def test_set_changes_one_key_of_a_listener_and_leaves_the_rest(tmp_path: Path) -> None:
+    for written in ("127.0.0.1:5", "{address: '127.0.0.1:5'}", "[127.0.0.1:5]", "[{address: '127.0.0.1:5'}]"):
+        loaded = load(tmp_path, f"{BASE}listen: {written}\n", {}, {("listen", 0, "account"): "acme"})
+        seen = origins(loaded, tmp_path)
+        assert (seen["listen[0].address"], seen["listen[0].account"]) == ("config.yaml:3", "--set")
+        assert loaded.config.listen[0].address.port == 5
+    listen = load(tmp_path, BASE, {}, {("listen", 0, "account"): "acme"}).config.listen
+    assert [(str(one.address), one.account) for one in listen] == [("127.0.0.1:8080", "acme")]
+
+
+def test_set_reads_the_file_that_a_value_names(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("from-file\n")
+    path: KeyPath = ("applications", "main", "client_secret")
+    loaded = load(tmp_path, BASE, {}, {path: f"{{file: {tmp_path}/secret}}"})
+    assert loaded.config.applications["main"].client_secret.reveal() == "from-file"
+    assert origins(loaded, tmp_path)[".".join(map(str, path))].startswith("--set, from file")
+    assert Path(tmp_path / "secret") in loaded.files
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("limits.max_wait", "soon", "--set: limits.max_wait: must be a duration such as 500ms, 10s, 2m or 1h"),
+        ("limtis.max_wait", "1s", "--set: limtis: is no setting; did you mean limits?"),
+        (
+            "listen[7].account",
+            "acme",
+            "--set: listen[7]: cannot be set: the last one is listen[0], the next one listen[1]",
+        ),
+        (
+            "listen.account",
+            "acme",
+            "--set: listen.account: cannot be set: it is a list, so say which of it, as listen[0]",
+        ),
+        ("listen[x].account", "acme", "--set: listen[x]: is no setting; did you mean listen?"),
+        ("callers.x.accounts", "acme", "--set: callers.x: needs a key, a certificate or a uid to be known by"),
+        ("applications.other.client_id", "x", "--set: applications.other.client_secret: is missing"),
+        ("marketplaces", "{A1: eu, A1: na}", "--set: marketplaces.A1: is given twice"),
+    ],
+)
+def test_a_mistake_of_a_flag_is_blamed_on_the_flag(tmp_path: Path, key: str, value: str, expected: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(BASE)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), {}, [(key, value, "--set")])
+    assert any(str(problem).startswith(expected) for problem in caught.value.problems)
+
+
+def test_a_wrong_value_of_a_variable_is_blamed_on_the_variable(tmp_path: Path) -> None:
+    text = BASE + "limits: {max_wait: '${WAIT}'}\n"
+    wait, pace = problems(tmp_path, text, {"WAIT": "soon", "SP_API_PROXY_LIMITS_PACE": "perhaps"})
+    assert wait.startswith("config.yaml:3, from environment variable WAIT: limits.max_wait: must be a duration")
+    assert pace == "environment variable SP_API_PROXY_LIMITS_PACE: limits.pace: must be true or false"
+
+
+def test_each_key_of_a_single_listener_has_its_place(tmp_path: Path) -> None:
+    seen = origins(load(tmp_path, f"{BASE}listen:\n  address: unix:/x\n  mode: '0660'\n"), tmp_path)
+    assert (seen["listen[0].address"], seen["listen[0].mode"]) == ("config.yaml:4", "config.yaml:5")
+    assert seen["listen[0].anonymous"] == "default"
+
+
+def test_what_is_found_later_has_its_place_too(tmp_path: Path) -> None:
+    loaded = load(tmp_path, f"{BASE}listen:\n  - address: 127.0.0.1:1\n    operations: [a, b]\n")
+    found = [Problem("listen[0].operations[1]", "x"), Problem("listen[0].tls", "y"), Problem("store", "z")]
+    places = [str(problem).replace(f"{tmp_path}/", "") for problem in loaded.placed(found)]
+    assert places == [
+        "config.yaml:5: listen[0].operations[1]: x", "config.yaml:4: listen[0].tls: y", "store: z"
+    ]  # fmt: skip
+
+
+def test_where_names_of_ones_own_belong_it_is_said_so(tmp_path: Path) -> None:
+    own, marketplaces = problems(tmp_path, f"{BASE}callers: job\nmarketplaces: A1\n")
+    assert own == "config.yaml:3: callers: must be a mapping such as {acme: {…}}, with a name of yours for each"
+    assert marketplaces.endswith("must be a mapping such as {A1EXAMPLE: eu}, with the region of each")
+
+
+def test_what_is_missing_for_traces_is_installed_from_where_the_proxy_runs(tmp_path: Path) -> None:
+    assert _how_to_install(tmp_path) == "pip install 'sp-api-proxy[otel]'"
+    (tmp_path / "pyproject.toml").touch()
+    assert _how_to_install(tmp_path).startswith(f"python -m pip install '.[otel]' in {tmp_path}")
+
+
+def test_what_there_is_of_many_is_bounded(tmp_path: Path) -> None:
+    text = (
+        APPLICATIONS + "accounts: {" + ", ".join(f"shop{n}: {{}}" for n in range(3000)) + "}\ndefault_account: shp77\n"
+    )
+    (found,) = problems(tmp_path, text)
+    assert "names no account; did you mean shop77? there is shop0, shop1, " in found
+    assert found.endswith("shop9 and 2990 more")
 
 
 def test_secrets_are_stars_in_the_rows(tmp_path: Path) -> None:
@@ -191,6 +323,7 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         "allowed_hosts": [],
         "environment": "production",
         "local_rdt": False,
+        "documents": "direct",
         "sandbox_rdt": "none",
         "callers": {},
         "strict_permissions": False,
@@ -459,7 +592,7 @@ def test_billion_laughs_end_at_the_first_alias(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
     (found,) = problems(tmp_path, "\n".join(lines))
-    assert found == "config.yaml:2: is not valid YAML: aliases (*name) are not accepted; write the value out"
+    assert found == "config.yaml:2: is not accepted: aliases (*name) are not accepted; write the value out"
 
 
 @pytest.mark.parametrize(
@@ -474,16 +607,27 @@ def test_billion_laughs_end_at_the_first_alias(tmp_path: Path) -> None:
         ("a: " + "[" * 20 + "]" * 20, "more than 12 levels deep"),
         ("a: " + "{b: " * 20 + "}" * 20, "more than 12 levels deep"),
         ("a: " + "[" * 100_000, "more than 12 levels deep"),
-        ("a: [1, 2", "did not find expected"),
-        ('a: "open', "found unexpected end of stream"),
-        ("\ta: 1", "found character that cannot start any token"),
-        ("a: b: c", "mapping values are not allowed"),
-        ("a: \x07", "control characters are not allowed"),
+        ("a: [1, 2", "a list [ … ] that is not closed or lacks a comma"),
+        ("a: {b: ${NAME}}", 'needs quotes there, as "${NAME}"'),
+        ("a: [{b: 1}, c: ${NAME}]", 'needs quotes there, as "${NAME}"'),
+        ('a: "open', "a quote that is not closed"),
+        ("a: 'open\n---\nb: 1", "a quote or a bracket that is not closed"),
+        ("\ta: 1", "indent with spaces"),
+        ("a: @b", "put it in quotes"),
+        ("a:\n\t- b", "a tab"),
+        ("a: b: c", "a colon where none can be"),
+        ("a: - b", "a list item where none can be"),
+        ("a:\n  b: 1\n c: 2", "keys of one group begin in the same column"),
+        ("a:\n  - b\n  c: d", "its items begin in the same column"),
+        ("a\nb: 1", "a key without a colon"),
+        ('a: "C:\\Users"', "use single quotes"),
+        ("a: \x07", "a control character"),
+        ("a: |9x", "a bracket or a colon that is missing"),
     ],
 )
 def test_yaml_that_is_not_accepted_is_one_problem_with_its_line(tmp_path: Path, extra: str, message: str) -> None:
     (found,) = problems(tmp_path, BASE + extra + "\n")
-    assert re.match(r"config\.yaml(:[3-7])?: is not valid YAML: ", found)
+    assert re.match(r"config\.yaml(:[3-7])?: is not (valid YAML|accepted): ", found)
     assert message in found
 
 
@@ -769,6 +913,56 @@ def test_a_value_of_the_wrong_kind_is_a_problem_of_its_key(tmp_path: Path, extra
     assert any(line.startswith(f"config.yaml:3: {key}: ") for line in problems(tmp_path, BASE + extra + "\n"))
 
 
+FOREIGN = re.compile(
+    r"tuple|dict|instance|string|integer|boolean|Input|valid\b|parse|pattern|None|greater|less than|cannot be used"
+)
+SHAPES: list[Any] = [
+    "",
+    "x",
+    "\t",
+    "-1",
+    "99999999999",
+    "x" * 1000,
+    [],
+    ["x"],
+    [["x"]],
+    {},
+    {"x": "y"},
+    {"x": {"y": "z"}},
+]
+SHAPES += [None, {"x": None}, [None], "2026-99-99", "1e9999", "ä b", {"a b": {}}, "9" * 5000]
+
+
+def keys_of(kind: Any = Config, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield a path to every setting and group there is, made-up names within."""
+    if path:
+        yield path
+    if group := settings_in(kind):
+        for name in group.model_fields:
+            yield from keys_of(kind_below(kind, name), (*path, name))
+    elif is_list(kind):
+        yield from keys_of(kind_below(kind, 0), (*path, 0))
+    elif is_mapping(kind):
+        part = "eu" if path[-1] == "refresh_tokens" else "acme"
+        yield from keys_of(kind_below(kind, part), (*path, part))
+
+
+def test_every_mistake_is_told_in_the_words_of_a_configuration() -> None:
+    paths = list(keys_of())
+    assert len(paths) > 100
+    told = set[str]()
+    for path in paths:
+        for shape in SHAPES:
+            draft = Draft(tree=yaml.safe_load(BASE))
+            if path[0] == "listen" and len(path) > 1:
+                draft.need_listeners()
+            draft.put(path, shape, "x")
+            _validated(draft)
+            told |= {problem.message for problem in draft.problems}
+    assert len(told) > 30
+    assert [message for message in told if FOREIGN.search(message)] == []
+
+
 # What no single setting shows.
 
 
@@ -809,7 +1003,7 @@ SEVERAL = "applications: {a: {client_id: a, client_secret: a}, b: {client_id: b,
 
 def test_with_several_applications_an_account_says_which(tmp_path: Path) -> None:
     assert problems(tmp_path, SEVERAL + ACCOUNTS) == [
-        "config.yaml:2: accounts.acme.application: is missing: there are several (a, b)"
+        "config.yaml:2: accounts.acme.application: is missing: say which; there is a, b"
     ]
     config = load(tmp_path, SEVERAL + ACCOUNTS.replace("{refresh", "{application: b, refresh")).config
     assert config.application_of(config.accounts["acme"]) == ("b", config.applications["b"])
@@ -831,10 +1025,10 @@ def test_an_account_may_have_an_environment_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (BASE + "default_account: zeta\n", "config.yaml:3: default_account: names no account"),
+        (BASE + "default_account: zeta\n", "config.yaml:3: default_account: names no account; there is acme"),
         (
             BASE + "listen: [{address: '127.0.0.1:1', account: zeta}]\n",
-            "config.yaml:3: listen[0].account: names no account",
+            "config.yaml:3: listen[0].account: names no account; there is acme",
         ),
         (
             APPLICATIONS + ACCOUNTS.replace("{refresh", "{application: x, refresh"),
@@ -842,11 +1036,11 @@ def test_an_account_may_have_an_environment_of_its_own(tmp_path: Path) -> None:
         ),
         (
             APPLICATIONS,
-            "config.yaml:1: accounts: is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN",
+            "config.yaml: accounts: is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN",
         ),
         (
             ACCOUNTS,
-            f"config.yaml:1: applications: is missing: {NO_APPLICATION}",
+            f"config.yaml: applications: is missing: {NO_APPLICATION}",
         ),
     ],
 )
@@ -1028,6 +1222,16 @@ def test_every_setting_has_a_description_that_ends_as_a_sentence() -> None:
         if not (info.description or "").endswith((".", ")"))
     ]
     assert lacking == []
+
+
+def test_the_json_schema_has_defaults_as_a_file_would() -> None:
+    schema = json_schema()
+    assert schema["$defs"]["Listener"]["properties"]["mode"]["default"] == "0600"
+    assert schema["$defs"]["Timeouts"]["properties"]["total"]["default"] == "1h"
+    assert schema["properties"]["admin"]["default"] == "127.0.0.1:9090"
+    for group in (schema, *schema["$defs"].values()):
+        for setting in group["properties"].values():
+            assert setting.get("default") is None or allowed(setting, setting["default"], schema)
 
 
 def test_the_json_schema_is_json_and_holds_every_setting_with_its_description() -> None:
@@ -1227,8 +1431,8 @@ def test_an_open_listener_needs_keys_or_client_certificates(
         ),
         ("callers: {a: {certificate: x}}", "callers.a.certificate: can never be seen: no listener has tls.client_ca"),
         ("callers: {a: {uid: 1}}", "callers.a.uid: can never be seen: no listener is a Unix socket"),
-        ("callers: {a: {key: k, accounts: [nobody]}}", "callers.a.accounts[0]: names no account"),
-        ("listen: {address: 'unix:/x', accounts: [acme, x]}", "listen[0].accounts[1]: names no account"),
+        ("callers: {a: {key: k, accounts: [nobody]}}", "callers.a.accounts[0]: names no account; there is acme"),
+        ("listen: {address: 'unix:/x', accounts: [acme, x]}", "listen[0].accounts[1]: names no account; there is acme"),
         (
             "callers: {a: {key: k, operations: ['FETCH *']}}",
             f"callers.a.operations[0]: {NO_PATTERN}",

@@ -12,13 +12,15 @@ from typing import Any, get_args, get_origin
 
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
-from pydantic import BaseModel, PlainSerializer
+from pydantic import BaseModel
 
-from proxy import cli
+from proxy import cli, flags
 from proxy.amazon import rebuild
+from proxy.app import AT_START
 from proxy.config import environment, load_config
-from proxy.config.model import Config, settings_in, show_duration
+from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
+from proxy.flags import settings_of
 from proxy.metrics import Metrics
 from proxy.request import identify, limits
 from proxy.request.forbidden import HINTS, Hint
@@ -31,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/moving.md"]
 
-NAMES = {"applications": "NAME", "accounts": "NAME", "listen": "N", "refresh_tokens": "REGION", "marketplaces": "ID"}
+# What stands for the names in a mapping, and for the number in a list of groups.
+NAMES = {"refresh_tokens": "REGION", "marketplaces": "ID"}
 ENVIRONMENT = dict.fromkeys(
     (
         *("LWA_CLIENT_ID", "LWA_CLIENT_SECRET", "ACME_NA_REFRESH_TOKEN", "ACME_EU_REFRESH_TOKEN"),
@@ -72,7 +75,7 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
         key, meaning = f"{prefix}{name}", field.description or ""
         below = settings_in(field.annotation) or _in_container(field.annotation)
         if below is None:
-            yield f"{key}.{NAMES[name]}" if name in NAMES else key, default(key, field), meaning
+            yield f"{key}{_place(name, field)}", default(key, field), meaning
             continue
         if name == "listen":
             yield (
@@ -80,13 +83,13 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
                 f"`{Config().listen[0].address}`",
                 f"{meaning} A plain address, or a mapping with the keys below.",
             )
-        yield from settings(below, f"{key}{_place(name)}.")
+        yield from settings(below, f"{key}{_place(name, field)}.")
 
 
-def _place(name: str) -> str:
-    if name == "listen":
-        return f"[{NAMES[name]}]"
-    return f".{NAMES[name]}" if name in NAMES else ""
+def _place(name: str, field: Any) -> str:
+    if get_origin(field.annotation) is dict:
+        return f".{NAMES.get(name, 'NAME')}"
+    return "[N]" if name == "listen" else ""
 
 
 def _in_container(kind: Any) -> type[BaseModel] | None:
@@ -98,13 +101,11 @@ def _in_container(kind: Any) -> type[BaseModel] | None:
 def default(key: str, field: Any) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = default_as_written(field)
     if value is None:
         return "Amazon's" if key.startswith("endpoints.") else "none"
-    if value in ((), {}):
+    if value in ([], {}):
         return "none"
-    if isinstance(value, float) and any(isinstance(one, PlainSerializer) for one in field.metadata):
-        return f"`{show_duration(value)}`"
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -220,12 +221,37 @@ def test_the_readme_names_every_header_of_ours(header: str) -> None:
 
 
 def test_the_variables_that_the_readme_names_are_read() -> None:
-    named = set(re.findall(r"`(SP_API_PROXY_[A-Z_]+)=", text_of("README.md")))
+    named = set(re.findall(r"`(SP_API_PROXY_[A-Z0-9_]+)=", text_of("README.md")))
     assert len(named) > 2
     tree: dict[str, Any] = {"applications": {"main": {}}, "accounts": {"acme": {}}}
     found, problems = environment.overrides(dict.fromkeys(named, "x"), tree)
     assert not problems
     assert len(found) == len(named)
+
+
+def test_a_value_means_the_same_by_flag_and_environment_as_the_readme_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "key").write_text("k" * 40)
+    (tmp_path / "config.yaml").write_text((ROOT / "config" / "minimal.yaml").read_text())
+    before = load_config("config.yaml", ENVIRONMENT).config
+    rows = cells("| a value |" + text_of("README.md").partition("| a value |")[2].partition("\n\n")[0])
+    assert len(rows) > 5
+    for _, flag, variable in rows:
+        options = cli._parser().parse_args(["check", *shlex.split(flag.strip("`"))])
+        name, _, value = shlex.split(variable.strip("`"))[0].partition("=")
+        by_flag = load_config("config.yaml", ENVIRONMENT, settings_of(options)).config
+        assert by_flag == load_config("config.yaml", {**ENVIRONMENT, name: value}).config
+        assert by_flag != before or "default_account" in flag
+
+
+def test_the_keys_that_the_readme_says_need_a_restart_are_those_that_do() -> None:
+    part = text_of("README.md").partition("### Changing it while the proxy runs")[2]
+    line = re.search(r"^- (.*) count from the next start on", part, re.MULTILINE)
+    assert line is not None
+    assert set(re.findall(r"`([\w.]+)`", line[1])) == {*AT_START, "log.format"}
+    assert set(AT_START) < set(Config.model_fields)
 
 
 def test_the_names_of_other_libraries_are_all_in_the_readme() -> None:
@@ -274,6 +300,41 @@ def test_the_readme_lists_every_command() -> None:
     assert set(re.findall(r"^\| `(\w+)", part, re.MULTILINE)) == commands
 
 
+def parsers(parser: argparse.ArgumentParser | None = None) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parser of every command."""
+    if parser is None:
+        yield from parsers(cli._parser())
+        yield from (simulator_command._parser(), rebuild._parser())
+        return
+    yield parser
+    for action in parser._subparsers._group_actions if parser._subparsers else ():
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def test_every_flag_of_every_command_says_what_it_is_for() -> None:
+    actions = [(parser.prog, action) for parser in parsers() for action in parser._actions]
+    assert len(actions) > 60
+    assert [
+        (prog, action.metavar or action.option_strings)
+        for prog, action in actions
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ] == []
+
+
+def test_the_readmes_table_of_commands_has_every_flag_of_theirs() -> None:
+    part = text_of("README.md").partition("## Commands")[2]
+    told = dict(re.findall(r"^\| `(\w+)[^|]*(\|.*)$", part.replace("| `operations rebuild", ""), re.MULTILINE))
+    lacking = []
+    for parser in parsers(cli._parser()):
+        name = parser.prog.partition(" ")[2]
+        own = {flag for action in parser._actions for flag in action.option_strings}
+        own -= {"-h", "--help", "--version", "--url", *flags.ALL}
+        lacking += [f"{name} {flag}" for flag in own if f"`{flag}" not in told[name]]
+    assert lacking == []
+
+
 def test_the_simulators_control_addresses_in_the_readme_exist() -> None:
     named = set(re.findall(rf"{control.PATH}(/\w+)", text_of("README.md")))
     assert named
@@ -291,7 +352,7 @@ def test_the_example_configurations_are_good(name: str) -> None:
 def test_the_example_shows_every_setting() -> None:
     text = text_of("config/example.yaml")
     assert not [name for name in Config.model_fields if not re.search(rf"^#? ?{name}:", text, re.MULTILINE)]
-    last = {key.rpartition(".")[2] for key, _, _ in settings()} - set(NAMES.values())
+    last = {key.rpartition(".")[2] for key, _, _ in settings()} - {"NAME", *NAMES.values()}
     assert not [name for name in last if not re.search(rf"\b{name}:", text)]
 
 

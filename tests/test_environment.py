@@ -14,6 +14,7 @@ accounts: {my-shop: {refresh_tokens: {eu: file-token}}, other: {refresh_tokens: 
 default_account: other
 """
 CREDENTIALS = {"LWA_APP_ID": "client", "LWA_CLIENT_SECRET": "hush"}
+SECRET = "Atzr|never-quoted"
 TOKEN = {"SP_API_REFRESH_TOKEN": "token", "SP_API_REGION": "eu"}
 
 
@@ -201,7 +202,9 @@ def test_a_token_whose_region_is_unknown_is_a_problem_that_says_so(name: str, wr
 
 
 def test_a_missing_part_of_the_application_is_one_problem() -> None:
-    assert problems({"LWA_APP_ID": "client", **TOKEN}) == ["applications.main.client_secret: is missing"]
+    (found,) = problems({"LWA_APP_ID": "client", **TOKEN})
+    missing = "applications.main.client_secret: is missing: give it here, or set LWA_CLIENT_SECRET"
+    assert found == f"environment variable LWA_APP_ID: {missing}"
 
 
 def test_known_names_fill_in_and_never_override_the_file(tmp_path: Path) -> None:
@@ -259,6 +262,14 @@ def test_known_names_fill_in_none_of_several_applications(tmp_path: Path) -> Non
         ("ACCOUNTS_MY_SHOP_DATA_ELEMENTS", "buyerInfo, buyerInfo", "accounts.my-shop.data_elements[1]", "buyerInfo"),
         ("ACCOUNTS_MY_SHOP_REFRESH_TOKENS_EU", "t", "accounts.my-shop.refresh_tokens.eu", "***"),
         ("ACCOUNTS_NEW_REFRESH_TOKENS_FE", "t", "accounts.new.refresh_tokens.fe", "***"),
+        ("LISTEN_0_ACCOUNT", "other", "listen[0].account", "other"),
+        ("LISTEN_0", "127.0.0.1:1", "listen[0].address", "127.0.0.1:1"),
+        ("LISTEN_1_ADDRESS", "127.0.0.1:1", "listen[1].address", "127.0.0.1:1"),
+        ("LISTEN_0_OPERATIONS", "READ *,feeds.*", "listen[0].operations[1]", "feeds.*"),
+        ("LISTEN_0_ACCOUNTS", "[other]", "listen[0].accounts[0]", "other"),
+        ("MARKETPLACES_A1EXAMPLE", "eu", "marketplaces.A1EXAMPLE", "eu"),
+        ("MARKETPLACES", "{A1EXAMPLE: eu}", "marketplaces.A1EXAMPLE", "eu"),
+        ("CALLERS", "{job: {key: k, operations: [READ *]}}", "callers.job.operations[0]", "READ *"),
         ("ACCOUNTS_BRAND_NEW_REFRESH_TOKENS_FE", "t", "accounts.brand_new.refresh_tokens.fe", "***"),
     ],
 )  # fmt: skip
@@ -316,11 +327,61 @@ def test_our_own_names_alone_are_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["LIMTIS_MAX_WAIT", "LIMITS_MAX_WIAT", "X", "", "ACCOUNTS_MY_SHOP_TOKEN", "LISTEN_0", "CONFIG_FILE", "limits_pace"],
+    ("name", "meant"),
+    [
+        ("LIMTIS_MAX_WAIT", "LIMITS_MAX_WAIT"),
+        ("LIMITS_MAX_WIAT", "LIMITS_MAX_WAIT"),
+        ("limits_pace", "LIMITS_PACE"),
+        ("ACCOUNT_MY_SHOP_REFRESH_TOKEN_NA", "ACCOUNTS_MY_SHOP_REFRESH_TOKENS_NA"),
+        ("LISTEN_0_ADRESS", "LISTEN_0_ADDRESS"),
+        ("LISTENER", "LISTEN"),
+        ("ACCOUNTS_ACM_REFRESH_TOKEN_EU", "ACCOUNTS_ACM_REFRESH_TOKENS_EU"),
+        ("CALLERS_JOB_KEI", "CALLERS_JOB_KEY"),
+        ("X", None),
+        ("", None),
+        ("CONFIG_FILE", None),
+    ],
 )
-def test_a_name_of_ours_that_means_nothing_is_a_problem(tmp_path: Path, name: str) -> None:
-    assert problems({f"SP_API_PROXY_{name}": "x"}, tmp_path) == [f"environment: SP_API_PROXY_{name}: names no setting"]
+def test_a_name_of_ours_that_means_nothing_is_a_problem_that_says_what_was_meant(
+    tmp_path: Path, name: str, meant: str | None
+) -> None:
+    (found,) = problems({f"SP_API_PROXY_{name}": "x"}, tmp_path)
+    problem, _, advice = found.partition("; ")
+    assert problem == f"environment: SP_API_PROXY_{name}: names no setting"
+    if meant is not None:
+        assert advice == f"did you mean SP_API_PROXY_{meant}?"
+    else:
+        assert advice.startswith("a name is SP_API_PROXY_ and the key in upper case")
+
+
+def test_a_misspelt_name_of_another_library_is_named_where_something_is_missing(tmp_path: Path) -> None:
+    environ = {"LWA_APPID": SECRET, "SP_API_REFRESH_TOKN": SECRET, "LWA_CLIENT_SECERT": SECRET}
+    accounts_, applications_ = problems(environ)
+    assert accounts_.endswith("; SP_API_REFRESH_TOKN is set: did you mean SP_API_REFRESH_TOKEN?")
+    assert applications_.endswith("; LWA_APPID is set: did you mean LWA_APP_ID?")
+    text = BASE.replace("file-secret", "'${LWA_CLIENT_SECRET}'")
+    (found,) = problems(environ, tmp_path, text)
+    assert found.endswith("LWA_CLIENT_SECRET is not set; did you mean LWA_CLIENT_SECERT?")
+    assert SECRET not in accounts_ + applications_ + found
+
+
+@pytest.mark.parametrize(
+    ("missing", "there", "is_near"),
+    [
+        ("LWA_CLIENT_IDD", "LWA_CLIENT_ID", True),
+        ("LWA_APPID", "LWA_APP_ID", True),
+        ("ACME_NA_TOKEN", "ACME_EU_TOKEN", False),
+        ("ACME_FE_TOKEN", "ACME_EU_TOKEN", False),
+        ("SHOP12_EU_TOKEN", "SHOP13_EU_TOKEN", False),
+        ("SHOP_EU_TOKEN", "OTHER_EU_TOKEN", False),
+        ("SHOP_EU_TOKEN", "SHOP_EU_TOKN", True),
+    ],
+)
+def test_no_other_region_or_account_is_taken_for_what_was_meant(
+    tmp_path: Path, missing: str, there: str, is_near: bool
+) -> None:
+    (found,) = problems({there: SECRET}, tmp_path, BASE.replace("file-token", f"'${{{missing}}}'"))
+    assert (f"did you mean {there}?" in found) is is_near
 
 
 @pytest.mark.parametrize(
@@ -344,6 +405,47 @@ def test_an_override_of_what_the_file_has_wrong_is_still_a_problem_list(tmp_path
 def test_a_value_that_only_looks_like_a_list_stays_a_text(tmp_path: Path, value: str) -> None:
     config = load({"SP_API_PROXY_APPLICATIONS_MAIN_CLIENT_SECRET": value}, tmp_path).config
     assert config.applications["main"].client_secret.reveal() == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("ALLOWED_HOSTS", "[a.test", "allowed_hosts"),
+        ("LISTEN_0_ACCOUNTS", "[other", "listen[0].accounts"),
+        ("LIMITS", "{max_wait: 1s", "limits"),
+    ],
+)
+def test_a_list_that_is_not_closed_is_a_problem_that_shows_the_form(
+    tmp_path: Path, name: str, value: str, key: str
+) -> None:
+    (found,) = problems({f"SP_API_PROXY_{name}": value}, tmp_path)
+    assert found.startswith(f"environment variable SP_API_PROXY_{name}: {key}: is not valid YAML: ")
+    assert found.endswith("; a list is [a, b], a mapping {key: value}")
+
+
+def test_a_file_is_read_wherever_it_is_named_in_a_value(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("from-file\n")
+    named = f"{{file: {tmp_path}/secret}}"
+    for variable, value in (
+        ("SP_API_PROXY_ACCOUNTS", f"{{my-shop: {{refresh_tokens: {{eu: {named}}}}}, other: {{}}}}"),
+        ("SP_API_PROXY_ACCOUNTS_MY_SHOP_REFRESH_TOKENS", f"{{eu: {named}}}"),
+        ("SP_API_PROXY_ACCOUNTS_MY_SHOP_REFRESH_TOKENS_EU", named),
+    ):
+        loaded = load({variable: value}, tmp_path)
+        assert accounts(loaded)["my-shop"] == {"eu": "from-file"}
+        origins = {key: origin for key, _, origin in loaded.rows()}
+        assert origins["accounts.my-shop.refresh_tokens.eu"].startswith(f"environment variable {variable}, from file")
+
+
+def test_listeners_given_by_number_are_taken_in_order_and_none_is_left_out(tmp_path: Path) -> None:
+    environ = {f"SP_API_PROXY_LISTEN_{number}": f"127.0.0.1:{number + 1}" for number in range(12)}
+    listen = load(environ, tmp_path).config.listen
+    assert [one.address.port for one in listen] == list(range(1, 13))
+    (found,) = problems({"SP_API_PROXY_LISTEN_2_ACCOUNT": "other"}, tmp_path)
+    assert found == (
+        "environment variable SP_API_PROXY_LISTEN_2_ACCOUNT: listen[2]: cannot be set: the last one is listen[0], "
+        "the next one listen[1]"
+    )
 
 
 def test_a_secret_that_begins_with_a_bracket_stays_a_text(tmp_path: Path) -> None:

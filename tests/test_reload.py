@@ -195,6 +195,15 @@ async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watch
     assert (await watched.status())["configuration"]["needs_restart"] == []
 
 
+async def test_what_is_refused_until_a_restart_is_told_with_its_line(watched: Watched) -> None:
+    text = watched.path.read_text()
+    watched.path.write_text(text.replace("lwa: http://", "lwa: http://127.0.0.1:9/not-"))
+    line = 1 + text.splitlines().index(next(line for line in text.splitlines() if "lwa:" in line))
+    assert await watched.result() == "failed"
+    (problem,) = (await watched.status())["configuration"]["problems"]
+    assert problem == f"{watched.path}:{line}: endpoints.lwa: cannot change while the proxy runs: restart it"
+
+
 async def test_a_file_that_is_still_being_written_is_left_alone(watched: Watched) -> None:
     good = watched.path.read_text()
     for size in range(0, len(good), 20):

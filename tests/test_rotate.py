@@ -67,6 +67,7 @@ async def test_rotate_says_what_was_wrong(simulator: Simulator, tmp_path: Path) 
     (tmp_path / "secret").write_text("another")
     code, _, complained = await command("rotate", "main", "--config", path)
     assert (code, "refuses the application main: invalid_client" in complained) == (1, True)
+    assert f"Look at applications.main.client_id and client_secret (from file {tmp_path}/secret)." in complained
     assert "Traceback" not in complained
     simulator.state.faults.append(Fault("reset", service="lwa"))
     code, _, complained = await command("rotate", "main", "--config", path)

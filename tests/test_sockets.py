@@ -222,7 +222,8 @@ def test_tls_files_that_cannot_be_used_are_a_mistake(
     tls = {**tls, **{key: stands_for.get(value, value) for key, value in changed.items()}}
     config = config_from(settings_for(far_side, token_host, listen={"address": "127.0.0.1:0", "tls": tls}), tmp_path)
     (problem,) = mistakes(config)
-    assert problem.key == "listen[0].tls"
+    (setting,) = changed
+    assert problem.key == ("listen[0].tls" if changed[setting] in stands_for else f"listen[0].tls.{setting}")
     assert re.search(words, problem.message), problem.message
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -219,16 +220,26 @@ async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "reason"),
+    ("status", "body", "reason", "place"),
     [
-        ("400 Bad Request", {"error": "invalid_grant"}, "invalid_grant"),
-        ("401 Unauthorized", {"error": "invalid_client", "request_id": "r-1"}, "invalid_client"),
-        ("400 Bad Request", {"error": "unauthorized_client"}, "unauthorized_client"),
-        ("400 Bad Request", {"error": "invalid_scope"}, "invalid_scope"),
+        ("400 Bad Request", {"error": "invalid_grant"}, "invalid_grant", "Look at accounts.acme.refresh_tokens.eu."),
+        (
+            "401 Unauthorized",
+            {"error": "invalid_client", "request_id": "r-1"},
+            "invalid_client",
+            "Look at applications.main.client_id and client_secret.",
+        ),
+        (
+            "400 Bad Request",
+            {"error": "unauthorized_client"},
+            "unauthorized_client",
+            "Look at accounts.acme.application and accounts.acme.refresh_tokens.eu.",
+        ),
+        ("400 Bad Request", {"error": "invalid_scope"}, "invalid_scope", "ask Amazon for its role."),
     ],
 )
 async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock, status: str, body: dict[str, str], reason: str
+    tokens: Tokens, token_host: TokenHost, clock: FakeClock, status: str, body: dict[str, str], reason: str, place: str
 ) -> None:
     refused = answer(status, json.dumps(body).encode(), content_type="application/json")
     token_host.answers = [refused] * 100
@@ -237,10 +248,32 @@ async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
             await tokens.get(ACME)
         assert "account acme in eu" in caught.value.message
         assert reason in caught.value.message
-        assert caught.value.hint
+        assert caught.value.hint.endswith(place)
         assert caught.value.retry_after is None
         clock.advance(0.2)
     assert len(token_host.received) <= 5
+
+
+async def test_a_refusal_names_the_file_that_the_credential_came_from_in_answer_and_log(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, log: StringIO
+) -> None:
+    (tmp_path / "acme_eu").write_text("Atzr|acme-eu")
+    (tmp_path / "secret").write_text("distinctive-secret")
+    settings = {
+        "accounts": {"acme": {"refresh_tokens": {"eu": {"file": str(tmp_path / "acme_eu")}}}},
+        "applications": {"main": {"client_id": "client", "client_secret": {"file": str(tmp_path / "secret")}}},
+    }
+    async with open_tokens(far_side, token_host, tmp_path, clock, **settings) as (tokens, _):
+        for reason, place in (
+            ("invalid_grant", f"accounts.acme.refresh_tokens.eu (from file {tmp_path}/acme_eu)"),
+            ("invalid_client", f"applications.main.client_id and client_secret (from file {tmp_path}/secret)"),
+        ):
+            token_host.answers = [answer("400 Bad Request", json.dumps({"error": reason}).encode())]
+            with pytest.raises(TokenRefused) as caught:
+                await tokens.get(ACME)
+            assert caught.value.hint.endswith(f" Look at {place}.")
+            assert f'"look_at": "{place}"' in log.getvalue()
+            clock.advance(tokens_module.LONGEST_PAUSE)
 
 
 async def test_one_accounts_trouble_is_not_anothers(

@@ -4,15 +4,19 @@
 what the file leaves out, and never override it. Every name also exists with `_FILE`: the value is in that file.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, get_args, get_origin
 
+from proxy.config.given import has_own_names, is_list, is_mapping, kind_below, parse
 from proxy.config.model import REGIONS, Config, settings_in
-from proxy.config.read import KeyPath, Problem, Tree, read_yaml
+from proxy.config.read import KeyPath, Problem, Tree
 
 PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+MOST_TRIED = 100  # names of accounts and the like that are compared with one that was misspelt
 
 # Kubernetes sets these for every Service that happens to be called sp-api-proxy; they are not settings.
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
@@ -54,52 +58,88 @@ def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list
         if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or _KUBERNETES.fullmatch(variable):
             continue
         name = variable.removeprefix(PREFIX)
-        if hit := _find(Config, name, tree):
-            found.append((hit[0], _parse(hit[1], environ[variable]), variable))
-        elif name.endswith("_FILE") and (hit := _find(Config, name.removesuffix("_FILE"), tree)):
-            found.append((hit[0], {"file": environ[variable]}, variable))
+        if path := _find(Config, name, tree):
+            value, wrong = parse(path, environ[variable], f"environment variable {variable}")
+            problems += wrong
+            found += [] if wrong else [(path, value, variable)]
+        elif name.endswith("_FILE") and (path := _find(Config, name.removesuffix("_FILE"), tree)):
+            found.append((path, {"file": environ[variable]}, variable))
         else:
-            problems.append(Problem(variable, "names no setting", "environment"))
-    return found, problems
+            problems.append(Problem(variable, f"names no setting; {_nearest(name, tree)}", "environment"))
+    return sorted(found, key=_place_in_lists), problems
 
 
-def _find(kind: Any, name: str, tree: Any) -> tuple[KeyPath, Any] | None:
-    """Return the key path that the upper-case `name` stands for below a value of type `kind`, and its type."""
-    for field, below in _children(kind, name, tree):
-        upper = re.sub(r"[^A-Z0-9]", "_", field.upper())
+def _place_in_lists(found: Found) -> tuple[tuple[int, str], ...]:
+    """Sort the tenth item of a list behind the second, and what is above an item before it."""
+    return tuple((part, "") if isinstance(part, int) else (-1, part) for part in found[0])
+
+
+def _find(kind: Any, name: str, tree: Any) -> KeyPath | None:
+    """Return the key path that the upper-case `name` stands for below a value of type `kind`."""
+    for part, below in _children(kind, name, tree):
+        upper = _upper(part)
         if name == upper:
-            return (field,), below
+            return (part,)
         if name.startswith(f"{upper}_"):
-            hit = _find(below, name.removeprefix(f"{upper}_"), tree.get(field) if isinstance(tree, dict) else None)
-            if hit:
-                return (field, *hit[0]), hit[1]
+            path = _find(below, name.removeprefix(f"{upper}_"), _at(tree, part))
+            if path:
+                return (part, *path)
     return None
 
 
-def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    if get_origin(kind) is dict:
-        key_kind, value_kind = get_args(kind)
-        if get_origin(key_kind) is Literal:
-            yield from ((key, value_kind) for key in get_args(key_kind))
-            return
+def _upper(part: str | int) -> str:
+    return re.sub(r"[^A-Z0-9]", "_", str(part).upper())
+
+
+def _at(tree: Any, part: str | int) -> Any:
+    return tree.get(part) if isinstance(tree, dict) else None
+
+
+def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str | int, Any]]:
+    if is_list(kind):
+        number = name.partition("_")[0]
+        if number.isascii() and number.isdigit() and len(number) <= 4:
+            yield int(number), kind_below(kind, 0)
+    elif has_own_names(kind):
+        value_kind = kind_below(kind, "")
         yield from ((key, value_kind) for key in (tree if isinstance(tree, dict) else ()))
+        if not is_mapping(value_kind):
+            yield name, value_kind  # such as a marketplace's id, which is written in upper case
+            return
         # A name that the file does not have: the shortest one that leaves a known setting behind it.
         words = name.lower().split("_")
         yield from (("_".join(words[:count]), value_kind) for count in range(1, len(words)))
-    elif settings := settings_in(kind):
-        yield from ((field, info.annotation) for field, info in settings.model_fields.items())
+    else:
+        yield from ((key, kind_below(kind, key)) for key in _known_keys(kind))
 
 
-def _parse(kind: Any, text: str) -> Any:
-    """Return the value that `text` means for a setting: lists and mappings as `[a, b]`, `{…}`, lists also as `a,b`."""
-    is_list = get_origin(kind) is tuple
-    is_structured = is_list or get_origin(kind) is dict or settings_in(kind) is not None
-    if is_structured and text.lstrip().startswith(("[", "{")):
-        document = read_yaml(f"value: {text}", "environment")
-        return text if document.problems else document.tree["value"]
-    if is_list:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return None if text == "null" else text
+def _known_keys(kind: Any) -> tuple[str, ...]:
+    if settings := settings_in(kind):
+        return tuple(settings.model_fields)
+    return get_args(get_args(kind)[0]) if get_origin(kind) is dict else ()
+
+
+def _nearest(name: str, tree: Tree) -> str:
+    """Return the variable that was probably meant by one that names no setting."""
+    new = name.upper().split("_")[1:2]  # perhaps the name of an account that the file does not have
+    near = difflib.get_close_matches(name.upper(), list(_names(Config, tree, new)), n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {PREFIX}{near[0]}?"
+    return f"a name is {PREFIX} and the key in upper case, such as {PREFIX}LIMITS_MAX_WAIT for limits.max_wait"
+
+
+def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
+    """Yield the names of all settings below a value of type `kind`, of its groups too; `new` are names to try."""
+    keys: Iterable[str | int]
+    if is_list(kind):
+        keys = (0,) if is_mapping(kind_below(kind, 0)) else ()
+    elif has_own_names(kind):
+        keys = [*islice(tree if isinstance(tree, dict) else (), MOST_TRIED), *new]
+    else:
+        keys = _known_keys(kind)
+    for key in keys:
+        yield _upper(key)
+        yield from (f"{_upper(key)}_{below}" for below in _names(kind_below(kind, key), _at(tree, key), new))
 
 
 # Names that users of other libraries already have.
@@ -207,6 +247,39 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
         # Accounts with applications of their own stand beside the one without a suffix.
         found.append((("accounts", "default", "application"), "main", _REFRESH_TOKEN))
     return found, problems
+
+
+def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
+    """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
+    names = list(wanted)
+    for variable in sorted(environ):
+        near = next((name for name in names if _is_near(variable, name)), None)
+        if near is not None and variable not in names:
+            return f"; {variable} is set: did you mean {near}?"
+    return ""
+
+
+def instead_of(name: str, environ: Mapping[str, str]) -> str:
+    """Return `; did you mean LWA_APP_ID?` where such a variable is set, and `name` is close to it."""
+    near = next((variable for variable in sorted(environ) if environ[variable] and _is_near(name, variable)), None)
+    return f"; did you mean {near}?" if near is not None else ""
+
+
+def _is_near(one: str, other: str) -> bool:
+    """Return whether a name may be the other one misspelt, and not that of another region or account."""
+    if one.replace("_", "") == other.replace("_", ""):
+        return True
+    words, others = one.split("_"), other.split("_")
+    if len(words) != len(others) or re.sub(r"\D", "", one) != re.sub(r"\D", "", other):
+        return False
+    return all(
+        mine == theirs or difflib.SequenceMatcher(None, mine, theirs).ratio() > 0.7
+        for mine, theirs in zip(words, others, strict=True)
+    )
+
+
+APPLICATION_NAMES = (*_CLIENT_ID, *_CLIENT_SECRET)
+ACCOUNT_NAMES = (_REFRESH_TOKEN, *(f"{_REFRESH_TOKEN}_{region.upper()}" for region in REGIONS))
 
 
 def _account_suffixes(environ: Mapping[str, str]) -> list[str]:

@@ -3,27 +3,29 @@
 Precedence is flag > environment > file > default. Nobody else reads `os.environ` or the configuration file.
 """
 
-import difflib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
-from proxy.config import environment
-from proxy.config.model import Address, Config, dump, is_loopback, parse_address, settings_in
+from proxy.config import environment, given
+from proxy.config.draft import Draft
+from proxy.config.model import Address, Config, dump, is_loopback, parse_address
 from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
 from proxy.config.secret import Sourced
 from proxy.config.store_address import StoreAddress, parse_store
+from proxy.config.words import MOST_NAMED, message_of, names_of, there_is
 
+Flags = Sequence[tuple[str, Any, str]]  # a key as people write it, its value, the flag that said so
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
 _MAX_SECRET_FILE = 64 * 1024
 
@@ -65,57 +67,34 @@ class Loaded:
             )
 
     def _origin(self, path: KeyPath) -> str:
-        if path[-1:] == ("address",) and path not in self.origins:
-            path = path[:-1]  # a listener that was written as a plain text
         while path and path not in self.origins and isinstance(path[-1], int):
             path = path[:-1]
         return self.origins.get(path, "default")
 
-
-@dataclass(slots=True)
-class _Draft:
-    """The merged settings before they are checked."""
-
-    tree: Tree = field(default_factory=dict)
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    exposed: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
-    doubtful: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
-    files: list[Path] = field(default_factory=list)
-
-    def put(self, path: KeyPath, value: Any, origin: str) -> None:
-        """Set one value, making the mappings above it and forgetting what was below it."""
-        *above, last = path
-        here = self.tree
-        for key in above:
-            if not isinstance(here.get(key), dict):  # type: ignore[arg-type]  # only list items have a number
-                here[key] = {}  # type: ignore[index]
-            here = here[key]  # type: ignore[index]
-        here[last] = value  # type: ignore[index]
-        self.origins = {known: text for known, text in self.origins.items() if known[: len(path)] != path}
-        self._note(path, value, origin)
-
-    def _note(self, path: KeyPath, value: Any, origin: str) -> None:
-        self.origins[path] = origin
-        below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in below:
-            self._note((*path, key), inner, origin)
+    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Return what was found wrong with the Config later, with the places where it is written."""
+        places = {show_key(path): origin for path, origin in self.origins.items()}
+        return [
+            problem if problem.where else replace(problem, where=_place(problem.key, places)) for problem in problems
+        ]
 
 
-def load_config(
-    path: str | None,
-    environ: Mapping[str, str],
-    flags: Mapping[KeyPath, Any] | None = None,
-) -> Loaded:
+def _place(key: str, places: Mapping[str, str]) -> str:
+    while key and key not in places:
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return places.get(key, "")
+
+
+def load_config(path: str | None, environ: Mapping[str, str], flags: Flags = ()) -> Loaded:
     """Return the Config in force; `path` is the YAML file, if any, and `flags` what the command line set.
 
     Raises ConfigError with every problem there is.
     """
-    draft = _drafted(path, environ, flags or {})
+    draft = _drafted(path, environ, flags)
     config = _validated(draft)
     if config is not None:
         draft.files += _named_files(config)
-    _cross_check(draft)
+    _cross_check(draft, environ)
     _note_exposed_files(draft, path)
     _note_open_store(draft)
     if _is_true(draft.tree.get("strict_permissions")):
@@ -125,30 +104,30 @@ def load_config(
     return Loaded(config, draft.origins, tuple(_in_order(draft.exposed + draft.doubtful)), tuple(draft.files))
 
 
-def admin_addresses(
-    path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any] | None = None
-) -> list[Address]:
+def admin_addresses(path: str | None, environ: Mapping[str, str], flags: Flags = ()) -> list[Address]:
     """Return where a proxy with this configuration says how it is: its admin address, its health address.
 
     Whatever else may be wrong with the configuration is not looked at: the proxy may be running with an earlier one.
     Raises ConfigError where it cannot be read.
     """
-    tree = _drafted(path, environ, flags or {}).tree
-    written = [tree.get(key, Config.model_fields[key].default) for key in ("admin", "health")]
-    try:
-        return [parse_address(address) for address in written if address is not None]
-    except ValueError as exc:
-        raise ConfigError([Problem("admin", "must be an address such as 127.0.0.1:9090", path or "")]) from exc
+    draft = _drafted(path, environ, flags)
+    found: list[Address] = []
+    for key in ("admin", "health"):
+        written = draft.tree.get(key, Config.model_fields[key].default)
+        try:
+            found += [] if written is None else [parse_address(written)]
+        except ValueError as exc:
+            problem = Problem(key, "must be an address such as 127.0.0.1:9090", draft.where((key,)))
+            raise ConfigError([problem]) from exc
+    return found
 
 
-def applications_config(
-    path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any] | None = None
-) -> Config:
+def applications_config(path: str | None, environ: Mapping[str, str], flags: Flags) -> Config:
     """Return a Config of the applications, and of how to reach Login with Amazon, alone.
 
     The accounts are not looked at: their refresh tokens may be what is still to be got. Raises ConfigError.
     """
-    draft = _drafted(path, environ, flags or {})
+    draft = _drafted(path, environ, flags)
     draft.tree = {key: draft.tree[key] for key in _FOR_APPLICATIONS if key in draft.tree}
     draft.problems = [
         problem for problem in draft.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
@@ -162,13 +141,13 @@ def applications_config(
 _FOR_APPLICATIONS = ("applications", "endpoints", "pool", "timeouts")
 
 
-def _drafted(path: str | None, environ: Mapping[str, str], flags: Mapping[KeyPath, Any]) -> _Draft:
-    draft = _Draft()
+def _drafted(path: str | None, environ: Mapping[str, str], flags: Flags) -> Draft:
+    draft = Draft(path or "")
     if path is not None:
         _add_file(draft, path, environ)
     _add_environment(draft, environ)
-    for key_path, value in flags.items():
-        draft.put(key_path, value, "command line")
+    _add_flags(draft, flags)
+    draft.list_listeners()
     return draft
 
 
@@ -187,7 +166,7 @@ def _is_true(value: object) -> bool:
     return str(value).lower() in {"true", "t", "yes", "y", "on", "1"}
 
 
-def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
+def _add_file(draft: Draft, path: str, environ: Mapping[str, str]) -> None:
     draft.files.append(Path(path))
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -203,6 +182,7 @@ def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
         raise ConfigError(document.problems, draft.files)
     draft.problems += document.problems
     draft.origins = document.origins
+    draft.origins.pop((), None)  # what nothing was written about has no line
     folder = Path(path).resolve().parent
     draft.tree = {
         key: _resolved(value, (key,), document, draft, environ, folder) for key, value in document.tree.items()
@@ -210,7 +190,7 @@ def _add_file(draft: _Draft, path: str, environ: Mapping[str, str]) -> None:
 
 
 def _resolved(
-    value: Any, path: KeyPath, document: Document, draft: _Draft, environ: Mapping[str, str], folder: Path
+    value: Any, path: KeyPath, document: Document, draft: Draft, environ: Mapping[str, str], folder: Path
 ) -> Any:
     """Return `value` with every `${NAME}` and `{file: …}` below it replaced by what it stands for."""
     if isinstance(value, dict) and set(value) == {"file"} and isinstance(value["file"], str):
@@ -223,7 +203,7 @@ def _resolved(
     return _expanded(value, path, document, draft, environ) if isinstance(value, str) else value
 
 
-def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, environ: Mapping[str, str]) -> str:
+def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, environ: Mapping[str, str]) -> str:
     """Return `text` with `${NAME}` replaced by the variable and `$$` by a dollar sign."""
 
     def replace(match: re.Match[str]) -> str:
@@ -233,7 +213,9 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, envir
         value = environ.get(name, "")
         where = document.origins.get(path, document.name)
         if not value:
-            state = "is empty" if name in environ else "is not set"
+            # To look for what was meant takes its time where there are thousands of both.
+            meant = environment.instead_of(name, environ) if len(draft.problems) < MOST_NAMED else ""
+            state = "is empty" if name in environ else f"is not set{meant}"
             draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
             return "unset"  # stands in, so that the type is not complained about as well
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
@@ -241,10 +223,12 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: _Draft, envir
 
     expanded = _VARIABLE.sub(replace, text)
     whole = _VARIABLE.fullmatch(text)
-    return Sourced.of(expanded, partial(environ.get, whole[1])) if whole and whole[1] else expanded
+    if whole and whole[1]:
+        return Sourced.of(expanded, partial(environ.get, whole[1]), f"environment variable {whole[1]}")
+    return expanded
 
 
-def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
+def _from_file(path: Path, key_path: KeyPath, draft: Draft) -> str:
     """Return a secret file's text without the white space around it."""
     where = draft.origins.get(key_path, "")
     draft.files.append(path)
@@ -262,7 +246,7 @@ def _from_file(path: Path, key_path: KeyPath, draft: _Draft) -> str:
         return "unset"
     draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
     draft.exposed += _exposed(path, key_path, where)
-    return Sourced.of(text.strip(), partial(_reread, path))
+    return Sourced.of(text.strip(), partial(_reread, path), f"file {path}")
 
 
 _OTHERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP  # the group may read: so container platforms mount secrets
@@ -275,7 +259,7 @@ def _exposed(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
     return [Problem(show_key(key_path), f"file {path} holds a secret that others can read or change: chmod 600", where)]
 
 
-def _note_exposed_files(draft: _Draft, path: str | None) -> None:
+def _note_exposed_files(draft: Draft, path: str | None) -> None:
     """Look at the files whose rights were not looked at when they were read: the configuration, and TLS keys."""
     written = next((key for key in _secret_keys(draft.tree) if ", from" not in draft.origins.get(key, ", from")), None)
     if path is not None and written is not None and draft.origins[written].startswith(f"{path}:"):
@@ -285,7 +269,7 @@ def _note_exposed_files(draft: _Draft, path: str | None) -> None:
         key_file = tls.get("key") if isinstance(tls, dict) else None
         if isinstance(key_file, str) and Path(key_file).is_file():
             key_path: KeyPath = ("listen", index, "tls", "key")
-            draft.exposed += _exposed(Path(key_file), key_path, _where(key_path, draft))
+            draft.exposed += _exposed(Path(key_file), key_path, draft.where(key_path))
 
 
 def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
@@ -321,46 +305,64 @@ def _reread(path: Path) -> str | None:
     return text.strip() if len(text) <= _MAX_SECRET_FILE else None
 
 
-def _add_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
+def _add_environment(draft: Draft, environ: Mapping[str, str]) -> None:
     found, problems = environment.overrides(environ, draft.tree)
     filled, more = environment.fill_in(environ, draft.tree)
     draft.problems += problems + more
-    for path, given, variable in [*filled, *found]:
-        value = Sourced.of(given, partial(environ.get, variable)) if isinstance(given, str) else given
-        draft.put(path, value, f"environment variable {variable}")
-        if isinstance(value, dict) and set(value) == {"file"}:
-            draft.put(path, _from_file(Path(value["file"]), path, draft), draft.origins[path])
+    for path, value, variable in [*filled, *found]:
+        origin = f"environment variable {variable}"
+        text = isinstance(value, str)
+        _add(draft, path, Sourced.of(value, partial(environ.get, variable), origin) if text else value, origin)
+
+
+def _add_flags(draft: Draft, flags: Flags) -> None:
+    for key, written, flag in flags:
+        path = given.key_path(key, draft.tree)
+        value, problems = given.parse(path, written, flag) if isinstance(written, str) else (written, [])
+        draft.problems += problems
+        if not problems:
+            _add(draft, path, value, flag)
+
+
+def _add(draft: Draft, path: KeyPath, value: Any, origin: str) -> None:
+    """Set one value from elsewhere than the file, and read the files that it names (from the working directory)."""
+    if path[0] == "listen" and len(path) > 1:
+        draft.need_listeners()
+    if problem := draft.beyond(path, origin):
+        draft.problems.append(problem)
+        return
+    draft.put(path, value, origin)
+    draft.place(path, _with_files(value, path, draft), origin)
+
+
+def _with_files(value: Any, path: KeyPath, draft: Draft) -> Any:
+    """Return `value` with every `{file: …}` in it replaced by the file's text."""
+    if isinstance(value, dict):
+        if set(value) == {"file"} and isinstance(value["file"], str):
+            return _from_file(Path(value["file"]), path, draft)
+        return {key: _with_files(below, (*path, key), draft) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_with_files(below, (*path, index), draft) for index, below in enumerate(value)]
+    return value
 
 
 # Checking.
 
 
-def _validated(draft: _Draft) -> Config | None:
+def _validated(draft: Draft) -> Config | None:
     # A group that is written with nothing below it (`limits:`) means its defaults.
     may_be_empty = set(Config.model_fields) - {"admin", "health"}
     tree = {key: value for key, value in draft.tree.items() if value is not None or key not in may_be_empty}
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
-        for error in exc.errors(include_url=False, include_input=False):
+        for error in exc.errors(include_url=False):
             if error["type"] == "too_short" and len(error["loc"]) == 1 and tree.get(str(error["loc"][0])):
                 continue  # it has items, but none that is good, and each says why
-            draft.problems.append(_problem(error["loc"], error["type"], error["msg"], draft))
+            path = tuple(part for part in error["loc"] if part != "[key]")
+            message, where = message_of(error, path), draft.where(path)
+            draft.problems.append(Problem(show_key(_without_misplaced_token(path)), message, where))
         return None
-
-
-def _problem(loc: KeyPath, kind: str, message: str, draft: _Draft) -> Problem:
-    path = tuple(part for part in loc if part != "[key]")
-    where = _where(path, draft)
-    if kind == "missing":
-        message = "is missing"
-    elif kind == "extra_forbidden":
-        message = f"is no setting{_suggestion(path)}"
-    elif loc[-1:] == ("[key]",):
-        message = f"cannot be a name here: {_lower_first(message)}"
-    else:
-        message = _lower_first(message)
-    return Problem(show_key(_without_misplaced_token(path)), message, where)
 
 
 def _without_misplaced_token(path: KeyPath) -> KeyPath:
@@ -369,44 +371,12 @@ def _without_misplaced_token(path: KeyPath) -> KeyPath:
     return tuple(part if fine else "***" for part, fine in zip(path, is_region, strict=True))
 
 
-def _lower_first(text: str) -> str:
-    return text.replace("Input should", "should")
-
-
-def _suggestion(path: KeyPath) -> str:
-    """Return `; did you mean …?` for a key that is close to one that exists at that place."""
-    kind: Any = Config
-    for part in path[:-1]:
-        kind = _kind_below(kind, part)
-    known = list(settings.model_fields) if (settings := settings_in(kind)) else []
-    close = difflib.get_close_matches(str(path[-1]), known, n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known here: {', '.join(known)}" if known else ""
-
-
-def _kind_below(kind: Any, part: str | int) -> Any:
-    """Return the type of the value at `part` of a value of type `kind`."""
-    if get_origin(kind) in {dict, tuple}:
-        return get_args(kind)[0 if get_origin(kind) is tuple else 1]
-    settings = settings_in(kind)
-    field = settings.model_fields.get(str(part)) if settings else None
-    return field.annotation if field else None
-
-
-def _where(path: KeyPath, draft: _Draft) -> str:
-    """Return the place of the nearest key above `path` that was written somewhere."""
-    while path and path not in draft.origins:
-        path = path[:-1]
-    return draft.origins.get(path, "").partition(", from")[0]
-
-
-def _cross_check(draft: _Draft) -> None:
+def _cross_check(draft: Draft, environ: Mapping[str, str]) -> None:
     """Note the mistakes that no single setting shows; works on the raw tree, so that all problems come at once."""
     tree = draft.tree
     accounts, applications = _mapping(tree, "accounts"), _mapping(tree, "applications")
     problems = [
-        *_missing_parts(accounts, applications),
+        *_missing_parts(accounts, applications, environ),
         *_wrong_applications(accounts, applications),
         *_wrong_account_names(tree, accounts),
         *_open_listeners(tree),
@@ -414,7 +384,7 @@ def _cross_check(draft: _Draft) -> None:
         *_wrong_store(tree),
         *_wrong_tracing(tree),
     ]
-    draft.problems += [Problem(show_key(path), message, _where(path, draft)) for path, message in problems]
+    draft.problems += [Problem(show_key(path), message, draft.where(path)) for path, message in problems]
 
 
 Wrong = Iterator[tuple[KeyPath, str]]
@@ -425,14 +395,14 @@ def _mapping(tree: Tree, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _missing_parts(accounts: Tree, applications: Tree) -> Wrong:
+def _missing_parts(accounts: Tree, applications: Tree, environ: Mapping[str, str]) -> Wrong:
     if not applications:
-        yield (
-            ("applications",),
-            "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET",
-        )
+        meant = environment.meant_for(environment.APPLICATION_NAMES, environ)
+        message = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
+        yield ("applications",), message + meant
     if not accounts:
-        yield ("accounts",), "is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN"
+        meant = environment.meant_for(environment.ACCOUNT_NAMES, environ)
+        yield ("accounts",), f"is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN{meant}"
 
 
 def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
@@ -440,9 +410,9 @@ def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
         chosen = account.get("application") if isinstance(account, dict) else None
         path: KeyPath = ("accounts", name, "application")
         if chosen is None and len(applications) > 1:
-            yield path, f"is missing: there are several ({', '.join(applications)})"
+            yield path, f"is missing: say which; there is {names_of(applications)}"
         elif isinstance(chosen, str) and applications and chosen not in applications:
-            yield path, f"names no application; there is {', '.join(applications)}"
+            yield path, f"names no application; {there_is(applications, chosen)}"
 
 
 def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
@@ -453,9 +423,9 @@ def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
     for caller, settings in _mapping(tree, "callers").items():
         if isinstance(settings, dict):
             named += _names_in(("callers", caller, "accounts"), settings.get("accounts"))
-    for path, name in named:
-        if isinstance(name, str) and accounts and name not in accounts:
-            yield path, "names no account"
+    wrong = [(path, name) for path, name in named if isinstance(name, str) and accounts and name not in accounts]
+    for number, (path, name) in enumerate(wrong):
+        yield path, f"names no account; {there_is(accounts, name if number < MOST_NAMED else '')}"
 
 
 def _names_in(path: KeyPath, value: object) -> list[tuple[KeyPath, Any]]:
@@ -501,21 +471,28 @@ def _store_of(tree: Tree) -> StoreAddress:
         return StoreAddress()  # no address at all, which is noted elsewhere
 
 
-def _note_open_store(draft: _Draft) -> None:
+def _note_open_store(draft: Draft) -> None:
     """Warn of a way to Redis that others can listen on: sealed tokens stay sealed, but a password goes in the clear."""
     store = _store_of(draft.tree)
     if store.kind == "redis" and not is_loopback(store.host):
         message = "goes over the network in the clear: use rediss:// where others can listen or interfere"
-        draft.doubtful.append(Problem("store", message, _where(("store",), draft)))
+        draft.doubtful.append(Problem("store", message, draft.where(("store",))))
 
 
 def _wrong_tracing(tree: Tree) -> Wrong:
     """Traces are wanted, and what makes them is not installed."""
     if _mapping(tree, "tracing").get("endpoint") is not None and not _is_installed(*_TRACING_NEEDS):
-        yield (
-            ("tracing", "endpoint"),
-            "needs OpenTelemetry, which is not installed: pip install 'sp-api-proxy[otel]'",
-        )
+        yield ("tracing", "endpoint"), f"needs OpenTelemetry, which is not installed: {_how_to_install(_CHECKOUT)}"
+
+
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def _how_to_install(folder: Path) -> str:
+    """Return how OpenTelemetry comes to where the proxy runs from; a checkout is not known to pip by its name."""
+    if (folder / "pyproject.toml").is_file():
+        return f"python -m pip install '.[otel]' in {folder}, with the python that runs the proxy"
+    return "pip install 'sp-api-proxy[otel]'"
 
 
 _TRACING_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
@@ -567,7 +544,7 @@ def _in_order(problems: list[Problem]) -> list[Problem]:
     """Return each problem once, in the order of the file's lines."""
 
     def line(problem: Problem) -> tuple[str, int, str]:
-        name, _, number = problem.where.rpartition(":")
+        name, _, number = problem.where.partition(", from")[0].rpartition(":")
         return (name, int(number), problem.key) if number.isdigit() else (problem.where, 0, problem.key)
 
     return sorted(dict.fromkeys(problems), key=line)

@@ -18,9 +18,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     WithJsonSchema,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from proxy.config.secret import Secret
@@ -44,6 +46,7 @@ HEADER_LIST = re.compile(
 )
 SOCKET_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+TARGET_APPLICATION = r"^amzn1\.[A-Za-z0-9._-]{1,200}$"
 
 
 def wrong(message: str) -> PydanticCustomError:
@@ -240,6 +243,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
 
+def default_as_written(field: FieldInfo) -> Any:
+    """Return a setting's default as a file would have it (`10s`, `0600`); None where it has none."""
+    if field.is_required():
+        return None
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    return TypeAdapter(kind).dump_python(field.get_default(call_default_factory=True), mode="json")
+
+
 def settings_in(kind: Any) -> type[Settings] | None:
     """Return the group of settings that a field of type `kind` holds (`Limits`, `Account | None`), or None."""
     options = (kind, *get_args(kind))
@@ -389,7 +400,7 @@ class Account(Settings):
     )
     target_application: str | None = Field(
         None,
-        pattern=r"^amzn1\.[A-Za-z0-9._-]{1,200}$",
+        pattern=TARGET_APPLICATION,
         description="The id of the application that Restricted Data Tokens are made for (delegation); it alone can use "
         "them.",
     )

@@ -69,9 +69,38 @@ def read_yaml(text: str, name: str) -> Document:
 def _syntax_problem(name: str, exc: yaml.YAMLError) -> Problem:
     mark = getattr(exc, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
-    # Only the parser's own words: its full message quotes the line, which may hold a secret.
-    words = getattr(exc, "problem", None) or getattr(exc, "reason", None) or "cannot be read"
-    return Problem("", f"is not valid YAML: {words}", where)
+    if isinstance(exc, _Refused):
+        return Problem("", f"is not accepted: {exc.problem}", where)
+    # The parser's full message quotes the line, which may hold a secret.
+    found = str(getattr(exc, "problem", None) or getattr(exc, "reason", None) or "")
+    advice = next((words for part, words in _ADVICE.items() if part in found), _LOOK)
+    begun = getattr(exc, "context_mark", None)
+    if begun is not None and mark is not None and begun.line < mark.line and "not closed" in advice:
+        where = f"{name}:{begun.line + 1}"  # where it was opened, not where the text ends without it
+    return Problem("", f"is not valid YAML: {advice}", where)
+
+
+_QUOTES = "what has a bracket, a brace, '#' or ', ' in it needs quotes there, as \"${NAME}\""
+# What is probably wrong, by what libyaml or PyYAML complains of; the first that fits.
+_ADVICE = {
+    "cannot start any token": "a value cannot begin with a tab, @, ` or %: put it in quotes, and indent with spaces",
+    "tab character": "a tab indents nothing: use spaces",
+    "mapping values are not allowed": "a colon where none can be: put a text with ': ' in it in quotes, or look at the "
+    "indentation",
+    "sequence entries are not allowed": "a list item where none can be: look at the indentation of its '-'",
+    "expected ':'": "a key without a colon: write KEY: VALUE, with a space after the colon",
+    "',' or ']'": f"a list [ … ] that is not closed or lacks a comma; {_QUOTES}",
+    "',' or '}'": f"a mapping {{ … }} that is not closed or lacks a comma; {_QUOTES}",
+    "expected key": "the indentation does not fit the lines above: keys of one group begin in the same column",
+    "expected '-' indicator": "the indentation does not fit the lines above: its items begin in the same column",
+    "<block end>": "the indentation does not fit the lines above: what is of one group begins in the same column",
+    "unexpected end of stream": "a quote that is not closed",
+    "document indicator": "a quote or a bracket that is not closed",
+    "escape": "a backslash that means nothing within double quotes: use single quotes",
+    "hexdecimal": "a backslash that means nothing within double quotes: use single quotes",
+    "characters are not allowed": "a control character: the text may be damaged",
+}
+_LOOK = "look here and above for a quote, a bracket or a colon that is missing, and at the indentation"
 
 
 def _read_document(document: Document, events: Iterator[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from proxy.config.model import SHORTEST_STORE_KEY, Config
+from proxy.config.model import SHORTEST_STORE_KEY, Config, Policy, Settings, default_as_written
 
 _FROM_FILE = {
     "type": "object",
@@ -17,6 +17,9 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration file."""
     schema = Config.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
+    kinds: list[type[Settings]] = [*Settings.__subclasses__(), *Policy.__subclasses__()]
+    for kind in kinds:
+        _write_defaults(kind, (schema if kind is Config else definitions.get(kind.__name__, {})).get("properties", {}))
     for group in (schema, *definitions.values()):
         group["properties"] = {name: _open(value) for name, value in group["properties"].items()}
     for name, field in Config.model_fields.items():
@@ -35,6 +38,13 @@ def json_schema() -> dict[str, Any]:
     }
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sp-api-proxy"}
     return {**title, **_without(schema, "title")}
+
+
+def _write_defaults(kind: type[Settings], properties: dict[str, Any]) -> None:
+    """Have defaults as they are written in a file, where the Config holds them in another form."""
+    for name, setting in properties.items():
+        if isinstance(default := default_as_written(kind.model_fields[name]), int | float | str):
+            setting["default"] = default
 
 
 def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
@@ -56,4 +66,4 @@ def _open(value: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in value or value.get("type") in ("array", "object"):
         return value
     described: dict[str, Any] = {str(key): value[key] for key in ("description", "default") if key in value}
-    return {**described, "anyOf": [_without(value, "description"), _FROM_ENVIRONMENT, _FROM_FILE]}
+    return {**described, "anyOf": [_without(_without(value, "description"), "default"), _FROM_ENVIRONMENT, _FROM_FILE]}

@@ -9,27 +9,35 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Sourced(str):
-    """A text that remembers where it came from; `reread` returns what stands there now, None where nothing usable."""
+    """A text that remembers where it came from, in words: `source`.
 
-    __slots__ = ("reread",)
+    `reread` returns what stands there now, None where nothing usable.
+    """
+
+    __slots__ = ("reread", "source")
     reread: Callable[[], str | None]
+    source: str
 
     @classmethod
-    def of(cls, text: str, reread: Callable[[], str | None]) -> "Sourced":
+    def of(cls, text: str, reread: Callable[[], str | None], source: str) -> "Sourced":
         """Return `text` with its source."""
         sourced = cls(text)
-        sourced.reread = reread
+        sourced.reread, sourced.source = reread, source
         return sourced
 
 
 class Secret:
-    """A text whose `repr`, `str` and serialised forms are `***`; `reveal()` is the only way to it."""
+    """A text whose `repr`, `str` and serialised forms are `***`; `reveal()` is the only way to it.
 
-    __slots__ = ("_reread", "_text")
+    `source` names the file or the variable that it came from, where it did not stand in the configuration itself.
+    """
 
-    def __init__(self, text: str, reread: Callable[[], str | None] | None = None) -> None:
+    __slots__ = ("_reread", "_text", "source")
+
+    def __init__(self, text: str, reread: Callable[[], str | None] | None = None, source: str = "") -> None:
         self._text = text
         self._reread = reread
+        self.source = source
 
     def current(self) -> "Secret":
         """Return the secret as its file or variable holds it now; this one where that is gone, or empty.
@@ -37,7 +45,7 @@ class Secret:
         So a secret that is rotated under way is used from the next exchange on.
         """
         text = self._reread() if self._reread is not None else None
-        return Secret(text, self._reread) if text and text != self._text else self
+        return Secret(text, self._reread, self.source) if text and text != self._text else self
 
     def reveal(self) -> str:
         """Return the text itself, for the one place that sends it."""
@@ -78,7 +86,9 @@ class Secret:
         if isinstance(value, Secret):
             return value
         if isinstance(value, str) and value.strip():
-            return cls(value.strip(), value.reread if isinstance(value, Sourced) else None)
+            if isinstance(value, Sourced):
+                return cls(value.strip(), value.reread, value.source)
+            return cls(value.strip())
         # Never the value itself: this text is printed.
         raise PydanticCustomError("secret", "must be a text that is not empty")
 

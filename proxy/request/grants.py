@@ -34,6 +34,7 @@ _WHAT_TO_DO = {
     "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
     "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
 }
+_ABOUT_THE_ACCOUNT = frozenset({"invalid_grant", "unauthorized_client"})
 
 
 class NotRestricted(Exception):
@@ -244,8 +245,10 @@ class Grants:
                         return Granted(grant, asked, self._now())
                     self._count(credential, "failed", reason, asked)
         except lwa.ExchangeRefused as exc:
-            self._count(credential, "refused", exc.reason, asked)
-            raise _refused(credential, exc) from exc
+            config = self._config_of(credential)
+            place = "" if config is None else place_of(config, credential, exc.reason)
+            self._count(credential, "refused", exc.reason, asked, place)
+            raise _refused(credential, exc, place) from exc
         except rdt.RdtRefused as exc:
             raise self._rdt_refused(credential, exc, asked) from exc
         except TimeoutError as exc:
@@ -266,7 +269,7 @@ class Grants:
         self._count(credential, "refused", reason, asked)
         return meaning
 
-    def _count(self, credential: Credential, result: str, reason: str, asked: float) -> None:
+    def _count(self, credential: Credential, result: str, reason: str, asked: float, look_at: str = "") -> None:
         seconds = self._now() - asked
         labels = (credential.kind, credential.account, credential.region, result, reason)
         self._metrics.token_refreshes.labels(*labels).inc()
@@ -282,6 +285,7 @@ class Grants:
                 account=credential.account,
                 region=credential.region,
                 duration=round(seconds, 3),
+                **({"look_at": look_at} if look_at else {}),
             ),
         )
 
@@ -311,11 +315,33 @@ def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
     )
 
 
-def _refused(credential: Credential, exc: lwa.ExchangeRefused) -> TokenRefused:
+def place_of(config: Config, credential: Credential, reason: str) -> str:
+    """Return the keys of what Login with Amazon refused, and the file or variable that it comes from; no value.
+
+    Empty where it refused nothing that is in the configuration.
+    """
+    application, account = config.applications.get(credential.application), config.accounts.get(credential.account)
+    if reason in _ABOUT_THE_ACCOUNT and account is not None:
+        token = account.refresh_tokens.get(credential.region)
+        keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}{source_in_words(token)}"
+        return f"accounts.{credential.account}.application and {keys}" if reason == "unauthorized_client" else keys
+    if reason == "invalid_client" and application is not None:
+        secret = source_in_words(application.client_secret)
+        return f"applications.{credential.application}.client_id and client_secret{secret}"
+    return ""
+
+
+def source_in_words(secret: Secret | None) -> str:
+    """Return ` (from file /run/secrets/x)` for a secret that does not stand in the configuration itself."""
+    return f" (from {secret.source})" if secret is not None and secret.source else ""
+
+
+def _refused(credential: Credential, exc: lwa.ExchangeRefused, place: str) -> TokenRefused:
     request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
     return TokenRefused(
         f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
-        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials."),
+        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.")
+        + (f" Look at {place}." if place else ""),
         reason=exc.reason,
     )
 

@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from proxy.simulator import control
 from proxy.simulator.server import Simulator
 from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET, REGIONS, Seller, Settings, demo_sellers
+
+LAST_PORT = 65535
 
 _EPILOG = f"""\
 It starts with one application and one seller, both made up:
@@ -31,7 +34,10 @@ control, on the first port:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a simulator until it is told to stop; return 0, or 1 where it cannot listen."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if (options.tls_cert is None) is not (options.tls_key is None):
+        parser.error("--tls-cert and --tls-key need each other")
     try:
         return asyncio.run(_run(_settings(options), as_json=options.json))
     except OSError as exc:
@@ -40,27 +46,67 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends wrong usage with one line that says where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sp-api-proxy simulate",
         description="A local Selling Partner API and Login with Amazon, for tests.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listening = parser.add_argument_group("where it listens")
-    listening.add_argument("--host", type=_loopback, default="127.0.0.1", help="a loopback address: it is a test tool")
-    listening.add_argument("--port", type=int, default=9700, help="token host and control; na, eu, fe follow. 0: any")
-    listening.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve the regions over TLS, as localhost")
-    listening.add_argument("--tls-key", type=Path, metavar="FILE")
+    listening.add_argument(
+        "--host",
+        type=_loopback,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="a loopback address: it is a test tool (%(default)s)",
+    )
+    listening.add_argument(
+        "--port",
+        type=_port,
+        default=9700,
+        metavar="N",
+        help="of the token host and of control; na, eu and fe take the next three. 0: free ones (%(default)s)",
+    )
+    listening.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="a PEM file: serve the regions over TLS, as localhost"
+    )
+    listening.add_argument("--tls-key", type=Path, metavar="FILE", help="a PEM file: the certificate's private key")
     listening.add_argument("--json", action="store_true", help="print the addresses as one line of JSON")
     acting = parser.add_argument_group("how it acts")
-    acting.add_argument("--models", type=Path, metavar="DIR", help="answer from Amazon's models in this folder")
-    acting.add_argument("--token-lifetime", type=float, default=3600.0, metavar="SECONDS")
+    acting.add_argument(
+        "--models", type=_folder, metavar="DIR", help="a folder of Amazon's models: answer with the examples in them"
+    )
+    acting.add_argument(
+        "--token-lifetime",
+        type=_seconds,
+        default=3600.0,
+        metavar="SECONDS",
+        help="how long new tokens live (3600, as Amazon's)",
+    )
     acting.add_argument("--enforce-plans", action="store_true", help="answer 429 where a usage plan is used up")
-    acting.add_argument("--plan", type=_plan, default=(5.0, 10.0), metavar="RATE:BURST", help="where no plan is known")
+    acting.add_argument(
+        "--plan",
+        type=_plan,
+        default=(5.0, 10.0),
+        metavar="RATE:BURST",
+        help="calls per second, and calls at once, where no plan is known (5:10)",
+    )
     knowing = parser.add_argument_group("whom it knows, besides the made-up ones")
     knowing.add_argument(
-        "--client", type=_client, action="append", default=[], metavar="ID:SECRET", help="may be repeated"
+        "--client",
+        type=_client,
+        action="append",
+        default=[],
+        metavar="ID:SECRET",
+        help="an application; may be repeated",
     )
     knowing.add_argument(
         "--seller",
@@ -68,20 +114,54 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME:REGION:REFRESH_TOKEN",
-        help="may be repeated",
+        help="a seller in a region: na, eu or fe; may be repeated",
     )
     return parser
 
 
 def _loopback(text: str) -> str:
-    if text != "localhost" and not ipaddress.ip_address(text).is_loopback:
-        raise argparse.ArgumentTypeError("only loopback addresses")
+    try:
+        is_loopback = text == "localhost" or ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise argparse.ArgumentTypeError("must be a loopback address, such as 127.0.0.1")
     return text
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else LAST_PORT
+    if number > LAST_PORT - 3:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number up to {LAST_PORT - 3}: the regions take the next three"
+        )
+    return number
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError("must be a folder")
+    return Path(text)
+
+
+def _seconds(text: str) -> float:
+    return _positive(text, "must be a number of seconds, such as 60")
 
 
 def _plan(text: str) -> tuple[float, float]:
     rate, _, burst = text.partition(":")
-    return float(rate), float(burst)
+    wanted = "must be RATE:BURST, such as 0.5:10"
+    return _positive(rate, wanted), _positive(burst, wanted)
+
+
+def _positive(text: str, wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(wanted)
+    return number
 
 
 def _client(text: str) -> tuple[str, str]:
