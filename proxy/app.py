@@ -4,18 +4,20 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from proxy import __version__
 from proxy.amazon import rdt
 from proxy.amazon.headers import user_agent_of
 from proxy.amazon.operations import OperationTable, load_table
 from proxy.config import Config, ConfigError, Problem
+from proxy.errors import ShuttingDown
 from proxy.listener import Room
 from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
@@ -53,6 +55,9 @@ LAG_INTERVAL = 0.5  # seconds
 # things are written and kept. Whom tokens are sent to, and who may come in by an open port, are not among them: without
 # that the rest could mean something else, so that all of it is refused.
 AT_START = ("admin", "health", "store", "store_key", "audit", "metrics", "tracing")
+_ENDED = ShuttingDown(
+    "the proxy ended before this call was finished", "A write may or may not have been done: look before you repeat it."
+)
 _RESTART = "cannot change while the proxy runs: restart it"
 
 
@@ -155,13 +160,13 @@ async def running(config: Config) -> AsyncIterator[Running]:
         if config.health is not None:
             app = health_app(readiness, metrics, current)
             health = await stack.enter_async_context(status_port(app, config.health, "health", config, metrics))
-        stack.push_async_callback(ports.stop)
+        stack.push_async_callback(ports.stop, shared.break_off)
         handlers = shared.handlers(config, amazon)
         ports.take_up(await ports.prepare(handlers, config), handlers, config)
         metrics.before_export.append(_export_lost_lines(metrics))
         for watch in (_Lag(metrics).watch(), _look_at_certificates(ports)):
             stack.callback(asyncio.create_task(watch, name="watch").cancel)
-        stack.push_async_callback(_linger, current)
+        stack.push_async_callback(_linger, current, ports.ending.at_once)
         stack.callback(_stopping, readiness)
         warming = asyncio.create_task(_become_ready(current, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
@@ -215,6 +220,7 @@ class _Shared:
     ports: Ports
     traces: "Traces | None"
     attempts: AllAttempts | None = None
+    deadlines: WeakSet[Deadlines] = field(default_factory=WeakSet)  # of every configuration that is still in use
     taking_turns: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def handlers(self, config: Config, amazon: Pool) -> list[Handler]:
@@ -223,6 +229,7 @@ class _Shared:
         callers = Callers(config)
         upstream = Upstream(session=amazon, user_agents=user_agents(config))
         deadlines = Deadlines(config, asyncio.get_running_loop())
+        self.deadlines.add(deadlines)
         return [
             Handler(
                 config,
@@ -247,6 +254,11 @@ class _Shared:
             )
             for index, listener in enumerate(config.listen)
         ]
+
+    def break_off(self) -> None:
+        """End the waits of all requests in flight: the process is about to."""
+        for deadlines in list(self.deadlines):
+            deadlines.break_off(_ENDED)
 
     async def hand_over(self, wanted: Config) -> HandedOver:
         """Serve every request that begins from now on by `wanted`; those in flight finish as they began.
@@ -459,11 +471,12 @@ def _stopping(readiness: Readiness) -> None:
     readiness.state, readiness.waiting_for = "stopping", "the process is shutting down"
 
 
-async def _linger(current: _Current) -> None:
+async def _linger(current: _Current, at_once: asyncio.Event) -> None:
     """Go on taking requests for `timeouts.shutdown_delay`, in which those who send them learn that this proxy ends."""
     delay = current.config.timeouts.shutdown_delay
     if delay:  # otherwise nothing is to come in between: asyncio trips over what connects the moment a listener closes
-        await asyncio.sleep(delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(at_once.wait(), delay)
 
 
 class _Lag:

@@ -47,6 +47,7 @@ from proxy.rotate import RotationFailed, rotate_client_secret
 from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
+LAST_MOMENTS = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
 
 _EXIT_CODES = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or configuration"
 
@@ -274,7 +275,7 @@ async def _serve_until_told(
                 note=partial(_note_reload, service),
                 seen=seen,
             )
-            told.on_hangup = reloads.ask
+            told.on_hangup, told.proxy = reloads.ask, proxy
             logs.LOGGER.info(
                 "serving",
                 extra=logs.fields(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
@@ -292,7 +293,7 @@ async def _serve_until_told(
         _complain(f"sp-api-proxy: {exc}")
         return FAILED
     logs.LOGGER.info("ended", extra=logs.fields(cut_off=proxy.ending.cut_off))
-    return 128 + told.number if proxy.ending.cut_off else OK
+    return 128 + told.number if proxy.ending.cut_off or proxy.ending.at_once.is_set() else OK
 
 
 def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
@@ -312,13 +313,14 @@ def _is_ending() -> None:
 
 
 class _Told:
-    """Waits for the first signal; the second one ends the process where it stands."""
+    """Waits for the first signal; the second one ends the process without waiting for anything, the third at once."""
 
     def __init__(self) -> None:
         self._once = asyncio.Event()
         self.number: int = signal.SIGTERM
         self.on_hangup: Callable[[], None] = lambda: None
-        loop = asyncio.get_running_loop()
+        self.proxy: Running | None = None
+        self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, self._hear, number)
@@ -344,11 +346,23 @@ class _Told:
         return signal.Signals(self.number).name
 
     def _hear(self, number: int) -> None:
-        if self._once.is_set():
-            logs.LOGGER.warning("ended before the requests in flight were finished")
-            os._exit(128 + number)
-        self.number = number
-        self._once.set()
+        if not self._once.is_set():
+            self.number = number
+            self._once.set()
+        elif self.proxy is None or self.proxy.ending.at_once.is_set():
+            _leave(128 + number, self.proxy)
+        else:
+            self.number = number
+            logs.LOGGER.warning("told to end a second time: requests in flight are not waited for")
+            self.proxy.ending.at_once.set()
+            self._loop.call_later(LAST_MOMENTS, _leave, 128 + number, self.proxy)
+
+
+def _leave(code: int, proxy: Running | None) -> None:
+    """End the process where it stands, whatever still hangs, with the last line in its log."""
+    logs.LOGGER.warning("ended", extra=logs.fields(cut_off=proxy.ending.cut_off if proxy is not None else 0))
+    logs.finish()
+    os._exit(code)
 
 
 # The demo: the proxy beside a simulator of Amazon.

@@ -42,6 +42,7 @@ CONTRACT = [
     ("ConflictingSources", 400, "client", False),
     ("BadOption", 400, "client", False),
     ("UsagePlanExhausted", 429, "client", True),
+    ("ShuttingDown", 503, "proxy", False),
     ("InternalError", 500, "proxy", False),
     ("TokenUnavailable", 503, "amazon", True),
     ("RegionDown", 503, "amazon", True),
