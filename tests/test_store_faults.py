@@ -105,10 +105,14 @@ async def test_a_proxy_starts_without_redis_and_takes_it_up_when_it_comes(
     one, other = [await start_proxy(store=redis.url, store_key=KEY) for _ in range(2)]
     assert [await orders(one), await orders(other)] == [200, 200]
     assert len(token_host.received) == 2
-    assert said(log) == ["store lost"] * 2
+    assert said(log) == ["store not reached"] * 2
     redis.start()
     await until(one.metrics, 1)
     await until(other.metrics, 1)
+    assert said(log)[2:] == ["store is there"] * 2
+    assert [
+        line["level"] for line in map(json.loads, log.getvalue().splitlines()) if "store is" in line["message"]
+    ] == ["info"] * 2
 
 
 async def test_a_wrong_password_is_told_apart_and_never_logged(
