@@ -35,6 +35,7 @@ from proxy.config import (
     parse_duration,
 )
 from proxy.config.environment import CONFIG_VARIABLE
+from proxy.config.model import Log
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.reload import Reloads, Result, stamps
@@ -186,7 +187,11 @@ def _table() -> OperationTable:
 
 def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Loaded:
     environ = os.environ if environ is None else environ
-    loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, _flags(options))
+    return _checked(load_config(options.config or environ.get(CONFIG_VARIABLE), environ, _flags(options)))
+
+
+def _checked(loaded: Loaded) -> Loaded:
+    """Return the same, where it also holds against the operation table and this machine; raise ConfigError."""
     config = loaded.config
     found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
@@ -212,23 +217,24 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(_demo(options))
     environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
     loaded = _load(options, environ)
-    config = loaded.config
     process.harden()
-    process.wipe_variables(process.forget_secrets(os.environ, config))
-    with _logging(config):
+    process.wipe_variables(process.forget_secrets(os.environ, loaded.config))
+    with _logging(loaded.config.log, loaded.config.audit):
         for problem in loaded.warnings:
             logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))
-        return _run(_serve_until_told(loaded, lambda: _load(options, environ)))
+        serving = _serve_until_told(loaded, lambda: _load(options, environ))
+        del loaded  # its secrets are to be kept no longer than it is in force
+        return _run(serving)
 
 
 @contextmanager
-def _logging(config: Config) -> Iterator[None]:
+def _logging(log: Log, audit: str | None) -> Iterator[None]:
     """Set up the logs, written by threads of their own, and see to it in the end that nothing is left to write."""
-    logs.set_up(config.log.level, config.log.format)
+    logs.set_up(log.level, log.format)
     behind = logs.write_behind()
     try:
-        if config.audit is not None:
-            behind.append(_audit(config.audit))
+        if audit is not None:
+            behind.append(_audit(audit))
         yield
     finally:
         for writer in behind:
@@ -272,9 +278,10 @@ async def _serve_until_told(
                 hand_over=proxy.hand_over,
                 reloading=proxy.reloading,
                 metrics=proxy.metrics,
-                note=partial(_note_reload, service),
+                note=partial(_note_reload, service, proxy.has_started),
                 seen=seen,
             )
+            del loaded  # see _serve
             told.on_hangup, told.proxy = reloads.ask, proxy
             logs.LOGGER.info(
                 "serving",
@@ -301,7 +308,9 @@ def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
         service.is_ready()
 
 
-def _note_reload(service: systemd.Service, result: Result | None) -> None:
+def _note_reload(service: systemd.Service, start: "asyncio.Task[None]", result: Result | None) -> None:
+    if not start.done():
+        return  # ready is what it becomes with the last token that `warm_up` waits for
     if result is None:
         service.is_reloading()
     else:
@@ -375,9 +384,13 @@ async def _demo(options: argparse.Namespace) -> int:
 
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
-        load = partial(load_config, None, _without_settings(os.environ, simulator), _flags(options))
+        environ = _without_settings(os.environ, simulator)
+
+        def load() -> Loaded:
+            return _checked(load_config(None, environ, _flags(options)))
+
         loaded = load()
-        with _logging(loaded.config):
+        with _logging(loaded.config.log, loaded.config.audit):
             return await _serve_until_told(loaded, load, _welcome)
 
 

@@ -187,6 +187,7 @@ async def status_port(
         )
         listening, turned_out = await listen(server, address, setting)
         stack.push_async_callback(_end, listening, server)
+        del config  # its secrets are not to be kept for as long as this listens
         yield turned_out
 
 
