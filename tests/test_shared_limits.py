@@ -71,6 +71,21 @@ def content(tmp_path: Path) -> Target:
     return target(config(tmp_path), CONTENT)
 
 
+async def told(limits: SharedLimits) -> None:
+    """Wait until Redis knows what it was told without anybody waiting for the answer."""
+    while (asking := limits._shared._asking) is not None:
+        await asyncio.wait([asking])
+
+
+async def until_reserved(limits: SharedLimits, content: Target) -> None:
+    """Wait until Redis has reserved the next place for those who wait."""
+    plan = limits._plan(content)
+    assert isinstance(plan, SharedPlan)
+    async with asyncio.timeout(5):
+        while plan._coming is None:  # noqa: ASYNC110 - each question takes a few turns of the loop
+            await asyncio.sleep(0)
+
+
 def rate_of(limits: SharedLimits, content: Target) -> float:
     plan = limits._plan(content)
     assert plan is not None
@@ -154,7 +169,7 @@ async def test_a_429_that_one_replica_gets_empties_the_bucket_of_all(fleet: Flee
     one, other = await fleet.replica(), await fleet.replica()
     await other.admit(content, Claim(0))
     one.learn(content, 429, None)
-    await asyncio.sleep(0.05)  # nobody waits until the others know
+    await told(one)
     with pytest.raises(UsagePlanExhausted):
         await other.admit(content, Claim(0))
     assert rate_of(other, content) == 8
@@ -164,9 +179,10 @@ async def test_whoever_leaves_gives_its_place_back_to_all(fleet: Fleet, content:
     one, other = await fleet.replica(), await fleet.replica()
     await drain(one, content)
     waiting = asyncio.create_task(one.admit(content, Claim(10)))
-    await asyncio.sleep(0.05)
+    await until_reserved(one, content)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+    await told(one)
     assert await other.admit(content, Claim(1)) < 0.3
 
 
@@ -176,7 +192,7 @@ async def test_a_place_that_was_not_used_is_given_to_any_of_them(fleet: Fleet, c
     plan = one._plan(content)
     assert plan is not None
     plan.give_back()
-    await asyncio.sleep(0.05)
+    await told(one)
     assert await drain(other, content) == 1
 
 
@@ -184,12 +200,12 @@ async def test_one_that_leaves_before_redis_answers_takes_nothing_with_it(fleet:
     one = await fleet.replica()
     await one.admit(content, Claim(0))
     leaving = [asyncio.create_task(one.admit(content, Claim(0))) for _ in range(5)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    while one._shared._asking is None or one._shared._waiting:  # noqa: ASYNC110 - until the questions are on their way
+        await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
-    await asyncio.sleep(0.1)
+    await told(one)
     assert await drain(one, content) >= 9
 
 
@@ -251,7 +267,7 @@ async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: T
     limits = await fleet.replica()
     await drain(limits, content)
     waiting = [asyncio.create_task(limits.admit(content, Claim(5))) for _ in range(5)]
-    await asyncio.sleep(0.15)
+    await until_reserved(limits, content)
     redis.stop()
     async with asyncio.timeout(3):
         await asyncio.gather(*waiting)
