@@ -98,14 +98,17 @@ class Reloads:
 
     async def reload(self, because: str) -> Result:
         """Read the configuration and take it up if it is good; log, count and note how that went."""
+        with self._settling:  # around all of it: an exception, while it is looked at, holds what was read
+            return await self._reload(because)
+
+    async def _reload(self, because: str) -> Result:
         self._note(None)
         problems: tuple[str, ...] = ()
         files: Iterable[Path] = ()
         try:
-            with self._settling:
-                loaded = await _aside(self._load)
-                files = loaded.files
-                handed_over = await self._hand_over(loaded.config)
+            loaded = await _aside(self._load)
+            files = loaded.files
+            handed_over = await self._hand_over(loaded.config)
         except ConfigError as exc:
             files = exc.files or files
             problems = tuple(str(problem) for problem in exc.problems)
@@ -192,23 +195,22 @@ async def _aside(call: Callable[[], _T]) -> _T:
     Raises TimeoutError after LONGEST_READ.
     """
     loop = asyncio.get_running_loop()
-    came: asyncio.Future[_T] = loop.create_future()
+    came: asyncio.Future[None] = loop.create_future()
+    # In a list that is emptied, and in no variable that stays: a traceback leads to the frames that it went through,
+    # and one that leads back to itself would keep all that was read until the garbage collector comes by.
+    outcome: list[tuple[_T, None] | tuple[None, Exception]] = []
 
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if came.done():
-            return  # nobody waits any more
-        if error is not None:
-            came.set_exception(error)
-        else:
-            came.set_result(result)  # type: ignore[arg-type]  # without an error it is what `call` returned
+    def settle() -> None:
+        if not came.done():  # otherwise nobody waits any more
+            came.set_result(None)
 
     def run() -> None:
         try:
-            outcome: tuple[_T | None, BaseException | None] = call(), None
+            outcome.append((call(), None))
         except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
-            outcome = None, exc
+            outcome.append((None, exc))
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(settle)
 
     # The thread gives way to requests ten times as often as it would.
     usual = sys.getswitchinterval()
@@ -216,6 +218,13 @@ async def _aside(call: Callable[[], _T]) -> _T:
     try:
         threading.Thread(target=run, name="reads the configuration", daemon=True).start()
         async with asyncio.timeout(LONGEST_READ):
-            return await came
+            await came
     finally:
         sys.setswitchinterval(usual)
+    result, error = outcome.pop()
+    if error is None:
+        return result  # type: ignore[return-value]  # without an error it is what `call` returned
+    try:
+        raise error
+    finally:
+        del error

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
@@ -18,7 +19,7 @@ import yaml
 
 from proxy import reload
 from proxy.app import Running, running
-from proxy.config import Config, Loaded, load_config
+from proxy.config import Config, ConfigError, Loaded, Problem, load_config
 from proxy.reload import Reloads, Result, stamps
 from tests.bench.reloads import run
 from tests.conftest import StartProxy, config_from, settings_for
@@ -312,6 +313,28 @@ async def test_a_fault_of_the_proxys_own_is_a_failed_reload_and_the_watch_goes_o
     watched.reloads._load = load
     watched.reloads.ask()
     assert await watched.result() == "unchanged"
+
+
+async def test_what_was_read_in_vain_is_let_go_without_the_garbage_collector(watched: Watched) -> None:
+    errors: list[weakref.ref[ConfigError]] = []
+
+    def refuse() -> Loaded:
+        error = ConfigError([Problem("listen", "is refused")])
+        errors.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    watched.reloads._load = refuse
+    watched.reloads._settling = nullcontext()  # type: ignore[assignment]  # it would collect what is young
+    gc.disable()
+    try:
+        assert await watched.reloads.reload("a test") == "failed"
+        await asyncio.sleep(0)  # the loop lets go of the step that it was in
+        assert errors[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_ten_reloads_under_load_half_of_them_broken_fail_no_request(capsys: pytest.CaptureFixture[str]) -> None:
