@@ -4,18 +4,20 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from proxy import __version__
 from proxy.amazon import rdt
 from proxy.amazon.headers import user_agent_of
 from proxy.amazon.operations import OperationTable, load_table
 from proxy.config import Config, ConfigError, Problem
+from proxy.errors import ShuttingDown
 from proxy.listener import Room
 from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
@@ -26,11 +28,11 @@ from proxy.request.crowd import Crowd
 from proxy.request.dial import Tls, tls_context
 from proxy.request.documents import Documents
 from proxy.request.forbidden import Experience
-from proxy.request.grants import Grants, source_of
+from proxy.request.grants import Grants, ordinary_credentials, source_of
 from proxy.request.guard import Doorway
 from proxy.request.handler import Handler
 from proxy.request.heads import KnownHeads
-from proxy.request.identify import Credential, Decisions
+from proxy.request.identify import Credential, Decisions, TokenKind
 from proxy.request.limits import Limits
 from proxy.request.patience import Deadlines
 from proxy.request.placeholders import Placeholders
@@ -56,6 +58,9 @@ LAG_INTERVAL = 0.5  # seconds
 # things are written and kept. Whom tokens are sent to, and who may come in by an open port, are not among them: without
 # that the rest could mean something else, so that all of it is refused.
 AT_START = ("admin", "health", "store", "store_key", "audit", "metrics", "tracing")
+_ENDED = ShuttingDown(
+    "the proxy ended before this call was finished", "A write may or may not have been done: look before you repeat it."
+)
 _RESTART = "cannot change while the proxy runs: restart it"
 
 
@@ -127,7 +132,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             metrics=metrics,
         )
         documents = Documents()
-        tokens = Tokens(config, grants=grants, documents=documents, store=store, metrics=metrics)
+        tokens = Tokens(grants=grants, documents=documents, store=store, metrics=metrics)
         stack.push_async_callback(tokens.close)
         room = Room(most_clients, metrics)
         ports = Ports(metrics, room, current)
@@ -158,18 +163,20 @@ async def running(config: Config) -> AsyncIterator[Running]:
         if config.health is not None:
             app = health_app(readiness, metrics, current)
             health = await stack.enter_async_context(status_port(app, config.health, "health", config, metrics))
-        stack.push_async_callback(ports.stop)
+        stack.push_async_callback(ports.stop, shared.break_off)
         handlers = shared.handlers(config, amazon)
         ports.take_up(await ports.prepare(handlers, config), handlers, config)
         metrics.before_export.append(_export_lost_lines(metrics))
         for watch in (_Lag(metrics).watch(), _look_at_certificates(ports)):
             stack.callback(asyncio.create_task(watch, name="watch").cancel)
-        stack.push_async_callback(_linger, current)
+        stack.push_async_callback(_linger, current, ports.ending.at_once)
         stack.callback(_stopping, readiness)
         warming = asyncio.create_task(_become_ready(current, readiness, tokens), name="become ready")
         stack.callback(warming.cancel)
+        stack.callback(shared.end_warming)
         if not config.warm_up:
             await warming
+        del config, handlers  # a later configuration takes their place, and their secrets are kept no longer
         yield Running(
             ports.addresses,
             admin,
@@ -219,6 +226,8 @@ class _Shared:
     traces: "Traces | None"
     attempts: AllAttempts | None = None
     seal: "DocumentSeal | None" = None
+    deadlines: WeakSet[Deadlines] = field(default_factory=WeakSet)  # of every configuration that is still in use
+    warming: "set[asyncio.Task[None]]" = field(default_factory=set)
     taking_turns: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def handlers(self, config: Config, amazon: Pool) -> list[Handler]:
@@ -227,6 +236,7 @@ class _Shared:
         callers = Callers(config)
         upstream = Upstream(session=amazon, user_agents=user_agents(config))
         deadlines = Deadlines(config, asyncio.get_running_loop())
+        self.deadlines.add(deadlines)
         relay = self._relay(config, upstream, amazon) if config.documents == "relay" else None
         return [
             Handler(
@@ -263,6 +273,11 @@ class _Shared:
         self.seal = self.seal or DocumentSeal(config.store_key)
         return Relay(config, self.table, seal=self.seal, upstream=upstream, pool=amazon, metrics=self.metrics)
 
+    def break_off(self) -> None:
+        """End the waits of all requests in flight: the process is about to."""
+        for deadlines in list(self.deadlines):
+            deadlines.break_off(_ENDED)
+
     async def hand_over(self, wanted: Config) -> HandedOver:
         """Serve every request that begins from now on by `wanted`; those in flight finish as they began.
 
@@ -276,7 +291,9 @@ class _Shared:
                 made = await self.pools.prepare(config, most_upstream)
             except OSError as exc:
                 raise ConfigError([Problem("pool.ca_file", f"cannot be used: {reason_of(exc)}")]) from exc
-            if config == before and not made.is_new:
+            # Thousands of accounts take a while to compare: beside the requests.
+            is_same, kept = await asyncio.to_thread(_compared, config, before)
+            if is_same and not made.is_new:
                 return HandedOver(has_changed=False, needs_restart=needs_restart)
             amazon, lwa = made.pools
             attempts_before = self.attempts
@@ -289,7 +306,7 @@ class _Shared:
             except BaseException as exc:
                 self.grants.by, self.attempts = grants_before, attempts_before
                 # What was fetched meanwhile may be for somebody whom only the refused configuration knows.
-                self.tokens.forget(lambda credential: source_of(config, credential) != source_of(before, credential))
+                self.tokens.forget(lambda credential: _source_in(credential) not in kept)
                 await self.pools.give_up(made)
                 if isinstance(exc, OSError):
                     raise CannotListen(f"a certificate cannot be used: {reason_of(exc)}") from exc
@@ -298,7 +315,7 @@ class _Shared:
             self.ports.take_up(ports, handlers, config)
             self.current.config = config
             self.store.patience = config.timeouts.token
-            self._let_go(before, config)
+            self._let_go(before, config, kept)
             self.limits.take_up(pace=config.limits.pace, max_queue=config.limits.max_queue)
             self.crowd.keep_to(config.bounds)
             self.room.limit = most_clients
@@ -306,21 +323,51 @@ class _Shared:
             show_secrets_age(config, self.metrics, time.time)
             if self.readiness.is_ready:
                 self.readiness.details = _details(config)
+            if config.warm_up:
+                self._warm_up(config, kept)
             return HandedOver(has_changed=True, needs_restart=needs_restart)
 
-    def _let_go(self, before: Config, config: Config) -> None:
+    def _warm_up(self, config: Config, kept: "frozenset[_Source]") -> None:
+        """Fetch the tokens of accounts that are new, or another's now, in the background."""
+        new = [one for one in ordinary_credentials(config) if _source_in(one) not in kept]
+        if new:
+            task = asyncio.create_task(self.tokens.warm_up(new), name="warm up")
+            self.warming.add(task)
+            task.add_done_callback(self.warming.discard)
+
+    def end_warming(self) -> None:
+        """Fetch no more tokens that nobody waits for."""
+        for task in list(self.warming):
+            task.cancel()
+
+    def _let_go(self, before: Config, config: Config, kept: "frozenset[_Source]") -> None:
         """Forget the tokens that are for somebody else now, or for nobody, and the series of applications that left."""
-
-        def is_outdated(credential: Credential) -> bool:
-            source = source_of(config, credential)
-            return source is None or source != source_of(before, credential)
-
-        self.tokens.forget(is_outdated)
+        self.tokens.forget(lambda credential: _source_in(credential) not in kept)
         for name, application in before.applications.items():
             after = config.applications.get(name)
             if application.rotated_at is not None and (after is None or after.rotated_at is None):
                 self.metrics.secret_age.remove(name)
                 self.metrics.secret_expiry.remove(name)
+
+
+_Source = tuple[TokenKind, str, str, str]  # what a credential's source depends on, but for the configuration
+
+
+def _source_in(credential: Credential) -> _Source:
+    account, region = ("", "") if credential.kind == "grantless" else (credential.account, credential.region)
+    return credential.kind, credential.application, account, region
+
+
+def _compared(config: Config, before: Config) -> tuple[bool, frozenset[_Source]]:
+    """Return whether two configurations are the same, and of which credentials the tokens are as good in both."""
+    kept = set[_Source]()
+    for ordinary in ordinary_credentials(config):
+        for kind in ("lwa", "rdt", "grantless"):
+            credential = ordinary._replace(kind=kind)
+            source = source_of(config, credential)
+            if source is not None and source == source_of(before, credential):
+                kept.add(_source_in(credential))
+    return config == before, frozenset(kept)
 
 
 def within_reach(wanted: Config, before: Config) -> tuple[Config, tuple[str, ...]]:
@@ -463,7 +510,7 @@ def open_lwa_session(config: Config, tls: Tls | None = None) -> Pool:
 async def _become_ready(current: _Current, readiness: Readiness, tokens: Tokens) -> None:
     if current.config.warm_up:
         readiness.waiting_for = "the tokens (warm_up)"
-        await tokens.warm_up()
+        await tokens.warm_up(ordinary_credentials(current.config))
     readiness.state, readiness.waiting_for = "ready", ""
     readiness.details = _details(current.config)
 
@@ -476,11 +523,12 @@ def _stopping(readiness: Readiness) -> None:
     readiness.state, readiness.waiting_for = "stopping", "the process is shutting down"
 
 
-async def _linger(current: _Current) -> None:
+async def _linger(current: _Current, at_once: asyncio.Event) -> None:
     """Go on taking requests for `timeouts.shutdown_delay`, in which those who send them learn that this proxy ends."""
     delay = current.config.timeouts.shutdown_delay
     if delay:  # otherwise nothing is to come in between: asyncio trips over what connects the moment a listener closes
-        await asyncio.sleep(delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(at_once.wait(), delay)
 
 
 class _Lag:

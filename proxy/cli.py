@@ -35,6 +35,7 @@ from proxy.config import (
     load_config,
 )
 from proxy.config.environment import CONFIG_VARIABLE
+from proxy.config.model import Log
 from proxy.config.schema import json_schema
 from proxy.config.words import names_of, there_is
 from proxy.errors import ProxyError
@@ -64,6 +65,7 @@ from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
+LAST_MOMENTS = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
 
 T = TypeVar("T")
 
@@ -172,6 +174,11 @@ def _table() -> OperationTable:
 def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Loaded:
     environ = os.environ if environ is None else environ
     loaded = load_config(options.config or environ.get(CONFIG_VARIABLE), environ, settings_of(options))
+    return _checked(loaded)
+
+
+def _checked(loaded: Loaded) -> Loaded:
+    """Return the same, where it also holds against the operation table and this machine; raise ConfigError."""
     config = loaded.config
     found = [*policy.mistakes(config, _table()), *sockets.mistakes(config), *dial.mistakes(config)]
     if found:
@@ -197,23 +204,24 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(_demo(options))
     environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
     loaded = _load(options, environ)
-    config = loaded.config
     process.harden()
-    process.wipe_variables(process.forget_secrets(os.environ, config))
-    with _logging(config):
+    process.wipe_variables(process.forget_secrets(os.environ, loaded.config))
+    with _logging(loaded.config.log, loaded.config.audit):
         for problem in loaded.warnings:
             logs.LOGGER.warning("a setting should be mended", extra=logs.fields(problem=str(problem)))
-        return _run(_serve_until_told(loaded, lambda: _load(options, environ), is_demo=options.demo))
+        serving = _serve_until_told(loaded, lambda: _load(options, environ), is_demo=options.demo)
+        del loaded  # its secrets are to be kept no longer than it is in force
+        return _run(serving)
 
 
 @contextmanager
-def _logging(config: Config) -> Iterator[None]:
+def _logging(log: Log, audit: str | None) -> Iterator[None]:
     """Set up the logs, written by threads of their own, and see to it in the end that nothing is left to write."""
-    logs.set_up(config.log.level, config.log.format)
+    logs.set_up(log.level, log.format)
     behind = logs.write_behind()
     try:
-        if config.audit is not None:
-            behind.append(_audit(config.audit))
+        if audit is not None:
+            behind.append(_audit(audit))
         yield
     finally:
         for writer in behind:
@@ -261,10 +269,11 @@ async def _serve_until_told(
                 hand_over=proxy.hand_over,
                 reloading=proxy.reloading,
                 metrics=proxy.metrics,
-                note=partial(_note_reload, service),
+                note=partial(_note_reload, service, proxy.has_started),
                 seen=seen,
             )
-            told.on_hangup = reloads.ask
+            del loaded  # see _serve
+            told.on_hangup, told.proxy = reloads.ask, proxy
             logs.LOGGER.info(
                 "serving",
                 extra=logs.fields(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
@@ -284,7 +293,7 @@ async def _serve_until_told(
             _complain('With make: make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"')
         return FAILED
     logs.LOGGER.info("ended", extra=logs.fields(cut_off=proxy.ending.cut_off))
-    return 128 + told.number if proxy.ending.cut_off else OK
+    return 128 + told.number if proxy.ending.cut_off or proxy.ending.at_once.is_set() else OK
 
 
 def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
@@ -292,7 +301,9 @@ def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
         service.is_ready()
 
 
-def _note_reload(service: systemd.Service, result: Result | None) -> None:
+def _note_reload(service: systemd.Service, start: "asyncio.Task[None]", result: Result | None) -> None:
+    if not start.done():
+        return  # ready is what it becomes with the last token that `warm_up` waits for
     if result is None:
         service.is_reloading()
     else:
@@ -304,13 +315,14 @@ def _is_ending() -> None:
 
 
 class _Told:
-    """Waits for the first signal; the second one ends the process where it stands."""
+    """Waits for the first signal; the second one ends the process without waiting for anything, the third at once."""
 
     def __init__(self) -> None:
         self._once = asyncio.Event()
         self.number: int = signal.SIGTERM
         self.on_hangup: Callable[[], None] = lambda: None
-        loop = asyncio.get_running_loop()
+        self.proxy: Running | None = None
+        self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, self._hear, number)
@@ -336,11 +348,23 @@ class _Told:
         return signal.Signals(self.number).name
 
     def _hear(self, number: int) -> None:
-        if self._once.is_set():
-            logs.LOGGER.warning("ended before the requests in flight were finished")
-            os._exit(128 + number)
-        self.number = number
-        self._once.set()
+        if not self._once.is_set():
+            self.number = number
+            self._once.set()
+        elif self.proxy is None or self.proxy.ending.at_once.is_set():
+            _leave(128 + number, self.proxy)
+        else:
+            self.number = number
+            logs.LOGGER.warning("told to end a second time: requests in flight are not waited for")
+            self.proxy.ending.at_once.set()
+            self._loop.call_later(LAST_MOMENTS, _leave, 128 + number, self.proxy)
+
+
+def _leave(code: int, proxy: Running | None) -> None:
+    """End the process where it stands, whatever still hangs, with the last line in its log."""
+    logs.LOGGER.warning("ended", extra=logs.fields(cut_off=proxy.ending.cut_off if proxy is not None else 0))
+    logs.finish()
+    os._exit(code)
 
 
 # The demo: the proxy beside a simulator of Amazon.
@@ -353,9 +377,13 @@ async def _demo(options: argparse.Namespace) -> int:
 
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
-        load = partial(load_config, None, _without_settings(os.environ, simulator), settings_of(options))
+        environ = _without_settings(os.environ, simulator)
+
+        def load() -> Loaded:
+            return _checked(load_config(None, environ, settings_of(options)))
+
         loaded = load()
-        with _logging(loaded.config):
+        with _logging(loaded.config.log, loaded.config.audit):
             return await _serve_until_told(loaded, load, _welcome, is_demo=True)
 
 

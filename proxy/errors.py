@@ -253,6 +253,12 @@ class CallTimeout(ProxyError):
     status, code, fault = 504, "CallTimeout", "client"
 
 
+class ShuttingDown(ProxyError):
+    """The proxy was told to end, and this request took longer than it had left (`timeouts.shutdown`)."""
+
+    status, code = 503, "ShuttingDown"
+
+
 class InternalError(ProxyError):
     """A fault of the proxy; its log says more."""
 

@@ -137,7 +137,7 @@ async def _parts(
         # Never the store that replicas share: a token from there would say nothing about the refresh token.
         store = MemoryStore()
         stack.push_async_callback(store.close)
-        tokens = Tokens(config, grants=grants, documents=Documents(), store=store, metrics=metrics, now=now, wall=wall)
+        tokens = Tokens(grants=grants, documents=Documents(), store=store, metrics=metrics, now=now, wall=wall)
         stack.push_async_callback(tokens.close)
         yield _Parts(amazon, lwa, tokens, limits, table)
 

@@ -164,6 +164,13 @@ def write_behind() -> list[Behind]:
     return behind
 
 
+def finish() -> None:
+    """Write what waits: the process is about to end where it stands."""
+    for handler in (*logging.getLogger().handlers, *AUDIT.handlers):
+        if isinstance(handler, Behind):
+            handler.finish()
+
+
 def set_up_audit(where: str) -> Behind:
     """Send the audit log to `stdout`, `stderr` or a file; return what has to be finished in the end. Raises OSError."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}

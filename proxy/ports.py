@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -21,9 +21,13 @@ STATUS_CONNECTIONS = 256  # of the admin listener, and of the health listener
 
 @dataclass(slots=True)
 class Ending:
-    """How the end went: how many connections were cut because their requests took longer than `timeouts.shutdown`."""
+    """How the end goes: whether nothing is waited for any more, and how many connections were cut off.
+
+    That happens to those whose requests take longer than `timeouts.shutdown`, or than until `at_once` is set.
+    """
 
     cut_off: int = 0
+    at_once: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +116,7 @@ class Ports:
             self._leaving[port] = task
 
     async def _leave(self, port: Port, patience: float) -> None:
-        await _drained(port.server.busy, patience)
+        await _drained(port.server.busy, patience, self.ending.at_once)
         if cut_off := port.server.busy():
             LOGGER.warning(
                 "requests in flight were cut off: their listener is no more",
@@ -133,14 +137,18 @@ class Ports:
             )
         return Port(listener.address, turned_out, listening, server, tls)
 
-    async def stop(self) -> None:
-        """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off."""
+    async def stop(self, break_off: Callable[[], None]) -> None:
+        """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off.
+
+        `break_off` ends their waits, so that who has no answer yet gets one that says why.
+        """
         for port in self._open:
             port.listening.close()
             port.server.close_idle()
-        await _drained(self._busy, self._current().timeouts.shutdown)
+        await _drained(self._busy, self._current().timeouts.shutdown, self.ending.at_once)
         self.ending.cut_off = self._busy()
         if self.ending.cut_off:
+            break_off()
             LOGGER.warning("requests in flight were cut off", extra=fields(connections=self.ending.cut_off))
         ports, leaving = list(self._all()), list(self._leaving.values())
         for task in leaving:
@@ -179,14 +187,15 @@ async def status_port(
         )
         listening, turned_out = await listen(server, address, setting)
         stack.push_async_callback(_end, listening, server)
+        del config  # its secrets are not to be kept for as long as this listens
         yield turned_out
 
 
-async def _drained(busy: Callable[[], int], patience: float) -> None:
-    """Return when nothing is in flight any more, or `patience` seconds are over."""
+async def _drained(busy: Callable[[], int], patience: float, at_once: asyncio.Event) -> None:
+    """Return when nothing is in flight any more, `patience` seconds are over, or nobody is to wait any more."""
     with suppress(TimeoutError):
         async with asyncio.timeout(patience):
-            while busy():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
+            while busy() and not at_once.is_set():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
                 await asyncio.sleep(DRAIN_INTERVAL)
 
 

@@ -17,6 +17,7 @@ from proxy.app import HandedOver
 from proxy.config import Config, ConfigError, Loaded
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
+from proxy.process import Settling
 from proxy.sockets import CannotListen
 from proxy.status import Reloading
 
@@ -59,7 +60,9 @@ class Reloads:
         self._wall = wall
         self._look_every = look_every
         self._asked = asyncio.Event()
+        self._settling = Settling()
         self._files = loaded.files
+        self._warned = _texts(loaded)
         self._seen = seen or stamps(self._files)
 
     def ask(self) -> None:
@@ -95,13 +98,19 @@ class Reloads:
 
     async def reload(self, because: str) -> Result:
         """Read the configuration and take it up if it is good; log, count and note how that went."""
+        with self._settling:  # around all of it: an exception, while it is looked at, holds what was read
+            return await self._reload(because)
+
+    async def _reload(self, because: str) -> Result:
         self._note(None)
         problems: tuple[str, ...] = ()
+        files: Iterable[Path] = ()
         try:
             loaded = await _aside(self._load)
+            files = loaded.files
             handed_over = await self._handed_over(loaded)
         except ConfigError as exc:
-            self._look_at(exc.files or self._files)  # one of them may be still to come
+            files = exc.files or files
             problems = tuple(str(problem) for problem in exc.problems)
         except CannotListen as exc:
             problems = (str(exc),)
@@ -112,6 +121,7 @@ class Reloads:
             problems = ("the proxy failed to take it up; its log says where",)
         else:
             return self._taken(loaded, handed_over, because)
+        self._look_at(files or self._files)  # what is wrong may be mended in one of them, or one is still to come
         return self._refused(problems, because)
 
     async def _handed_over(self, loaded: Loaded) -> HandedOver:
@@ -123,31 +133,35 @@ class Reloads:
 
     def _taken(self, loaded: Loaded, handed_over: HandedOver, because: str) -> Result:
         self._look_at(loaded.files)
-        result: Result = "ok" if handed_over.has_changed else "unchanged"
-        if handed_over.has_changed:
+        has_changed, needs_restart = handed_over
+        if has_changed:
+            self._reloading.good_since = self._wall()
             LOGGER.info(
                 "the new configuration is in force",
                 extra=fields(because=because, accounts=len(loaded.config.accounts)),
             )
-            for problem in loaded.warnings:
-                LOGGER.warning("a setting should be mended", extra=fields(problem=str(problem)))
+        elif needs_restart:
+            LOGGER.info("what can change while the proxy runs is as it was", extra=fields(because=because))
         else:
             LOGGER.info("the configuration is as it was", extra=fields(because=because))
-        if handed_over.needs_restart and handed_over.needs_restart != self._reloading.needs_restart:
+        if needs_restart and needs_restart != self._reloading.needs_restart:
             LOGGER.warning(
-                "settings that count only after a restart have changed",
-                extra=fields(keys=list(handed_over.needs_restart)),
+                "settings that count only after a restart have changed", extra=fields(keys=list(needs_restart))
             )
-        self._reloading.good_since = self._wall()
-        self._reloading.needs_restart = handed_over.needs_restart
-        self._metrics.last_reload_success.set(self._reloading.good_since)
-        return self._done(result, ())
+        warned, self._warned = self._warned, _texts(loaded)
+        for text in self._warned:
+            if text not in warned:
+                LOGGER.warning("a setting should be mended", extra=fields(problem=text))
+        self._reloading.needs_restart = needs_restart
+        self._metrics.last_reload_success.set(self._wall())
+        return self._done("ok" if has_changed else "unchanged", ())
 
     def _refused(self, problems: tuple[str, ...], because: str) -> Result:
         LOGGER.error(
             "the new configuration is refused, and the one before it serves on",
             extra=fields(because=because, problems=list(problems[:MOST_PROBLEMS])),
         )
+        self._reloading.needs_restart = ()  # of a configuration that nobody knows any more
         return self._done("failed", problems[:MOST_PROBLEMS])
 
     def _done(self, result: Result, problems: tuple[str, ...]) -> Result:
@@ -163,6 +177,10 @@ class Reloads:
         known = dict(zip(self._files, self._seen, strict=True))
         self._files = tuple(dict.fromkeys(files))
         self._seen = tuple(known[file] if file in known else _stamp(file) for file in self._files)
+
+
+def _texts(loaded: Loaded) -> tuple[str, ...]:
+    return tuple(str(problem) for problem in loaded.warnings)
 
 
 def stamps(files: Iterable[Path]) -> Stamps:
@@ -184,23 +202,22 @@ async def _aside(call: Callable[[], _T]) -> _T:
     Raises TimeoutError after LONGEST_READ.
     """
     loop = asyncio.get_running_loop()
-    came: asyncio.Future[_T] = loop.create_future()
+    came: asyncio.Future[None] = loop.create_future()
+    # In a list that is emptied, and in no variable that stays: a traceback leads to the frames that it went through,
+    # and one that leads back to itself would keep all that was read until the garbage collector comes by.
+    outcome: list[tuple[_T, None] | tuple[None, Exception]] = []
 
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if came.done():
-            return  # nobody waits any more
-        if error is not None:
-            came.set_exception(error)
-        else:
-            came.set_result(result)  # type: ignore[arg-type]  # without an error it is what `call` returned
+    def settle() -> None:
+        if not came.done():  # otherwise nobody waits any more
+            came.set_result(None)
 
     def run() -> None:
         try:
-            outcome: tuple[_T | None, BaseException | None] = call(), None
+            outcome.append((call(), None))
         except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
-            outcome = None, exc
+            outcome.append((None, exc))
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(settle)
 
     # The thread gives way to requests ten times as often as it would.
     usual = sys.getswitchinterval()
@@ -208,6 +225,13 @@ async def _aside(call: Callable[[], _T]) -> _T:
     try:
         threading.Thread(target=run, name="reads the configuration", daemon=True).start()
         async with asyncio.timeout(LONGEST_READ):
-            return await came
+            await came
     finally:
         sys.setswitchinterval(usual)
+    result, error = outcome.pop()
+    if error is None:
+        return result  # type: ignore[return-value]  # without an error it is what `call` returned
+    try:
+        raise error
+    finally:
+        del error

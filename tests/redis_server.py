@@ -45,7 +45,7 @@ class RedisServer:
                 try:
                     probe.connect(str(self.socket))
                 except OSError:
-                    time.sleep(0.01)
+                    time.sleep(0.01)  # it tells nobody when it listens, but systemd where it was built for that
                     continue
                 return
         raise AssertionError("redis-server did not start")

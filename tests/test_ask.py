@@ -1,7 +1,10 @@
 """The commands about a proxy that runs: wait, healthcheck, shutdown; and the address that ends it."""
 
 import asyncio
+import os
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tests.clock import FakeClock
 from tests.conftest import StartProxy, settings_for
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call
-from tests.proxy_process import command, serving
+from tests.proxy_process import ROOT, command, serving
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 
@@ -115,6 +118,24 @@ async def test_a_post_ends_the_proxy_as_a_signal_does(far_side: FarSide, token_h
         assert await command("shutdown", "--url", f"http://{proxy.admin}") == (0, "shutting down\n", "")
         assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
     assert [line["because"] for line in proxy.lines() if line["message"] == "shutting down"] == ["/quitquitquit"]
+
+
+async def test_a_job_as_the_readme_has_it_ends_the_proxy_and_keeps_its_own_exit_code(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(set -e\nsp-api-proxy wait [^`]*)```", readme)
+    async with serving(settings_for(far_side, token_host, quit=True), tmp_path) as proxy:
+        for name, text in {
+            "sp-api-proxy": f'cd {ROOT} && exec {sys.executable} -m proxy "$@" --url http://{proxy.admin}',
+            "my-job": "exit 7",
+        }.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        job = await asyncio.create_subprocess_exec("sh", "-c", script, env=environment)
+        assert await asyncio.wait_for(job.wait(), 60) == 7
+        assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
 
 
 async def test_a_signal_after_the_post_ends_at_once(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,38 @@ async def test_a_second_signal_ends_at_once(far_side: FarSide, token_host: Token
         proxy.process.send_signal(signal.SIGTERM)
         await refuses(proxy.addresses[0])
         assert await proxy.stop(signal.SIGTERM) == 143
+        assert (await client.answer()).error == "ShuttingDown"
+    assert (proxy.lines()[-1]["message"], proxy.lines()[-1]["cut_off"]) == ("ended", 1)
+
+
+async def test_what_hangs_in_the_end_is_not_waited_for_after_a_second_signal(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    """A collector of traces that takes nothing would have three seconds for the last spans."""
+    never = asyncio.Event()
+
+    async def script(_: Received, __: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    async def take_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    far_side.script = script
+    held = await asyncio.start_server(take_nothing, "127.0.0.1", 0)
+    host, port = held.sockets[0].getsockname()
+    settings = settings_for(far_side, token_host, tracing={"endpoint": f"http://{host}:{port}"})
+    async with serving(settings, tmp_path) as proxy, connect(proxy.addresses[0]) as client:
+        await client.send(request("GET", SELLERS))
+        await far_side.arrived.wait()
+        proxy.process.send_signal(signal.SIGTERM)
+        await refuses(proxy.addresses[0])
+        began = time.monotonic()
+        assert await proxy.stop(signal.SIGTERM) == 143
+        assert time.monotonic() - began < 2.5
+    held.close()
+    assert (proxy.lines()[-1]["message"], proxy.lines()[-1]["cut_off"]) == ("ended", 1)
 
 
 async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so(
@@ -348,8 +381,13 @@ async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so
         await client.send(request("GET", SELLERS))
         await far_side.arrived.wait()
         assert await proxy.stop() == 143
+        answer = await client.answer()
+        assert (answer.status, answer.error, answer.get("connection")) == (503, "ShuttingDown", "close")
         assert await client.at_end()
-    assert [line["connections"] for line in proxy.lines() if "cut off" in line["message"]] == [1]
+    lines = proxy.lines()
+    assert [line["connections"] for line in lines if "cut off" in line["message"]] == [1]
+    assert [(line["code"], line["error"]) for line in lines if line["message"] == "request"] == [(503, "ShuttingDown")]
+    assert (lines[-1]["message"], lines[-1]["cut_off"]) == ("ended", 1)
 
 
 async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the_start(
@@ -383,6 +421,13 @@ async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the
         assert await proxy.stop() == 0
     assert b"client_secret=distinctive-secret" in token_host.received[-1].body
     assert "distinctive" not in "".join(proxy.log)
+
+
+async def test_the_demo_is_checked_like_everything_else() -> None:
+    environment = {"SP_API_PROXY_LISTEN": "{address: '127.0.0.1:0', operations: [nosuch.*]}"}
+    code, _, complained = await command("serve", "--demo", "--admin", "none", environment=environment)
+    assert code == 2
+    assert "nosuch.*" in complained
 
 
 async def test_after_sigterm_requests_are_taken_for_the_delay_while_readiness_says_no(

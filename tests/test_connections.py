@@ -251,6 +251,35 @@ async def refuses(address: str) -> None:
             writer.close()
 
 
+async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_proxys_doing(
+    stoppable: tuple[Running, AsyncExitStack], far_side: FarSide
+) -> None:
+    proxy, stack = stoppable
+    never = asyncio.Event()
+
+    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+        if received.method == "GET":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+        await never.wait()
+
+    far_side.script = script
+    async with connect(proxy.addresses[0]) as begun, connect(proxy.addresses[0]) as waiting:
+        await begun.send(request("GET", SELLERS))
+        await begun.reader.readuntil(b"half")
+        far_side.arrived.clear()
+        await waiting.send(request("POST", FEEDS, b"{}"))
+        await asyncio.wait_for(far_side.arrived.wait(), 10)
+        proxy.ending.at_once.set()
+        await asyncio.wait_for(stack.aclose(), 10)
+        assert await begun.at_end()
+        got = await waiting.answer()
+        assert (got.status, got.error, got.get("connection")) == (503, "ShuttingDown", "close")
+    count = proxy.metrics.registry.get_sample_value
+    assert count("spapi_proxy_errors_total", {"code": "ShuttingDown", "fault": "proxy"}) == 2
+    assert count("spapi_proxy_answers_cut_off_total") == 1
+    assert proxy.ending.cut_off == 2
+
+
 async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_connection(
     stoppable: tuple[Running, AsyncExitStack], far_side: FarSide
 ) -> None:

@@ -45,6 +45,7 @@ CONTRACT = [
     ("InvalidInput", 400, "client", False),
     ("TokenRequestRefused", 400, "client", False),
     ("UsagePlanExhausted", 429, "client", True),
+    ("ShuttingDown", 503, "proxy", False),
     ("InternalError", 500, "proxy", False),
     ("TokenUnavailable", 503, "amazon", True),
     ("RegionDown", 503, "amazon", True),

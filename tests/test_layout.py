@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "systemd": set(),
     "ports": {"request", "listener", "sockets", *GROUND},
     "app": {"", "replicas", "request", "listener", "sockets", "ports", "status", "amazon", "store", *GROUND},
-    "reload": {"app", "sockets", "status", *GROUND},
+    "reload": {"app", "process", "sockets", "status", *GROUND},
     "replicas": {"request", "store", *GROUND},
     "rotate": {"app", "request", "amazon", *GROUND},
     "report": GROUND,

@@ -77,6 +77,27 @@ def test_a_hardened_process_is_not_to_be_looked_into() -> None:
     assert done.stdout == "0 (0, 0)\n"
 
 
+def test_what_is_made_while_the_collector_is_kept_away_is_left_to_reference_counting() -> None:
+    code = (
+        "import gc; from proxy.process import SETTLED_FOR, Settling\n"
+        "class Ring:\n"
+        "    def __init__(self): self.itself = self\n"
+        "gc.disable(); gc.enable(); settling, kept, frozen = Settling(), [], []\n"
+        "for _ in range(2 * SETTLED_FOR):\n"
+        "    old = Ring(); gc.collect()\n"
+        "    with settling:\n"
+        "        assert not gc.isenabled()\n"
+        "        kept.append([]); Ring()\n"
+        "        del old\n"
+        "    assert gc.isenabled()\n"
+        "    frozen.append(gc.get_freeze_count())\n"
+        "rings = lambda: sum(isinstance(one, Ring) for one in gc.get_objects())\n"
+        "gc.unfreeze(); print(frozen[0] > 1000, rings())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True 0\n"
+
+
 # The audit log.
 
 

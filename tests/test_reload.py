@@ -1,10 +1,13 @@
 """A changed file or SIGHUP becomes the configuration in force, whole or not at all, and everybody learns which."""
 
 import asyncio
+import gc
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
@@ -15,11 +18,11 @@ import pytest
 import yaml
 
 from proxy import reload
-from proxy.app import Running
-from proxy.config import Config, Loaded, load_config
+from proxy.app import Running, running
+from proxy.config import Config, ConfigError, Loaded, Problem, load_config
 from proxy.reload import Reloads, Result, stamps
 from tests.bench.reloads import run
-from tests.conftest import StartProxy, settings_for
+from tests.conftest import StartProxy, config_from, settings_for
 from tests.far_side import FarSide, TokenHost
 from tests.near_side import call
 
@@ -182,6 +185,78 @@ async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
     watching.cancel()
 
 
+async def test_an_unchanged_file_leaves_the_moment_from_which_on_the_configuration_is_in_force(
+    watched: Watched,
+) -> None:
+    before = (await watched.status())["configuration"]["good_since"]
+    seen = watched.metric("last_reload_success_timestamp_seconds")
+    watched.reloads.ask()
+    assert await watched.result() == "unchanged"
+    assert (await watched.status())["configuration"]["good_since"] == before
+    assert (watched.metric("last_reload_success_timestamp_seconds") or 0) > (seen or 0)
+    watched.write(limits={"max_queue": 9})
+    assert await watched.result() == "ok"
+    assert (await watched.status())["configuration"]["good_since"] > before
+
+
+async def test_what_should_be_mended_is_said_once(watched: Watched, log: StringIO) -> None:
+    (watched.path.parent / "secret").chmod(0o644)
+    assert await watched.result() == "unchanged"
+    watched.write(limits={"max_queue": 9})
+    assert await watched.result() == "ok"
+    said = [line["problem"] for line in map(json.loads, log.getvalue().splitlines()) if "mended" in line["message"]]
+    assert len(said) == 1
+    assert "secret" in said[0]
+
+
+async def test_files_that_a_refused_configuration_names_are_watched_too(watched: Watched, log: StringIO) -> None:
+    """Its address cannot be listened on, which is found out after the files were read."""
+    named = watched.path.parent / "named-first-there"
+    named.write_text("Atzr|acme-1", encoding="utf-8")
+    named.chmod(0o600)
+    assert watched.proxy.admin is not None
+    watched.write(
+        listen=["127.0.0.1:0", watched.proxy.admin], accounts={"acme": {"refresh_tokens": {"eu": {"file": str(named)}}}}
+    )
+    assert await watched.result() == "failed"
+    assert "Address already in use" in log.getvalue()
+    named.write_text("Atzr|acme-22", encoding="utf-8")
+    async with asyncio.timeout(10):
+        assert await watched.result() == "failed"
+
+
+async def test_the_tokens_of_accounts_that_come_are_fetched_at_once_where_warm_up_says_so(
+    watched: Watched, token_host: TokenHost
+) -> None:
+    acme = {"acme": {"refresh_tokens": {"eu": "Atzr|acme-eu"}}}
+    watched.write(warm_up=True, accounts=acme)
+    assert await watched.result() == "ok"
+    token_host.received.clear()
+    token_host.arrived.clear()
+    watched.write(warm_up=True, accounts={**acme, "other": {"refresh_tokens": {"eu": "Atzr|other-eu"}}})
+    assert await watched.result() == "ok"
+    async with asyncio.timeout(10):
+        await token_host.arrived.wait()
+    assert [b"other-eu" in received.body for received in token_host.received] == [True]
+
+
+async def test_the_first_configuration_and_its_secrets_are_gone_when_another_took_its_place(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    first = config_from(settings_for(far_side, token_host, health="127.0.0.1:0", warm_up=True), tmp_path)
+    is_there = weakref.ref(first)
+    async with running(first) as proxy:
+        await proxy.has_started
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+        del first
+        assert is_there() is not None
+        second = {"accounts": {"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}, "health": "127.0.0.1:0"}
+        await proxy.hand_over(config_from(settings_for(far_side, token_host, **second), tmp_path))
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+        gc.collect()
+        assert is_there() is None
+
+
 async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watched: Watched, log: StringIO) -> None:
     watched.write(store="memory", health="127.0.0.1:0", metrics={"account_on_histograms": True})
     assert await watched.result() == "unchanged"
@@ -190,6 +265,12 @@ async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watch
     warnings = [json.loads(line) for line in log.getvalue().splitlines() if "after a restart" in line]
     assert [line["keys"] for line in warnings] == [["health", "metrics"]]
     assert (await watched.status())["configuration"]["needs_restart"] == ["health", "metrics"]
+    said = [json.loads(line)["message"] for line in log.getvalue().splitlines()]
+    assert said.count("what can change while the proxy runs is as it was") == 2
+    assert "the configuration is as it was" not in said
+    watched.path.write_text("listen: nowhere")
+    assert await watched.result() == "failed"
+    assert (await watched.status())["configuration"]["needs_restart"] == []
     watched.write()
     assert await watched.result() == "unchanged"
     assert (await watched.status())["configuration"]["needs_restart"] == []
@@ -241,6 +322,28 @@ async def test_a_fault_of_the_proxys_own_is_a_failed_reload_and_the_watch_goes_o
     watched.reloads._load = load
     watched.reloads.ask()
     assert await watched.result() == "unchanged"
+
+
+async def test_what_was_read_in_vain_is_let_go_without_the_garbage_collector(watched: Watched) -> None:
+    errors: list[weakref.ref[ConfigError]] = []
+
+    def refuse() -> Loaded:
+        error = ConfigError([Problem("listen", "is refused")])
+        errors.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    watched.reloads._load = refuse
+    watched.reloads._settling = nullcontext()  # type: ignore[assignment]  # it would collect what is young
+    gc.disable()
+    try:
+        assert await watched.reloads.reload("a test") == "failed"
+        await asyncio.sleep(0)  # the loop lets go of the step that it was in
+        assert errors[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_ten_reloads_under_load_half_of_them_broken_fail_no_request(capsys: pytest.CaptureFixture[str]) -> None:

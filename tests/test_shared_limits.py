@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from proxy.metrics import Metrics
 from proxy.request.buckets import Bucket
 from proxy.request.identify import Target
 from proxy.request.limits import Claim
-from proxy.request.shared_limits import SharedLimits
+from proxy.request.shared_limits import LEAST_SHARE, SHARE_OF, SharedLimits, SharedPlan
 from proxy.store.link import Link
 from proxy.store.plans import SharedPlans
 from proxy.store.seal import Seal
@@ -69,6 +69,21 @@ async def client(redis: RedisServer) -> AsyncIterator[Redis]:
 @pytest.fixture
 def content(tmp_path: Path) -> Target:
     return target(config(tmp_path), CONTENT)
+
+
+async def told(limits: SharedLimits) -> None:
+    """Wait until Redis knows what it was told without anybody waiting for the answer."""
+    while (asking := limits._shared._asking) is not None:
+        await asyncio.wait([asking])
+
+
+async def until_reserved(limits: SharedLimits, content: Target) -> None:
+    """Wait until Redis has reserved the next place for those who wait."""
+    plan = limits._plan(content)
+    assert isinstance(plan, SharedPlan)
+    async with asyncio.timeout(5):
+        while plan._coming is None:  # noqa: ASYNC110 - each question takes a few turns of the loop
+            await asyncio.sleep(0)
 
 
 def rate_of(limits: SharedLimits, content: Target) -> float:
@@ -154,7 +169,7 @@ async def test_a_429_that_one_replica_gets_empties_the_bucket_of_all(fleet: Flee
     one, other = await fleet.replica(), await fleet.replica()
     await other.admit(content, Claim(0))
     one.learn(content, 429, None)
-    await asyncio.sleep(0.05)  # nobody waits until the others know
+    await told(one)
     with pytest.raises(UsagePlanExhausted):
         await other.admit(content, Claim(0))
     assert rate_of(other, content) == 8
@@ -164,9 +179,10 @@ async def test_whoever_leaves_gives_its_place_back_to_all(fleet: Fleet, content:
     one, other = await fleet.replica(), await fleet.replica()
     await drain(one, content)
     waiting = asyncio.create_task(one.admit(content, Claim(10)))
-    await asyncio.sleep(0.05)
+    await until_reserved(one, content)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+    await told(one)
     assert await other.admit(content, Claim(1)) < 0.3
 
 
@@ -176,7 +192,7 @@ async def test_a_place_that_was_not_used_is_given_to_any_of_them(fleet: Fleet, c
     plan = one._plan(content)
     assert plan is not None
     plan.give_back()
-    await asyncio.sleep(0.05)
+    await told(one)
     assert await drain(other, content) == 1
 
 
@@ -184,12 +200,12 @@ async def test_one_that_leaves_before_redis_answers_takes_nothing_with_it(fleet:
     one = await fleet.replica()
     await one.admit(content, Claim(0))
     leaving = [asyncio.create_task(one.admit(content, Claim(0))) for _ in range(5)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    while one._shared._asking is None or one._shared._waiting:  # noqa: ASYNC110 - until the questions are on their way
+        await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
-    await asyncio.sleep(0.1)
+    await told(one)
     assert await drain(one, content) >= 9
 
 
@@ -251,10 +267,91 @@ async def test_those_in_the_queue_go_on_when_redis_goes(fleet: Fleet, content: T
     limits = await fleet.replica()
     await drain(limits, content)
     waiting = [asyncio.create_task(limits.admit(content, Claim(5))) for _ in range(5)]
-    await asyncio.sleep(0.15)
+    await until_reserved(limits, content)
     redis.stop()
     async with asyncio.timeout(3):
         await asyncio.gather(*waiting)
+
+
+async def taken_mostly_by_others(fleet: Fleet, content: Target) -> tuple[SharedLimits, SharedPlan]:
+    """Return one of two replicas that takes a twentieth of the plan's places, and its plan, which is empty."""
+    one, other = await fleet.replica(), await fleet.replica()
+    one.learn(content, 200, "1000")
+    await one.admit(content, Claim(0))
+    for _ in range(3 * SHARE_OF):
+        await other.admit(content, Claim(5))
+    await one.admit(content, Claim(5))
+    one.learn(content, 200, "10")
+    await drain(one, content)
+    plan = one._plan(content)
+    assert isinstance(plan, SharedPlan)
+    assert plan._share == LEAST_SHARE
+    return one, plan
+
+
+async def test_who_waits_when_redis_goes_is_not_refused_because_of_a_small_share(
+    fleet: Fleet, content: Target, redis: RedisServer
+) -> None:
+    """Eight places are 0.8 s of the whole plan, and 16 s of a twentieth of it."""
+    limits, plan = await taken_mostly_by_others(fleet, content)
+    waiting = [asyncio.create_task(limits.admit(content, Claim(2))) for _ in range(8)]
+    while len(plan.queue) < 8:  # noqa: ASYNC110 - each asks Redis first
+        await asyncio.sleep(0)
+    redis.stop()
+    waits = await asyncio.gather(*waiting)
+    assert max(waits) <= 2.5
+    assert not limits._shared.link.is_up
+    assert rate_of(limits, content) < 10, "no faster than it has to be"
+
+
+async def test_who_waits_when_redis_is_back_takes_turns_again_at_once(
+    fleet: Fleet, content: Target, redis: RedisServer
+) -> None:
+    limits, plan = await taken_mostly_by_others(fleet, content)
+    limits.learn(content, 200, "0.5")
+    waiting = asyncio.create_task(limits.admit(content, Claim(60)))
+    while not len(plan.queue):  # noqa: ASYNC110 - it asks Redis first
+        await asyncio.sleep(0)
+    redis.stop()
+    while limits._shared.link.is_up:
+        limits._shared.tell("look", (plan.step(),))
+        await asyncio.sleep(0)
+    assert plan.wait_of(Claim(60)) > 20, "at a twentieth of a place in two seconds"
+    redis.start()
+    assert await waiting < 8
+
+
+async def test_an_outage_is_no_reason_to_refuse_who_comes_when_redis_is_back(
+    fleet: Fleet, content: Target, redis: RedisServer
+) -> None:
+    """A dozen callers need no more than 1.2 s each, before the outage and after it."""
+    limits = await fleet.replica()
+    is_over = asyncio.Event()
+    served = 0
+
+    async def call_on() -> None:
+        nonlocal served
+        while not is_over.is_set():
+            await limits.admit(content, Claim(4))
+            served += 1
+
+    callers = [asyncio.create_task(call_on()) for _ in range(12)]
+    await at_least(lambda: served, 20)
+    redis.stop()
+    await at_least(lambda: not limits._shared.link.is_up, 1)
+    await at_least(lambda: served, served + 10)
+    redis.start()
+    await at_least(lambda: limits._shared.link.is_up, 1)
+    await at_least(lambda: served, served + 25)
+    is_over.set()
+    await asyncio.gather(*callers)
+
+
+async def at_least(count: Callable[[], int], wanted: int) -> None:
+    """Wait until this count is reached: by turns and probes that go by the clock."""
+    async with asyncio.timeout(10):
+        while count() < wanted:  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import Iterator
 from io import StringIO
@@ -18,9 +19,10 @@ from tests.conftest import StartProxy, needs
 from tests.far_side import TokenHost
 from tests.near_side import call
 from tests.redis_server import PROGRAM, RedisServer, redis_server
-from tests.test_store import KEY, sample
+from tests.test_store import ACME, KEY, sample
 
 BRIEF = 1.0  # seconds: the patience with Redis, and a slow machine
+CONTENT = "/aplus/2020-11-01/contentDocuments"  # 10 calls a second, 10 at once
 HEALS = 8.0  # seconds: a few pauses between two probes
 
 
@@ -31,8 +33,8 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
-async def orders(proxy: Running) -> int:
-    return (await call(proxy.addresses[0], "GET", "/orders/v0/orders")).status
+async def orders(proxy: Running, path: str = "/orders/v0/orders") -> int:
+    return (await call(proxy.addresses[0], "GET", path)).status
 
 
 async def until(metrics: Metrics, up: float) -> None:
@@ -105,10 +107,35 @@ async def test_a_proxy_starts_without_redis_and_takes_it_up_when_it_comes(
     one, other = [await start_proxy(store=redis.url, store_key=KEY) for _ in range(2)]
     assert [await orders(one), await orders(other)] == [200, 200]
     assert len(token_host.received) == 2
-    assert said(log) == ["store lost"] * 2
+    assert said(log) == ["store not reached"] * 2
     redis.start()
     await until(one.metrics, 1)
     await until(other.metrics, 1)
+    assert said(log)[2:] == ["store is there"] * 2
+    assert [
+        line["level"] for line in map(json.loads, log.getvalue().splitlines()) if "store is" in line["message"]
+    ] == ["info"] * 2
+
+
+async def test_the_rights_that_the_readme_gives_redis_user_are_enough(
+    start_proxy: StartProxy, redis: RedisServer, token_host: TokenHost, log: StringIO
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"^ACL SETUSER .*$", readme, re.MULTILINE)
+    await ordered(redis, *order.replace(">PASSWORD", ">distinctive-word").split(" "))
+    url = redis.url.replace("127.0.0.1", "proxy:distinctive-word@127.0.0.1").replace("/0", "/1")
+    one, other = [await start_proxy(store=url, store_key=KEY, limits={"max_wait": "5s"}) for _ in range(2)]
+    token_host.expires_in = 1  # so that locks and renewals come, too
+    for _ in range(30):  # more than the plan's burst: places are reserved
+        assert await orders(one, CONTENT) == 200
+    assert await orders(other, CONTENT) == 200
+    await other.tokens.get(ACME, rejected=await other.tokens.get(ACME))  # taken out of Redis
+    client = Redis(unix_socket_path=str(redis.socket))
+    assert await client.acl_log() == []
+    await client.aclose()
+    assert [sample(proxy.metrics, "store_up") for proxy in (one, other)] == [1, 1]
+    assert [sample(proxy.metrics, "store_failures_total") for proxy in (one, other)] == [0, 0]
+    assert said(log) == []
 
 
 async def test_a_wrong_password_is_told_apart_and_never_logged(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from proxy.systemd import Service
@@ -61,6 +62,25 @@ async def test_it_hears_nothing_before_the_tokens_are_there(
             assert not heard.done()
             token_host.held.set()
             assert (await heard).startswith(b"READY=1\n")
+
+
+async def test_a_reload_before_the_tokens_are_there_makes_it_no_more_ready(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    token_host.held = asyncio.Event()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings_for(far_side, token_host, warm_up=True)))
+    loop = asyncio.get_running_loop()
+    with listening(f"{tmp_path}/notify") as sock:
+        arguments = ("serve", "--config", str(path), "--log-format", "json")
+        async with started(*arguments, environment={"NOTIFY_SOCKET": f"{tmp_path}/notify"}) as proxy:
+            await token_host.arrived.wait()
+            proxy.process.send_signal(signal.SIGHUP)
+            await proxy.process_says("the configuration is as it was")
+            with pytest.raises(BlockingIOError):
+                sock.recv(4096)
+            token_host.held.set()
+            assert (await loop.sock_recv(sock, 4096)).startswith(b"READY=1\n")
 
 
 def test_an_address_without_a_file_is_understood_and_one_without_a_reader_hurts_nobody(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable, 
 from proxy.metrics import Metrics
 from proxy.request import tokens as tokens_module
 from proxy.request.documents import Documents
-from proxy.request.grants import TRIES, Grants
+from proxy.request.grants import TRIES, Grants, ordinary_credentials
 from proxy.request.identify import Credential
 from proxy.request.limits import Limits
-from proxy.request.tokens import Token, Tokens
+from proxy.request.tokens import SETTLED_AFTER, Token, Tokens
 from proxy.request.upstream import open_session
 from proxy.store import MemoryStore, StoredToken
 from tests.clock import FakeClock
@@ -54,7 +54,6 @@ async def open_tokens(
             sleep=clock.sleep,
         )
         tokens = Tokens(
-            config,
             grants=grants,
             documents=Documents(),
             store=store,
@@ -387,7 +386,7 @@ async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"t{number}", "na": f"u{number}"}} for number in range(30)}
     token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
     async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        await tokens.warm_up()
+        await tokens.warm_up(ordinary_credentials(tokens._grants.by.config))
         assert len(token_host.received) == 60
         assert len(tokens._held) == 59
 
@@ -802,3 +801,37 @@ async def test_delegation_names_the_application_that_may_use_the_token(
     async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         await tokens.get(RDT)
     assert json.loads(far_side.minted[0].body)["targetApplication"] == "amzn1.sp.solution.x"
+
+
+async def test_a_token_got_by_what_a_file_held_for_a_moment_is_not_kept(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    """Another seller's refresh token was put there, and taken back before the next look at the file."""
+    refresh = tmp_path / "refresh"
+    refresh.write_text("Atzr|right")
+    accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        refresh.write_text("Atzr|wrong")
+        await tokens.get(ACME)
+        refresh.write_text("Atzr|right")
+        clock.advance(SETTLED_AFTER)
+        await tokens.get(ACME)
+        sent = [received.body.decode() for received in token_host.received]
+        assert [text.partition("refresh_token=Atzr%7C")[2].partition("&")[0] for text in sent] == ["wrong", "right"]
+        clock.advance(SETTLED_AFTER)
+        await tokens.get(ACME)
+        assert len(token_host.received) == 2
+
+
+async def test_a_token_got_by_what_a_file_holds_from_now_on_is_kept(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> None:
+    refresh = tmp_path / "refresh"
+    refresh.write_text("Atzr|old")
+    accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
+    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        refresh.write_text("Atzr|new")
+        await tokens.get(ACME)
+        clock.advance(SETTLED_AFTER)
+        await tokens.get(ACME)
+        assert len(token_host.received) == 1

@@ -319,7 +319,7 @@ async def test_a_redirect_is_passed_on_and_not_followed(proxy: Running, far_side
 async def test_a_cookie_of_one_answer_goes_out_with_no_request(start_proxy: StartProxy, far_side: FarSide) -> None:
     # By name: aiohttp's usual jar keeps no cookies for addresses, and would pass for none.
     urls = dict.fromkeys(("na", "eu", "fe"), f"http://localhost:{far_side.port}")
-    lwa = (await start_proxy()).tokens._config.endpoints.lwa
+    lwa = (await start_proxy()).tokens._grants.by.config.endpoints.lwa
     proxy = await start_proxy(endpoints={**urls, "lwa": lwa})
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:

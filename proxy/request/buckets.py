@@ -5,7 +5,7 @@ Limits"). Moments are seconds of any clock that the caller reads; nothing here w
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -172,6 +172,10 @@ class Queue(Generic[Waiter]):
         index = bisect_left(self._order, entry[:2])
         del self._order[index]
         self._gone(caller)
+
+    def waiting(self) -> Iterator[Waiter]:
+        """Return who waits, in the order in which they go."""
+        return (waiter for _, _, waiter in self._order)
 
     def first(self) -> tuple[float, int, Waiter]:
         """Return the entry that goes next; there must be one."""

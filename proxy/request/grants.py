@@ -7,7 +7,7 @@ import asyncio
 import random
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenU
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.http1 import Broken
-from proxy.request.identify import ONE_OFF, Credential, Target, endpoint_of, ordinary_of
+from proxy.request.identify import ONE_OFF, Credential, Target, endpoint_of, ordinary_credential, ordinary_of
 from proxy.request.limits import Claim, Limits
 from proxy.request.pool import Pool
 
@@ -74,6 +74,14 @@ class _By(NamedTuple):
     amazon_session: Pool
 
 
+def ordinary_credentials(config: Config) -> Iterator[Credential]:
+    """Return what the ordinary token of every account and region is asked for by."""
+    for name, account in config.accounts.items():
+        application, _ = config.application_of(account)
+        for region in account.refresh_tokens:
+            yield ordinary_credential(application, name, config.environment_of(account), region)
+
+
 def source_of(config: Config, credential: Credential) -> tuple[object, ...] | None:
     """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
 
@@ -98,6 +106,16 @@ def source_of(config: Config, credential: Credential) -> tuple[object, ...] | No
         environment,
         account.target_application if credential.kind == "rdt" else None,
     )
+
+
+def _digest(config: Config | None, credential: Credential, refresh_token: Secret | None) -> str:
+    source = ""
+    if config is not None:
+        source = config.applications[credential.application].client_id
+        if refresh_token is not None:
+            account = config.accounts[credential.account]
+            source += f"\x1f{refresh_token.reveal()}\x1f{account.target_application or ''}"
+    return sha256(source.encode()).hexdigest()
 
 
 class Grants:
@@ -145,17 +163,24 @@ class Grants:
             return (secret,)
         return secret, config.accounts[credential.account].refresh_tokens[credential.region].current()
 
-    def fingerprint(self, credential: Credential) -> str:
-        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now."""
-        source = ""
+    def fingerprint(self, credential: Credential, sent: tuple[Secret, ...] = ()) -> str:
+        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
+
+        Or, where `sent` are the `secrets` of one, as that one did.
+        """
         config = self._config_of(credential)
-        if config is not None:
-            source = config.applications[credential.application].client_id
-            if credential.kind != "grantless":
-                account = config.accounts[credential.account]
-                refresh_token = account.refresh_tokens[credential.region].current().reveal()
-                source += f"\x1f{refresh_token}\x1f{account.target_application or ''}"
-        return sha256(source.encode()).hexdigest()
+        if config is None or credential.kind == "grantless":
+            return _digest(config, credential, None)
+        held = config.accounts[credential.account].refresh_tokens[credential.region]
+        return _digest(config, credential, sent[1] if len(sent) > 1 else held.current())
+
+    def is_in_force(self, credential: Credential, fingerprint: str) -> bool:
+        """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
+        config = self._config_of(credential)
+        if config is None or credential.kind == "grantless":
+            return fingerprint == _digest(config, credential, None)
+        held = config.accounts[credential.account].refresh_tokens[credential.region]
+        return fingerprint == _digest(config, credential, held)
 
     async def ask_lwa(self, credential: Credential, secrets: tuple[Secret, ...]) -> Granted:
         """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""

@@ -99,10 +99,11 @@ def _published_for_all(target: Target) -> Published | None:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """A call that waits."""
+    """A call that waits; `due` is the moment by which it was promised its place."""
 
     come: asyncio.Future[None]
     caller: Hashable
+    due: float
     is_queued: bool = True
 
 
@@ -137,7 +138,7 @@ class Plan:
         That happens where others came between. A call that is cancelled leaves its place to those behind it.
         """
         caller = (claim.caller, claim.background)
-        place = _Place(asyncio.get_running_loop().create_future(), caller)
+        place = _Place(asyncio.get_running_loop().create_future(), caller, self._now() + claim.max_wait)
         entry = self.queue.add(caller, self._round_of(claim), place)
         if self._timer is None:
             self._look()
@@ -187,6 +188,10 @@ class Plan:
     def _set_rate(self) -> None:
         self.bucket.refill(self._now())  # what came so far came at the old rate
         self.bucket.rate = self.estimate.rate
+        self._look()
+
+    def look(self) -> None:
+        """See whose turn it is: something has changed."""
         self._look()
 
     def _look(self) -> None:

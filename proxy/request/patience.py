@@ -47,6 +47,12 @@ class Deadlines:
         self.next = moment
         self._timer = self.loop.call_at(moment, self._look)
 
+    def break_off(self, error: ProxyError) -> None:
+        """Break the waits of all exchanges under way off, each with this error."""
+        breaking, self.waiting = self.waiting, set()
+        for patience in breaking:
+            patience.break_off(error)
+
     def _look(self) -> None:
         self._timer, self.next = None, _NEVER
         now = self.loop.time()
@@ -136,6 +142,11 @@ class Patience:
     def amazon_was_silent(self) -> bool:
         """Whether time ran out while it was Amazon's turn."""
         return self._has_expired and isinstance(self._error, UpstreamTimeout)
+
+    def break_off(self, error: ProxyError) -> None:
+        """Break the wait off for another reason than time."""
+        self._error = error
+        self.expire()
 
     def expire(self) -> None:
         """Break the wait off."""

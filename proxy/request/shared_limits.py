@@ -18,6 +18,8 @@ from proxy.store.plans import Held, SharedPlans, Step
 
 SHARE_OF = 50  # places that all take, by which a process finds its share of them
 LEAST_SHARE = 0.05
+SMOOTHED_OVER = 4  # gaps between places: a single one may be long because somebody else left, or came
+_AT_ONCE = 0.001  # seconds
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class SharedPlan(Plan):
         self._own_share: float | None = None  # of all places that are taken
         self._taken_here, self._taken_before = 0, 0.0
         self._is_alone = False
-        self._apart = 0.0  # seconds between the last two places: the other processes take those between
+        self._apart = 0.0  # seconds between two places here: the other processes take those between
 
     def _on_its_own(self) -> bool:
         """Return whether Redis is lost; what this process has then is its share, so that all have one plan's worth."""
@@ -63,7 +65,20 @@ class SharedPlan(Plan):
             self.bucket.rate = self.estimate.rate * (self._share if is_alone else 1.0)
             if is_alone:
                 self.bucket.tokens *= self._share
+                self._comes_at = 0.0  # the next place that Redis gives says nothing of how far apart they are
         return is_alone
+
+    def _keep_promises(self) -> None:
+        """Go faster than this process's share, up to the whole plan, where those who wait would be late otherwise.
+
+        They were promised their place by what Redis knew. Their crowd is small beside what all may call in that time:
+        Amazon will take most of them, and what it does not take is sent again.
+        """
+        now, needed = self._now(), self.estimate.rate * self._share
+        self.bucket.refill(now)
+        for index, place in enumerate(self.queue.waiting()):
+            needed = max(needed, (index + 1 - self.bucket.tokens) / max(place.due - now, _AT_ONCE))
+        self.bucket.rate = min(needed, self.estimate.rate)
 
     @property
     def _share(self) -> float:
@@ -156,6 +171,7 @@ class SharedPlan(Plan):
         if self._reserving is not None or self._coming is not None:
             return
         if self._on_its_own():
+            self._keep_promises()
             super()._look()
             return
         if self._timer is not None:  # from when this process was on its own
@@ -169,6 +185,8 @@ class SharedPlan(Plan):
             place = await self._shared.ask("reserve", (self.step(),))
         except Lost:
             self._reserving = None
+            if self._on_its_own():
+                self._keep_promises()
             super()._look()
             return
         except BaseException:
@@ -177,7 +195,9 @@ class SharedPlan(Plan):
         self._reserving = None
         now, wait = self._now(), place.wait or 0.0
         self.hear(place.buckets[0], is_mine=True)
-        self._apart = max(0.0, now + wait - self._comes_at) if self._comes_at else 0.0
+        if self._comes_at:
+            apart = max(0.0, now + wait - self._comes_at)
+            self._apart += (apart - self._apart) / (SMOOTHED_OVER if self._apart else 1)
         self._comes_at = now + wait
         self._coming = self._call_later(wait, self._come)
 
@@ -191,10 +211,10 @@ class SharedPlan(Plan):
             if not place.come.done():
                 place.come.set_result(None)
                 if not len(self.queue):
-                    self._comes_at = 0.0
+                    self._comes_at = self._apart = 0.0
                 self._look()
                 return
-        self._comes_at = 0.0
+        self._comes_at = self._apart = 0.0
         self._shared.tell("back", (self.step(),))
 
 
@@ -205,6 +225,13 @@ class SharedLimits(Limits):
         super().__init__(metrics, pace=pace, max_queue=max_queue)
         self._shared = shared
         self._typical = TypicalShare()
+        shared.link.when_back.append(self._look_again)
+
+    def _look_again(self) -> None:
+        """Let those who wait take their turns with the other processes again, and no longer at this one's pace."""
+        for plan in list(self._plans.values()):
+            if len(plan.queue):
+                plan.look()
 
     def admits_at_once(self, target: Target, claim: Claim) -> bool:
         """Take a place that is free now, where that is known without asking Redis."""

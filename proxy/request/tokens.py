@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from proxy.config import Config, Secret
+from proxy.config import Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
 from proxy.logs import LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.documents import Documents
 from proxy.request.doubts import Doubts
 from proxy.request.grants import ElementsRefused, Granted, Grants, NotRestricted, OrdinaryTokenRefused
-from proxy.request.identify import Credential, TokenKind, ordinary_credential, ordinary_of
+from proxy.request.identify import Credential, TokenKind, ordinary_of
 from proxy.request.mask import telling_part
 from proxy.store import Store, StoredToken
 
@@ -36,6 +36,8 @@ LONGEST_PAUSE = 5.0  # so that service is back within seconds of the token host'
 LONGEST_REFUSED_PAUSE = 300.0  # for refusals that only a person can mend
 RECENT = 30.0  # seconds after a pause in which the trouble is taken to go on
 PROBE_PATIENCE = 1.0  # seconds that a caller waits for an exchange when the last one failed
+
+SETTLED_AFTER = 3.0  # seconds after which a file that has changed is in force, or has changed back
 
 MOST_HELD = 50_000  # tokens; a report document's token has a key of its own
 WARM_UP_PARALLEL = 20
@@ -85,7 +87,6 @@ class Tokens:
 
     def __init__(
         self,
-        config: Config,
         *,
         grants: Grants,
         documents: Documents,
@@ -95,7 +96,6 @@ class Tokens:
         wall: Callable[[], float] = time.time,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
-        self._config = config
         self._grants = grants
         self._documents = documents
         self._store = store
@@ -191,8 +191,8 @@ class Tokens:
         """Learn whether Amazon took a `token` that `replacement` gave."""
         self._doubts.judge(self._to_be_had(credential), token, accepted=accepted)
 
-    async def warm_up(self) -> None:
-        """Fetch the token of every account and region, a bounded number at a time; failures are logged, not raised."""
+    async def warm_up(self, credentials: Iterable[Credential]) -> None:
+        """Fetch these tokens, a bounded number at a time; failures are logged, not raised."""
         places = asyncio.Semaphore(WARM_UP_PARALLEL)
 
         async def fetch(credential: Credential) -> None:
@@ -202,7 +202,7 @@ class Tokens:
                 except ProxyError:
                     return  # logged and counted where it arose
 
-        await asyncio.gather(*(fetch(credential) for credential in self._ordinary_credentials()))
+        await asyncio.gather(*(fetch(credential) for credential in credentials))
 
     def forget(self, is_outdated: Callable[[Credential], bool]) -> None:
         """Use no token any more, held or on its way, whose credential is outdated; the next one is fetched anew."""
@@ -225,12 +225,6 @@ class Tokens:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _ordinary_credentials(self) -> Iterable[Credential]:
-        for name, account in self._config.accounts.items():
-            application, _ = self._config.application_of(account)
-            for region in account.refresh_tokens:
-                yield ordinary_credential(application, name, self._config.environment_of(account), region)
 
     # What Amazon gives: less than was asked for, where it said so before.
 
@@ -337,7 +331,8 @@ class Tokens:
             raise
         token = self._fresh(credential, granted)
         # Files may have changed since, or between the ordinary token and the one that was minted with it.
-        is_certain = source == self._grants.fingerprint(credential) and (ordinary is None or ordinary.source == source)
+        of_sent = ordinary.source if ordinary is not None else self._grants.fingerprint(credential, secrets)
+        is_certain = source == of_sent == self._grants.fingerprint(credential)
         token.source = source if is_certain else ""
         if credential.reusable and is_certain and self._is_current_exchange(credential):
             life = token.expires_at - self._now()
@@ -423,6 +418,14 @@ class Tokens:
         expires_at = self._wall() + token.expires_at - self._now()
         self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
         self._look(credential, token, at=token.renew_at)
+
+        if not self._grants.is_in_force(credential, token.source):
+            self._call_later(SETTLED_AFTER, self._settle, credential, token)
+
+    def _settle(self, credential: Credential, token: Token) -> None:
+        """Forget a token that was got by what a file held for a moment: it may be another seller's."""
+        if self._held.get(credential) is token and token.source != self._grants.fingerprint(credential):
+            self.forget(lambda one: one == credential)
 
     def _look(self, credential: Credential, token: Token, at: float) -> None:
         self._call_later(max(0.0, at - self._now()), self._due, credential, token)

@@ -59,6 +59,8 @@ class Link:
         self._probing: asyncio.Task[None] | None = None
         self._lost_at = 0.0
         self._forgiven = 0
+        self.when_back: list[Callable[[], None]] = []
+        self._was_there = False
         self.losses = 0  # how often it was lost: connections from before are of no use
         metrics.store_up.set(1)
 
@@ -93,7 +95,7 @@ class Link:
             else:
                 self.lost(reason)
             raise Lost from exc
-        self._forgiven = 0
+        self._forgiven, self._was_there = 0, True
         return answer
 
     def lost(self, reason: str) -> None:
@@ -105,7 +107,9 @@ class Link:
         self.losses += 1
         self._metrics.store_up.set(0)
         LOGGER.warning(
-            "store lost: tokens and usage plans are kept by this process alone until it is back",
+            "store lost: tokens and usage plans are kept by this process alone until it is back"
+            if self._was_there
+            else "store not reached: tokens and usage plans are kept by this process alone until it is",
             extra=fields(store=self._address, reason=reason),
         )
         self._probing = asyncio.create_task(self._until_back(), name="store probe")
@@ -128,7 +132,11 @@ class Link:
         self.is_up = True
         self._metrics.store_up.set(1)
         away = round(time.monotonic() - self._lost_at, 1)
-        LOGGER.warning("store is back", extra=fields(store=self._address, after=away))
+        said = "store is back" if self._was_there else "store is there"
+        self._was_there = True
+        LOGGER.info(said, extra=fields(store=self._address, after=away))
+        for look in self.when_back:
+            look()
 
     async def _probe(self) -> None:
         """Write and read: a server that is full, or a replica, answers PING too."""

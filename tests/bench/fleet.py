@@ -60,7 +60,8 @@ class Fleet:
     redis: RedisServer
     control: str
     session: aiohttp.ClientSession
-    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)  # by load (paced, background)
+    # By load (paced, background), status, and the code of an error of the proxy's own.
+    statuses: Counter[tuple[str, int, str]] = field(default_factory=Counter)
     lost_with_the_replica: int = 0
 
     async def call(self, load: str, proxy: Proxy, target: str, account: int) -> int:
@@ -69,13 +70,13 @@ class Fleet:
             headers = {"x-sp-account": f"a{account}"}
             async with self.session.get(proxy.address + target, headers=headers) as answer:
                 await answer.read()
-                status = answer.status
+                status, error = answer.status, answer.headers.get("x-sp-proxy-error", "")
         except (aiohttp.ClientError, OSError):
-            status = GONE
+            status, error = GONE, "no answer"
         if status == GONE and not proxy.is_alive:
             self.lost_with_the_replica += 1
         else:
-            self.statuses[load, status] += 1
+            self.statuses[load, status, error] += 1
         return status
 
     def alive(self) -> list[Proxy]:
@@ -238,14 +239,16 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
         throttled = counts.get("answers.eu.429", 0)
         healed = await here.up() == [1.0] * len(here.alive())
         failed = {
-            f"{load} {status or 'no answer'}": count for (load, status), count in here.statuses.items() if status != 200
+            f"{load} {status or ''} {error}".rstrip(): count
+            for (load, status, error), count in here.statuses.items()
+            if status != 200
         }
         return Outcome(
             replicas,
             fault,
             counts.get("exchanges.refresh_token", 0),
             served / (PACED * (BURST + RATE * seconds)),
-            throttled / max(1, throttled + here.statuses["paced", 200]),
+            throttled / max(1, throttled + here.statuses["paced", 200, ""]),
             failed,
             here.lost_with_the_replica,
             sum(here.statuses.values()),
