@@ -476,7 +476,7 @@ async def test_without_the_extra_the_start_says_what_to_install() -> None:
     )
     printed, complained = await process.communicate()
     assert process.returncode == 2, complained
-    assert b"pip install 'sp-api-proxy[otel]'" in printed + complained
+    assert b"pip install '.[otel]' in " in printed + complained
 
 
 async def test_nothing_of_opentelemetry_is_loaded_where_there_are_no_traces() -> None:
