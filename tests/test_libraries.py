@@ -24,7 +24,7 @@ from tests.proxy_process import ROOT, ProxyProcess, serving
 
 PROGRAMS = ROOT / "tests" / "libraries"
 PYTHON = ROOT / ".venv-libraries" / "bin" / "python"
-PATIENCE = 45.0  # seconds
+PATIENCE = 120.0  # seconds
 
 GOT = {
     "orders": ["902-0000000-0000000", "902-0000000-0000001"],
@@ -123,6 +123,7 @@ def command_of(program: str) -> tuple[str | Path, ...]:
     return node or "node", path
 
 
+@pytest.mark.timeout(3 * PATIENCE)
 @pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*")))
 async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str, tmp_path: Path) -> None:
     command = command_of(program)

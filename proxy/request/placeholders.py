@@ -87,9 +87,8 @@ class Placeholders:
             raise ValueError(f"restrictedResources[{index}] is no restricted operation that this proxy knows")
         permit.check_operation(resource.method, operation, "")
         permit.check_elements(set(resource.data_elements))
-        elements = tuple(name for name in resource.data_elements if name in operation.data_elements)
         is_generic = operation.generic_path and "{" in path
-        return Resource(resource.method, operation.template if is_generic else path, elements)
+        return Resource(resource.method, operation.template if is_generic else path, resource.data_elements)
 
 
 def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
