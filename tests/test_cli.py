@@ -325,6 +325,7 @@ async def test_rebuild_runs_as_a_command(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_simulators_settings_is_a_configuration() -> None:
-    said = _for_people({name: f"http://127.0.0.1/{name}" for name in ("na", "eu", "fe", "lwa", "control")})
+    names = ("na", "eu", "fe", "lwa", "documents", "control")
+    said = _for_people({name: f"http://127.0.0.1/{name}" for name in names})
     tree: Any = yaml.safe_load(said)
     assert set(tree) == {"endpoints", "applications", "accounts"}
