@@ -30,6 +30,7 @@ from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET
 from proxy.way_back import MOST_VISITS, redirected
 from tests.clock import FakeClock
 from tests.proxy_process import ROOT, _environment, command
+from tests.terminal import shown_at
 
 PATIENCE = 30.0  # seconds
 STATE = "state-of-this-request"
@@ -366,15 +367,13 @@ async def test_a_terminal_does_not_show_what_is_pasted_and_asks_again(simulator:
     os.close(theirs)
     talk = Conversation(process)
     led_to = await consented(await talk.until(CONSENT_PAGE))
-    terminal = asyncio.StreamReader()
-    pipe = os.fdopen(os.dup(ours), "rb", buffering=0)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(terminal), pipe)
     prompt = b"The address that it led to: "
-    said = await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
-    os.write(ours, b"https://app.example/redirect?state=wrong\n")
-    said += await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
-    os.write(ours, f"{led_to}\n".encode())
-    code, _, _ = await talk.ended()
+    async with shown_at(os.dup(ours)) as terminal:
+        said = await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
+        os.write(ours, b"https://app.example/redirect?state=wrong\n")
+        said += await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
+        os.write(ours, f"{led_to}\n".encode())
+        code, _, _ = await talk.ended()
     os.close(ours)
     assert code == 0
     assert b"That is not it: its state is not the one that was sent" in said

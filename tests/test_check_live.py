@@ -8,6 +8,8 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from proxy.simulator.restricted import NOTIFICATIONS
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET, errors_body
 from tests.certificates import Authority
 from tests.proxy_process import ROOT, _environment, command
+from tests.terminal import shown_at
 
 REGIONS = ("na", "eu", "fe")
 MANY = 50
@@ -356,28 +359,12 @@ async def test_a_host_that_fails_everybody_is_given_up(service: str, simulator: 
     assert report.done == MANY
 
 
+@dataclass
 class AtATerminal:
     """The command, with a terminal for its standard error."""
 
-    def __init__(self, process: asyncio.subprocess.Process, terminal: asyncio.StreamReader) -> None:
-        self.process = process
-        self.terminal = terminal
-
-    @classmethod
-    async def started(cls, *arguments: str) -> "AtATerminal":
-        ours, theirs = pty.openpty()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", *arguments),
-            cwd=ROOT,
-            env=_environment(None),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=theirs,
-        )
-        os.close(theirs)
-        reader = asyncio.StreamReader()
-        pipe = os.fdopen(ours, "rb", buffering=0)
-        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-        return cls(process, reader)
+    process: asyncio.subprocess.Process
+    terminal: asyncio.StreamReader
 
     async def ended(self) -> tuple[int, str]:
         assert self.process.stdout is not None
@@ -394,12 +381,28 @@ class AtATerminal:
         return text.decode()
 
 
+@asynccontextmanager
+async def at_a_terminal(*arguments: str) -> AsyncIterator[AtATerminal]:
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", *arguments),
+        cwd=ROOT,
+        env=_environment(None),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    async with shown_at(ours) as terminal:
+        yield AtATerminal(process, terminal)
+
+
 async def test_many_accounts_are_looked_at_side_by_side_with_progress(simulator: Simulator, tmp_path: Path) -> None:
     names = {f"shop{number}": f"Atzr|shop-{number}" for number in range(MANY)}
     simulator.state.faults.append(Fault("latency", service="eu", path="/sellers/*", seconds=0.15))
     simulator.state.revoked_sellers.add("Atzr|shop-7")
-    running = await AtATerminal.started("check", "--live", "--config", write(tmp_path, settings(simulator, **names)))
-    (code, printed), said = await asyncio.gather(running.ended(), running.said())
+    path = write(tmp_path, settings(simulator, **names))
+    async with at_a_terminal("check", "--live", "--config", path) as running:
+        (code, printed), said = await asyncio.gather(running.ended(), running.said())
     assert code == 1
     assert f"49 of {MANY} accounts and regions work." in printed
     rows = [line.split() for line in printed.splitlines()]
@@ -415,11 +418,12 @@ async def test_many_accounts_are_looked_at_side_by_side_with_progress(simulator:
 async def test_ctrl_c_shows_what_was_found_till_then(simulator: Simulator, tmp_path: Path) -> None:
     content = settings(simulator, fine="Atzr|other-eu", slow={"refresh_tokens": {"na": "Atzr|demo-na"}})
     simulator.state.faults.append(Fault("hang", service="na", seconds=30))
-    running = await AtATerminal.started("check", "--live", "--config", write(tmp_path, content))
-    said = await asyncio.wait_for(running.terminal.readuntil(b"checked 1 of 2"), 30)
-    running.process.send_signal(signal.SIGINT)
-    code, printed = await running.ended()
+    async with at_a_terminal("check", "--live", "--config", write(tmp_path, content)) as running:
+        said = (await asyncio.wait_for(running.terminal.readuntil(b"checked 1 of 2"), 30)).decode()
+        running.process.send_signal(signal.SIGINT)
+        code, printed = await running.ended()
+        said += await running.said()
     assert code == 130
     assert "Interrupted: 1 of 2 were looked at." in printed
     assert ["fine", "eu", "ok", "ok", "DE"] in [line.split() for line in printed.splitlines()]
-    assert "Traceback" not in printed + said.decode() + await running.said()
+    assert "Traceback" not in printed + said

@@ -1,0 +1,19 @@
+"""The other end of a terminal, for commands that look whether they have one."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+@asynccontextmanager
+async def shown_at(descriptor: int) -> AsyncIterator[asyncio.StreamReader]:
+    """Read what a terminal shows, at the end that `pty.openpty` returns first; it is closed in the end."""
+    reader = asyncio.StreamReader()
+    end = os.fdopen(descriptor, "rb", buffering=0)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), end)
+    try:
+        yield reader
+    finally:
+        transport.close()
+        await asyncio.sleep(0)  # in which it is
