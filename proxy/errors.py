@@ -15,7 +15,8 @@ Fault = Literal["client", "proxy", "amazon"]
 class ProxyError(Exception):
     """The root of the tree: an error that has an answer.
 
-    `message` says what is wrong, `hint` what to do about it; `retry_after` is in seconds where waiting helps.
+    `message` says what is wrong, `hint` what to do about it; `retry_after` is in seconds where waiting helps. `reason`
+    is one of a few short words, where there is one.
     """
 
     status: ClassVar[int] = 500
@@ -23,10 +24,11 @@ class ProxyError(Exception):
     fault: ClassVar[Fault] = "proxy"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, hint: str = "", *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, hint: str = "", *, retry_after: float | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.reason = reason
         self.retry_after = retry_after
 
     def body(self) -> bytes:

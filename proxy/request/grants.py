@@ -306,6 +306,7 @@ def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
     return TokenUnavailable(
         f"no {credential.kind} token for {_whose(credential)}: {host} did not give one ({reason})",
         "Nothing was sent to Amazon's API; try again after Retry-After.",
+        reason=reason,
     )
 
 
@@ -314,6 +315,7 @@ def _refused(credential: Credential, exc: lwa.ExchangeRefused) -> TokenRefused:
     return TokenRefused(
         f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
         _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials."),
+        reason=exc.reason,
     )
 
 

@@ -284,6 +284,24 @@ class Handler:
         )
         series.requests += 1
         series.duration.observe(duration)
+        recent = self.metrics.recent
+        if recent is not None:
+            # Names and numbers alone: what else is known of the request ends with it.
+            recent.keep(
+                (
+                    recent.number(),
+                    series.labels,
+                    exchange.caller,
+                    exchange.started,
+                    duration,
+                    exchange.waited,
+                    exchange.token_wait,
+                    exchange.upstream_duration,
+                    exchange.attempts,
+                    exchange.error,
+                    exchange.hint,
+                )
+            )
         if exchange.target is not None:
             if exchange.waited:
                 self.metrics.limit_wait.observe(exchange.waited)
