@@ -39,7 +39,7 @@ TOKEN_STATES: dict[TokenState, str] = {
 _ORDER = {state: place for place, state in enumerate(TOKEN_STATES)}
 
 MEANINGS = {error.code: (error.__doc__ or "").splitlines()[0] for error in all_errors()}
-AMAZONS_429 = "429 of Amazon's"
+AMAZONS_429 = "429"
 
 
 class TokenRow(NamedTuple):
@@ -98,7 +98,6 @@ class ErrorRow(NamedTuple):
     """What went wrong: how often since the start, how often lately among the requests that are remembered."""
 
     name: str
-    fault: str
     times: int
     lately: int
     meaning: str
@@ -289,18 +288,18 @@ def error_rows(metrics: Metrics, lately: Iterable[Finished]) -> list[ErrorRow]:
     """Return what went wrong since the start, most frequent first: the proxy's own errors, and Amazon's refusals."""
     seen = Counter(request.hint or request.error for request in lately)
     rows = [
-        ErrorRow(labels["code"], labels["fault"], round(count), seen[labels["code"]], MEANINGS.get(labels["code"], ""))
+        ErrorRow(labels["code"], round(count), seen[labels["code"]], MEANINGS.get(labels["code"], ""))
         for labels, count in _counts(metrics.errors)
     ]
     hints: Counter[str] = Counter()
     for labels, count in _counts(metrics.forbidden):
         hints[labels["hint"]] += round(count)
     meanings: Mapping[str, str] = {str(hint): text for hint, text in HINTS.items()}
-    rows += [ErrorRow(hint, "client", count, seen[hint], meanings.get(hint, "")) for hint, count in hints.items()]
+    rows += [ErrorRow(hint, count, seen[hint], meanings.get(hint, "")) for hint, count in hints.items()]
     throttled = round(sum(count for _, count in _counts(metrics.throttled)))
     if throttled:
         now = sum(request.status == 429 and request.labels[6] == "amazon" for request in lately)
-        rows.append(ErrorRow(AMAZONS_429, "client", throttled, now, "More was asked than a usage plan had room for."))
+        rows.append(ErrorRow(AMAZONS_429, throttled, now, "Amazon had no room for it in a usage plan."))
     rows.sort(key=lambda row: (-row.lately, -row.times))
     return rows
 

@@ -13,21 +13,29 @@
     return [...before.querySelectorAll(".wide[id]")].map((one) => [one.id, one.scrollTop, one.scrollLeft]);
   };
 
-  // What somebody is reading aloud, copying or going through by keyboard is left alone until they are done.
+  // What somebody copies, or a link they are about to follow by keyboard, is left alone until they are done.
   const isInUse = (section) => {
     const selection = document.getSelection();
     const selects = selection && !selection.isCollapsed && section.contains(selection.anchorNode);
-    return selects || section.contains(document.activeElement);
+    return selects || (section.contains(document.activeElement) && document.activeElement.tagName === "A");
+  };
+
+  // Where the keyboard is: a table that scrolls, or what opens and closes details.
+  const focused = (section) => {
+    const one = document.activeElement;
+    if (!section.contains(one)) return null;
+    return one.tagName === "SUMMARY" ? `#${one.parentElement.id} > summary` : one.id && `#${one.id}`;
   };
 
   const take = (fresh) => {
     for (const section of fresh.querySelectorAll("main > section")) {
       const before = document.getElementById(section.id);
       if (!before || isInUse(before)) continue;
-      const scrolled = keep(before, section);
+      const scrolled = keep(before, section), focus = focused(before);
       if (before.outerHTML === section.outerHTML) continue;
       before.replaceWith(document.adoptNode(section));
       for (const [id, top, left] of scrolled) document.getElementById(id)?.scrollTo(left, top);
+      if (focus) document.querySelector(focus)?.focus({ preventScroll: true });
     }
     document.querySelector("header").replaceWith(document.adoptNode(fresh.querySelector("header")));
     document.querySelector("main").dataset.every = fresh.querySelector("main").dataset.every;

@@ -11,7 +11,7 @@ from importlib import resources
 
 from proxy.overview import MOST_PLANS, MOST_ROWS, MOST_SHOWN, TOKEN_STATES, Overview, TokenRow
 from proxy.recent import EVERY, MOST_SAMPLES, Finished, Sample
-from proxy.verdict import Verdict, name_of
+from proxy.verdict import Verdict, name_of, whose_is
 
 FEW = 12  # accounts and regions: so many are shown without being asked for
 WITHOUT_SCRIPT = 10  # seconds after which the page comes anew where there is no script
@@ -38,7 +38,6 @@ _TITLES = {
     "starting": "Starting",
     "stopping": "Shutting down",
 }
-_FAULTS = {"client": "yours", "proxy": "yours or the proxy's", "amazon": "Amazon's"}
 
 
 @cache
@@ -88,7 +87,7 @@ def _table(name: str, label: str, head: Sequence[str], rows: Iterable[Sequence[s
     columns = "".join(f'<th scope="col">{title}</th>' for title in head)
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
     return (
-        f'<div class="wide" id="{name}" role="region" tabindex="0" aria-label="{escape(label)}">'
+        f'<div class="wide" id="{name}" role="region" tabindex="0" aria-label="{escape(label)}, a table that scrolls">'
         f"<table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
     )
 
@@ -112,18 +111,24 @@ def _verdict(verdict: Verdict) -> str:
     return _section("verdict", _TITLES[verdict.state], says, do, more, kind=kind)
 
 
+_Line = tuple[str, Callable[[float], str], Sequence[float | None], Sequence[float | None], str]
+
+
 def _chart(seen: Overview) -> str:
     samples = list(seen.samples)
     minutes = MOST_SAMPLES * EVERY / 60
-    lines = (
-        ("Requests per second", "", [_per_second(sample.requests, sample) for sample in samples], ""),
-        ("Seconds a request takes: half of them, and 95 of 100", " s", [s.median for s in samples], "slow"),
-        ("Throttled per second", "", [_per_second(sample.throttled, sample) for sample in samples], "alert"),
+    lines: Sequence[_Line] = (
+        ("Requests per second", _number, [_per_second(sample.requests, sample) for sample in samples], (), ""),
+        (
+            "Time a request takes: median, 95 % (paler)",
+            _seconds,
+            [sample.median for sample in samples],
+            [sample.slow for sample in samples],
+            "",
+        ),
+        ("Throttled per second", _number, [_per_second(sample.throttled, sample) for sample in samples], (), "alert"),
     )
-    figures = ""
-    for title, unit, values, kind in lines:
-        others = [sample.slow for sample in samples] if kind == "slow" else None
-        figures += _figure(title, unit, values, others, "alert" if kind == "alert" else "")
+    figures = "".join(_figure(*line) for line in lines)
     rows = [
         (
             f'<th scope="row">{escape(_clock(seen, first.at)[:5])}</th>',
@@ -134,7 +139,7 @@ def _chart(seen: Overview) -> str:
         )
         for first, group in _by_minute(samples)
     ]
-    head = ("minute until, UTC", "requests per second", "half within", "95 of 100 within", "throttled per second")
+    head = ("minute until, UTC", "requests per second", "median", "95 %", "throttled per second")
     numbers = _table("numbers", "The last minutes as numbers", head, reversed(rows))
     table = f'<details id="as-table"><summary>As a table</summary>{numbers}</details>\n' if rows else ""
     return _section("lately", f"The last {minutes:.0f} minutes", f'<div class="charts">{figures}</div>\n', table)
@@ -145,12 +150,16 @@ def _per_second(count: float, sample: Sample) -> float:
 
 
 def _figure(
-    title: str, unit: str, values: Sequence[float | None], slow: Sequence[float | None] | None, kind: str
+    title: str,
+    say: Callable[[float], str],
+    values: Sequence[float | None],
+    slow: Sequence[float | None],
+    kind: str,
 ) -> str:
-    shown = [value for value in (*values, *(slow or ())) if value is not None]
+    shown = [value for value in (*values, *slow) if value is not None]
     most = max(shown, default=0.0)
     now = next((value for value in reversed(values) if value is not None), None)
-    says = "nothing yet" if now is None else f"now {_number(now)}{unit}, at most {_number(most)}{unit}"
+    says = "nothing yet" if now is None else f"now {say(now)}, at most {say(most)}"
     top = most or 1.0
     paths = f'<path class="second" d="{_path(slow, top)}"/>' if slow else ""
     paths += f'<path class="first {kind}" d="{_path(values, top)}"/>'
@@ -278,10 +287,13 @@ def _requests(seen: Overview) -> str:
         return _section("requests", "Recent requests", "<p>None yet.</p>\n")
     head = (
         *("ended, UTC", "status", "operation", "account", "took"),
-        *("of that, wait for the plan", "for the token", "for Amazon", "note"),
+        *("plan", "token", "Amazon", "note"),
     )
     rows = (_request_cells(seen, request) for request in newest)
-    return _section("requests", "Recent requests", _table("request-rows", "Recent requests", head, rows))
+    says = (
+        "<p>Of what each took: the wait for its usage plan, for its token, and for Amazon until its answer began.</p>\n"
+    )
+    return _section("requests", "Recent requests", says, _table("request-rows", "Recent requests", head, rows))
 
 
 def _request_cells(seen: Overview, request: Finished) -> tuple[str, ...]:
@@ -307,7 +319,7 @@ def _errors(seen: Overview) -> str:
     rows = (
         (
             f'<th scope="row">{escape(row.name)}</th>',
-            _cell(_FAULTS.get(row.fault, row.fault)),
+            _cell(whose_is(row.name)),
             _cell(str(row.lately), "number"),
             _cell(str(row.times), "number"),
             _cell(row.meaning),
@@ -360,7 +372,11 @@ def _clock(seen: Overview, monotonic: float) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    return "–" if seconds is None else "0" if seconds == 0 else f"{seconds:.3f} s"
+    if seconds is None:
+        return "–"
+    if seconds >= 1 or seconds == 0:
+        return f"{seconds:.2f} s" if seconds else "0"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
 
 
 def _number(value: float) -> str:
