@@ -159,12 +159,14 @@ def _add_page(app: web.Application, about: Admin, metrics: Metrics) -> None:
     async def requests(request: web.Request) -> web.Response:
         try:
             limit = _number(request.query.get("limit", str(MOST_RECENT)))
-            instance, _, number = request.query.get("after", "").partition(":")
-            answer = _requests_of(about.recent, instance, _number(number or "0"), limit)
+            instance, _, text = request.query.get("after", "").partition(":")
+            given = min(_number(text or "0"), about.recent.last_number)
         except ValueError:
-            text = "after is the cursor of an earlier answer, limit a number\n"
-            return web.Response(status=400, text=text)
-        return web.json_response(answer)
+            return web.Response(status=400, text="after is the cursor of an earlier answer, limit a number\n")
+        number = given if instance == about.recent.instance else None
+        found = about.recent.after(number or 0)
+        body = await asyncio.to_thread(_requests_of, about.recent, found, number, limit)
+        return web.Response(text=body, content_type="application/json")
 
     app.router.add_get("/", first_page)
     for name in page.FILES:
@@ -210,20 +212,20 @@ def _status_of(seen: Overview, account: str | None) -> str:
     return json.dumps({**shown.as_json(), "verdict": judge(seen).as_json()})
 
 
-def _requests_of(recent: Recent, instance: str, number: int, limit: int) -> dict[str, Any]:
-    """Return the requests after a cursor; `missed` of them are not remembered any more."""
-    is_same = instance == recent.instance
-    found, now, wall = recent.after(number if is_same else 0), time.monotonic(), time.time()
-    cursor = found[-1].number if found else recent.last_number
-    return {
+def _requests_of(recent: Recent, found: list[Finished], number: int | None, limit: int) -> str:
+    """Return the requests found after a number (None: of another start); `missed` are remembered no more."""
+    now, wall = time.monotonic(), time.time()
+    cursor = found[-1].number if found else number or 0
+    said = {
         "instance": recent.instance,
         "cursor": f"{recent.instance}:{cursor}",
-        "missed": found[0].number - number - 1 if is_same and found else 0,
+        "missed": found[0].number - number - 1 if number is not None and found else 0,
         "requests": [
             overview.request_as_json(request, as_moment(wall - (now - request.ended)))
             for request in found[max(0, len(found) - limit) :]
         ],
     }
+    return json.dumps(said)
 
 
 def _number(text: str) -> int:
