@@ -251,7 +251,9 @@ def _guard(is_ours: Callable[[str], bool]) -> Middleware:
         if host is None or not is_ours(host):
             return web.Response(status=421, text="call this address as 127.0.0.1 or localhost\n")
         if is_of_web_page(request.headers):
-            return web.Response(status=403, text="not for web pages\n")
+            return web.Response(
+                status=403, text="not for web pages, nor links on them: type this address in yourself\n"
+            )
         is_form = request.method not in {"GET", "HEAD"} and request.content_type in _FORM_TYPES
         if is_form and "Content-Type" in request.headers:
             return web.Response(status=415, text="not for forms\n")

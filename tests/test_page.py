@@ -67,7 +67,7 @@ async def test_all_of_it_is_for_local_eyes_alone(proxy: Running, path: str) -> N
         {"sec_fetch_site": "same-site"},
     ):
         got = await ask(proxy, path, **fields)
-        assert (got.status, got.body) == (403, b"not for web pages\n")
+        assert (got.status, got.body) == (403, b"not for web pages, nor links on them: type this address in yourself\n")
     assert (await ask(proxy, path, sec_fetch_site="same-origin")).status == 200
 
 
