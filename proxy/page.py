@@ -159,7 +159,8 @@ def _figure(
     shown = [value for value in (*values, *slow) if value is not None]
     most = max(shown, default=0.0)
     now = next((value for value in reversed(values) if value is not None), None)
-    says = "nothing yet" if now is None else f"now {say(now)}, at most {say(most)}"
+    when = "now" if values and values[-1] is not None else "last"
+    says = "nothing yet" if now is None else f"{when} {say(now)}, at most {say(most)}"
     top = most or 1.0
     paths = f'<path class="second" d="{_path(slow, top)}"/>' if slow else ""
     paths += f'<path class="first {kind}" d="{_path(values, top)}"/>'

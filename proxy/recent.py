@@ -110,14 +110,13 @@ class Sample(NamedTuple):
     """How a few seconds went, which ended at `at` on the monotonic clock.
 
     `requests` is exact. The others come from what was remembered of them, which is all of it up to MOST_RECENT requests
-    in a sample: `throttled` (429, whoever said it) and `failed` (no answer, or a server's error) are in proportion.
+    in a sample: `throttled` (429, whoever said it) is in proportion.
     """
 
     at: float
     seconds: float
     requests: int
     throttled: float
-    failed: float
     median: float | None  # seconds that a request took, None where there was none
     slow: float | None  # seconds within which 95 of 100 were answered
 
@@ -140,23 +139,26 @@ class History:
 
     def take(self) -> None:
         """Take a sample of what came since the last one."""
-        now, came = self._now(), self._recent.after(self._number)
-        count = came[-1].number - self._number if came else 0
-        share = count / len(came) if came else 0.0
-        durations = sorted(request.duration for request in came)
+        now, number, durations, throttled = self._now(), self._recent.last_number, list[float](), 0
+        for kept in reversed(self._recent.kept):  # as it is kept: of few requests a second each one comes by here
+            if kept[0] <= self._number:
+                break
+            durations.append(kept[4])
+            if kept[1][4] == "429":
+                throttled += 1
+        durations.sort()
+        count = number - self._number
         self.samples.append(
             Sample(
                 now,
                 now - self._at,
                 count,
-                share * sum(request.status == 429 for request in came),
-                share * sum(request.status >= 500 for request in came),
+                throttled * count / len(durations) if durations else 0.0,
                 _quantile(durations, 0.5),
                 _quantile(durations, 0.95),
             )
         )
-        self._number += count
-        self._at = now
+        self._number, self._at = number, now
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:

@@ -73,7 +73,7 @@ def samples() -> list[Sample]:
         median = 0.24 + 0.15 * busy + random.gauss(0, 0.01)
         throttled = max(0.0, random.gauss(3 * busy - 1, 0.5))
         at = NOW - (MOST_SAMPLES - 1 - place) * EVERY
-        found.append(Sample(at, EVERY, round(rate * EVERY), throttled, 0.0, median, median * 2.2))
+        found.append(Sample(at, EVERY, round(rate * EVERY), throttled, median, median * 2.2))
     return found
 
 
