@@ -1,4 +1,4 @@
-"""Does the wheel work on its own: built, installed in an empty environment elsewhere, its version, one request?"""
+"""Does the wheel work by itself: built, installed in an empty environment elsewhere, version, request, status page?"""
 
 import json
 import os
@@ -36,18 +36,23 @@ def install(folder: Path) -> Path:
 
 
 def one_request(command: Path, folder: Path) -> None:
-    """Start the proxy on a free port against its own simulator, and send one request through it."""
-    arguments = [str(command), "serve", "--demo", "--listen", "127.0.0.1:0", "--admin", "none", "--log-format", "json"]
+    """Start the proxy on free ports against its own simulator, send one request through it, and look at its page."""
+    places = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+    arguments = [str(command), "serve", "--demo", *places, "--log-format", "json"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     with subprocess.Popen(arguments, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             lines = (json.loads(line) for line in process.stderr)
-            address = next(line["listen"][0] for line in lines if line["message"] == "serving")
+            serving = next(line for line in lines if line["message"] == "serving")
+            address = serving["listen"][0]
             url = f"http://{address}/sellers/v1/marketplaceParticipations"
             request = urllib.request.Request(url, headers={"x-sp-region": "eu"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 sys.stdout.write(f"{answer.status} {answer.headers['x-sp-proxy']}\n")
+            for name in ("", "page.css", "page.js"):  # files of the package
+                with urllib.request.urlopen(f"http://{serving['admin']}/{name}", timeout=30) as answer:
+                    sys.stdout.write(f"{answer.status} /{name} {len(answer.read())} bytes\n")
         finally:
             process.terminate()
             process.communicate(timeout=30)

@@ -22,6 +22,7 @@ from proxy.listener import Room
 from proxy.logs import LOGGER, LOST, fields
 from proxy.metrics import Metrics
 from proxy.ports import Ending, Ports, fixed_when_open, status_port
+from proxy.recent import History
 from proxy.request.callers import Callers
 from proxy.request.circuit import Circuits
 from proxy.request.crowd import Crowd
@@ -111,7 +112,9 @@ async def running(config: Config) -> AsyncIterator[Running]:
     """
     async with AsyncExitStack() as stack:
         current = _Current(config)
-        metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
+        metrics = Metrics(
+            account_on_histograms=config.metrics.account_on_histograms, remembers=config.admin is not None
+        )
         readiness, reloading, told_to_quit = Readiness(), Reloading(), asyncio.Event()
         metrics.last_reload_success.set(reloading.good_since)
         store, limits = await _own_or_shared(config, metrics, stack)
@@ -155,9 +158,11 @@ async def running(config: Config) -> AsyncIterator[Running]:
             traces=traces,
         )
         show_secrets_age(config, metrics, time.time)
-        about = Admin(readiness, reloading, current, told_to_quit)
         admin = health = None
-        if config.admin is not None:
+        if config.admin is not None and metrics.recent is not None:
+            history = History(metrics.recent)
+            stack.callback(asyncio.create_task(history.watch(), name="history").cancel)
+            about = Admin(readiness, reloading, current, told_to_quit, tokens, metrics.recent, history)
             app = admin_app(about, metrics, config.admin)
             admin = await stack.enter_async_context(status_port(app, config.admin, "admin", config, metrics))
         if config.health is not None:

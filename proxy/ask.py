@@ -51,14 +51,14 @@ def address_in(url: str) -> Address:
     return Address(parts.hostname, parts.port or 80)
 
 
-def once(address: Address, method: str, path: str, patience: float = PATIENCE) -> Answer:
-    """Ask once; 200 is good."""
+def once(address: Address, method: str, path: str, patience: float = PATIENCE, most: int = MOST_TEXT) -> Answer:
+    """Ask once, and read `most` bytes of the answer; 200 is good."""
     connection = _Connection(address, patience)
     host = "localhost" if address.path or is_loopback(_reachable(address.host)) else address.host
     try:
         connection.request(method, path, headers={"Host": f"[{host}]" if ":" in host else host})
         answer = connection.getresponse()
-        text = answer.read(MOST_TEXT).decode("utf-8", "replace").strip()
+        text = answer.read(most).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as exc:
         reason = _reason(exc)
         return Answer(is_good=False, text=f"no answer from {address}: {reason}. Is the proxy running? {_ELSEWHERE}")

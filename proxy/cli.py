@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import __version__, ask, live, logs, process, sockets, systemd
+from proxy import __version__, ask, follow, live, logs, process, sockets, systemd
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_wait,
         _add_healthcheck,
         _add_shutdown,
+        _add_requests,
         _add_version,
     ):
         add(commands)
@@ -408,7 +409,7 @@ def _welcome(proxy: Running) -> None:
         if address.startswith("unix:")
         else (f"curl -si http://{address}")
     )
-    end = f"Metrics are at http://{proxy.admin}/metrics. " if proxy.admin else ""
+    end = f"How it goes is at http://{proxy.admin}/ in a browser. " if proxy.admin else ""
     # Written at once: a line of the log, which another thread writes, must not come between.
     _say(
         f"""\
@@ -465,6 +466,27 @@ def _add_shutdown(commands: Any) -> None:
         "have a proxy finish its requests and end (its setting quit must be true)",
         "sp-api-proxy shutdown --url http://127.0.0.1:9090",
     )
+
+
+def _add_requests(commands: Any) -> None:
+    parser = _add_asking(
+        commands,
+        "requests",
+        _requests,
+        "follow the requests that a proxy answers, as tail -f does",
+        "sp-api-proxy requests --account acme --failed",
+    )
+    follow.add_flags(parser)
+
+
+def _requests(options: argparse.Namespace) -> int:
+    try:
+        wanted = follow.wanted(options)
+    except ValueError as exc:
+        raise ConfigError([Problem("--status", str(exc), "command line")]) from None
+    is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    with_colour = is_terminal and not os.environ.get("NO_COLOR")
+    return follow.follow(_where(options), wanted, sys.stdout, _complain, with_colour=with_colour)
 
 
 def _wait(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from prometheus_client import disable_created_metrics as _disable_created_metric
 from prometheus_client.registry import Collector
 
 from proxy import __version__
+from proxy.recent import Recent
 from proxy.tallies import DURATION_BUCKETS, Durations, Kind, Tallied
 
 # The `_created` series double the number of series and nobody asks them anything.
@@ -37,6 +38,7 @@ class RequestSeries:
     duration: Durations
     upstream_duration: Durations
     traffic: Traffic
+    labels: tuple[str, ...]
     requests: int = 0
 
 
@@ -71,7 +73,8 @@ class _BeforeExport(Collector):
 class Metrics:
     """The series of one proxy, in a registry of their own."""
 
-    def __init__(self, *, account_on_histograms: bool = False) -> None:
+    def __init__(self, *, account_on_histograms: bool = False, remembers: bool = True) -> None:
+        self.recent = Recent() if remembers else None  # the requests that were answered last
         self.registry = CollectorRegistry()
         self.exporting = asyncio.Lock()  # who exports: what is brought up to date for it is not made for two at once
         self.before_export: list[Callable[[], None]] = []
@@ -183,6 +186,7 @@ class Metrics:
                 self._durations.setdefault(by_operation, Durations()),
                 self._upstream_durations.setdefault(by_operation, Durations()),
                 self._traffic.setdefault((account, region, operation), Traffic()),
+                labels,
             )
         return found
 

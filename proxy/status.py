@@ -1,10 +1,11 @@
 """Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Literal
 
@@ -12,20 +13,19 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client.exposition import choose_encoder
 
-from proxy import __version__
+from proxy import __version__, overview, page
 from proxy.config import LOOPBACK_NAMES, Address, Config
 from proxy.metrics import Metrics
+from proxy.overview import Overview, as_moment
+from proxy.recent import EVERY, MOST_RECENT, Finished, History, Recent
 from proxy.request.guard import VERSION_REFUSED, host_in, is_of_web_page
+from proxy.request.tokens import Tokens
+from proxy.verdict import judge
 
 State = Literal["starting", "ready", "stopping"]
 
-_FIRST_PAGE = """sp-api-proxy: this is the admin address; apps use the other one.
-
-/livez    200 while the process runs
-/readyz   200 while it serves requests (add ?verbose for the reason)
-/status   JSON: state, version, how the last reload went
-/metrics  Prometheus
-"""
+MOST_OF_TIME = 0.02  # of one processor, that those who watch may take up
+CHEAP = 0.02  # seconds of a processor: a look that takes no longer is made for everybody who asks
 
 
 _NO_QUIT = "switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
@@ -62,15 +62,11 @@ class Reloading:
     def as_json(self) -> dict[str, Any]:
         """Return what `/status` says of it."""
         return {
-            "good_since": _moment(self.good_since),
-            "last_reload": None if self.looked_at is None else {"at": _moment(self.looked_at), "result": self.result},
+            "good_since": as_moment(self.good_since),
+            "last_reload": None if self.looked_at is None else {"at": as_moment(self.looked_at), "result": self.result},
             "problems": list(self.problems),
             "needs_restart": list(self.needs_restart),
         }
-
-
-def _moment(epoch: float) -> str:
-    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +77,9 @@ class Admin:
     reloading: Reloading
     current: Callable[[], Config]
     quit: asyncio.Event
+    tokens: Tokens
+    recent: Recent
+    history: History
 
 
 def health_app(readiness: Readiness, metrics: Metrics, current: Callable[[], Config]) -> web.Application:
@@ -108,31 +107,135 @@ def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Applicati
     app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
     _add_health(app, about.readiness, metrics)
 
-    async def first_page(_: web.Request) -> web.Response:
-        return web.Response(text=_FIRST_PAGE)
-
-    async def status(_: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "version": __version__,
-                "state": about.readiness.state,
-                "waiting_for": about.readiness.waiting_for,
-                "accounts": len(current().accounts),
-                "requests_in_flight": metrics.in_flight,
-                "configuration": about.reloading.as_json(),
-            }
-        )
-
     async def end(_: web.Request) -> web.Response:
         if not current().quit:
             return web.Response(status=404, text=_NO_QUIT)
         about.quit.set()
         return web.Response(text="shutting down\n")
 
-    app.router.add_get("/", first_page)
-    app.router.add_get("/status", status)
+    _add_page(app, about, metrics)
     app.router.add_post("/quitquitquit", end)
     return app
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What was to be seen at a moment of the monotonic clock, and the seconds of a processor that it took to find."""
+
+    seen: Overview
+    at: float
+    took: float
+
+
+def _add_page(app: web.Application, about: Admin, metrics: Metrics) -> None:
+    """Add the status page, and the same for programs."""
+    turns = asyncio.Lock()
+    last: list[_Look] = []
+
+    async def look() -> _Look:
+        """Look, or return what somebody else has just seen: many who watch are not many looks."""
+        async with turns:
+            now = time.monotonic()
+            if not last or last[0].took < CHEAP or now - last[0].at > last[0].took / MOST_OF_TIME:
+                gather = partial(_gathered, about, metrics, about.current(), about.recent.after(), now, time.time())
+                last[:] = [await asyncio.to_thread(gather)]
+            return last[0]
+
+    async def first_page(request: web.Request) -> web.Response:
+        found, account = await look(), request.query.get("account")
+        every = max(EVERY, found.took / MOST_OF_TIME)
+        body = await asyncio.to_thread(_page_of, found.seen, account, every)
+        return web.Response(body=body, content_type="text/html", charset="utf-8", headers=page.HEADERS)
+
+    async def file(request: web.Request) -> web.Response:
+        name = request.path.removeprefix("/")
+        return web.Response(body=page.file_of(name), content_type=page.FILES[name], charset="utf-8")
+
+    async def icon(_: web.Request) -> web.Response:
+        return web.Response(status=204)  # there is none, and that is no fault
+
+    async def status(request: web.Request) -> web.Response:
+        seen, account = (await look()).seen, request.query.get("account")
+        body = await asyncio.to_thread(_status_of, seen, account)
+        return web.Response(text=body, content_type="application/json")
+
+    async def requests(request: web.Request) -> web.Response:
+        try:
+            limit = _number(request.query.get("limit", str(MOST_RECENT)))
+            instance, _, text = request.query.get("after", "").partition(":")
+            given = min(_number(text or "0"), about.recent.last_number)
+        except ValueError:
+            return web.Response(status=400, text="after is the cursor of an earlier answer, limit a number\n")
+        number = given if instance == about.recent.instance else None
+        found = about.recent.after(number or 0)
+        body = await asyncio.to_thread(_requests_of, about.recent, found, number, limit)
+        return web.Response(text=body, content_type="application/json")
+
+    app.router.add_get("/", first_page)
+    for name in page.FILES:
+        app.router.add_get(f"/{name}", file)
+    app.router.add_get("/favicon.ico", icon)
+    app.router.add_get("/status", status)
+    app.router.add_get("/requests", requests)
+
+
+def _gathered(about: Admin, metrics: Metrics, config: Config, recent: list[Finished], now: float, wall: float) -> _Look:
+    """Look at everything. Many accounts take a while: this is on a thread, so that the requests of the apps go on."""
+    began = time.thread_time()
+    lately = [request for request in recent if now - request.ended <= overview.LATELY]
+    seen = Overview(
+        version=__version__,
+        state=about.readiness.state,
+        waiting_for=about.readiness.waiting_for,
+        accounts=len(config.accounts),
+        in_flight=metrics.in_flight,
+        configuration=about.reloading.as_json(),
+        tokens=overview.token_rows(config, about.tokens),
+        plans=overview.plan_rows(metrics, lately),
+        errors=overview.error_rows(metrics, lately),
+        requests=recent,
+        samples=list(about.history.samples.copy()),
+        store_is_up=overview.store_is_up(metrics) if config.store.is_shared else None,
+        store_failures=overview.store_failures(metrics),
+        regions_down=overview.regions_down(metrics),
+        secrets_left=overview.secrets_left(metrics, wall),
+        now=now,
+        wall=wall,
+    )
+    return _Look(seen, now, time.thread_time() - began)
+
+
+def _page_of(seen: Overview, account: str | None, every: float) -> bytes:
+    shown = seen if account is None else seen.only(account)
+    return page.render(shown, judge(seen), every=every, account=account).encode()
+
+
+def _status_of(seen: Overview, account: str | None) -> str:
+    shown = seen if account is None else seen.only(account)
+    return json.dumps({**shown.as_json(), "verdict": judge(seen).as_json()})
+
+
+def _requests_of(recent: Recent, found: list[Finished], number: int | None, limit: int) -> str:
+    """Return the requests found after a number (None: of another start); `missed` are remembered no more."""
+    now, wall = time.monotonic(), time.time()
+    cursor = found[-1].number if found else number or 0
+    said = {
+        "instance": recent.instance,
+        "cursor": f"{recent.instance}:{cursor}",
+        "missed": found[0].number - number - 1 if number is not None and found else 0,
+        "requests": [
+            overview.request_as_json(request, as_moment(wall - (now - request.ended)))
+            for request in found[max(0, len(found) - limit) :]
+        ],
+    }
+    return json.dumps(said)
+
+
+def _number(text: str) -> int:
+    """Return a whole number of a few digits; raise ValueError for anything else."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 15):
+        raise ValueError("not a number")
+    return int(text)
 
 
 # What a form of any web page can send without asking first (Fetch standard, "CORS-safelisted request-header").
@@ -151,7 +254,9 @@ def _guard(is_ours: Callable[[str], bool]) -> Middleware:
         if host is None or not is_ours(host):
             return web.Response(status=421, text="call this address as 127.0.0.1 or localhost\n")
         if is_of_web_page(request.headers):
-            return web.Response(status=403, text="not for web pages\n")
+            return web.Response(
+                status=403, text="not for web pages, nor links on them: type this address in yourself\n"
+            )
         is_form = request.method not in {"GET", "HEAD"} and request.content_type in _FORM_TYPES
         if is_form and "Content-Type" in request.headers:
             return web.Response(status=415, text="not for forms\n")

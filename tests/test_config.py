@@ -337,7 +337,6 @@ def test_the_defaults_are_those_of_the_documents(tmp_path: Path) -> None:
         },
         "retry": {"attempts": 3, "first_pause": "100ms", "longest_pause": "2s", "budget": 20},
         "endpoints": {"lwa": "https://api.amazon.com/auth/o2/token"},
-        "documents": "direct",
         "marketplaces": {},
         "limits": {"max_wait": "10s", "pace": True, "max_queue": 5000},
         "timeouts": {

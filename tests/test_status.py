@@ -21,7 +21,7 @@ def admin(proxy: Running) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["/livez", "/healthz", "/liveness", "/readyz", "/readiness", "/startupz", "/startup", "/metrics", "/"]
+    "path", ["/livez", "/healthz", "/liveness", "/readyz", "/readiness", "/startupz", "/startup", "/metrics"]
 )
 async def test_a_healthy_proxy_says_so(proxy: Running, path: str) -> None:
     got = await call(admin(proxy), "GET", path)

@@ -315,13 +315,29 @@ class Handler:
         account, region, operation = (
             (target.account, target.region, target.operation_name) if target is not None else exchange.where()
         )
-        source = "amazon" if not exchange.error else "client" if status == CLIENT_LEFT else "proxy"
-        if exchange.own and not exchange.error:
-            source = "proxy"
+        source = "amazon" if not exchange.error and not exchange.own else _source(exchange)
         labels = (account, region, operation, _label(exchange.method), str(status), exchange.token, source)
         series = metrics.known_series.get(labels) or metrics.series_of(*labels)
         series.requests += 1
         series.duration.observe(duration)
+        recent = metrics.recent
+        if recent is not None:
+            # Names and numbers alone: what else is known of the request ends with it.
+            recent.keep(
+                (
+                    recent.number(),
+                    series.labels,
+                    exchange.caller,
+                    exchange.started,
+                    duration,
+                    exchange.waited,
+                    exchange.token_wait,
+                    exchange.upstream_duration,
+                    exchange.attempts,
+                    exchange.error,
+                    exchange.hint,
+                )
+            )
         if target is not None:
             if exchange.waited:
                 metrics.limit_wait.observe(exchange.waited)
@@ -347,6 +363,11 @@ def refusal_of(response: Answer, beginning: bytes) -> Refusal:
     coding = response.first(b"content-encoding") or ""
     body = unpacked(beginning, coding, MOST_OF_REFUSAL * 4)
     return parse_refusal(body, response.first(b"x-amzn-errortype") or "")
+
+
+def _source(exchange: Exchange) -> str:
+    """Return who answered where it was not Amazon: the proxy, or nobody, since the client had left."""
+    return "client" if exchange.error and exchange.status == CLIENT_LEFT else "proxy"
 
 
 def _label(method: str) -> str:

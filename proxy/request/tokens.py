@@ -8,10 +8,10 @@ exchange is made stands in `grants.py`.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.config import Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
@@ -80,6 +80,18 @@ class _Failure:
     def is_recent(self, now: float) -> bool:
         """Whether the trouble probably goes on."""
         return self.error.retryable and now - self.until < RECENT
+
+
+class Standing(NamedTuple):
+    """How the token of one credential stands; seconds from now."""
+
+    credential: Credential
+    left: float | None  # for which the token that is held is good; None where none is
+    age: float | None  # since it was asked for
+    is_pending: bool  # an exchange is under way
+    error: ProxyError | None  # why the last exchange failed, if it did
+    failures: int  # in a row
+    pause: float  # until an exchange is tried again
 
 
 class Tokens:
@@ -217,6 +229,23 @@ class Tokens:
         # A seller who authorised anew may have been asked for more.
         kept = {key: until for key, until in self._refused_elements.items() if not is_outdated(key[0])}
         self._refused_elements = kept
+
+    def standing(self) -> Iterator[Standing]:
+        """Yield how each token stands that was asked for; without a change, and from any thread."""
+        held, failed, pending = self._held.copy(), self._failed.copy(), self._pending.copy()
+        now = self._now()
+        for credential in dict.fromkeys((*held, *failed, *pending)):
+            token, failure = held.get(credential), failed.get(credential)
+            is_good = token is not None and now < token.dies_at
+            yield Standing(
+                credential,
+                token.expires_at - now if token is not None and is_good else None,
+                now - token.since if token is not None and is_good else None,
+                credential in pending,
+                failure.error if failure is not None else None,
+                failure.count if failure is not None else 0,
+                max(0.0, failure.until - now) if failure is not None else 0.0,
+            )
 
     async def close(self) -> None:
         """Cancel exchanges that are under way, and begin none."""

@@ -12,7 +12,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The one process."""
     with World.made(tmp_path_factory.mktemp("world")) as world:
         yield world
-        for path in ("/metrics", "/readyz?verbose", "/livez", "/", "/nothing"):
+        for path in ("/metrics", "/readyz?verbose", "/livez", "/", "/status", "/requests", "/nothing"):
             (page,) = world.send(request(path), address=world.admin)
             assert page.body
             assert not [secret for secret in SECRETS if secret.encode() in page.body]

@@ -286,7 +286,7 @@ async def test_a_web_page_cannot_read_the_admin_address(
     async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
         assert proxy.admin is not None
         async with Tap(address=proxy.admin) as tap:
-            await attack(name, tap, ("/metrics", "/readyz"), tmp_path)
+            await attack(name, tap, ("/metrics", "/readyz", "/", "/requests"), tmp_path)
             assert (far_side.received, token_host.received) == ([], [])
             assert (await call(f"127.0.0.1:{tap.port}", "GET", "/metrics")).body.startswith(b"# HELP")
             assert (await call(f"127.0.0.1:{tap.port}", "GET", "/readyz")).body == b"ok\n"
