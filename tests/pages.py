@@ -176,7 +176,7 @@ class Session:
             (self.folder / name).symlink_to(ROOT / name)
         ours = _COMMAND.format(listen=self.ports.of(8080), admin=self.ports.of(9090), python=sys.executable)
         python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-        pytest = f'#!/bin/sh\nexec {sys.executable} -m pytest -p no:cacheprovider -p no:cloudcoil "$@"\n'
+        pytest = f'#!/bin/sh\nPYTEST_DISABLE_PLUGIN_AUTOLOAD=1 exec {sys.executable} -m pytest -p no:cacheprovider "$@"\n'
         for name, script in {"sp-api-proxy": ours, "python": python, "python3": python, "pytest": pytest}.items():
             (commands / name).write_text(script, encoding="utf-8")
             (commands / name).chmod(0o755)
