@@ -317,7 +317,7 @@ class Session:
             return
         (settings,) = documents
         if path is None:  # a part of a configuration: what it leaves out is made up
-            path = self._behind / "part.yaml"
+            path = self.folder / ".part.yaml"
             path.write_text(yaml.safe_dump(_completed(settings)), encoding="utf-8")
         names = re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8"))
         load_config(str(path), {name: f"made-up-{name}" for name in names})
