@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0  # seconds for one block
 KUBERNETES = "1.29"  # the oldest with native sidecars
 
-_FILE = re.compile(r"\A(?:#|//) ([\w./-]+\.(?:yaml|yml|py|mjs|js|conf))\n")
+_FILE = re.compile(r"\A(?:#|//) ([\w./-]+\.(?:yaml|yml|py|mjs|sh))\n")
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 _PORT = re.compile(r"(?P<before>(?:127\.0\.0\.1|localhost|0\.0\.0\.0):|--port )(?P<port>[1-9]\d{2,4})\b")
 _READY = re.compile(r"serving|listens|Ready to accept connections|Serving HTTP")
@@ -333,7 +333,7 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 def look_at(block: Block) -> None:
     """Look at a block that is not run: its files must be there."""
-    for name in re.findall(r"(?<![\w/])(?:config|docs|tests|proxy)/[\w./-]+", block.text):
+    for name in re.findall(r"(?<![\w/-])(?:config|docs|tests|proxy)/[\w./-]+", block.text):
         if not (ROOT / name).exists():
             raise PageError(f"line {block.line}: there is no {name}")
 
