@@ -11,8 +11,8 @@ The fenced blocks of a page are one session, in a folder of its own. What is don
     output        what the block before it prints; `…` stands for anything within a line, and alone for any lines
 
 A block whose first line names a file (`# config.yaml`, `// call.mjs`) is written into that file, and not run. Ports of
-this machine are exchanged for free ones, and back in what is printed. A block below a comment `<!-- not run: REASON -->`
-is only looked at.
+this machine are exchanged for free ones, and back in what is printed. Below a comment `<!-- not run: REASON -->` a
+block is only looked at.
 """
 
 import contextlib
@@ -176,7 +176,9 @@ class Session:
             (self.folder / name).symlink_to(ROOT / name)
         ours = _COMMAND.format(listen=self.ports.of(8080), admin=self.ports.of(9090), python=sys.executable)
         python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-        pytest = f'#!/bin/sh\nPYTEST_DISABLE_PLUGIN_AUTOLOAD=1 exec {sys.executable} -m pytest -p no:cacheprovider "$@"\n'
+        pytest = (
+            f'#!/bin/sh\nPYTEST_DISABLE_PLUGIN_AUTOLOAD=1 exec {sys.executable} -m pytest -p no:cacheprovider "$@"\n'
+        )
         for name, script in {"sp-api-proxy": ours, "python": python, "python3": python, "pytest": pytest}.items():
             (commands / name).write_text(script, encoding="utf-8")
             (commands / name).chmod(0o755)
@@ -350,7 +352,9 @@ def proxy_commands(text: str) -> Iterator[list[str]]:
     ]
     for line in (*inline, *lines):
         words = shlex.split(line, comments=True)
-        end = next((n for n, word in enumerate(words) if word in {"|", "&&", "||", ">", ";", "2>&1"}), len(words))
+        end = next(
+            (n for n, word in enumerate(words) if word in {"|", "&&", "||", "&", ">", "2>", ";", "2>&1"}), len(words)
+        )
         yield words[:end]
 
 

@@ -5,29 +5,198 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from docs.navigation import ROOT
+from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.amazon.reports import RESTRICTED_TYPES
 from proxy.errors import ProxyError, all_errors
 from proxy.request.forbidden import HINTS
 from tests import test_docs
 from tests.conftest import needs
-from tests.pages import run_page
+from tests.pages import blocks, proxy_commands, run_page, same
 
 FOLDER = ROOT / "docs"
 PAGES = sorted(FOLDER.glob("*.md"))
+PROGRAMS = ("bash", "curl", "openssl", "node", "redis-server", "kubectl", "promtool")
+# How many blocks of each page are looked at and not run; the page says why, above each.
+NOT_RUN = {"first-call": 1, "replicas": 1, "sidecar": 3, "threat-model": 1}
+
+
+# The pages, word by word.
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_reader_who_does_what_a_page_says_sees_what_it_says(page: Path, tmp_path: Path) -> None:
-    for program in ("bash", "curl", "openssl", "node", "redis-server", "kubectl"):
+    for program in PROGRAMS:
         needs(shutil.which(program) is not None, program)
-    run_page(page.read_text(encoding="utf-8"), tmp_path)
+    assert run_page(page.read_text(encoding="utf-8"), tmp_path) == NOT_RUN.get(page.stem, 0)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    for words in proxy_commands(page.read_text(encoding="utf-8")):
+        parser, arguments = test_docs.parser_for(words)
+        if len(words) > 1:
+            parser.parse_args(arguments)
+            continue
+        with pytest.raises(SystemExit, match=r"^0$"):  # the name of a command alone
+            parser.parse_args([*arguments, "--help"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_names_only_settings_headers_and_series_that_there_are(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    readme = test_docs.text_of("README.md")
+    assert not [name for name in re.findall(r"\b(spapi_proxy_\w+)\b(?=`)", text) if f"`{name}`" not in readme]
+    assert not [name for name in re.findall(r"`(x-sp-[a-z-]+)[`:]", text) if f"`{name}" not in readme]
+    keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in test_docs.settings()}
+    groups = {key.partition(".")[0] for key in keys if "." in key}
+    named = re.findall(rf"`((?:{'|'.join(sorted(groups))})\.[a-z_]+)`", text)
+    assert not [key for key in named if key not in keys]
+
+
+def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
+    fence = "```"
+    for number, (text, complaint) in enumerate(
+        (
+            (f"{fence}sh\necho one\n{fence}\n\n{fence}output\ntwo\n{fence}\n", "line 5: prints something else"),
+            (f"{fence}sh\nfalse\n{fence}\n", "line 1: ended with 1 instead of 0"),
+            (f"{fence}sh exit=2\ntrue\n{fence}\n", "line 1: ended with 0 instead of 2"),
+            (f"{fence}sh\nfalse | true\n{fence}\n", "line 1: ended with 1"),
+            (f"{fence}python\n1 / 0\n{fence}\n", "ZeroDivisionError"),
+            (f"{fence}sh server\nsp-api-proxy serve --config no.yaml\n{fence}\n", "line 1: does not serve"),
+            (f"{fence}yaml\nlimits: {{max_weight: 1s}}\n{fence}\n", "limits.max_weight"),
+            (f"{fence}yaml\n# pod.yaml\nkind: Pod\napiVersion: v1\nspec: {{}}\n{fence}\n", "containers"),
+            (f"{fence}promql\nsum(\n{fence}\n", "unclosed left parenthesis"),
+            (f"{fence}\necho\n{fence}\n", "nothing runs a block of no language"),
+            (f"{fence}ruby\nputs 1\n{fence}\n", "nothing runs a block of ruby"),
+            (f"{fence}output\none\n{fence}\n", "no block before it prints anything"),
+            (
+                f"<!-- not run: why -->\n{fence}sh\nkubectl apply -k config/nothing\n{fence}\n",
+                "there is no config/nothing",
+            ),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(Exception, match=complaint):
+            run_page(text, folder)
+
+
+def test_only_the_block_below_its_comment_is_not_run() -> None:
+    text = "<!-- not run: a reason -->\n```sh\none\n```\n\n```sh exit=1\ntwo\n```\n"
+    assert [(block.line, block.options, block.not_run) for block in blocks(text)] == [
+        (2, (), "a reason"),
+        (6, ("exit=1",), None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expected", "printed", "fits"),
+    [
+        ("one\ntwo", "one\ntwo\n", True),
+        ("one\r\n", "one  \r\n\n", True),
+        ("one", "one\ntwo", False),
+        ("o…e", "one", True),
+        ("o…e", "o\ne", False),
+        ("…", "", True),
+        ("one\n…\nthree", "one\nthree", True),
+        ("one\n…\nthree", "one\n2\n2\nthree", True),
+        ("one\n…", "two", False),
+        ("a.c", "abc", False),
+    ],
+)
+def test_dots_stand_for_anything_and_nothing_else_does(expected: str, printed: str, fits: bool) -> None:
+    assert same(expected, printed) is fits
+
+
+# The site.
+
+
+def build(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "--builder", "html")
+    return subprocess.run(
+        [*command, "--conf-dir", "docs", ".", folder], cwd=root, check=False, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module", name="site")
+def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+def test_make_docs_builds_what_is_tested_here() -> None:
+    wanted = "-m sphinx --fail-on-warning --keep-going --quiet --builder html --conf-dir docs . build/docs"
+    assert wanted in test_docs.text_of("Makefile")
+
+
+def test_the_site_has_every_page_and_needs_no_other_host(site: Path) -> None:
+    for page in PAGES:
+        assert (site / "docs" / f"{page.stem}.html").is_file()
+    assert f"url={START}.html" in (site / "index.html").read_text(encoding="utf-8")
+    loaded = re.compile(
+        r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)=["'](?:https?:)?//|url\(["']?(?:https?:)?//|@import"""
+    )
+    texts = [path for path in site.rglob("*") if path.suffix in {".html", ".css"}]
+    assert len(texts) > len(PAGES)
+    assert not [path for path in texts if loaded.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("[gone](gone.md)", "gone.md"),
+        ("[no such heading](limits.md#no-such-heading)", "no-such-heading"),
+        ("[gone](../config/gone.yaml)", "config/gone.yaml"),
+        (None, "document isn't included in any toctree"),
+    ],
+)
+def test_a_link_that_leads_nowhere_or_a_page_that_no_list_names_fails(
+    page: str | None, complaint: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(FOLDER, root / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("proxy", "config", "tests", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"):
+        (root / name).symlink_to(ROOT / name)
+    if page is None:
+        (root / "docs" / "lost.md").write_text("# Lost\n", encoding="utf-8")
+    else:
+        with (root / "docs" / "limits.md").open("a", encoding="utf-8") as file:
+            file.write(f"\n{page}\n")
+    done = build(tmp_path / "site", root)
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+def test_llms_txt_has_every_page_with_what_it_is_for(site: Path) -> None:
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    title, _, summary, *_ = text.splitlines()
+    assert title == "# sp-api-proxy"
+    assert summary.startswith("> A local reverse proxy for Amazon's Selling Partner API.")
+    entries = re.findall(r"^- \[(.+)\]\((.+)\): (.+)$", text, re.MULTILINE)
+    assert {link for _, link, _ in entries} >= {f"docs/{page.name}" for page in PAGES if page.stem != "index"}
+    for name, link, description in entries:
+        original = (ROOT / link).read_text(encoding="utf-8")
+        assert (site / link).read_text(encoding="utf-8") == original
+        assert name
+        assert 20 < len(description) < 160, link
+    full = (site / "llms-full.txt").read_text(encoding="utf-8")
+    assert not [link for _, link, _ in entries if (ROOT / link).read_text(encoding="utf-8").strip() not in full]
+
+
+def test_what_the_first_page_says_of_a_page_is_in_llms_txt() -> None:
+    listed = [page for _, pages in sections(first_page()) for page in pages]
+    assert len({page.path for page in listed}) == len(listed) >= len(PAGES) - 1
+    assert all(f"- [{page.title}]({page.path}): {page.description}\n" in llms_txt(first_page()) for page in listed)
 
 
 # What the pages take from the code.
@@ -49,7 +218,7 @@ def with_hints(text: str) -> str:
 
 
 def with_openings(text: str, paragraphs: dict[str, str]) -> str:
-    """Return a page in which the first paragraph below each of these headings is as given; new ones stand at the end."""
+    """Return a page whose first paragraph below each of these headings is as given; new ones stand at the end."""
     for heading, paragraph in paragraphs.items():
         opening = f"\n### {heading}\n\n"
         if opening not in text:
