@@ -26,6 +26,8 @@ html_title = f"sp-api-proxy {version}"
 html_copy_source = False
 html_show_copyright = False
 html_use_index = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 _TO_THE_START = f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={START}.html">\n'
 
