@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def with_errors(text: str) -> str:
 def about(error: type[ProxyError], advice: str) -> str:
     again = "yes" if error.retryable else "no"
     meaning = (error.__doc__ or "").splitlines()[0]
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **What to do:** {advice}"
+    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {advice}"
 
 
 def with_hints(text: str) -> str:
@@ -224,7 +225,10 @@ def with_openings(text: str, paragraphs: dict[str, str]) -> str:
         if opening not in text:
             text = f"{text.rstrip()}\n{opening}\n"
         before, _, after = text.partition(opening)
-        text = f"{before}{opening}{paragraph}\n{after[after.index(chr(10)) + 1 :]}"
+        wrapped = textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
+        text = (
+            f"{before}{opening}{wrapped}\n{after[after.index(chr(10) * 2) + 1 :] if chr(10) * 2 in after else chr(10)}"
+        )
     return text
 
 
