@@ -51,9 +51,11 @@ def test_every_command_of_a_page_is_understood(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_names_only_settings_headers_and_series_that_there_are(page: Path) -> None:
+def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     readme = test_docs.text_of("README.md")
+    files = re.findall(r"`((?:proxy|tests|config|docs|\.ci)/[\w./-]+)`", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
     assert not [name for name in re.findall(r"\b(spapi_proxy_\w+)\b(?=`)", text) if f"`{name}`" not in readme]
     assert not [name for name in re.findall(r"`(x-sp-[a-z-]+)[`:]", text) if f"`{name}" not in readme]
     keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in test_docs.settings()}
@@ -211,16 +213,15 @@ def with_hints(text: str) -> str:
 
 
 def with_openings(text: str, paragraphs: dict[str, str]) -> str:
-    """Return a page whose first paragraph below each of these headings is as given; new ones stand at the end."""
+    """Return a page whose first paragraph below each of these headings is as given; new ones go before its last part."""
     for heading, paragraph in paragraphs.items():
         opening = f"\n### {heading}\n\n"
         if opening not in text:
-            text = f"{text.rstrip()}\n{opening}\n"
+            last = text.rindex("\n## ")
+            text = f"{text[:last]}{opening}\n{text[last:]}"
         before, _, after = text.partition(opening)
         wrapped = textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
-        text = (
-            f"{before}{opening}{wrapped}\n{after[after.index(chr(10) * 2) + 1 :] if chr(10) * 2 in after else chr(10)}"
-        )
+        text = f"{before}{opening}{wrapped}\n{after[after.index(chr(10) * 2) + 1 :]}"
     return text
 
 
