@@ -31,7 +31,7 @@ NOT_RUN = {"first-call": 1, "replicas": 1, "sidecar": 3, "threat-model": 1}
 # The pages, word by word.
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_reader_who_does_what_a_page_says_sees_what_it_says(page: Path, tmp_path: Path) -> None:
     for program in PROGRAMS:
@@ -64,7 +64,7 @@ def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page
     assert not [key for key in named if key not in keys]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
     fence = "```"
     for number, (text, complaint) in enumerate(
@@ -143,7 +143,7 @@ def test_make_docs_builds_what_is_tested_here() -> None:
     assert wanted in test_docs.text_of("Makefile")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_site_has_every_page_and_needs_no_other_host(site: Path) -> None:
     for page in PAGES:
         assert (site / "docs" / f"{page.stem}.html").is_file()
@@ -156,7 +156,7 @@ def test_the_site_has_every_page_and_needs_no_other_host(site: Path) -> None:
     assert not [path for path in texts if loaded.search(path.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_link_that_leads_nowhere_or_a_page_that_no_list_names_fails(tmp_path: Path) -> None:
     root = tmp_path / "checkout"
     left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "corpora")
@@ -171,7 +171,7 @@ def test_a_link_that_leads_nowhere_or_a_page_that_no_list_names_fails(tmp_path: 
         assert [line for line in complaints if what in line], what
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_llms_txt_has_every_page_with_what_it_is_for(site: Path) -> None:
     text = (site / "llms.txt").read_text(encoding="utf-8")
     title, _, summary, *_ = text.splitlines()
@@ -213,7 +213,7 @@ def with_hints(text: str) -> str:
 
 
 def with_openings(text: str, paragraphs: dict[str, str]) -> str:
-    """Return a page whose first paragraph below each of these headings is as given; new ones go before its last part."""
+    """Return a page with this first paragraph below each of these headings; new ones go before the page's last part."""
     for heading, paragraph in paragraphs.items():
         opening = f"\n### {heading}\n\n"
         if opening not in text:
