@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 LIBRARIES := .venv-libraries
 NODE_LIBRARIES := tests/libraries/node_modules
 
-.PHONY: run test libraries lint types format wheel check coverage bench lock operations clean
+.PHONY: run test libraries lint types format wheel docs check coverage bench lock operations clean
 
 run: $(VENV)/.runtime
 	@exec $(BIN)/python -m proxy serve --demo $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -51,7 +51,11 @@ format: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	$(BIN)/python .ci/check_wheel.py
 
-check: test lint types wheel
+# The pages as a site in build/docs, which needs no network; a broken link or a page that no list names is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html --conf-dir docs . build/docs $(ARGS)
+
+check: test lint types docs wheel
 
 coverage: $(VENV)/.dev libraries
 	rm -f .coverage .coverage.*

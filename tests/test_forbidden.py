@@ -41,6 +41,7 @@ def refuse(far_side: FarSide, body: bytes = refusal(), **fields: str) -> None:
         (SELLERS, {}, refusal(), "region_or_authorisation"),
         (SELLERS, {}, b"<html>", "region_or_authorisation"),
         (SELLERS, {}, refusal(message="Access to the resource is forbidden"), "report_type"),
+        ("/orders/v0/orders", {}, refusal(), "region_or_authorisation"),  # it answers an ordinary token too
         ("/orders/v0/orders/1/address", {}, refusal(), "restricted_role"),
         ("/orders/v0/orders/1/address", {"x_sp_data_elements": "none"}, refusal(), "restricted_without_rdt"),
         ("/notifications/v1/destinations", {}, refusal(), "grantless"),

@@ -70,7 +70,8 @@ class Experience:
             return "elements_dropped"
         if token.kind == "rdt":
             return "restricted_role"
-        if target.operation.restricted:
+        # One that takes data elements answers an ordinary token too, without them: the token is not to blame.
+        if target.operation.restricted and not target.operation.data_elements:
             return "restricted_without_rdt"
         if token.kind == "grantless":
             return "grantless"
