@@ -114,12 +114,12 @@ def command_of(program: str) -> tuple[str | Path, ...]:
         needs(shutil.which("curl") is not None, "curl")
         return sys.executable, path
     if path.suffix == ".py":
-        needs((PYTHON.parents[1] / ".installed").exists(), "the libraries for Python (make libraries)")
+        needs((PYTHON.parents[1] / ".installed").exists(), "a library for Python (make libraries)")
         return PYTHON, path
     node = shutil.which("node")
     needs(node is not None, "Node")
     has_libraries = (PROGRAMS / "node_modules" / ".installed").exists()
-    needs(program == "with_fetch.mjs" or has_libraries, "the libraries for Node (make libraries)")
+    needs(program == "with_fetch.mjs" or has_libraries, "a library for Node (make libraries)")
     return node or "node", path
 
 
