@@ -585,6 +585,11 @@ class Listening(web.Server):
         self._options = Options.of(config, self._options.metrics)
         self._kwargs.update(keepalive_timeout=config.timeouts.keep_alive, max_headers=config.bounds.header_fields)
 
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp calls it so
+        """End all connections, and hold no configuration any more: this object is one of a ring, and goes late."""
+        await super().shutdown(timeout)
+        self.request_handler = _nobody
+
     @property
     def header_timeout(self) -> float:
         """How long a client may take for a request's head, in seconds."""
@@ -615,6 +620,10 @@ class Listening(web.Server):
         if isinstance(protocol, Connection):
             _mark(request, message, protocol)
         return request
+
+
+async def _nobody(_: web.BaseRequest) -> web.StreamResponse:
+    raise ConnectionError("the listener is closed")
 
 
 def _mark(request: web.BaseRequest, message: RawRequestMessage, connection: Connection) -> None:

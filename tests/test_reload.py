@@ -257,6 +257,32 @@ async def test_the_first_configuration_and_its_secrets_are_gone_when_another_too
         assert is_there() is None
 
 
+async def test_a_listener_that_goes_takes_its_configuration_along(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+) -> None:
+    """Without the garbage collector, which leaves alone what was there when a reload ended."""
+
+    def config(**settings: Any) -> Config:
+        return config_from(settings_for(far_side, token_host, **settings), tmp_path)
+
+    async with running(config()) as proxy:
+        both = config(listen=["127.0.0.1:0", "127.0.0.1:0"])
+        is_there = weakref.ref(both)
+        await proxy.hand_over(both)
+        del both
+        assert is_there() is not None
+        assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
+        gc.collect()
+        gc.disable()
+        try:
+            await proxy.hand_over(config(limits={"max_queue": 9}))
+            async with asyncio.timeout(10):
+                while is_there() is not None:  # noqa: ASYNC110 - its connections are given a moment to end
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+
+
 async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watched: Watched, log: StringIO) -> None:
     watched.write(store="memory", health="127.0.0.1:0", metrics={"account_on_histograms": True})
     assert await watched.result() == "unchanged"
