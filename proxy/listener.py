@@ -346,6 +346,7 @@ class Request(web.BaseRequest):
         "_writer",
         "body_exists",
         "content",
+        "head_block",
         "headers",
         "keep_alive",
         "method",
@@ -362,8 +363,10 @@ class Request(web.BaseRequest):
         protocol: RequestHandler,
         task: "asyncio.Task[None]",
         loop: asyncio.AbstractEventLoop,
+        head_block: bytes | None,
     ) -> None:
         self._message = message
+        self.head_block = head_block  # its fields as they came, where nothing else came with them
         self.method = self._method = message.method
         self.raw_path = message.path
         self.version = message.version
@@ -393,11 +396,15 @@ class Request(web.BaseRequest):
 class ProxiedConnection(Connection):
     """A client connection whose requests go to Amazon; what serves them writes Amazon's answers itself."""
 
-    __slots__ = ()
+    __slots__ = ("_head_block",)
+
+    def __init__(self, manager: web.Server, **others: Any) -> None:
+        super().__init__(manager, **others)
+        self._head_block: bytes | None = None
 
     def data_received(self, data: bytes) -> None:
         """Take what is nearly always the case without much ado: a whole head, with nothing before and behind it."""
-        parser, waiter = self._parser, self._waiter
+        parser, waiter, line_end = self._parser, self._waiter, data.find(b"\r")
         if (
             self._line != b""
             or waiter is None
@@ -406,7 +413,7 @@ class ProxiedConnection(Connection):
             or self._last is not None
             or parser is None
             or data.find(b"\r\n\r\n") != len(data) - 4
-            or data.count(b" ", 0, data.find(b"\r")) != 2
+            or data.count(b" ", 0, line_end) != 2
             or not data[:1].isalpha()
             or self._force_close
             or self._close
@@ -432,6 +439,7 @@ class ProxiedConnection(Connection):
                 and not (message.upgrade or message.chunked)
                 and message.method != "CONNECT"
             ):
+                self._head_block = data[line_end:]
                 self._room.is_busy(self)
                 if self._head_timer is not None:
                     self._end_head_timer()
@@ -519,7 +527,8 @@ class ProxiedConnection(Connection):
     def _request_of(self, message: RawRequestMessage, payload: StreamReader) -> web.BaseRequest:
         if self._task_handler is None:
             raise ConnectionError("the connection ended")
-        request = Request(message, payload, self, self._task_handler, self._loop)
+        request = Request(message, payload, self, self._task_handler, self._loop, self._head_block)
+        self._head_block = None
         if message.version is not HttpVersion11 or message is ERROR or self.peer is not NOBODY or self._is_leaving:
             _mark(request, message, self)
         return request

@@ -93,7 +93,7 @@ class Handler:
         entered: str | None = None
         answer: AmazonsAnswer | PlaceholderAnswer | OwnAnswer
         try:
-            head = self.heads.of(request.raw_headers, request.headers)
+            head = self.heads.of(request.raw_headers, request.headers, getattr(request, "head_block", None))
             admitted = self._admitted(request, head, exchange)
             self.crowd.enter(exchange.caller or self.name)
             entered = exchange.caller or self.name

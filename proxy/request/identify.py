@@ -5,7 +5,6 @@ that no two steps can disagree. Account and region each come from the first sour
 disagree are refused, never guessed about.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -52,8 +51,7 @@ _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.g
 _MOST_MARKETPLACES = 64
 _MOST_DECISIONS = 10_000
 _LONGEST_KEY = 1000  # characters
-_MARKETPLACE_VALUES = re.compile(r"[Mm](?<![^&].)arketplaceIds?=([^&]*)")  # where a pair begins
-_ENCODED_NAME = re.compile(r"%[^=&]*=")  # or a value with = in it
+_M, _BEHIND_ANOTHER = frozenset({"M", "m"}), ("&M", "&m")  # what stands before `arketplaceId` in a name
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
@@ -399,10 +397,16 @@ def _marketplace_ids(query: str) -> Iterator[str]:
 
 
 def _marketplaces_as_written(query: str) -> tuple[str, ...]:
-    """Return what decides which ids `_marketplace_ids` yields: the values as they stand, but for encoded names."""
-    if "%" in query and _ENCODED_NAME.search(query):
-        return tuple(_marketplace_ids(query))
-    return tuple(_MARKETPLACE_VALUES.findall(query))
+    """Return what decides which ids `_marketplace_ids` yields: the one value as it stands, or the ids."""
+    before, _, behind = query.partition("arketplaceId")
+    if (
+        (before in _M or before.endswith(_BEHIND_ANOTHER))
+        and behind.startswith(("=", "s="))
+        and "arketplaceId" not in behind
+        and not ("%4" in query or "%5" in query or "%6" in query or "%7" in query)  # a letter, perhaps of a name
+    ):
+        return (behind.partition("&")[0],)
+    return tuple(_marketplace_ids(query))
 
 
 def _decoded(text: str) -> str:

@@ -252,16 +252,16 @@ class Upstream:
         call.mask = Mask(token.telling_part)
         own = lines_for_amazon(call.request.method, call.head)
         credentials = self._credentials(call.target.application, token)
-        return self.send_with(call, own, credentials, says_length=call.head.says_length)
+        return self.send_with(call, own + credentials, says_length=call.head.says_length)
 
-    async def send_with(self, call: Call, *lines: bytes, says_length: bool) -> Answer:
+    async def send_with(self, call: Call, lines: bytes, *, says_length: bool) -> Answer:
         """Do what `send` does with these lines of fields and no other; they say the body's length, or do not.
 
         The request goes to the target's endpoint, whatever that is.
         """
         call.patience.for_amazon()
         origin, host = _origin_of(call.target.endpoint)
-        head, is_chunked = _head(call, host, *lines, says_length=says_length)
+        head, is_chunked = _head(call, host + lines, says_length=says_length)
         wire = await self._connection(origin, fresh=call.wants_new_connection)
         was_used = wire.served > 0
         answer = _begin(wire, call, head, is_chunked=is_chunked)
@@ -366,7 +366,7 @@ class Upstream:
         return passed
 
 
-def _head(call: Call, *lines: bytes, says_length: bool) -> tuple[bytes, bool]:
+def _head(call: Call, lines: bytes, *, says_length: bool) -> tuple[bytes, bool]:
     """Return the request's head, and whether its body goes in chunks."""
     method, is_chunked, framing = call.request.method, False, b"\r\n"
     if method not in BODILESS and not says_length:
@@ -374,7 +374,7 @@ def _head(call: Call, *lines: bytes, says_length: bool) -> tuple[bytes, bool]:
         framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
     # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
     line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
-    return b"".join((line, *lines, framing)), is_chunked
+    return b"".join((line, lines, framing)), is_chunked
 
 
 def _begin(wire: Wire, call: Call, head: bytes, *, is_chunked: bool) -> Answer:
