@@ -77,7 +77,7 @@ def _advice(status: int, text: str, address: Address, *, is_for_apps: bool) -> s
     if is_for_apps:
         return f". {address} is where apps send their requests. {_ELSEWHERE}"
     if status == 404 and text == "Not Found":
-        return ". The health address ends no proxy: ask at its admin address, with --url or --config"
+        return ". The health address only says how it is: ask at the admin address, with --url or --config"
     if text.startswith(_OURS):
         return ""
     return f". {address} is perhaps no proxy's. {_ELSEWHERE}"

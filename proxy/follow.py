@@ -136,8 +136,7 @@ def _asked(address: Address, cursor: str) -> Mapping[str, Any]:
     """Return what the proxy answers; raise ConnectionError where it is no answer."""
     answer = ask.once(address, "GET", f"/requests?after={cursor}", most=MOST_BYTES)
     if not answer.is_good:
-        hint = " (the health address does not have them: ask at the admin address)" if "404" in answer.text[:4] else ""
-        raise ConnectionError(f"{answer.text}{hint}")
+        raise ConnectionError(answer.text)
     try:
         found: Mapping[str, Any] = json.loads(answer.text)
         _ = found["instance"], found["cursor"], found["missed"], found["requests"]

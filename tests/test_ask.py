@@ -37,7 +37,7 @@ async def test_the_state_of_a_proxy_is_asked_for_by_url_and_by_configuration(
         assert await command("healthcheck", "--live", *url) == (0, "ok\n", "")
         code, _, complained = await command("shutdown", *url)
         assert code == 1
-        assert complained.startswith("404: Not Found. The health address ends no proxy: ask at its admin address")
+        assert complained.startswith("404: Not Found. The health address only says how it is: ask at the admin address")
         code, _, complained = await command("shutdown", *config)
         assert code == 1
         assert complained == (

@@ -121,7 +121,7 @@ async def test_the_configuration_says_where_to_ask(far_side: FarSide, token_host
         (line,) = [line for line in proxy.lines() if line["message"] == "serving"]
         code, printed, complained = await command("requests", "--url", line["health"])
         assert (code, printed) == (1, "")
-        assert complained == "404: Not Found (the health address does not have them: ask at the admin address)\n"
+        assert complained.startswith("404: Not Found. The health address only says how it is: ask at the admin address")
 
 
 async def test_a_proxy_that_is_restarted_is_followed_on(
@@ -172,7 +172,10 @@ async def test_nobody_there_is_a_failure_at_once() -> None:
     assert await command("requests", "--url", "127.0.0.1:1") == (
         1,
         "",
-        "no answer from 127.0.0.1:1: Connection refused\n",
+        (
+            "no answer from 127.0.0.1:1: Connection refused. Is the proxy running? Name its admin or health address with "
+            "--url, or the file that says it with --config\n"
+        ),
     )
 
 

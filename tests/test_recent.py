@@ -61,7 +61,7 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: R
         (200, "", ""),
         (200, "", ""),
         (400, "UnknownAccount", ""),
-        (403, "", "restricted_without_rdt"),
+        (403, "", "role"),
     ]
     everything = list(reached(list(recent.kept)))
     assert {type(one) for one in everything} <= {list, tuple, str, int, float, type(None)}

@@ -26,6 +26,7 @@ from tests.test_watching import PROMETHEUS, RECORDED, queries
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ORDER = "/orders/v0/orders/1"
 DESTINATIONS = "/notifications/v1/destinations"
+DOCUMENTS = "/feeds/2021-06-30/documents"
 
 # Nothing is found where nothing of the kind happened: lines lost, and connections closed for want of room.
 DID_NOT_HAPPEN = {
@@ -94,6 +95,7 @@ async def a_little_of_everything(proxy: Running, simulator: Simulator) -> None:
         (SELLERS, {"x_sp_max_wait": "0"}),
     ):
         await call(app, "GET", target, None, **{"x_sp_region": "eu", **fields})
+    await call(app, "POST", DOCUMENTS, b'{"contentType":"text/tab-separated-values"}', x_sp_region="eu")
     for status, retry in ((503, "off"), (503, "on"), (429, "on"), (403, "on")):
         faults.append(Fault("status", service="na", status=status, times=1))
         await call(app, "GET", "/brand/new", x_sp_region="na", **({"x_sp_retry": "off"} if retry == "off" else {}))
@@ -128,7 +130,8 @@ async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[Ru
         },
         "accounts": {"demo": {"refresh_tokens": {region: f"Atzr|demo-{region}" for region in ("na", "eu", "fe")}}},
         "limits": {"max_wait": "100ms"},
-        "endpoints": {name: simulator.endpoints[name] for name in ("na", "eu", "fe", "lwa")},
+        "endpoints": {name: simulator.endpoints[name] for name in ("na", "eu", "fe", "lwa", "documents")},
+        "documents": "relay",
     }
     LOST.clear()  # what other tests of this process lost
     async with AsyncExitStack() as stack:
