@@ -173,8 +173,8 @@ async def test_nobody_there_is_a_failure_at_once() -> None:
         1,
         "",
         (
-            "no answer from 127.0.0.1:1: Connection refused. Is the proxy running? Name its admin or health address with "
-            "--url, or the file that says it with --config\n"
+            "no answer from 127.0.0.1:1: Connection refused. Is the proxy running? "
+            "Name its admin or health address with --url, or the file that says it with --config\n"
         ),
     )
 
