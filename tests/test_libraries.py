@@ -34,7 +34,6 @@ GOT = {
     "buyer_by_token": "simulated@marketplace.example",
     "address_by_token": False,
     "buyer_by_setting": "simulated@marketplace.example",
-    "document": "amzn1.tortuga.3.simulated",
     "feed": "1",
     "forbidden": [403, "Unauthorized"],
     "throttled": [429, "QuotaExceeded"],
@@ -128,7 +127,10 @@ def command_of(program: str) -> tuple[str | Path, ...]:
 async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str, tmp_path: Path) -> None:
     command = command_of(program)
     async with simulating() as simulator, serving(settings(simulator), tmp_path) as proxy:
-        assert GOT | await result_of(command, proxy) == GOT
+        found = await result_of(command, proxy)
+        # The simulator makes up a new name each time; python-amazon-sp-api does not show it.
+        assert found.pop("document", "amzn1.tortuga.4.eu.").startswith("amzn1.tortuga.4.eu.")
+        assert GOT | found == GOT
         journal = await control(simulator, "/journal")
     brought = [(entry["method"], entry["target"].partition("?")[0], entry["token_kind"]) for entry in journal]
     assert {
