@@ -19,9 +19,7 @@ def client_of(account: str, grant: dict[str, str]):
     """Return a client that speaks to the proxy: the two arguments are the whole of the move."""
     address = os.environ["OPEN"]
     config = SPAPIConfig(**APP, **grant, region="EU")
-    client = SPAPIClient(
-        config, oauth_endpoint=f"{address}/auth/o2/token", endpoint=f"{address}/@{account}/eu"
-    )
+    client = SPAPIClient(config, oauth_endpoint=f"{address}/auth/o2/token", endpoint=f"{address}/@{account}/eu")
     return client.api_client
 
 
