@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,21 @@ from proxy.errors import ProxyError, all_errors
 from proxy.request.forbidden import HINTS
 from tests import test_docs
 from tests.conftest import needs
-from tests.pages import blocks, proxy_commands, run_page, same
+from tests.pages import Block, blocks, proxy_commands, run_page, same
 
 FOLDER = ROOT / "docs"
 PAGES = sorted(FOLDER.glob("*.md"))
 PROGRAMS = ("bash", "curl", "openssl", "node", "redis-server", "kubectl", "promtool")
 # How many blocks of each page are looked at and not run; the page says why, above each.
-NOT_RUN = {"first-call": 1, "replicas": 1, "sidecar": 3, "threat-model": 1}
+NOT_RUN = {
+    "authorize": 1,
+    "check-live": 1,
+    "first-call": 1,
+    "moving": 4,
+    "replicas": 1,
+    "sidecar": 3,
+    "threat-model": 1,
+}
 
 
 # The pages, word by word.
@@ -40,7 +49,9 @@ def test_a_reader_who_does_what_a_page_says_sees_what_it_says(page: Path, tmp_pa
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_of_a_page_is_understood(page: Path) -> None:
+def test_every_command_of_a_page_is_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "selling-partner-api-models" / "models").mkdir(parents=True)  # a reader has made this checkout
     for words in proxy_commands(page.read_text(encoding="utf-8")):
         parser, arguments = test_docs.parser_for(words)
         if len(words) > 1:
@@ -91,6 +102,39 @@ def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
         folder.mkdir()
         with pytest.raises(Exception, match=complaint):
             run_page(text, folder)
+
+
+def not_in_its_program(block: Block) -> list[str]:
+    """Return the lines of a block that the program of tests/libraries/ that is said to run it has not.
+
+    The line with the address is the reader's to change; an import may bring less than the program's does.
+    """
+    named = re.search(r"tests/libraries/\S+", block.not_run or "")
+    assert named is not None
+    program = (ROOT / named[0]).read_text(encoding="utf-8")
+    has = {line.strip() for line in program.splitlines()}
+    imported = {words[-1] for line in has if (words := _IMPORTED.findall(line))}
+    lines = [re.sub(r" +// .*", "", line.strip()) for line in block.text.splitlines()]
+    return [
+        line
+        for line in lines
+        if line
+        and line not in has
+        and "127.0.0.1:8080" not in line
+        and not ((words := _IMPORTED.findall(line)) and words[-1] in imported)
+    ]
+
+
+# Of an import, where from: in Python, and in JavaScript.
+_IMPORTED = re.compile(r"^(?:from|import) ([\w.]+) ?(?:import|$)|^import .+ from (\".+\");$")
+
+
+def test_what_a_page_shows_of_a_library_is_what_its_program_does() -> None:
+    shown = list(blocks((FOLDER / "moving.md").read_text(encoding="utf-8")))
+    assert len(shown) == NOT_RUN["moving"]
+    assert [not_in_its_program(block) for block in shown] == [[]] * len(shown)
+    changed = [replace(block, text=block.text.replace("new ", "").replace("Client", "Customer")) for block in shown]
+    assert all(not_in_its_program(block) for block in changed)
 
 
 def test_only_the_block_below_its_comment_is_not_run() -> None:

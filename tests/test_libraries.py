@@ -127,9 +127,10 @@ def command_of(program: str) -> tuple[str | Path, ...]:
 async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str, tmp_path: Path) -> None:
     command = command_of(program)
     async with simulating() as simulator, serving(settings(simulator), tmp_path) as proxy:
-        got = await result_of(command, proxy)
-        assert got.pop("document", "amzn1.tortuga.").startswith("amzn1.tortuga.")  # one library keeps it to itself
-        assert GOT | got == GOT
+        found = await result_of(command, proxy)
+        # The simulator makes up a new name each time; python-amazon-sp-api does not show it.
+        assert found.pop("document", "amzn1.tortuga.4.eu.").startswith("amzn1.tortuga.4.eu.")
+        assert GOT | found == GOT
         journal = await control(simulator, "/journal")
     brought = [(entry["method"], entry["target"].partition("?")[0], entry["token_kind"]) for entry in journal]
     assert {

@@ -4,11 +4,12 @@
 import { FeedsSpApi, NotificationsSpApi, OrdersSpApi, TokensSpApi } from "@amazon-sp-api-release/amazon-sp-api-sdk-js";
 
 // The whole of the move: a base URL, and any text for a token, which the SDK would fetch from Amazon itself otherwise.
-function client({ ApiClient }, account = "demo") {
-  const made = new ApiClient(`${process.env.OPEN}/@${account}/eu`);
-  made.applyXAmzAccessTokenToRequest("the proxy puts the real one in its place");
-  made.disableRateLimiter();
-  return made;
+function client(api, account = "demo") {
+  const address = process.env.OPEN;
+  const apiClient = new api.ApiClient(`${address}/@${account}/eu`);
+  apiClient.applyXAmzAccessTokenToRequest("the-apps-old-token");
+  apiClient.disableRateLimiter();
+  return apiClient;
 }
 
 async function failure(call) {

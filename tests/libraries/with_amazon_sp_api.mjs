@@ -14,20 +14,25 @@ class ProxyAgent extends https.Agent {
 
   createConnection(options, connected) {
     const isAmazons = /^((sandbox\.)?sellingpartnerapi-(na|eu|fe)|api)\.amazon\.com$/.test(options.host);
-    return isAmazons ? net.connect(Number(this.proxy.port), this.proxy.hostname) : super.createConnection(options, connected);
+    if (!isAmazons) return super.createConnection(options, connected);
+    return net.connect(Number(this.proxy.port), this.proxy.hostname);
   }
 }
 
 function client(address) {
-  return new SellingPartner({
+  const sellingPartner = new SellingPartner({
     region: "eu",
     refresh_token: "Atzr|the-apps-old-refresh-token",
     credentials: {
       SELLING_PARTNER_APP_CLIENT_ID: "the-apps-old-id",
       SELLING_PARTNER_APP_CLIENT_SECRET: "the-apps-old-secret",
     },
-    options: { https_proxy_agent: new ProxyAgent(address), auto_request_throttled: false },
+    options: {
+      https_proxy_agent: new ProxyAgent(address),
+      auto_request_throttled: false,
+    },
   });
+  return sellingPartner;
 }
 
 async function failure(call) {

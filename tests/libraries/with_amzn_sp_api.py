@@ -15,12 +15,12 @@ APP = {"client_id": "the-apps-old-id", "client_secret": "the-apps-old-secret"}
 TIME = {"created_after": "2026-01-01T00:00:00Z"}
 
 
-def client(address: str, account: str, **grant: str):
+def client_of(account: str, grant: dict[str, str]):
     """Return a client that speaks to the proxy: the two arguments are the whole of the move."""
-    config = SPAPIConfig(**APP, region="EU", **grant)
-    return SPAPIClient(
-        config, oauth_endpoint=f"{address}/auth/o2/token", endpoint=f"{address}/@{account}/eu"
-    ).api_client
+    address = os.environ["OPEN"]
+    config = SPAPIConfig(**APP, **grant, region="EU")
+    client = SPAPIClient(config, oauth_endpoint=f"{address}/auth/o2/token", endpoint=f"{address}/@{account}/eu")
+    return client.api_client
 
 
 class RestrictedDataToken:
@@ -43,7 +43,8 @@ def failure(call, *arguments):
     return None
 
 
-plain = client(os.environ["OPEN"], "demo", refresh_token="Atzr|the-apps-old-refresh-token")
+grant = {"refresh_token": "Atzr|the-apps-old-refresh-token"}
+plain = client_of("demo", grant)
 orders = OrdersV0Api(plain)
 page = orders.get_orders(["A1PA6795UKMFR9"], **TIME).payload
 found = {"orders": [order.amazon_order_id for order in page.orders], "pages": 1}
@@ -51,13 +52,13 @@ while page.next_token:
     page = orders.get_orders(["A1PA6795UKMFR9"], next_token=page.next_token).payload
     found["pages"] += 1
 
-grantless = client(os.environ["OPEN"], "demo", scope="sellingpartnerapi::notifications")
+grantless = client_of("demo", {"scope": "sellingpartnerapi::notifications"})
 found["destinations"] = len(NotificationsApi(grantless).get_destinations().payload)
 
 found["city"] = orders.get_order_address("902-1").payload.shipping_address.city
 wanted = RestrictedResource(method="GET", path="/orders/v0/orders", data_elements=["buyerInfo"])
 minted = TokensApi(plain).create_restricted_data_token(CreateRestrictedDataTokenRequest(restricted_resources=[wanted]))
-restricted = client(os.environ["OPEN"], "demo", refresh_token="Atzr|the-apps-old-refresh-token")
+restricted = client_of("demo", grant)
 restricted.configuration.access_token_cache = RestrictedDataToken(minted.restricted_data_token)
 first = OrdersV0Api(restricted).get_orders(["A1PA6795UKMFR9"], **TIME).payload.orders[0]
 found["buyer_by_token"] = first.buyer_info.buyer_email
@@ -76,7 +77,7 @@ found["feed"] = feeds.create_feed(CreateFeedSpecification(**feed)).feed_id
 found["forbidden"] = failure(orders.get_order, "forbidden")
 found["throttled"] = failure(orders.get_order, "throttled")
 
-private = client(os.environ["OPEN"], "private", refresh_token="Atzr|the-apps-old-refresh-token")
+private = client_of("private", grant)
 first = OrdersV0Api(private).get_orders(["A1PA6795UKMFR9"], **TIME).payload.orders[0]
 found["buyer_by_setting"] = first.buyer_info.buyer_email
 json.dump(found, sys.stdout)
