@@ -17,7 +17,7 @@ from tests.test_verdict import CONFIGURATION, NOW, seen
 
 PICTURE = Path(__file__).parent.parent / "docs" / "status.png"
 URL = "http://127.0.0.1:9090/"
-SIZE = (1180, 900)  # pixels
+SIZE = (1180, 1020)  # pixels
 
 SELLERS = ("acme", "blumen-berg", "casa-nova", "dagny", "elm-street", "fjord", "gusto", "hana", "isla", "juniper")
 OPERATIONS = (
@@ -32,7 +32,8 @@ def tokens() -> list[TokenRow]:
         *("dagny", "main", "production", "eu", "failed"),
         error="TokenRefused",
         reason="invalid_grant",
-        do="The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
+        do="The refresh token is wrong, revoked or expired: authorise the application again and replace it. "
+        "Look at accounts.dagny.refresh_tokens.eu.",
         failures=4,
         pause=38.0,
     )

@@ -31,7 +31,7 @@ from proxy.tallies import Tallied
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/moving.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 
 # What stands for the names in a mapping, and for the number in a list of groups.
 NAMES = {"refresh_tokens": "REGION", "marketplaces": "ID"}
