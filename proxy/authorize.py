@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import secrets
+import shlex
 import sys
 import webbrowser
 from collections.abc import Awaitable, Callable, Coroutine
@@ -144,7 +145,8 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
         return FAILED
     _say(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
     _say(snippet(options.account, name, central.region, options.output))
-    _say(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}")
+    config = f" --config {shlex.quote(options.config)}" if options.config else ""
+    _say(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}{config}")
     return OK
 
 
