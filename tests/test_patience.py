@@ -14,11 +14,13 @@ async def test_a_phase_that_an_upload_begins_changes_nothing_of_the_reason() -> 
 
     async def exchange() -> None:
         with Patience(deadlines) as patience:
+
+            def end() -> None:
+                deadlines.break_off(ShuttingDown("over"))
+                patience.for_app()  # as an upload does, whose task hears of the end after this
+
             patience.for_amazon()
-            # As the task of an upload does, which hears of its end after this.
-            asyncio.get_running_loop().call_soon(
-                lambda: (deadlines.break_off(ShuttingDown("over")), patience.for_app())
-            )
+            asyncio.get_running_loop().call_soon(end)
             await asyncio.Event().wait()
 
     with pytest.raises(ShuttingDown):

@@ -99,7 +99,7 @@ class Patience:
         self._error: ProxyError = self._too_long
         self.deadline = self._ends_at = now() + total
         self._has_expired = False
-        self._reason = self._error  # why it was broken off, once that has happened
+        self._reason: ProxyError = self._too_long  # why it was broken off, once that has happened
 
     def for_app(self, moved: int = 0) -> None:
         """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
