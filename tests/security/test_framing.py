@@ -467,3 +467,19 @@ def test_23_a_trailer_in_two_pieces_becomes_no_field_of_the_next_request(world: 
             stream.send(request("/second"))
         stream.rest()
     assert not [one for one in world.api.arrived if one.get("x-leaked") is not None]
+
+
+def test_23_a_last_chunk_of_its_own_ends_no_connection(world: World) -> None:
+    def script(stream: Stream, arrived: Arrived) -> None:
+        world.api.body_of(stream, arrived)
+        stream.send(answer())
+
+    world.api.scripts["/early/first"] = script
+    with world.client() as stream:
+        stream.send(b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        until(lambda: bool(world.api.arrived), "nothing arrives")
+        stream.send(b"0\r\n\r\n")
+        stream.until(b'{"payload":[]}')
+        stream.send(request("/second"))
+        stream.rest()
+    assert [one.target for one in world.api.arrived] == ["/early/first", "/second"]
