@@ -184,7 +184,7 @@ class Connection(RequestHandler):
             self._look_for_the_last(self._request_count - before)
         if self._last is not None and self._last.is_eof():
             self._end_with_the_last(data)
-        if self._last is not None:
+        if self._last is not None and data:  # aiohttp comes with nothing where it goes on with what it held back
             self._piece_end = data[-2:]
         if self._request_count != before:
             self._room.is_busy(self)
