@@ -52,7 +52,8 @@ _NONSENSE = b"\x00"  # no request begins with it
 # The first line of a request behind another one, with a space too many.
 _SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
 
-_PLAIN_END = re.compile(rb"(?:\r\n|\A)0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
+_PLAIN_END = re.compile(rb"\r\n0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
+_PLAIN_END_ALONE = re.compile(rb"0+\r\n\r\n")
 
 _NOTHING_KNOWN = Exchange("", 0.0).summary()
 
@@ -138,6 +139,7 @@ class Connection(RequestHandler):
         "_line",
         "_may_go_on",
         "_options",
+        "_piece_end",
         "_room",
         "listener",
         "peer",
@@ -153,6 +155,7 @@ class Connection(RequestHandler):
         self._is_leaving = False
         self._last: StreamReader | None = None  # the body of a request behind which nothing is read
         self._may_go_on = False  # but where that body is seen to end without a trailer section
+        self._piece_end = b""  # the last two bytes of what came of it before
         self._line: bytes | None = b""  # what came of a request's head; None where none is known to begin
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
@@ -181,6 +184,8 @@ class Connection(RequestHandler):
             self._look_for_the_last(self._request_count - before)
         if self._last is not None and self._last.is_eof():
             self._end_with_the_last(data)
+        if self._last is not None and data:  # aiohttp comes with nothing where it goes on with what it held back
+            self._piece_end = data[-2:]
         if self._request_count != before:
             self._room.is_busy(self)
             self._end_head_timer()
@@ -222,7 +227,9 @@ class Connection(RequestHandler):
         """Read no more: what is being served is answered first. A chunked body that plainly had no trailer is fine."""
         last, self._last = self._last, None
         is_newest = not self._messages or self._messages[-1][1] is last
-        if is_newest and self._may_go_on and _PLAIN_END.search(data):
+        # Alone, it may be the end of a trailer field that began in the piece before.
+        is_plain = _PLAIN_END.search(data) or (self._piece_end == b"\r\n" and _PLAIN_END_ALONE.fullmatch(data))
+        if is_newest and self._may_go_on and is_plain:
             return
         while self._messages and self._messages[-1][1] is not last and any(one[1] is last for one in self._messages):
             self._messages.pop()
@@ -452,6 +459,7 @@ class ProxiedConnection(Connection):
         self._look_for_the_last(len(self._messages))
         if self._last is not None and self._last.is_eof():
             self._end_with_the_last(data)
+        self._piece_end = data[-2:]
         if self._messages:
             self._room.is_busy(self)
             self._end_head_timer()

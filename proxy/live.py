@@ -252,8 +252,7 @@ class _Looking:
     async def _at_place(self, place: Place) -> list[Finding]:
         name, _ = self._config.application_of(self._config.accounts[place.account])
         about = Finding("token", "not tried", name, place.account, place.region)
-        target = self._target(self._call, place)
-        restricted = self._target(RESTRICTED, place)
+        ordinary, restricted = self._target(CALL, place), self._target(RESTRICTED, place)
         steps: list[Finding] = [about, about._replace(step="call")]
         wants_rdt = restricted.credential.kind == "rdt"
         if wants_rdt:
@@ -261,7 +260,7 @@ class _Looking:
         if not self._is_reachable(self._config.endpoints.lwa):
             return [step._replace(code="unreachable", said=NO_WAY_TO_LWA) for step in steps]
         try:
-            token = await self._parts.tokens.get(target.credential)
+            token = await self._parts.tokens.get(ordinary.credential)
         except ProxyError as error:
             self._fared(self._config.endpoints.lwa, well=not isinstance(error, TokenUnavailable))
             steps[0] = _failed(about, error)
@@ -271,10 +270,15 @@ class _Looking:
             ]
         self._fared(self._config.endpoints.lwa, well=True)
         steps[0] = about._replace(result="ok")
-        if not self._is_reachable(target.endpoint):
+        if not self._is_reachable(ordinary.endpoint):
             unreachable = (step._replace(code="unreachable", said="no way to the region's host") for step in steps[1:])
             return [steps[0], *unreachable]
-        steps[1] = await self._at_call(steps[1], target, token)
+        try:
+            target = self._target(self._call, place)
+        except ProxyError as error:  # its query names a marketplace of another region
+            steps[1] = _failed(steps[1], error)
+        else:
+            steps[1] = await self._at_call(steps[1], target, token)
         if wants_rdt:
             steps[2] = await self._at_rdt(steps[2], restricted)
         return steps

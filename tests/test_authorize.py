@@ -181,6 +181,8 @@ async def test_the_browser_may_come_back_to_this_machine_once(simulator: Simulat
         assert await visited(led_to.query, Host="rebound.example") == 421
         assert await visited(led_to.query, "POST") == 405
         assert await visited("") == 403
+        for query in ("amazon_callback_uri=https://evil.example/", "x&" * 100, "x" * 8000):  # by any web page
+            assert await visited(query) == 403
         assert not (tmp_path / "acme_eu").exists()
         assert await visited(led_to.query) == 200
     code, _, complained = await talk.ended()
@@ -442,10 +444,10 @@ def test_a_consent_is_read_from_the_address() -> None:
         (f"state={STATE}&error=access_denied&spapi_oauth_code=x", NotAuthorised, "did not consent"),
         (f"state={STATE}&error=server_error", NotAuthorised, "server_error"),
         (f"state={STATE}&error=%1b[31mdistinctive", NotAuthorised, "Amazon answers an error"),
-        ("amazon_callback_uri=https://amazon.com/x&amazon_state=y", NotAuthorised, "Login URI"),
-        ("x" * 9000, NotAuthorised, "too long"),
-        ("x&" * 100, NotAuthorised, "no address"),
-        ("é", NotAuthorised, "no address"),
+        ("amazon_callback_uri=https://amazon.com/x&amazon_state=y", WrongState, "Login URI"),
+        ("x" * 9000, WrongState, "too long"),
+        ("x&" * 100, WrongState, "no address"),
+        ("é", WrongState, "no address"),
     ],
 )
 def test_what_is_no_consent_is_refused_with_a_reason(query: str, kind: type[NotAuthorised], words: str) -> None:

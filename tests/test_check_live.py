@@ -132,6 +132,16 @@ async def test_wrong_use_is_exit_code_2(simulator: Simulator, tmp_path: Path, fl
     assert not simulator.journal
 
 
+async def test_a_call_that_fits_one_region_alone_is_said_of_the_others(simulator: Simulator, tmp_path: Path) -> None:
+    both = {"refresh_tokens": {"na": "Atzr|demo-na", "eu": "Atzr|demo-eu"}}
+    path = "/catalog/2022-04-01/items?marketplaceIds=ATVPDKIKX0DER&keywords=x"
+    code, found = await checked(tmp_path, settings(simulator, demo=both), "--call", path)
+    assert code == 1
+    assert found["demo na call"]["result"] == "ok"
+    assert (found["demo eu call"]["result"], found["demo eu call"]["code"]) == ("failed", "ConflictingSources")
+    assert (found["demo eu token"]["result"], found["demo eu token"]["code"]) == ("ok", "")
+
+
 async def test_each_refusal_of_login_with_amazon_has_its_advice(simulator: Simulator, tmp_path: Path) -> None:
     simulator.state.revoked_sellers.add("Atzr|demo-eu")
     content = settings(simulator, revoked="Atzr|demo-eu", foreign="Atzr|foreign-eu", fine="Atzr|other-eu")

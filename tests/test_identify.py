@@ -27,7 +27,8 @@ from proxy.errors import (
     UnknownRegion,
 )
 from proxy.request.guard import Doorway, admit
-from proxy.request.identify import Target, _marketplace_ids, describe, identify
+from proxy.request.identify import Decisions, Target, _marketplace_ids, describe, identify
+from proxy.request.policy import EVERYTHING
 from tests.conftest import config_from
 
 TABLE: OperationTable = load_table()
@@ -128,6 +129,22 @@ def test_sources_that_disagree_are_refused_and_both_named(
     with pytest.raises(ConflictingSources) as caught:
         decide(config(tmp_path), target, *fields, listener=listener)
     assert all(source in caught.value.message for source in sources)
+
+
+def test_an_id_that_looks_like_the_parameter_of_another_is_not_decided_as_that(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    decisions = Decisions(settings.listen[0], settings, TABLE)
+    headers = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ACME, EU]))
+
+    def decided(query: str) -> Target:
+        target = f"{ORDERS}?{query}"
+        admitted = admit("GET", target, headers, Doorway.of(settings.listen[0], settings))
+        return decisions.target("GET", admitted, headers, "", EVERYTHING)
+
+    # An id that nobody knows, which Amazon is to judge, since the region is named.
+    assert decided(f"%4DarketplaceId=%3D{USA}").region == "eu"
+    with pytest.raises(ConflictingSources):
+        decided(f"MarketplaceId={USA}")
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,19 @@ async def test_an_app_gets_amazons_token_unless_told_otherwise(
     assert got.decided["attempts"] == ("0" if local_rdt else "1")
 
 
+@pytest.mark.parametrize(
+    "path", ["/tokens/2021-03-01/restricted%44ataToken", "/@acme/%74okens/2021-03-01/restrictedDataToken"]
+)
+async def test_another_spelling_of_the_path_gets_no_token_of_amazons(
+    start_proxy: StartProxy, far_side: FarSide, path: str
+) -> None:
+    proxy = await start_proxy(local_rdt=True)
+    got = await call(proxy.addresses[0], "POST", path, asking_for(resource(ORDERS, "buyerInfo")))
+    assert json.loads(got.body)["restrictedDataToken"].startswith(RDT_PREFIX)
+    assert not far_side.minted
+    assert not far_side.received
+
+
 @pytest.mark.parametrize("prefix", ["", "/@acme/eu", "/@acme"])
 @pytest.mark.parametrize(
     ("asked", "called", "wanted"),

@@ -103,7 +103,7 @@ def consent_in(redirect: str, state: str) -> Consent:
     """
     given = _query_of(redirect)
     if "amazon_callback_uri" in given and "state" not in given:
-        raise NotAuthorised(
+        raise WrongState(
             "this is the application's Login URI, which Amazon opens where the authorisation began in the Appstore: "
             "begin with the address that authorize prints"
         )
@@ -128,12 +128,12 @@ def consent_in(redirect: str, state: str) -> Consent:
 def _query_of(redirect: str) -> Mapping[str, str]:
     """Return the parameters of an address; nothing of what is given twice (RFC 6749 section 3.1)."""
     if not redirect.isascii():
-        raise NotAuthorised("it is no address")
+        raise WrongState("it is no address")
     if len(redirect) > _MOST_REDIRECT:
-        raise NotAuthorised("it is too long to be an address that Amazon leads to")
+        raise WrongState("it is too long to be an address that Amazon leads to")
     try:
         pairs = parse_qsl(urlsplit(redirect.strip()).query, keep_blank_values=True, max_num_fields=32)
     except ValueError:
-        raise NotAuthorised("it is no address") from None
+        raise WrongState("it is no address") from None
     names = [name for name, _ in pairs]
     return {name: value for name, value in pairs if names.count(name) == 1}

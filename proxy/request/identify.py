@@ -396,8 +396,11 @@ def _marketplace_ids(query: str) -> Iterator[str]:
                 yield marketplace.strip(" \t")
 
 
-def _marketplaces_as_written(query: str) -> tuple[str, ...]:
-    """Return what decides which ids `_marketplace_ids` yields: the one value as it stands, or the ids."""
+def _marketplaces_as_written(query: str) -> str | tuple[str, ...]:
+    """Return what decides which ids `_marketplace_ids` yields: the one value as it stands, or the ids.
+
+    The two are of different types: an id may be written as a value is, with its `=`.
+    """
     before, _, behind = query.partition("arketplaceId")
     if (
         (before in _M or before.endswith(_BEHIND_ANOTHER))
@@ -405,7 +408,7 @@ def _marketplaces_as_written(query: str) -> tuple[str, ...]:
         and "arketplaceId" not in behind
         and not ("%4" in query or "%5" in query or "%6" in query or "%7" in query)  # a letter, perhaps of a name
     ):
-        return (behind.partition("&")[0],)
+        return behind.partition("&")[0]
     return tuple(_marketplace_ids(query))
 
 

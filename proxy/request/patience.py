@@ -81,6 +81,7 @@ class Patience:
         "_error",
         "_has_expired",
         "_now",
+        "_reason",
         "_task",
         "_too_long",
         "deadline",
@@ -98,6 +99,7 @@ class Patience:
         self._error: ProxyError = self._too_long
         self.deadline = self._ends_at = now() + total
         self._has_expired = False
+        self._reason: ProxyError = self._too_long  # why it was broken off, once that has happened
 
     def for_app(self, moved: int = 0) -> None:
         """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
@@ -141,7 +143,7 @@ class Patience:
     @property
     def amazon_was_silent(self) -> bool:
         """Whether time ran out while it was Amazon's turn."""
-        return self._has_expired and isinstance(self._error, UpstreamTimeout)
+        return self._has_expired and isinstance(self._reason, UpstreamTimeout)
 
     def break_off(self, error: ProxyError) -> None:
         """Break the wait off for another reason than time."""
@@ -150,7 +152,8 @@ class Patience:
 
     def expire(self) -> None:
         """Break the wait off."""
-        self._has_expired = True
+        # An upload of its own task may begin another phase before this one's task hears of it.
+        self._has_expired, self._reason = True, self._error
         self._task.cancel()
 
     def _end_phase(self) -> float:
@@ -184,4 +187,4 @@ class Patience:
         self._deadlines.waiting.discard(self)
         if self._has_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             # One instance raised by many would grow a traceback for each.
-            raise type(self._error)(self._error.message, self._error.hint) from exc
+            raise type(self._reason)(self._reason.message, self._reason.hint) from exc

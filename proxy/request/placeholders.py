@@ -44,11 +44,14 @@ class Placeholders:
     def answered(self, target: str) -> str:
         """Return the name of what is answered here of a POST, nothing for what goes to Amazon."""
         path = target.partition("?")[0]
-        if not path.endswith(_ENDS):
+        if path.endswith(_ENDS):
+            if asks_for_token("POST", target):
+                return ACCESS
+        elif "%" not in path:
             return ""
-        if asks_for_token("POST", target):
-            return ACCESS
-        return RESTRICTED if self._answers_rdt and split_prefix(path)[2] == PATH else ""
+        # By the table, as everything else: Amazon takes a path with its letters encoded for the same.
+        operation = self._table.match("POST", split_prefix(path)[2]) if self._answers_rdt else None
+        return RESTRICTED if operation is not None and operation.name == RESTRICTED else ""
 
     async def answer(
         self, request: web.BaseRequest, exchange: Exchange, permit: Permit, deadlines: Deadlines

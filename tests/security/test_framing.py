@@ -1,5 +1,7 @@
 """Rows 19 to 26 of the threats: a message that two readers could read differently is refused, not repaired."""
 
+from contextlib import suppress
+
 import pytest
 
 from tests.security.world import SELLERS, Arrived, Stream, World, answer, request, until
@@ -447,3 +449,37 @@ def test_23_a_trailer_becomes_no_field_of_what_comes_with_it(world: World, secon
         stream.send(b"0\r\nx-leaked: 1\r\n\r\nPOST /second HTTP/1.1\r\nHost: localhost\r\n" + second)
         stream.rest()
     assert [one.target for one in world.api.arrived] == ["/early/first"]
+
+
+def test_23_a_trailer_in_two_pieces_becomes_no_field_of_the_next_request(world: World) -> None:
+    def script(stream: Stream, arrived: Arrived) -> None:
+        world.api.body_of(stream, arrived)
+        stream.send(answer())
+
+    world.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
+    head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with world.client() as stream:
+        stream.send(head + b"2\r\n{}\r\n0\r\nx-leaked: 1")
+        until(lambda: bool(world.api.arrived), "nothing arrives")
+        stream.send(b"0\r\n\r\n")  # which alone would be the end of a body without a trailer section
+        stream.until(b'{"payload":[]}')
+        with suppress(ConnectionError):
+            stream.send(request("/second"))
+        stream.rest()
+    assert not [one for one in world.api.arrived if one.get("x-leaked") is not None]
+
+
+def test_23_a_last_chunk_of_its_own_ends_no_connection(world: World) -> None:
+    def script(stream: Stream, arrived: Arrived) -> None:
+        world.api.body_of(stream, arrived)
+        stream.send(answer())
+
+    world.api.scripts["/early/first"] = script
+    with world.client() as stream:
+        stream.send(b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        until(lambda: bool(world.api.arrived), "nothing arrives")
+        stream.send(b"0\r\n\r\n")
+        stream.until(b'{"payload":[]}')
+        stream.send(request("/second"))
+        stream.rest()
+    assert [one.target for one in world.api.arrived] == ["/early/first", "/second"]
