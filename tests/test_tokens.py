@@ -253,7 +253,7 @@ async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
     assert len(token_host.received) <= 5
 
 
-async def test_a_refusal_names_the_file_that_the_credential_came_from_in_answer_and_log(
+async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_its_file(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, log: StringIO
 ) -> None:
     (tmp_path / "acme_eu").write_text("Atzr|acme-eu")
@@ -263,15 +263,15 @@ async def test_a_refusal_names_the_file_that_the_credential_came_from_in_answer_
         "applications": {"main": {"client_id": "client", "client_secret": {"file": str(tmp_path / "secret")}}},
     }
     async with open_tokens(far_side, token_host, tmp_path, clock, **settings) as (tokens, _):
-        for reason, place in (
-            ("invalid_grant", f"accounts.acme.refresh_tokens.eu (from file {tmp_path}/acme_eu)"),
-            ("invalid_client", f"applications.main.client_id and client_secret (from file {tmp_path}/secret)"),
+        for reason, keys, file in (
+            ("invalid_grant", "accounts.acme.refresh_tokens.eu", tmp_path / "acme_eu"),
+            ("invalid_client", "applications.main.client_id and client_secret", tmp_path / "secret"),
         ):
             token_host.answers = [answer("400 Bad Request", json.dumps({"error": reason}).encode())]
             with pytest.raises(TokenRefused) as caught:
                 await tokens.get(ACME)
-            assert caught.value.hint.endswith(f" Look at {place}.")
-            assert f'"look_at": "{place}"' in log.getvalue()
+            assert caught.value.hint.endswith(f" Look at {keys}, in the place that the log names.")
+            assert f'"look_at": "{keys} (from file {file})"' in log.getvalue()
             clock.advance(tokens_module.LONGEST_PAUSE)
 
 

@@ -271,9 +271,9 @@ class Grants:
                     self._count(credential, "failed", reason, asked)
         except lwa.ExchangeRefused as exc:
             config = self._config_of(credential)
-            place = "" if config is None else place_of(config, credential, exc.reason)
-            self._count(credential, "refused", exc.reason, asked, place)
-            raise _refused(credential, exc, place) from exc
+            keys, source = ("", "") if config is None else place_of(config, credential, exc.reason)
+            self._count(credential, "refused", exc.reason, asked, keys + source)
+            raise _refused(credential, exc, keys, has_source=bool(source)) from exc
         except rdt.RdtRefused as exc:
             raise self._rdt_refused(credential, exc, asked) from exc
         except TimeoutError as exc:
@@ -340,20 +340,22 @@ def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
     )
 
 
-def place_of(config: Config, credential: Credential, reason: str) -> str:
-    """Return the keys of what Login with Amazon refused, and the file or variable that it comes from; no value.
+def place_of(config: Config, credential: Credential, reason: str) -> tuple[str, str]:
+    """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
 
-    Empty where it refused nothing that is in the configuration.
+    The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
     """
     application, account = config.applications.get(credential.application), config.accounts.get(credential.account)
     if reason in _ABOUT_THE_ACCOUNT and account is not None:
         token = account.refresh_tokens.get(credential.region)
-        keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}{source_in_words(token)}"
-        return f"accounts.{credential.account}.application and {keys}" if reason == "unauthorized_client" else keys
+        keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}"
+        if reason == "unauthorized_client":
+            keys = f"accounts.{credential.account}.application and {keys}"
+        return keys, source_in_words(token)
     if reason == "invalid_client" and application is not None:
-        secret = source_in_words(application.client_secret)
-        return f"applications.{credential.application}.client_id and client_secret{secret}"
-    return ""
+        keys = f"applications.{credential.application}.client_id and client_secret"
+        return keys, source_in_words(application.client_secret)
+    return "", ""
 
 
 def source_in_words(secret: Secret | None) -> str:
@@ -361,12 +363,13 @@ def source_in_words(secret: Secret | None) -> str:
     return f" (from {secret.source})" if secret is not None and secret.source else ""
 
 
-def _refused(credential: Credential, exc: lwa.ExchangeRefused, place: str) -> TokenRefused:
+def _refused(credential: Credential, exc: lwa.ExchangeRefused, keys: str, *, has_source: bool) -> TokenRefused:
+    where = f" Look at {keys}{', in the place that the log names' if has_source else ''}." if keys else ""
     request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
     return TokenRefused(
         f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
         _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.")
-        + (f" Look at {place}." if place else ""),
+        + where,
         reason=exc.reason,
     )
 
