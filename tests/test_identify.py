@@ -165,6 +165,13 @@ def test_what_is_missing_or_unknown_is_said(
     assert caught.value.hint, "an error says what to do next"
 
 
+def test_every_way_to_name_the_region_is_said_where_it_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RegionRequired) as caught:
+        decide(config(tmp_path), ORDERS, ACME)
+    ways = ("x-sp-region", "/@acme/REGION/", "marketplace", "listen[N].region")
+    assert [way for way in ways if way not in caught.value.hint] == []
+
+
 _NAMES = st.sampled_from(["MarketplaceIds", "marketplaceId", "xMarketplaceIds", "MarketplaceIdsX", "a", "", "a+b"])
 _VALUES = st.text(alphabet="AZ1,+ =%&\t", max_size=6)
 _WAYS = st.sampled_from([str, quote, quote_plus, lambda text: "".join(f"%{ord(letter):02x}" for letter in text)])

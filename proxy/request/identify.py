@@ -420,7 +420,8 @@ def _usual_region(account: _Choice, settings: Account) -> _Choice:
     state = f"has several regions ({', '.join(regions)})" if regions else "has no refresh token for any region"
     raise RegionRequired(
         f"the account {account.value} {state} and the request names none",
-        f"Add the header {REGION_HEADER}, or begin the path with /@{account.value}/REGION/, or name a marketplace.",
+        f"Add the header {REGION_HEADER}, or begin the path with /@{account.value}/REGION/, or name a marketplace, or "
+        "set listen[N].region.",
     )
 
 
