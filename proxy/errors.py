@@ -185,7 +185,7 @@ class ConflictingSources(ClientError):
 
 
 class BadOption(ClientError):
-    """An `x-sp-…` header holds a value that means nothing."""
+    """An `x-sp-…` header holds a value that means nothing, or its name is misspelt."""
 
     code = "BadOption"
 
