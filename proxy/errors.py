@@ -149,7 +149,7 @@ class UnknownAccount(ClientError):
 
 
 class UnknownRegion(ClientError):
-    """The region is none of na, eu and fe."""
+    """The region is none of na, eu and fe, in a header or behind the account in the path."""
 
     code = "UnknownRegion"
 
