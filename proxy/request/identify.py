@@ -157,6 +157,15 @@ class Decisions:
             return target
         return replace(target, kind=ONE_OFF)
 
+    def operation_at(self, method: str, target: str) -> str:
+        """Return the name of the operation that a request would have been, whoever sent it; nothing where unknown."""
+        try:
+            path = split_prefix(target)[2].partition("?")[0]
+        except BadTarget:
+            return ""
+        operation = self._match(method, path)
+        return operation.name if operation is not None else ""
+
 
 def _choices(headers: CIMultiDictProxy[str], asked: tuple[str, ...] | None) -> tuple[object, ...]:
     """Return what the headers say of those things that a decision looks at."""
