@@ -149,7 +149,7 @@ class UnknownAccount(ClientError):
 
 
 class UnknownRegion(ClientError):
-    """The region is none of na, eu and fe."""
+    """The region is none of na, eu and fe, in a header or behind the account in the path."""
 
     code = "UnknownRegion"
 
@@ -185,7 +185,7 @@ class ConflictingSources(ClientError):
 
 
 class BadOption(ClientError):
-    """An `x-sp-…` header holds a value that means nothing."""
+    """An `x-sp-…` header holds a value that means nothing, or its name is misspelt."""
 
     code = "BadOption"
 

@@ -225,7 +225,7 @@ class _Looking:
             reason = reason_of(error)
             # A vendor's application gets none, and needs none.
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
-            advice = NO_SCOPE if result == "warning" else error.hint
+            advice = NO_SCOPE if result == "warning" else _advice_on(error)
             return about._replace(result=result, code=reason, said=error.message, advice=advice)
         return about
 
@@ -406,7 +406,12 @@ def _anybody() -> Listener:
 
 
 def _failed(about: Finding, error: ProxyError) -> Finding:
-    return about._replace(result="failed", code=reason_of(error), said=error.message, advice=error.hint)
+    return about._replace(result="failed", code=reason_of(error), said=error.message, advice=_advice_on(error))
+
+
+def _advice_on(error: ProxyError) -> str:
+    # The error's own sends an app's author here.
+    return FAILING if isinstance(error, TokenUnavailable) else error.hint
 
 
 def reason_of(error: ProxyError) -> str:

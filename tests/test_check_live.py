@@ -312,6 +312,11 @@ async def test_trouble_of_amazons_is_tried_again_and_then_said(simulator: Simula
     fault.kind = "reset"
     code, found = await checked(tmp_path, content)
     assert (code, found["demo eu call"]["code"]) == (1, "broken")
+    fault.service, fault.path = "lwa", "/auth/*"
+    code, found = await checked(tmp_path, content)
+    assert (code, found["demo eu token"]["code"]) == (1, "connection")
+    assert found["demo eu token"]["advice"] == found["main grantless"]["advice"] == advice.FAILING
+    fault.service, fault.path = "eu", "/sellers/*"
     fault.kind, fault.status = "status", 418
     code, found = await checked(tmp_path, content)
     assert (code, found["demo eu call"]["code"]) == (1, "http_418")

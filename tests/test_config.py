@@ -545,6 +545,43 @@ limits:
     ]
 
 
+@pytest.mark.parametrize(
+    "misplaced", ["Atzr|hush", "atza|hush", "amzn1.oa2-cs.v1.hush", "'  Atzr|hush'", "'\"Atzr|hush'", "hush" * 17]
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        APPLICATIONS + "accounts: {acme: {refresh_tokens: {TOKEN}}}",
+        APPLICATIONS + "accounts: {acme: {refresh_tokens: {TOKEN: x, eu: }}}",
+        APPLICATIONS + "accounts: {TOKEN: {refresh_tokens: {eu: x}, wrong: x}}",
+        APPLICATIONS + "accounts: {TOKEN: {refresh_tokens: {eu: ''}}}",
+        APPLICATIONS + "accounts: {TOKEN: {refresh_tokens: {eu: x}}, TOKEN: }",
+        APPLICATIONS + "accounts: {acme: {TOKEN}}",
+        APPLICATIONS + "accounts: {TOKEN: }\ndefault_account: acme",
+        APPLICATIONS + "accounts: {TOKEN: }\ndefault_account: 'amzn1.oa2-cs.v1.hus'",
+        APPLICATIONS + "TOKEN: x\n",
+        "applications: {TOKEN: {client_id: c, client_secret: s}}\naccounts: {acme: {application: main}}",
+        "applications: {TOKEN: {client_id: c, client_secret: s}, b: }\naccounts: {acme: {refresh_tokens: {eu: x}}}",
+        BASE + "marketplaces: {TOKEN: x}",
+        BASE + "callers: {TOKEN: {key: secret}, b: {key: secret}}",
+    ],
+)
+def test_a_secret_where_a_name_should_be_is_not_repeated(tmp_path: Path, text: str, misplaced: str) -> None:
+    found = "\n".join(problems(tmp_path, text.replace("TOKEN", misplaced)))
+    assert "hus" not in found
+    assert "***" in found
+
+
+def test_a_secret_in_the_place_of_a_files_or_a_variables_name_is_not_repeated(tmp_path: Path) -> None:
+    for written in ("{file: 'Atzr|hush'}", "'${Atzr|hush}'", "'${amzn1.oa2-cs.v1.hush}'"):
+        (found,) = problems(tmp_path, BASE.replace("token-eu", written))
+        assert "hush" not in found
+        assert "***" in found
+    found = "\n".join(problems(tmp_path, BASE, {}, {("applications", "amzn1", "oa2-cs", "v1", "hush"): "x"}))
+    assert "hush" not in found
+    assert "***" in found
+
+
 def test_a_key_given_twice_is_reported_with_both_lines(tmp_path: Path) -> None:
     text = BASE + "log:\n  level: info\n  format: json\n  level: debug\n"
     assert problems(tmp_path, text) == ["config.yaml:6: log.level: is given twice (first on line 4)"]

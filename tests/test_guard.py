@@ -1,5 +1,6 @@
 """What may come in at all: hosts, browsers, methods, framing and targets, as tables."""
 
+import difflib
 import re
 import string
 from pathlib import Path
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.config import Account, Address, Application, Config, Listener, Secret
-from proxy.errors import BadTarget, BrowserRefused, HostRefused, MalformedRequest, MethodRefused, ProxyError
-from proxy.request.guard import METHODS, Admitted, Doorway, admit
+from proxy.errors import BadOption, BadTarget, BrowserRefused, HostRefused, MalformedRequest, MethodRefused, ProxyError
+from proxy.request import callers, identify, limits, options
+from proxy.request.guard import METHODS, Admitted, Doorway, admit, admit_with
+from proxy.request.heads import Head
+from proxy.request.misspelt import PREFIX, SENT
 from tests.conftest import config_from
 
 ORDERS = "/orders/v0/orders"
@@ -39,6 +43,13 @@ def doorway(address: Address | None = None, allowed: tuple[str, ...] = ()) -> Do
 
 DOOR = doorway()
 
+OUR_HEADERS = {
+    value
+    for module in (callers, identify, limits, options)
+    for name, value in vars(module).items()
+    if name.endswith("_HEADER") and isinstance(value, str) and value.startswith("x-sp-")
+}
+
 
 def let_in(
     target: str = ORDERS,
@@ -50,6 +61,71 @@ def let_in(
     """Return what is admitted of a request; `host` is its Host header, None for none."""
     headers = CIMultiDict([*([] if host is None else [("Host", host)]), *fields])
     return admit(method, target, CIMultiDictProxy(headers), door)
+
+
+# The proxy's own headers.
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("x-sp-acount", "x-sp-account"),
+        ("X-SP-Acount", "x-sp-account"),
+        ("x-sp-accounts", "x-sp-account"),
+        ("x-sp-account-id", "x-sp-account"),
+        ("x_sp_account", "x-sp-account"),
+        ("x-sp_account", "x-sp-account"),
+        ("x-sp-reigon", "x-sp-region"),
+        ("x-sp-regions", "x-sp-region"),
+        ("x-sp-data-element", "x-sp-data-elements"),
+        ("x-sp-dataelements", "x-sp-data-elements"),
+        ("x-sp-maxwait", "x-sp-max-wait"),
+        ("x-sp-keys", "x-sp-key"),
+        ("x-sp-time-out", "x-sp-timeout"),
+        ("x-sp-retries", "x-sp-retry"),
+        ("x-sp-prio", "x-sp-priority"),
+        ("x-sp-clients", "x-sp-client"),
+    ],
+)
+def test_a_header_of_ours_that_is_misspelt_is_refused_with_the_one_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(BadOption) as caught:
+        let_in(ORDERS, ("x-sp-region", "eu"), (name, "distinctive"))
+    assert f"did you mean {meant}?" in caught.value.message
+    assert "distinctive" not in str(caught.value.body())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*OUR_HEADERS, *map(str.upper, OUR_HEADERS), "x-sp-proxy", "x-sp-proxy-error", "x-sp-session", "x-sp-trace",
+     "x-sp-version", "x-sp-", "x-sp-" + "account" * 100, "x-spider", "x-account", "sp-account", "acount"],
+)  # fmt: skip
+def test_any_other_header_is_no_misspelt_one(name: str) -> None:
+    assert let_in(ORDERS, (name, "x")).target == ORDERS
+
+
+def test_the_names_of_all_headers_of_ours_are_known() -> None:
+    assert {PREFIX + name for name in SENT} == OUR_HEADERS
+
+
+def test_a_thousand_unknown_headers_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+
+    def compare(name: str, *_: object, **__: object) -> list[str]:
+        compared.append(name)
+        return []
+
+    monkeypatch.setattr(difflib, "get_close_matches", compare)
+    let_in(ORDERS, *((f"x-sp-q{number}", "x") for number in range(1000)))
+    assert 0 < len(compared) < 50
+
+
+def test_a_misspelt_header_is_refused_each_time_and_a_foreign_host_first() -> None:
+    head = Head(CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ("x-sp-acount", "acme")])))
+    for _ in range(2):
+        with pytest.raises(BadOption):
+            admit_with(head, "GET", ORDERS, DOOR)
+    with pytest.raises(HostRefused):
+        let_in(ORDERS, ("x-sp-acount", "acme"), host="evil.test")
 
 
 # Hosts.

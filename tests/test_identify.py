@@ -19,6 +19,7 @@ from proxy.errors import (
     ConflictingSources,
     HeaderRequired,
     MalformedRequest,
+    NotAllowed,
     ProxyError,
     RegionNotConfigured,
     RegionRequired,
@@ -28,7 +29,7 @@ from proxy.errors import (
 )
 from proxy.request.guard import Doorway, admit
 from proxy.request.identify import Decisions, Target, _marketplace_ids, describe, identify
-from proxy.request.policy import EVERYTHING
+from proxy.request.policy import EVERYTHING, Permit, permits
 from tests.conftest import config_from
 
 TABLE: OperationTable = load_table()
@@ -162,7 +163,7 @@ def test_an_id_that_looks_like_the_parameter_of_another_is_not_decided_as_that(t
         ("/@acme", (), BadTarget),
         ("/@/orders", (), BadTarget),
         (f"/@acme/eu/{ORDERS}", (), BadTarget),
-        (f"/@acme/xx{ORDERS}", (), RegionRequired),
+        (f"/@acme/xx{ORDERS}", (), UnknownRegion),
         (ORDERS, (ACME,), RegionRequired),
         (ORDERS, (ACME, ("x-sp-region", "mars")), UnknownRegion),
         (ORDERS, (ACME, EU, EU), MalformedRequest),
@@ -180,6 +181,51 @@ def test_what_is_missing_or_unknown_is_said(
     with pytest.raises(error) as caught:
         decide(config(tmp_path), target, *fields)
     assert caught.value.hint, "an error says what to do next"
+
+
+@pytest.mark.parametrize("named", ["uk", "UK", "us", "usa", "Europe", "eu-west-1", "far-east", "north_america", "apac"])
+def test_what_looks_like_a_region_behind_the_account_is_no_part_of_the_path(tmp_path: Path, named: str) -> None:
+    settings, listener = config(tmp_path), config(tmp_path).listen[0]
+    decisions = Decisions(listener, settings, TABLE)
+    headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "x-sp-region": "fe"}))
+
+    def decided(target: str) -> Target:
+        return decisions.target(
+            "GET", admit("GET", target, headers, Doorway.of(listener, settings)), headers, "", Permit()
+        )
+
+    # Decided, and known from then on: unknown paths of an account are all alike otherwise.
+    assert decided("/@zeta/new/api").operation is None
+    for target in (f"/@zeta/{named}{ORDERS}", f"/@zeta/{named}/orders/v0/orders/1/address?x=y"):
+        with pytest.raises(UnknownRegion) as caught:
+            decided(target)
+        assert "na, eu, fe" in caught.value.hint
+        with pytest.raises(UnknownRegion):
+            decide(settings, target, ("x-sp-region", "fe"))
+
+
+@pytest.mark.parametrize(
+    "path", ["/uk/new/api", "/uk", "/uk/", "/new/orders/v0/orders", "/ukulele/orders/v0/orders", "/u1/orders/v0/orders"]
+)
+def test_what_no_region_makes_an_operation_goes_on_as_a_path(tmp_path: Path, path: str) -> None:
+    assert decide(config(tmp_path), f"/@zeta{path}").path_and_query == path
+    assert decide(config(tmp_path), f"/uk{ORDERS}", ("x-sp-account", "zeta")).path_and_query == f"/uk{ORDERS}"
+
+
+def test_an_account_that_is_not_allowed_is_refused_before_its_region_is_looked_at(tmp_path: Path) -> None:
+    settings = config(tmp_path, listen={"address": "127.0.0.1:8080", "accounts": ["acme"]})
+    decisions = Decisions(settings.listen[0], settings, TABLE)
+    headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost"}))
+    admitted = admit("GET", f"/@zeta/uk{ORDERS}", headers, Doorway.of(settings.listen[0], settings))
+    with pytest.raises(NotAllowed):
+        decisions.target("GET", admitted, headers, "", permits(settings, 0)[""])
+
+
+def test_every_way_to_name_the_region_is_said_where_it_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RegionRequired) as caught:
+        decide(config(tmp_path), ORDERS, ACME)
+    ways = ("x-sp-region", "/@acme/REGION/", "marketplace", "listen[N].region")
+    assert [way for way in ways if way not in caught.value.hint] == []
 
 
 _NAMES = st.sampled_from(["MarketplaceIds", "marketplaceId", "xMarketplaceIds", "MarketplaceIdsX", "a", "", "a+b"])

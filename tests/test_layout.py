@@ -69,6 +69,7 @@ ARROWS: dict[str, set[str]] = {
 # The steps of a request, each of which may import those before it alone.
 STEPS = [
     "heads",
+    "misspelt",
     "guard",
     "callers",
     "policy",

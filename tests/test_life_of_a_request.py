@@ -19,6 +19,7 @@ from tests.near_side import Answer, call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
+SELLERS_NAME = "sellers.v1.getMarketplaceParticipations"
 DESTINATIONS = "/notifications/v1/destinations"
 CLIENT = {"client_id": "amzn1.application-oa2-client.simulator", "client_secret": "amzn1.oa2-cs.v1.simulator"}
 
@@ -266,6 +267,39 @@ async def test_what_was_seen_is_counted(simulated: Running) -> None:
     assert value("request_body_bytes_total", **feeds) == 5
     assert (value("response_body_bytes_total", **feeds) or 0) > 0
     assert value("usage_plan_rate", **labels) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "error", "operation"),
+    [
+        (ADDRESS, {}, "RegionRequired", "orders.v0.getOrderAddress"),
+        (f"/@demo{ADDRESS}", {}, "RegionRequired", "orders.v0.getOrderAddress"),
+        (f"{SELLERS}?marketplaceIds=NOSUCHPLACE", {}, "UnknownMarketplace", SELLERS_NAME),
+        (SELLERS, {"x_sp_account": "nobody"}, "UnknownAccount", SELLERS_NAME),
+        (f"/@nobody/eu{SELLERS}", {}, "UnknownAccount", SELLERS_NAME),
+        (DESTINATIONS, {"x_sp_region": "eu"}, "NotAllowed", "notifications.v1.getDestinations"),
+        ("/brand/new/902-1845936-5435065", {}, "NotAllowed", "unknown"),
+        ("/@demo", {}, "BadTarget", "unknown"),
+        (SELLERS, {"host": "evil.test"}, "HostRefused", "unknown"),
+    ],
+)
+async def test_a_refused_request_has_its_operation_where_the_table_knows_it(
+    simulator: Simulator, tmp_path: Path, log: StringIO, target: str, fields: dict[str, str], error: str, operation: str
+) -> None:
+    listen = {"address": "127.0.0.1:0", "operations": ["orders.*", "sellers.*"]}
+    async with running(settings(simulator, tmp_path, listen=listen)) as proxy:
+        got = await call(proxy.addresses[0], "GET", target, **fields)
+        labels = {"account": "-", "region": "-", "operation": operation, "method": "GET", "code": str(got.status)}
+        counted = proxy.metrics.registry.get_sample_value(
+            "spapi_proxy_requests_total", {**labels, "token": "none", "source": "proxy"}
+        )
+        recent = proxy.metrics.recent
+        assert recent is not None
+        (request,) = recent.after()
+    assert (got.error, got.decided["operation"], counted, request.operation) == (error, operation, 1, operation)
+    line = next(line for line in map(json.loads, log.getvalue().splitlines()) if line["message"] == "request")
+    assert (line["operation"], line["error"]) == (operation, error)
+    assert "902-1845936" not in log.getvalue()
 
 
 async def test_histograms_carry_the_account_only_where_it_is_wanted(simulator: Simulator, tmp_path: Path) -> None:

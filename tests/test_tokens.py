@@ -331,6 +331,25 @@ async def test_a_silent_token_host_runs_out_of_time(
             await tokens.get(ACME)
 
 
+@pytest.mark.parametrize("reason", ["connection", "timeout"])
+async def test_a_token_host_that_is_out_of_reach_is_named_with_what_finds_out_why(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, reason: str
+) -> None:
+    changed: dict[str, Any] = {"endpoints": {"lwa": token_host.url.replace("127.0.0.1", "localhost")}}
+    if reason == "connection":
+        await token_host.__aexit__()
+    else:
+        token_host.held = asyncio.Event()
+        changed["timeouts"] = {"token": "100ms"}
+    async with open_tokens(far_side, token_host, tmp_path, clock, **changed) as (tokens, _):
+        with pytest.raises(TokenUnavailable) as caught:
+            await tokens.get(ACME)
+    assert f"({reason})" in caught.value.message
+    assert "Login with Amazon at localhost " in caught.value.message, "the host, without the rest of the address"
+    assert "/auth" not in str(caught.value.body())
+    assert "`sp-api-proxy check --live` says why" in caught.value.hint
+
+
 async def test_a_refused_token_is_told_apart_from_its_successor(tokens: Tokens, token_host: TokenHost) -> None:
     first = await tokens.get(ACME)
     second = await tokens.get(ACME, rejected=first)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from proxy.config import environment, given
 from proxy.config.draft import Draft
 from proxy.config.model import Address, Config, dump, is_loopback, parse_address
-from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key
+from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key, shown, without_secret
 from proxy.config.secret import Sourced
 from proxy.config.store_address import StoreAddress, parse_store
 from proxy.config.words import MOST_NAMED, message_of, names_of, there_is
@@ -216,7 +216,9 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
             # To look for what was meant takes its time where there are thousands of both.
             meant = environment.instead_of(name, environ) if len(draft.problems) < MOST_NAMED else ""
             state = "is empty" if name in environ else f"is not set{meant}"
-            draft.problems.append(Problem(show_key(path), f"environment variable {name or '(no name)'} {state}", where))
+            draft.problems.append(
+                Problem(show_key(path), f"environment variable {shown(name) or '(no name)'} {state}", where)
+            )
             return "unset"  # stands in, so that the type is not complained about as well
         draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
         return value
@@ -230,19 +232,19 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
 
 def _from_file(path: Path, key_path: KeyPath, draft: Draft) -> str:
     """Return a secret file's text without the white space around it."""
-    where = draft.origins.get(key_path, "")
+    where, name = draft.origins.get(key_path, ""), without_secret(str(path))
     draft.files.append(path)
     try:
         text = _text_of(path)
     except OSError as exc:
-        draft.problems.append(Problem(show_key(key_path), f"file {path}: {os.strerror(exc.errno or 0)}", where))
+        draft.problems.append(Problem(show_key(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
         return "unset"
     except ValueError:  # undecodable text, or a name that no file can have
-        draft.problems.append(Problem(show_key(key_path), f"file {path} is not UTF-8 text", where))
+        draft.problems.append(Problem(show_key(key_path), f"file {name} is not UTF-8 text", where))
         return "unset"
     if not text.strip() or len(text) > _MAX_SECRET_FILE:
         state = "is empty" if not text.strip() else f"is larger than {_MAX_SECRET_FILE // 1024} KiB"
-        draft.problems.append(Problem(show_key(key_path), f"file {path} {state}", where))
+        draft.problems.append(Problem(show_key(key_path), f"file {name} {state}", where))
         return "unset"
     draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
     draft.exposed += _exposed(path, key_path, where)
@@ -410,7 +412,7 @@ def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
         chosen = account.get("application") if isinstance(account, dict) else None
         path: KeyPath = ("accounts", name, "application")
         if chosen is None and len(applications) > 1:
-            yield path, f"is missing: say which; there is {names_of(applications)}"
+            yield path, f"is missing: say which; there is {names_of(map(shown, applications))}"
         elif isinstance(chosen, str) and applications and chosen not in applications:
             yield path, f"names no application; {there_is(applications, chosen)}"
 
@@ -442,7 +444,7 @@ def _wrong_callers(tree: Tree) -> Wrong:
                 continue
             first = seen.setdefault(str(value).strip(), name)
             if first != name:
-                yield ("callers", name, mark), f"is that of callers.{first} too: the two cannot be told apart"
+                yield ("callers", name, mark), f"is that of callers.{shown(first)} too: the two cannot be told apart"
     listeners = list(_listeners(tree))
     if not any(isinstance(tls := one.get("tls"), dict) and tls.get("client_ca") for one in listeners):
         for name in (name for name, caller in callers.items() if caller.get("certificate") is not None):

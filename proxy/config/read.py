@@ -5,6 +5,7 @@ the parser's events become plain values directly: every scalar stays the text th
 decide what it means), aliases and tags are refused, and size and depth are bounded.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,10 @@ MAX_DEPTH = 12
 
 # libyaml's parser is some ten times faster: it matters with thousands of accounts.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+LONGEST_NAME = 64  # characters; what is longer names nothing here
+# How refresh tokens, access tokens and client secrets begin.
+_SECRET = re.compile(r"(?:Atz[ra]\||amzn1\.oa2-cs\b).*", re.IGNORECASE | re.DOTALL)
 
 KeyPath = tuple[str | int, ...]
 Tree = dict[str, Any]
@@ -33,12 +38,22 @@ class Problem:
         return ": ".join(part for part in (self.where, self.key, self.message) if part)
 
 
+def shown(name: str) -> str:
+    """Return a name of the user's as it may be printed: `***` for what is probably a secret in the wrong place."""
+    return "***" if len(name) > LONGEST_NAME or _SECRET.search(name) else name
+
+
+def without_secret(text: str) -> str:
+    """Return a text with `***` for all that follows where a token or a client secret begins."""
+    return _SECRET.sub("***", text)
+
+
 def show_key(path: KeyPath) -> str:
-    """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys."""
+    """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys; no secret is shown."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+        text += f"[{part}]" if isinstance(part, int) else f".{shown(part)}" if text else shown(part)
+    return without_secret(text)  # one with dots may be several parts
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from proxy.config.given import has_own_names, kind_at
 from proxy.config.model import NAME, TARGET_APPLICATION, Listener, settings_in
-from proxy.config.read import KeyPath
+from proxy.config.read import KeyPath, shown
 
 MOST_NAMED = 10  # of the names that there are: there may be thousands of accounts
 
@@ -46,7 +46,7 @@ def names_of(names: Iterable[object]) -> str:
 
 def there_is(names: Iterable[str], wrong: str = "") -> str:
     """Return what there is instead of the name `wrong`: the one that was probably meant, and the others."""
-    known = list(names)
+    known = [shown(name) for name in names]
     if not known:
         return "there is none"
     near = difflib.get_close_matches(wrong, known, n=1)

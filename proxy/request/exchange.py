@@ -44,7 +44,7 @@ class Exchange:
         self.started = started
         self.caller = ""  # who sent it; nothing for nobody in particular
         self.target: Target | None = None
-        self.own = ""  # the name of what the proxy answered itself, in Amazon's place
+        self.own = ""  # the name of what the proxy answered itself, in Amazon's place, or refused without a target
         self.token = "none"  # noqa: S105 - a kind of token
         self.elements: tuple[str, ...] = ()  # the personal data that the token covers
         self.token_age = 0.0  # seconds since it was asked for

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from proxy.amazon import lwa, rdt
 from proxy.amazon.headers import credential_headers, user_agent_of
@@ -195,7 +196,7 @@ class Grants:
                 return lwa.client_credentials_grant(session.post, url, *client, credential.scope)
             return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
 
-        return await self._tried(credential, call)
+        return await self._tried(credential, url, call)
 
     async def mint(self, credential: Credential, ordinary: Secret) -> Granted:
         """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
@@ -229,7 +230,7 @@ class Grants:
                 raise
 
         await self._limits.admit(target, Claim(config.limits.max_wait))
-        return await self._tried(credential, call)
+        return await self._tried(credential, endpoint, call)
 
     def _target_of_mint(self, credential: Credential, endpoint: str) -> Target:
         return Target(
@@ -248,8 +249,11 @@ class Grants:
             path_and_query=rdt.PATH,
         )
 
-    async def _tried(self, credential: Credential, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:
-        """Make one exchange, a few times where that may help; translate whatever goes wrong into an error of ours."""
+    async def _tried(self, credential: Credential, url: str, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:
+        """Make one exchange with the host of `url`, a few times where that may help.
+
+        Whatever goes wrong is translated into an error of ours.
+        """
         asked = self._now()
         reason = "timeout"
         try:
@@ -278,8 +282,8 @@ class Grants:
             raise self._rdt_refused(credential, exc, asked) from exc
         except TimeoutError as exc:
             self._count(credential, "failed", "timeout", asked)
-            raise _unavailable(credential, "timeout") from exc
-        raise _unavailable(credential, reason)
+            raise _unavailable(credential, url, "timeout") from exc
+        raise _unavailable(credential, url, reason)
 
     def _rdt_refused(self, credential: Credential, exc: rdt.RdtRefused, asked: float) -> Exception:
         """Return what a refusal of the mint means."""
@@ -331,12 +335,17 @@ def _gone(credential: Credential) -> TokenRefused:
     )
 
 
-def _unavailable(credential: Credential, reason: str) -> TokenUnavailable:
-    host = "Amazon" if credential.kind == "rdt" else "Login with Amazon"
+_OUT_OF_REACH = {"connection": "could not be reached", "timeout": "did not answer in time"}
+
+
+def _unavailable(credential: Credential, url: str, reason: str) -> TokenUnavailable:
+    who, state = "Amazon" if credential.kind == "rdt" else "Login with Amazon", "did not give one"
+    hint = "Nothing was sent to Amazon's API; try again after Retry-After."
+    if reason in _OUT_OF_REACH:
+        who, state = f"{who} at {urlsplit(url).hostname}", _OUT_OF_REACH[reason]
+        hint += " `sp-api-proxy check --live` says why."
     return TokenUnavailable(
-        f"no {credential.kind} token for {_whose(credential)}: {host} did not give one ({reason})",
-        "Nothing was sent to Amazon's API; try again after Retry-After.",
-        reason=reason,
+        f"no {credential.kind} token for {_whose(credential)}: {who} {state} ({reason})", hint, reason=reason
     )
 
 

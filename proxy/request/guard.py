@@ -25,6 +25,7 @@ from proxy.errors import (
     VersionRefused,
 )
 from proxy.request.heads import Head
+from proxy.request.misspelt import refuse_misspelt
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
@@ -99,7 +100,9 @@ def admit_with(head: Head, method: str, target: str, doorway: Doorway) -> Admitt
     if not target.startswith("/"):
         target, authority = _origin_form(target)
     if host is None:
-        host = head.host = _host(head.headers, doorway)
+        host = _host(head.headers, doorway)
+        refuse_misspelt(head.names)
+        head.host = host
     if authority is not None:
         host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
     if host == LWA_HOST and host not in doorway.hosts and not asks_for_token(method, target):

@@ -91,6 +91,7 @@ class Handler:
         exchange = Exchange(request.method, now()) if traces is None else traces.begin(request.method, now())
         self.metrics.in_flight += 1
         entered: str | None = None
+        admitted: Admitted | None = None
         answer: AmazonsAnswer | PlaceholderAnswer | OwnAnswer
         try:
             head = self.heads.of(request.raw_headers, request.headers, getattr(request, "head_block", None))
@@ -103,6 +104,8 @@ class Handler:
                 # Half an answer is out: a second one behind it would be taken for its end.
                 exchange.error, exchange.fault, exchange.broken = error.code, error.fault, True
                 raise ConnectionAbortedError(error.code) from error
+            if admitted is not None and exchange.target is None:
+                exchange.own = exchange.own or self.decisions.operation_at(request.method, admitted.target)
             answer = refusal(request, error, exchange)
         except asyncio.CancelledError:
             exchange.status, exchange.error = CLIENT_LEFT, "ClientLeft"

@@ -5,6 +5,7 @@ that no two steps can disagree. Account and region each come from the first sour
 disagree are refused, never guessed about.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -52,6 +53,10 @@ _MOST_MARKETPLACES = 64
 _MOST_DECISIONS = 10_000
 _LONGEST_KEY = 1000  # characters
 _M, _BEHIND_ANOTHER = frozenset({"M", "m"}), ("&M", "&m")  # what stands before `arketplaceId` in a name
+# What people write for a region: a country, a continent, a region of AWS.
+_LIKE_A_REGION = re.compile(
+    r"[a-z]{2}(-[a-z]+-\d)?|usa|europe|emea|asia|apac|japan|(north[-_]?)?america|far[-_]?east", re.IGNORECASE | re.ASCII
+)
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
@@ -139,6 +144,8 @@ class Decisions:
         )
         known = self._known.get(key)
         if known is not None:
+            if operation is None and account is not None and region is None:
+                _refuse_unknown_region(method, path, self._by[2])  # of a path nothing is known
             return _target(*known, path_and_query)
         target = identify(method, admitted, headers, *self._by, permit)
         for_this_path = target.credential.kind == "rdt" and not target.credential.reusable
@@ -149,6 +156,15 @@ class Decisions:
             self._known[key] = _DECIDED(target)
             return target
         return replace(target, kind=ONE_OFF)
+
+    def operation_at(self, method: str, target: str) -> str:
+        """Return the name of the operation that a request would have been, whoever sent it; nothing where unknown."""
+        try:
+            path = split_prefix(target)[2].partition("?")[0]
+        except BadTarget:
+            return ""
+        operation = self._match(method, path)
+        return operation.name if operation is not None else ""
 
 
 def _choices(headers: CIMultiDictProxy[str], asked: tuple[str, ...] | None) -> tuple[object, ...]:
@@ -186,6 +202,8 @@ def identify(
     path, _, query = path_and_query.partition("?")
     account = _account(prefix_account, headers, listener, config, permit)
     operation = table.match(method, path)
+    if operation is None and prefix_account is not None and prefix_region is None:
+        _refuse_unknown_region(method, path, table)
     permit.check_operation(method, operation, query)
     settings = config.accounts[account.value]
     environment = config.environment_of(settings)
@@ -359,6 +377,16 @@ def _region(
     return chosen or _usual_region(account, settings)
 
 
+def _refuse_unknown_region(method: str, path: str, table: OperationTable) -> None:
+    """Raise UnknownRegion where a path, behind its account, is an operation's but for what looks like a region."""
+    first, slash, rest = path[1:].partition("/")
+    if slash and _LIKE_A_REGION.fullmatch(first) and table.match(method, f"/{rest}") is not None:
+        raise UnknownRegion(
+            "what stands between the account and Amazon's path is no region",
+            f"Write /@ACCOUNT/REGION/ with one of the regions {', '.join(REGIONS)}, or leave REGION out.",
+        )
+
+
 def _marketplaces(query: str, config: Config, environment: Environment, *, named_otherwise: bool) -> list[_Choice]:
     """Return the region of each marketplace id in the query.
 
@@ -423,7 +451,8 @@ def _usual_region(account: _Choice, settings: Account) -> _Choice:
     state = f"has several regions ({', '.join(regions)})" if regions else "has no refresh token for any region"
     raise RegionRequired(
         f"the account {account.value} {state} and the request names none",
-        f"Add the header {REGION_HEADER}, or begin the path with /@{account.value}/REGION/, or name a marketplace.",
+        f"Add the header {REGION_HEADER}, or begin the path with /@{account.value}/REGION/, or name a marketplace, or "
+        "set listen[N].region.",
     )
 
 
