@@ -76,6 +76,15 @@ def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page
 
 
 @pytest.mark.timeout(600)
+def test_a_document_of_the_demo_comes_by_the_lines_that_the_readme_has(tmp_path: Path) -> None:
+    part = test_docs.text_of("README.md").partition("\n## Documents\n")[2].partition("\n## ")[0]
+    lines = part.partition("To try it without credentials:\n")[2]
+    made = re.sub(r'sh\nmake run ARGS="(.+)"', r"sh server\nsp-api-proxy serve --demo \1", lines)
+    assert made != lines
+    run_page(f"{made}\n```output\nsku\tquantity\nsku-0\t0\n```\n", tmp_path)
+
+
+@pytest.mark.timeout(600)
 def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
     fence = "```"
     for number, (text, complaint) in enumerate(
