@@ -18,7 +18,7 @@ from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.amazon.reports import RESTRICTED_TYPES
 from proxy.errors import ProxyError, all_errors
 from proxy.request.forbidden import HINTS
-from tests import test_docs
+from tests import pages, test_docs
 from tests.conftest import needs
 from tests.pages import Block, blocks, proxy_commands, run_page, same
 
@@ -111,6 +111,13 @@ def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
         folder.mkdir()
         with pytest.raises(Exception, match=complaint):
             run_page(text, folder)
+
+
+def test_what_a_server_says_at_its_start_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PATIENCE", 5.0)
+    server = "```sh server\nbash -c 'echo serving; echo one; exec sleep 60'\n```\n\n```output\n…\n{}\n```\n"
+    with pytest.raises(AssertionError, match="line 5: prints something else"):
+        run_page(server.format("two"), tmp_path)
 
 
 def not_in_its_program(block: Block) -> list[str]:
