@@ -17,6 +17,7 @@ import pytest
 from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.amazon.reports import RESTRICTED_TYPES
 from proxy.errors import ProxyError, all_errors
+from proxy.remedies import REMEDIES
 from proxy.request.forbidden import HINTS
 from tests import pages, test_docs
 from tests.conftest import needs
@@ -258,14 +259,13 @@ def test_what_the_first_page_says_of_a_page_is_in_llms_txt() -> None:
 
 
 def with_errors(text: str) -> str:
-    advice = {row[0]: row[-1] for row in test_docs.cells(test_docs.section("errors"))}
-    return with_openings(text, {error.code: about(error, advice[f"`{error.code}`"]) for error in all_errors()})
+    return with_openings(text, {error.code: about(error) for error in all_errors()})
 
 
-def about(error: type[ProxyError], advice: str) -> str:
+def about(error: type[ProxyError]) -> str:
     again = "yes" if error.retryable else "no"
     meaning = (error.__doc__ or "").splitlines()[0]
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {advice}"
+    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {REMEDIES[error.code]}"
 
 
 def with_hints(text: str) -> str:
