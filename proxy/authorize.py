@@ -145,8 +145,8 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
         return FAILED
     _say(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
     _say(snippet(options.account, name, central.region, options.output))
-    named = f" --config {shlex.quote(options.config)}" if options.config else ""
-    _say(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}{named}")
+    with_file = f" --config {shlex.quote(options.config)}" if options.config else ""
+    _say(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}{with_file}")
     return OK
 
 

@@ -10,9 +10,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -65,6 +66,7 @@ from proxy.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
+USUAL_FILE = "config.yaml"  # the Makefile's; no command takes a file that nobody named
 LAST_MOMENTS = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
 
 T = TypeVar("T")
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"{len(exc.problems)} problem{'s'[: len(exc.problems) != 1]} in the configuration:")
         for problem in exc.problems:
             _complain(f"  {problem}")
+        if _config_path(options) is None and _has_unnamed_file(exc.problems):
+            _complain(f"{USUAL_FILE} lies here: --config {USUAL_FILE}")
         return USAGE
     except KeyboardInterrupt:
         _complain("sp-api-proxy: interrupted")
@@ -104,6 +108,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     return code
+
+
+def _has_unnamed_file(problems: Sequence[Problem]) -> bool:
+    """Return whether the file that is taken by `make run` lies here, where what it would say is missing."""
+    missing = [problem for problem in problems if problem.key in {"accounts", "applications"}]
+    return any(problem.message.startswith("is missing") for problem in missing) and Path(USUAL_FILE).is_file()
 
 
 def _say(text: str = "") -> None:
@@ -575,6 +585,9 @@ def _add_authorize(commands: Any) -> None:
 
 def _authorize(options: argparse.Namespace) -> int:
     config = applications_config(_config_path(options), os.environ, settings_of(options))
+    if not config.applications:
+        missing = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
+        raise ConfigError([Problem("applications", missing)])
     process.harden()
     process.forget_secrets(os.environ, config)  # a browser gets none of them
     # Where there is no screen, a browser may be one for the terminal, which would take it over.

@@ -3,6 +3,7 @@
 Every text goes through `escape`. The page is bounded whatever the number of accounts: what needs somebody comes first.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -102,12 +103,12 @@ def _cell(text: str, kind: str = "") -> str:
 def _verdict(verdict: Verdict) -> str:
     kind = verdict.state.replace(" ", "-")
     whose = f" The cause is <strong>{escape(verdict.whose)}</strong>." if verdict.whose else ""
-    do = f"<p>What to do: {escape(verdict.do)}</p>\n" if verdict.do else ""
+    do = f"<p>What to do: {_prose(verdict.do)}</p>\n" if verdict.do else ""
     others = "".join(
-        f"<li>{escape(one.says)} <em>({escape(one.whose)})</em> {escape(one.do)}</li>\n" for one in verdict.others[:20]
+        f"<li>{_prose(one.says)} <em>({escape(one.whose)})</em> {_prose(one.do)}</li>\n" for one in verdict.others[:20]
     )
     more = f'<p class="more">To know as well:</p><ul>\n{others}</ul>\n' if others else ""
-    says = f'<p role="status">{escape(verdict.says)}{whose}</p>\n'
+    says = f'<p role="status">{_prose(verdict.says)}{whose}</p>\n'
     return _section("verdict", _TITLES[verdict.state], says, do, more, kind=kind)
 
 
@@ -323,7 +324,7 @@ def _errors(seen: Overview) -> str:
             _cell(whose_is(row.name)),
             _cell(str(row.lately), "number"),
             _cell(str(row.times), "number"),
-            _cell(row.meaning),
+            f"<td>{_prose(row.meaning)}</td>",
         )
         for row in seen.errors
     )
@@ -366,6 +367,11 @@ def _secret(left: float) -> str:
 
 def _count(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def _prose(text: str) -> str:
+    """Return a sentence as HTML; what it has between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _clock(seen: Overview, monotonic: float) -> str:

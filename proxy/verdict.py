@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from proxy.errors import ProxyError, all_errors
+from proxy.errors import ClientError, ProxyError, all_errors
 from proxy.overview import MEANINGS, Overview, TokenRow
 from proxy.recent import Finished
+from proxy.remedies import REMEDIES
 from proxy.request.forbidden import HINTS
 
 Whose = Literal["yours", "Amazon's", "the network's", "the proxy's"]
@@ -19,6 +20,7 @@ State = Literal["working", "degraded", "not working", "starting", "stopping"]
 JUST_NOW = 60.0  # seconds; where enough came in that time, what was before counts no more
 ENOUGH = 5  # requests
 MUCH, SOME = 0.5, 0.05  # shares of them that fail
+NEARLY_ALL = 0.9  # share of mistakes of the apps' own from which on they are more than a remark
 REMARK, SOMETHING, EVERYTHING = 1, 2, 3  # how much of the proxy does not work
 SOON = 14 * 86400.0  # seconds until a client secret is past its life
 DAY = 86400.0
@@ -26,7 +28,8 @@ DAY = 86400.0
 _CLASSES: Mapping[str, type[ProxyError]] = {error.code: error for error in all_errors()}
 _NETWORK = frozenset({"UpstreamUnreachable", "ConnectTimeout"})
 _NETWORK_REASONS = frozenset({"connection", "timeout"})
-_PRESSURE = frozenset({"UsagePlanExhausted", "CallerBusy", "AccountBusy", "TooManyConnections"})
+# Requests that cannot be served as they are, which is no fault of a proxy that says so.
+_MISTAKES = frozenset(code for code, error in _CLASSES.items() if issubclass(error, ClientError))
 _CLIENT_LEFT = 499
 
 _DO: dict[str, str] = {
@@ -164,12 +167,16 @@ def _of_regions(seen: Overview, requests: Sequence[Finished]) -> Iterator[Findin
 
 def _of_requests(requests: Sequence[Finished], *, has_failed_tokens: bool) -> Iterator[Finding]:
     bad = Counter(name for request in requests if (name := name_of(request)))
+    mistakes = sum(count for name, count in bad.items() if name in _MISTAKES)
+    are_nearly_all = len(requests) >= ENOUGH and mistakes >= NEARLY_ALL * len(requests)
     for name, count in bad.most_common():
         if name == "RegionDown" or (has_failed_tokens and name in {"TokenRefused", "TokenUnavailable"}):
             continue  # said already
         share = count / len(requests)
         is_all = share == 1 or (share >= MUCH and len(requests) >= ENOUGH)
         weight = EVERYTHING if is_all else SOMETHING if share >= SOME else REMARK
+        if name in _MISTAKES and not are_nearly_all:
+            weight = REMARK
         says = f"{count} of {_plural(len(requests), 'request')} lately: {_meaning(name)}"
         yield Finding(weight, whose_is(name), says, _what_to_do(name))
 
@@ -207,13 +214,7 @@ def _meaning(name: str) -> str:
 
 def _what_to_do(name: str) -> str:
     hints: Mapping[str, str] = {str(hint): text for hint, text in HINTS.items()}
-    if name in _DO or name in hints:
-        return _DO.get(name) or hints[name]
-    if name in _PRESSURE:
-        return "Send fewer at once, or raise the bound that it names."
-    if whose_is(name) == "Amazon's":
-        return _NOTHING
-    return "The answer itself says what to mend; README, “Errors”, has them all."
+    return _DO.get(name) or hints.get(name) or REMEDIES.get(name) or _NOTHING
 
 
 # The configuration.

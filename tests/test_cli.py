@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -109,6 +110,25 @@ async def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str]) -> 
     assert (code, printed) == (2, "")
     assert "Traceback" not in complained
     assert complained
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check"], ["check", "--live"], ["authorize", "--marketplace", "DE", "--output", "token"], ["serve"]]
+)
+def test_a_file_that_lies_here_and_was_not_named_is_pointed_at(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("LWA_", "SP_API_"))]:
+        monkeypatch.delenv(name)
+    assert cli.main(arguments) == 2
+    without = capsys.readouterr().err
+    assert "applications: is missing" in without
+    Path("config.yaml").write_text("applications: {}\n", encoding="utf-8")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"{without}config.yaml lies here: --config config.yaml\n"
+    assert cli.main([*arguments, "--config", "config.yaml"]) == 2  # it was named
+    assert "lies here" not in capsys.readouterr().err
 
 
 async def test_check_shows_what_is_in_force_and_hides_secrets() -> None:

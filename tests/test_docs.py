@@ -1,6 +1,6 @@
 """What the documents state, held to the code: settings, errors, metrics, files, commands, examples.
 
-`python -m tests.test_docs` writes the tables of the README anew; what to do about an error is kept by hand there.
+`python -m tests.test_docs` writes the tables of the README anew.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
 from proxy.flags import settings_of
 from proxy.metrics import Metrics
+from proxy.remedies import REMEDIES
 from proxy.request import identify, limits
 from proxy.request.forbidden import HINTS, Hint
 from proxy.simulator import command as simulator_command
@@ -116,17 +117,16 @@ def settings_table() -> str:
 
 
 def errors_table() -> str:
-    advice = {row[0]: row[-1] for row in cells(section("errors"))}
     return table(
         ("code", "status", "whose fault", "try again", "meaning", "what to do"),
-        *(row(error, advice) for error in sorted(all_errors(), key=lambda error: (error.status, error.code))),
+        *(row(error) for error in sorted(all_errors(), key=lambda error: (error.status, error.code))),
     )
 
 
-def row(error: type[ProxyError], advice: dict[str, str]) -> tuple[str, ...]:
+def row(error: type[ProxyError]) -> tuple[str, ...]:
     code, again = f"`{error.code}`", "yes" if error.retryable else "no"
     meaning = (error.__doc__ or "").splitlines()[0]
-    return code, str(error.status), error.fault, again, meaning, advice.get(code, "")
+    return code, str(error.status), error.fault, again, meaning, REMEDIES[error.code]
 
 
 def metrics_table() -> str:
@@ -167,10 +167,9 @@ def test_every_setting_has_a_meaning() -> None:
     assert all(meaning for _, _, meaning in rows)
 
 
-def test_the_readme_says_what_to_do_about_every_error() -> None:
-    rows = cells(section("errors"))
-    assert len(rows) == len(all_errors()) > 20
-    assert not [code for code, *_, advice in rows if not advice]
+def test_there_is_something_to_do_about_every_error_and_about_nothing_else() -> None:
+    assert set(REMEDIES) == {error.code for error in all_errors()}
+    assert all(remedy.endswith(".") and "|" not in remedy for remedy in REMEDIES.values())
 
 
 def test_every_series_of_the_registry_is_in_the_readme() -> None:

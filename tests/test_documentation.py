@@ -17,8 +17,9 @@ import pytest
 from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.amazon.reports import RESTRICTED_TYPES
 from proxy.errors import ProxyError, all_errors
+from proxy.remedies import REMEDIES
 from proxy.request.forbidden import HINTS
-from tests import test_docs
+from tests import pages, test_docs
 from tests.conftest import needs
 from tests.pages import Block, blocks, proxy_commands, run_page, same
 
@@ -76,6 +77,15 @@ def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page
 
 
 @pytest.mark.timeout(600)
+def test_a_document_of_the_demo_comes_by_the_lines_that_the_readme_has(tmp_path: Path) -> None:
+    part = test_docs.text_of("README.md").partition("\n## Documents\n")[2].partition("\n## ")[0]
+    lines = part.partition("To try it without credentials:\n")[2]
+    made = re.sub(r'sh\nmake run ARGS="(.+)"', r"sh server\nsp-api-proxy serve --demo \1", lines)
+    assert made != lines
+    run_page(f"{made}\n```output\nsku\tquantity\nsku-0\t0\n```\n", tmp_path)
+
+
+@pytest.mark.timeout(600)
 def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
     fence = "```"
     for number, (text, complaint) in enumerate(
@@ -102,6 +112,13 @@ def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
         folder.mkdir()
         with pytest.raises(Exception, match=complaint):
             run_page(text, folder)
+
+
+def test_what_a_server_says_at_its_start_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PATIENCE", 5.0)
+    server = "```sh server\nbash -c 'echo serving; echo one; exec sleep 60'\n```\n\n```output\n…\n{}\n```\n"
+    with pytest.raises(AssertionError, match="line 5: prints something else"):
+        run_page(server.format("two"), tmp_path)
 
 
 def not_in_its_program(block: Block) -> list[str]:
@@ -242,14 +259,13 @@ def test_what_the_first_page_says_of_a_page_is_in_llms_txt() -> None:
 
 
 def with_errors(text: str) -> str:
-    advice = {row[0]: row[-1] for row in test_docs.cells(test_docs.section("errors"))}
-    return with_openings(text, {error.code: about(error, advice[f"`{error.code}`"]) for error in all_errors()})
+    return with_openings(text, {error.code: about(error) for error in all_errors()})
 
 
-def about(error: type[ProxyError], advice: str) -> str:
+def about(error: type[ProxyError]) -> str:
     again = "yes" if error.retryable else "no"
     meaning = (error.__doc__ or "").splitlines()[0]
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {advice}"
+    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {REMEDIES[error.code]}"
 
 
 def with_hints(text: str) -> str:

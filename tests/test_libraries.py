@@ -37,6 +37,7 @@ GOT = {
     "feed": "1",
     "forbidden": [403, "Unauthorized"],
     "throttled": [429, "QuotaExceeded"],
+    "elsewhere": "US",  # where a library can name another region
 }
 ERRORS = {"forbidden": 403, "throttled": 429}
 
@@ -71,6 +72,7 @@ async def control(addresses: dict[str, str], path: str, order: dict[str, Any] | 
 def settings(simulator: dict[str, str]) -> dict[str, Any]:
     """Return the settings of a proxy with a listener for each account, and one for the path to say."""
     client = {"client_id": "amzn1.application-oa2-client.simulator", "client_secret": "amzn1.oa2-cs.v1.simulator"}
+    tokens = {region: f"Atzr|demo-{region}" for region in ("na", "eu", "fe")}  # each call must say which
     return {
         "listen": [
             {"address": "127.0.0.1:0", "account": "demo"},
@@ -80,8 +82,8 @@ def settings(simulator: dict[str, str]) -> dict[str, Any]:
         "admin": "127.0.0.1:0",
         "applications": {"main": client},
         "accounts": {
-            "demo": {"refresh_tokens": {"eu": "Atzr|demo-eu"}},
-            "private": {"refresh_tokens": {"eu": "Atzr|demo-eu"}, "data_elements": ["buyerInfo", "shippingAddress"]},
+            "demo": {"refresh_tokens": dict(tokens)},
+            "private": {"refresh_tokens": dict(tokens), "data_elements": ["buyerInfo", "shippingAddress"]},
         },
         "endpoints": {name: simulator[name] for name in ("na", "eu", "fe", "lwa")},
         "local_rdt": True,

@@ -12,7 +12,7 @@ import pytest
 from proxy import page
 from proxy.app import Running
 from proxy.metrics import PlanNumbers
-from proxy.overview import MOST_ROWS, Overview
+from proxy.overview import MEANINGS, MOST_ROWS, ErrorRow, Overview
 from proxy.page import render
 from proxy.recent import MOST_RECENT
 from proxy.status import Reloading
@@ -45,8 +45,9 @@ async def test_the_page_says_what_happened(proxy: Running, far_side: FarSide) ->
     await call(proxy.addresses[0], "GET", ORDERS)
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="nobody")
     text = (await ask(proxy, "/")).body.decode()
-    assert '<h2 id="verdict-title">Degraded</h2>' in text
-    assert "The cause is <strong>yours</strong>" in text
+    assert '<h2 id="verdict-title">Working</h2>' in text
+    assert "1 of 2 requests lately: UnknownAccount. The account is not in the configuration." in text
+    assert "<em>(yours)</em> Check its spelling; <code>check</code> lists the accounts." in text
     assert "GET orders.v0.getOrders" in text
     assert "UnknownAccount" in text
     assert ">acme</a>" in text
@@ -248,6 +249,14 @@ def many(count: int) -> Overview:
     ]
     rows.sort(key=lambda row: row.state != "failed")
     return seen([request(number=number) for number in range(MOST_RECENT)], rows, accounts=count)
+
+
+def test_what_stands_between_backticks_is_code() -> None:
+    given = seen([request(), request(400, "BadOption")], errors=[ErrorRow("BadOption", 1, 1, MEANINGS["BadOption"])])
+    text = render(given, judge(given))
+    assert "An <code>x-sp-…</code> header holds a value that means nothing." in text
+    assert text.count("<code>x-sp-…</code>") == 2  # to know as well, and in the table of errors
+    assert "`" not in text
 
 
 @pytest.mark.parametrize("count", [1, 200, 2000, 20_000])

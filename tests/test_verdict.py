@@ -7,6 +7,7 @@ import pytest
 
 from proxy.overview import Overview, TokenRow
 from proxy.recent import Finished
+from proxy.remedies import REMEDIES
 from proxy.verdict import Verdict, judge, name_of, whose_is
 
 NOW = 10_000.0
@@ -106,7 +107,12 @@ CASES: list[tuple[str, Overview, str, str, str]] = [
         *("degraded", "yours", "UsagePlanExhausted"),
     ),
     ("Amazon throttles", seen([request()] * 9 + [request(429)]), "degraded", "yours", "a usage plan had no room"),
-    ("the app is wrong", seen([request(400, "UnknownAccount")] * 2), "not working", "yours", "UnknownAccount"),
+    ("the app is wrong", seen([request(400, "UnknownAccount")] * 5), "not working", "yours", "UnknownAccount"),
+    (
+        "the app is wrong in many ways",
+        seen([request(400, "BadOption")] * 5 + [request(400, "BadTarget")] * 4 + [request(403, "BrowserRefused")] * 9),
+        *("not working", "yours", "9 of 18 requests lately: BrowserRefused"),
+    ),
     ("the proxy fails", seen([request(500, "InternalError")] * 2), "not working", "the proxy's", "InternalError"),
     (
         "a bad configuration",
@@ -136,12 +142,23 @@ def test_what_is_wrong_is_said_with_whose_fault_it_is(given: Overview, state: st
         seen([request(503, ago=400.0)] * 9),  # long ago
         seen([request(503, ago=200.0)] * 9 + [request()] * 9),  # over: enough came since
         seen([request()] * 99 + [request(503)]),
+        seen([request(400, "RegionRequired")]),  # the first call of all
+        seen([request()] * 2 + [request(400, "BadOption")] * 5 + [request(403, "BrowserRefused")] * 5),
         seen(secrets_left={"main": 86400.0 * 3}),
         seen(configuration={**CONFIGURATION, "needs_restart": ["admin"]}),
     ],
 )
 def test_little_things_are_remarks(given: Overview) -> None:
     assert judge(given).state == "working"
+
+
+def test_mistakes_of_apps_are_to_be_known_and_each_says_what_to_do() -> None:
+    verdict = judge(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
+    assert (verdict.state, verdict.whose) == ("working", None)
+    assert verdict.says == "Working: 11 requests lately. 2 things to know below."
+    assert [other.do for other in verdict.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
+    verdict = judge(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
+    assert (verdict.state, verdict.whose, len(verdict.others)) == ("degraded", "Amazon's", 1)
 
 
 def test_the_worst_comes_first_and_the_rest_is_not_lost() -> None:

@@ -377,8 +377,7 @@ def _refused(credential: Credential, exc: lwa.ExchangeRefused, keys: str, *, has
     request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
     return TokenRefused(
         f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
-        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.")
-        + where,
+        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.") + where,
         reason=exc.reason,
     )
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from sp_api.api import FeedsV20210630, Notifications, OrdersV0
+from sp_api.api import FeedsV20210630, Notifications, OrdersV0, Sellers
 from sp_api.auth import AccessTokenClient
 from sp_api.base import Marketplaces, SellingApiException
 
@@ -16,9 +16,10 @@ def move_to(address: str) -> None:
     """Make this library speak to the proxy: the whole of the move."""
     host = address.removeprefix("http://")
     AccessTokenClient.scheme, AccessTokenClient.host = "http://", host
+    os.environ["HTTP_PROXY"] = f"http://{host}"
     for marketplace in Marketplaces:
         # It takes the Host from the ninth character on, as in https://; the @ makes http:// as long.
-        marketplace.endpoint = f"http://@{host}"
+        marketplace.endpoint = marketplace.endpoint.replace("https://", "http://@")
 
 
 SECRETS = {
@@ -58,6 +59,9 @@ found["feed"] = feeds.create_feed("POST_PRODUCT_DATA", "amzn1.tortuga.3.simulate
 
 found["forbidden"] = failure(orders.get_order, "forbidden")
 found["throttled"] = failure(orders.get_order, "throttled")
+
+sold_in = Sellers(marketplace=Marketplaces.US, credentials=SECRETS).get_marketplace_participation().payload
+found["elsewhere"] = sold_in[0]["marketplace"]["countryCode"]
 
 move_to(os.environ["PRIVATE"])
 private = OrdersV0(marketplace=Marketplaces.DE, credentials=SECRETS).get_orders(CreatedAfter="2026-01-01T00:00:00Z")

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from sp_api.asyncio.api import FeedsV20210630, Notifications, OrdersV0
+from sp_api.asyncio.api import FeedsV20210630, Notifications, OrdersV0, Sellers
 from sp_api.asyncio.auth import AccessTokenClient
 from sp_api.base import Marketplaces, SellingApiException
 
@@ -17,9 +17,10 @@ def move_to(address: str) -> None:
     """Make this library speak to the proxy: the whole of the move."""
     host = address.removeprefix("http://")
     AccessTokenClient.scheme, AccessTokenClient.host = "http://", host
+    os.environ["HTTP_PROXY"] = f"http://{host}"
     for marketplace in Marketplaces:
         # It takes the Host from the ninth character on, as in https://; the @ makes http:// as long.
-        marketplace.endpoint = f"http://@{host}"
+        marketplace.endpoint = marketplace.endpoint.replace("https://", "http://@")
 
 
 SECRETS = {
@@ -61,6 +62,10 @@ async def main():
     async with FeedsV20210630(marketplace=Marketplaces.DE, credentials=SECRETS) as feeds:
         feed = await feeds.create_feed("POST_PRODUCT_DATA", "amzn1.tortuga.3.simulated")
         found["feed"] = feed.payload["feedId"]
+
+    async with Sellers(marketplace=Marketplaces.US, credentials=SECRETS) as sellers:
+        sold_in = (await sellers.get_marketplace_participation()).payload
+        found["elsewhere"] = sold_in[0]["marketplace"]["countryCode"]
 
     move_to(os.environ["PRIVATE"])
     async with OrdersV0(marketplace=Marketplaces.DE, credentials=SECRETS) as orders:
