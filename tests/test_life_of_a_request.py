@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from io import StringIO
 from pathlib import Path
@@ -300,6 +301,32 @@ async def test_a_refused_request_has_its_operation_where_the_table_knows_it(
     line = next(line for line in map(json.loads, log.getvalue().splitlines()) if line["message"] == "request")
     assert (line["operation"], line["error"]) == (operation, error)
     assert "902-1845936" not in log.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("admin", "said"),
+    [
+        ("127.0.0.1:{free}", "This port is for apps; the status page is at http://127.0.0.1:{free}/. "),
+        ("127.0.0.1:0", "This port is for apps. "),
+        ("unix:{folder}/admin", "This port is for apps. "),
+        (None, "This port is for apps. "),
+    ],
+)
+async def test_who_opens_the_port_in_a_browser_learns_where_the_status_page_is(
+    simulator: Simulator, tmp_path: Path, admin: str | None, said: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"free": server.getsockname()[1], "folder": tmp_path}
+    config = settings(simulator, tmp_path, admin=admin and admin.format(**names))
+    async with running(config) as proxy:
+        got = await call(proxy.addresses[0], "GET", "/", sec_fetch_site="none", sec_fetch_dest="document")
+        (error,) = json.loads(got.body)["errors"]
+        assert (got.status, error["code"]) == (400, "RegionRequired")
+        assert error["details"].startswith(said.format(**names) + "Add the header")
+        for method, target in (("GET", SELLERS), ("GET", "/?x"), ("POST", "/")):
+            other = await call(proxy.addresses[0], method, target)
+            assert other.error == "RegionRequired"
+            assert b"for apps" not in other.body
 
 
 async def test_histograms_carry_the_account_only_where_it_is_wanted(simulator: Simulator, tmp_path: Path) -> None:

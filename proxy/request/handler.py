@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.amazon.refusals import Refusal, parse_refusal
-from proxy.config import Config, Listener
-from proxy.errors import CallerRefused, HeaderTooLarge, InternalError, MalformedRequest, ProxyError, VersionRefused
+from proxy.config import Address, Config, Listener
+from proxy.errors import (
+    AccountRequired,
+    CallerRefused,
+    HeaderTooLarge,
+    InternalError,
+    MalformedRequest,
+    ProxyError,
+    RegionRequired,
+    VersionRefused,
+)
 from proxy.logs import AUDIT, LOGGER, fields
 from proxy.metrics import Metrics
 from proxy.request.answers import AmazonsAnswer, OwnAnswer, PlaceholderAnswer
@@ -46,6 +55,9 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 # Errors after which it is not certain where the next request begins (RFC 9112 section 6.3).
 _UNCLEAR = (MalformedRequest, VersionRefused, HeaderTooLarge)
+
+# What is answered where a request says nothing, as that of a person who only looks what is here.
+_NAMES_NOTHING = (AccountRequired, RegionRequired)
 
 AGED = 0.05  # seconds of waiting after which a token is looked at again
 CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
@@ -106,6 +118,8 @@ class Handler:
                 raise ConnectionAbortedError(error.code) from error
             if admitted is not None and exchange.target is None:
                 exchange.own = exchange.own or self.decisions.operation_at(request.method, admitted.target)
+                if (request.method, admitted.target) == ("GET", "/") and isinstance(error, _NAMES_NOTHING):
+                    error.hint = f"{_for_browsers(self.config.admin)} {error.hint}"
             answer = refusal(request, error, exchange)
         except asyncio.CancelledError:
             exchange.status, exchange.error = CLIENT_LEFT, "ClientLeft"
@@ -371,6 +385,12 @@ def refusal_of(response: Answer, beginning: bytes) -> Refusal:
 def _source(exchange: Exchange) -> str:
     """Return who answered where it was not Amazon: the proxy, or nobody, since the client had left."""
     return "client" if exchange.error and exchange.status == CLIENT_LEFT else "proxy"
+
+
+def _for_browsers(admin: Address | None) -> str:
+    """Return what to tell a person who opened the apps' port in a browser: nothing of Amazon's is at `/`."""
+    page = f"; the status page is at http://{admin}/" if admin is not None and admin.port else ""
+    return f"This port is for apps{page}."
 
 
 def _label(method: str) -> str:
