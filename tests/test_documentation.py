@@ -86,6 +86,23 @@ def test_a_document_of_the_demo_comes_by_the_lines_that_the_readme_has(tmp_path:
 
 
 @pytest.mark.timeout(600)
+def test_a_consent_at_the_simulator_comes_by_the_command_that_the_readme_has(tmp_path: Path) -> None:
+    part = test_docs.text_of("README.md").partition("To try that without Amazon")[2]
+    command = next(blocks(part)).text
+    assert "https://app.example/redirect?" in part
+    consent = next(block for block in blocks(test_docs.text_of("docs/authorize.md")) if "# consent.py" in block.text)
+    played = command.replace("sp-api-proxy authorize", "python consent.py")
+    assert played != command
+    fence = "```"
+    run_page(
+        f"{fence}sh server\nsp-api-proxy simulate --port 9700\n{fence}\n"
+        f"{fence}python\n{consent.text}{fence}\n{fence}sh\n{played}{fence}\n"
+        f"{fence}sh\ngrep -c '^Atzr|' acme_eu\n{fence}\n\n{fence}output\n1\n{fence}\n",
+        tmp_path,
+    )
+
+
+@pytest.mark.timeout(600)
 def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
     fence = "```"
     for number, (text, complaint) in enumerate(
