@@ -128,7 +128,7 @@ async def test_the_audit_log_says_who_did_what_on_whose_account(
             "method": "POST",
             "status": 403,
             "error": "NotAllowed",
-            "operation": "unknown",
+            "operation": "feeds.2021-06-30.createFeed",
             "token": "none",
             "data_elements": [],
         },
