@@ -77,8 +77,10 @@ def follow(
 
     A proxy that does not answer at all is a failure; one that was there and goes is waited for.
     """
+    has_shown = False
     try:
         for request in _answered(address, which, out, complain, sleep):
+            has_shown = True
             out.write(f"{json.dumps(request)}\n" if which.as_json else _line(request, with_colour=with_colour))
             out.flush()
     except KeyboardInterrupt:
@@ -86,6 +88,8 @@ def follow(
     except ConnectionError as exc:
         complain(str(exc))
         return FAILED
+    if not has_shown and which.past and not which.goes_on:
+        complain("no request matches")
     return OK
 
 

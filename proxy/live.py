@@ -406,7 +406,10 @@ def _anybody() -> Listener:
 
 
 def _failed(about: Finding, error: ProxyError) -> Finding:
-    return about._replace(result="failed", code=reason_of(error), said=error.message, advice=_advice_on(error))
+    code, said = reason_of(error), error.message
+    if code == "invalid_client":  # it is the application's, whichever account was asked for
+        said = said.replace(f"account {about.account} in {about.region}", f"application {about.application}")
+    return about._replace(result="failed", code=code, said=said, advice=_advice_on(error))
 
 
 def _advice_on(error: ProxyError) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 REMEDIES: Mapping[str, str] = {
     "AccountRequired": "Send `x-sp-account`, begin the path with `/@ACCOUNT/`, or set `default_account`.",
-    "BadOption": "Write the value as the table of headers shows.",
+    "BadOption": "Write name and value as the table of headers shows.",
     "BadTarget": "Percent-encode the path; no `.` or `..` segments, no `//` at its start.",
     "ConflictingSources": "Name it once, or the same everywhere.",
     "InvalidInput": (

@@ -168,7 +168,8 @@ def _troubles(findings: list[Finding]) -> Iterator[str]:
         first, more = group[0], len(group) - MOST_NAMED
         named = ", ".join(_whose(finding) for finding in group[:MOST_NAMED])
         yield f"{named}{f' and {more} more' if more > 0 else ''}:"
-        yield f"  {first.code}: {first.said}"
+        who = f"account {first.account} in {first.region}"
+        yield f"  {first.code}: {first.said.replace(who, 'them' if len(group) > 1 else who)}"
         yield f"  {first.advice}"
         yield ""
 

@@ -164,6 +164,8 @@ async def test_a_wrong_secret_is_said_once_for_all_accounts(simulator: Simulator
     assert code == 1
     assert printed.count("The client id or secret is wrong, or the secret is past its rotation") == 2  # grantless too
     assert "shop4 eu token and 3 more:" in printed
+    assert printed.count("invalid_client: Login with Amazon refuses application main: invalid_client") == 2
+    assert "refuses account" not in printed
     assert "0 of 8 accounts and regions work." in printed
     assert "distinctive" not in printed
 

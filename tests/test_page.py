@@ -254,7 +254,7 @@ def many(count: int) -> Overview:
 def test_what_stands_between_backticks_is_code() -> None:
     given = seen([request(), request(400, "BadOption")], errors=[ErrorRow("BadOption", 1, 1, MEANINGS["BadOption"])])
     text = render(given, judge(given))
-    assert "An <code>x-sp-…</code> header holds a value that means nothing." in text
+    assert "An <code>x-sp-…</code> header holds a value that means nothing, or its name is misspelt." in text
     assert text.count("<code>x-sp-…</code>") == 2  # to know as well, and in the table of errors
     assert "`" not in text
 

@@ -30,7 +30,9 @@ def test_the_same_trouble_is_told_once() -> None:
     text = as_text(report(*map(refused, PLACES)))
     assert text.count("Authorise again.") == 1
     assert "shop0 eu token, shop1 eu token, shop2 eu token, shop3 eu token, shop4 eu token and 3 more:" in text
+    assert "invalid_grant: Login with Amazon refuses them: invalid_grant" in text
     assert text.endswith("0 of 8 accounts and regions work.")
+    assert "refuses account shop0 in eu: invalid_grant" in as_text(report(refused(PLACES[0])))
 
 
 def test_what_was_not_tried_is_no_success() -> None:
