@@ -273,7 +273,7 @@ class _Shared:
     def _relay(self, config: Config, upstream: Upstream, amazon: Pool) -> "Relay":
         """Return what gives documents by way of the proxy; its key outlives a configuration."""
         from proxy.request.relay import Relay  # noqa: PLC0415 - who gets documents directly pays nothing for seals
-        from proxy.store.seal import DocumentSeal  # noqa: PLC0415
+        from proxy.store.seal import DocumentSeal  # noqa: PLC0415 - the same
 
         self.seal = self.seal or DocumentSeal(config.store_key)
         return Relay(config, self.table, seal=self.seal, upstream=upstream, pool=amazon, metrics=self.metrics)

@@ -364,7 +364,7 @@ def until(happens: Any) -> bool:
     while not happens():
         if time.monotonic() > end:
             return False
-        time.sleep(0.05)
+        time.sleep(0.05)  # what is waited for is in other processes, which tell nobody
     return True
 
 

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import yaml
 from proxy.systemd import Service
 from tests.conftest import needs, settings_for
 from tests.far_side import FarSide, TokenHost
-from tests.proxy_process import ROOT, started
+from tests.proxy_process import ROOT, ProxyProcess, started
 
 
 def listening(address: str) -> socket.socket:
@@ -47,40 +49,44 @@ async def test_it_hears_of_the_start_of_reloads_and_of_the_end(
             assert (await loop.sock_recv(sock, 4096)).startswith(b"STOPPING=1\n")
 
 
+@asynccontextmanager
+async def warming_up(
+    far_side: FarSide, token_host: TokenHost, folder: Path
+) -> AsyncIterator[tuple[ProxyProcess, socket.socket]]:
+    """Run a proxy that waits for its first tokens until `token_host.held` is set; yield it, and what systemd hears."""
+    token_host.held = asyncio.Event()
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings_for(far_side, token_host, warm_up=True)))
+    with listening(f"{folder}/notify") as sock:
+        arguments = ("serve", "--config", str(path), "--log-format", "json")
+        async with started(*arguments, environment={"NOTIFY_SOCKET": f"{folder}/notify"}) as proxy:
+            yield proxy, sock
+
+
 async def test_it_hears_nothing_before_the_tokens_are_there(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    token_host.held = asyncio.Event()
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings_for(far_side, token_host, warm_up=True)))
-    loop = asyncio.get_running_loop()
-    with listening(f"{tmp_path}/notify") as sock:
-        arguments = ("serve", "--config", str(path), "--log-format", "json")
-        async with started(*arguments, environment={"NOTIFY_SOCKET": f"{tmp_path}/notify"}):
-            heard = asyncio.create_task(loop.sock_recv(sock, 4096))
-            await token_host.arrived.wait()
-            assert not heard.done()
-            token_host.held.set()
-            assert (await heard).startswith(b"READY=1\n")
+    async with warming_up(far_side, token_host, tmp_path) as (_, sock):
+        heard = asyncio.create_task(asyncio.get_running_loop().sock_recv(sock, 4096))
+        await token_host.arrived.wait()
+        assert not heard.done()
+        assert token_host.held is not None
+        token_host.held.set()
+        assert (await heard).startswith(b"READY=1\n")
 
 
 async def test_a_reload_before_the_tokens_are_there_makes_it_no_more_ready(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    token_host.held = asyncio.Event()
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings_for(far_side, token_host, warm_up=True)))
-    loop = asyncio.get_running_loop()
-    with listening(f"{tmp_path}/notify") as sock:
-        arguments = ("serve", "--config", str(path), "--log-format", "json")
-        async with started(*arguments, environment={"NOTIFY_SOCKET": f"{tmp_path}/notify"}) as proxy:
-            await token_host.arrived.wait()
-            proxy.process.send_signal(signal.SIGHUP)
-            await proxy.process_says("the configuration is as it was")
-            with pytest.raises(BlockingIOError):
-                sock.recv(4096)
-            token_host.held.set()
-            assert (await loop.sock_recv(sock, 4096)).startswith(b"READY=1\n")
+    async with warming_up(far_side, token_host, tmp_path) as (proxy, sock):
+        await token_host.arrived.wait()
+        proxy.process.send_signal(signal.SIGHUP)
+        await proxy.process_says("the configuration is as it was")
+        with pytest.raises(BlockingIOError):
+            sock.recv(4096)
+        assert token_host.held is not None
+        token_host.held.set()
+        assert (await asyncio.get_running_loop().sock_recv(sock, 4096)).startswith(b"READY=1\n")
 
 
 def test_an_address_without_a_file_is_understood_and_one_without_a_reader_hurts_nobody(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -153,15 +153,21 @@ ListenAddress = Annotated[
 ]
 
 
-def check_endpoint(value: str) -> str:
-    """Return the base URL without a trailing slash; plain http only to this machine, no user info, query or path."""
+def _url_in(value: str) -> SplitResult | None:
+    """Return the parts of an http or https URL with a host; None for anything else."""
     try:
         parts = urlsplit(value)
         is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
-        is_url = False
+        return None
     # urlsplit leaves white space and line breaks out without a word.
-    if not is_url or not URL_TEXT.fullmatch(value):
+    return parts if is_url and URL_TEXT.fullmatch(value) else None
+
+
+def check_endpoint(value: str) -> str:
+    """Return the base URL without a trailing slash; plain http only to this machine, no user info, query or path."""
+    parts = _url_in(value)
+    if parts is None:
         raise wrong("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise wrong("must be https: a token is sent in the clear only to this machine's loopback")
@@ -179,12 +185,8 @@ def _check_region_endpoint(value: str) -> str:
 
 def _check_public_url(value: str) -> str:
     """Return the base URL under which apps reach the proxy, without a trailing slash; no token goes there."""
-    try:
-        parts = urlsplit(value)
-        is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
-    except ValueError:
-        is_url = False
-    if not is_url or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or "?" in value or "#" in value:
+    parts = _url_in(value)
+    if parts is None or "@" in parts.netloc or "?" in value or "#" in value:
         raise wrong("must be a URL such as https://sp-api.example.com, without user, query or fragment")
     return value.rstrip("/")
 

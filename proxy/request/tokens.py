@@ -88,7 +88,6 @@ class Standing(NamedTuple):
     credential: Credential
     left: float | None  # for which the token that is held is good; None where none is
     age: float | None  # since it was asked for
-    is_pending: bool  # an exchange is under way
     error: ProxyError | None  # why the last exchange failed, if it did
     failures: int  # in a row
     pause: float  # until an exchange is tried again
@@ -241,7 +240,6 @@ class Tokens:
                 credential,
                 token.expires_at - now if token is not None and is_good else None,
                 now - token.since if token is not None and is_good else None,
-                credential in pending,
                 failure.error if failure is not None else None,
                 failure.count if failure is not None else 0,
                 max(0.0, failure.until - now) if failure is not None else 0.0,
