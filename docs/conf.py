@@ -14,8 +14,8 @@ from proxy import __version__
 project = "sp-api-proxy"
 version = release = __version__
 root_doc = START
-include_patterns = ["*.md", "docs/*.md", "tests/*/README.md"]
-extensions = ["myst_parser"]
+include_patterns = ["*.md", "docs/*.md", "docs/reference/*.md", "tests/*/README.md"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 myst_heading_anchors = 3  # a link to a heading that is not there is a warning
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # Pygments does not know the colons in names of recording rules

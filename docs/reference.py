@@ -220,7 +220,10 @@ def removed_headers_table() -> str:
     """Return the table of the request headers that do not reach Amazon."""
     return table(
         ("request headers", "why they are removed"),
-        (_listed(HOP_BY_HOP), "they concern one connection only (RFC 9110 section 7.6.1), as do those that `Connection` names"),
+        (
+            _listed(HOP_BY_HOP),
+            "they concern one connection only (RFC 9110 section 7.6.1), as do those that `Connection` names",
+        ),
         (
             _listed({*PRIVATE, *(f"{prefix}…" for prefix in PRIVATE_PREFIXES)}),
             "credentials of the app, headers that the proxy sets itself, and those that describe your network",
@@ -272,7 +275,10 @@ def configuration_flags_table() -> str:
 def commands() -> str:
     """Return a section for each command: its purpose, its arguments, which shared flags it takes."""
     overview = (
-        (f"[`{_name(parser)}`](#{_name(parser).replace(' ', '-')})", (parser.description or "").partition(":")[0].rstrip("."))
+        (
+            f"[`{_name(parser)}`](#{_name(parser).replace(' ', '-')})",
+            (parser.description or "").partition(":")[0].rstrip("."),
+        )
         for parser in parsers()
     )
     return "\n\n".join((table(("command", "purpose"), *overview), *(_command(parser) for parser in parsers())))
@@ -448,7 +454,9 @@ def _with_errors(text: str) -> str:
 
 def _about(error: type[ProxyError]) -> str:
     again = "yes" if error.retryable else "no"
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {_meaning(error)} **Do:** {REMEDIES[error.code]}"
+    return (
+        f"*{error.status}, fault: {error.fault}, try again: {again}.* {_meaning(error)} **Do:** {REMEDIES[error.code]}"
+    )
 
 
 def _with_hints(text: str) -> str:
