@@ -277,7 +277,7 @@ def commands() -> str:
     overview = (
         (
             f"[`{_name(parser)}`](#{_name(parser).replace(' ', '-')})",
-            (parser.description or "").partition(":")[0].rstrip("."),
+            _with_code((parser.description or "").partition(":")[0].rstrip(".")),
         )
         for parser in parsers()
     )
@@ -296,7 +296,7 @@ def _command(parser: argparse.ArgumentParser) -> str:
         and not set(action.option_strings) & set(CONFIGURATION_FLAGS)
     ]
     shared = [flag for flag in CONFIGURATION_FLAGS if flag in parser._option_string_actions]
-    parts = [f"### `{_name(parser)}`", parser.description or ""]
+    parts = [f"### `{_name(parser)}`", _with_code(parser.description or "")]
     if own:
         parts.append(table(("argument", "meaning"), *(_flag(action) for action in own)))
     if shared:
@@ -310,8 +310,13 @@ def _flag(action: argparse.Action) -> tuple[str, str]:
     names = ", ".join(action.option_strings)
     written = f"{names} {value}".strip() if value else names
     needed = " Required." if action.required and action.option_strings else ""
-    text = (action.help or "").replace("%(default)s", str(action.default))
+    text = _with_code((action.help or "").replace("%(default)s", str(action.default)))
     return f"`{written}`".replace("|", r"\|"), f"{text[:1].upper()}{text[1:].rstrip('.')}.{needed}".replace("|", r"\|")
+
+
+def _with_code(text: str) -> str:
+    """Return a text of `--help` with the flags in it as code: typography would make a dash of `--`."""
+    return re.sub(r"(?<![`\w])(--[a-z][a-z-]*)", r"`\1`", text)
 
 
 def exit_codes_table() -> str:

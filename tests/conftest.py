@@ -15,6 +15,7 @@ from proxy import logs
 from proxy.app import Running, running
 from proxy.config import Config, load_config
 from tests.far_side import FarSide, TokenHost
+from tests.site import build
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
@@ -121,6 +122,15 @@ def no_secret_is_logged() -> Iterator[None]:
     root.setLevel(level)
     told = [line for line in overheard.lines if _SECRETS.search(line)]
     assert not told
+
+
+@pytest.fixture(scope="session", name="site")
+def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of the documentation, built without a warning."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
 
 
 def needs(available: bool, what: str) -> None:

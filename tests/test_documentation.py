@@ -5,8 +5,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from proxy.request.forbidden import HINTS
 from tests import pages, test_docs
 from tests.conftest import needs
 from tests.pages import Block, blocks, proxy_commands, run_page, same
+from tests.site import build
 
 FOLDER = ROOT / "docs"
 PAGES = sorted([*FOLDER.glob("*.md"), *FOLDER.glob("reference/*.md")])
@@ -202,21 +201,6 @@ def test_dots_stand_for_anything_and_nothing_else_does(expected: str, printed: s
 
 
 # The site.
-
-
-def build(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "--builder", "html")
-    return subprocess.run(
-        [*command, "--conf-dir", "docs", ".", folder], cwd=root, check=False, capture_output=True, text=True
-    )
-
-
-@pytest.fixture(scope="module", name="site")
-def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    done = build(folder)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    return folder
 
 
 def test_make_docs_builds_what_is_tested_here() -> None:
