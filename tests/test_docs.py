@@ -1,6 +1,6 @@
 """What the documents state, compared with the code: settings, errors, metrics, files, commands, examples.
 
-`python -m docs.reference` writes what the pages take from the code.
+`python -m docs.generate` writes what the pages take from the code.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import pytest
 
-from docs import reference
+from docs import generate
+from docs.generate import NAMES, generated, settings
 from docs.log_events import Event, events
-from docs.reference import NAMES, generated, settings
 from proxy import cli
 from proxy.amazon import rebuild
 from proxy.app import AT_START
@@ -31,7 +31,7 @@ from proxy.simulator import control
 from proxy.status import Readiness, health_app
 
 ROOT = Path(__file__).parent.parent
-REFERENCE = {name: f"docs/reference/{name}" for name in reference.BLOCKS}
+REFERENCE = {name: f"docs/reference/{name}" for name in generate.BLOCKS}
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", *REFERENCE.values()]
 
 ENVIRONMENT = dict.fromkeys(
@@ -68,9 +68,9 @@ def test_every_hint_has_a_meaning() -> None:
     assert set(HINTS) == set(get_args(Hint))
 
 
-@pytest.mark.parametrize(("page", "name"), [(page, name) for page in REFERENCE for name in reference.BLOCKS[page]])
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page in REFERENCE for name in generate.BLOCKS[page]])
 def test_the_tables_of_the_reference_say_what_the_code_does(page: str, name: str) -> None:
-    assert part(page, name) == reference.BLOCKS[page][name](), "run `python -m docs.reference`"
+    assert part(page, name) == generate.BLOCKS[page][name](), "run `python -m docs.generate`"
 
 
 def test_the_reference_has_every_setting_error_and_hint() -> None:
@@ -228,7 +228,7 @@ def test_the_reference_lists_every_command() -> None:
 
 
 def test_every_flag_of_every_command_says_what_it_is_for() -> None:
-    actions = [(parser.prog, action) for parser in (cli._parser(), *reference.parsers()) for action in parser._actions]
+    actions = [(parser.prog, action) for parser in (cli._parser(), *generate.parsers()) for action in parser._actions]
     assert len(actions) > 60
     assert [
         (prog, action.metavar or action.option_strings)
@@ -242,7 +242,7 @@ def test_the_reference_has_every_flag_of_every_command() -> None:
     told = dict(zip(sections[1::2], sections[2::2], strict=True))
     shared = part("cli.md", "configuration flags")
     lacking = []
-    for parser in reference.parsers():
+    for parser in generate.parsers():
         name = parser.prog.partition(" ")[2]
         text = told[name] + (shared if "(#configuration-flags): all" in told[name] else "")
         flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
@@ -295,7 +295,7 @@ def test_no_logging_call_of_the_proxy_is_overlooked() -> None:
         if isinstance(node, ast.Call)
         and re.search(r"\bLOGGER\.(debug|info|warning|error|exception|critical|log)$", ast.unparse(node.func))
     ]
-    found = events(reference.SOURCE)
+    found = events(generate.SOURCE)
     assert len(calls) > 25
     for call in calls:
         texts = [
@@ -309,15 +309,15 @@ def test_no_logging_call_of_the_proxy_is_overlooked() -> None:
 
 
 def test_the_reference_describes_every_field_of_the_log_and_no_other() -> None:
-    used = {name for event in events(reference.SOURCE) if event.message != "request" for name in event.fields}
-    assert set(reference.EVENT_FIELDS) == used
+    used = {name for event in events(generate.SOURCE) if event.message != "request" for name in event.fields}
+    assert set(generate.EVENT_FIELDS) == used
     assert {name.strip("`") for name, _ in cells(part("log-fields.md", "event fields"))} == used
     shown = {
         name.strip("`") for table in ("request line", "audit line") for name, _ in cells(part("log-fields.md", table))
     }
-    assert set(reference.REQUEST_FIELDS) <= shown
+    assert set(generate.REQUEST_FIELDS) <= shown
     messages = {message for message, _, _ in cells(part("log-fields.md", "events"))}
-    assert messages == {event.message for event in events(reference.SOURCE)} - {"request"}
+    assert messages == {event.message for event in events(generate.SOURCE)} - {"request"}
 
 
 # Examples.

@@ -1,6 +1,6 @@
 """The pages of docs/ say what is so: every block of every page is run, and the site that is made of them is whole.
 
-`python -m docs.reference` writes what the pages take from the code.
+`python -m docs.generate` writes what the pages take from the code.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import reference
+from docs import generate
 from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.errors import all_errors
 from proxy.request.forbidden import HINTS
@@ -72,7 +72,7 @@ def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page
     assert not [name for name in files if not (ROOT / name).exists()]
     assert not [name for name in re.findall(r"\b(spapi_proxy_\w+)\b(?=`)", text) if f"`{name}`" not in series]
     assert not [name for name in re.findall(r"`(x-sp-[a-z-]+)[`:]", text) if f"`{name}" not in headers]
-    keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in reference.settings()}
+    keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in generate.settings()}
     groups = {key.partition(".")[0] for key in keys if "." in key}
     named = re.findall(rf"`((?:{'|'.join(sorted(groups))})\.[a-z_]+)`", text)
     assert not [key for key in named if key not in keys]
@@ -262,10 +262,10 @@ def test_what_the_first_page_says_of_a_page_is_in_llms_txt() -> None:
 # What the pages take from the code.
 
 
-@pytest.mark.parametrize("name", reference.PAGES)
+@pytest.mark.parametrize("name", generate.PAGES)
 def test_what_a_page_takes_from_the_code_is_as_the_code_says(name: str) -> None:
     text = (FOLDER / name).read_text(encoding="utf-8")
-    assert reference.PAGES[name](text) == text, "run `python -m docs.reference`"
+    assert generate.PAGES[name](text) == text, "run `python -m docs.generate`"
 
 
 def headings(name: str) -> set[str]:

@@ -1,6 +1,6 @@
 """The generated parts of the reference pages, and of other pages that take text from the code.
 
-`python -m docs.reference` writes them; tests/test_docs.py fails where a page differs from the code. In a page of
+`python -m docs.generate` writes them; tests/test_docs.py fails where a page differs from the code. In a page of
 docs/reference/, what stands between `<!-- NAME -->` and `<!-- /NAME -->` is generated; all else is written by hand.
 """
 
