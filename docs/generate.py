@@ -8,6 +8,7 @@ import argparse
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any, get_args, get_origin
@@ -493,7 +494,7 @@ PAGES: dict[str, Callable[[str], str]] = {
     "errors.md": _with_errors,
     "forbidden.md": _with_hints,
     "personal-data.md": _with_report_types,
-    **{f"reference/{name}": lambda text, blocks=blocks: _with_blocks(text, blocks) for name, blocks in BLOCKS.items()},  # type: ignore[misc]
+    **{f"reference/{name}": partial(_with_blocks, blocks=blocks) for name, blocks in BLOCKS.items()},
 }
 
 
