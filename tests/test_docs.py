@@ -112,25 +112,41 @@ def test_every_file_that_a_document_names_exists(document: str) -> None:
     assert not [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
 
 
-def test_the_life_of_a_request_names_every_step_there_is() -> None:
-    life = text_of("README.md").partition("## Life of a request")[2].partition("\n## ")[0]
-    named = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", life)}
-    assert named == {path.name for path in (ROOT / "proxy" / "request").glob("*.py")} - {"__init__.py"}
+STEPS = ["validate", "authenticate", "route", "admit", "forward", "judge", "record"]
 
 
-def test_the_layout_of_contributing_names_every_module() -> None:
-    layout = text_of("CONTRIBUTING.md").partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
+def test_the_life_of_a_request_is_the_same_everywhere() -> None:
+    life = text_of("README.md").partition("\n## Life of a request\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^(\d)\. \*\*(\w+)\*\*: ", life, re.MULTILINE) == [
+        (str(number), step) for number, step in enumerate(STEPS, 1)
+    ]
+    layout = text_of("CONTRIBUTING.md").partition("\n## Layout\n")[2].partition("\n## ")[0]
+    assert re.findall(r"\*\*(\w+)\*\*", layout) == STEPS
+    for name in re.findall(r"`(proxy/request/[\w/.]+)`", life + layout):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_layout_of_contributing_names_every_package() -> None:
+    layout = text_of("CONTRIBUTING.md").partition("\n## Layout\n")[2].partition("```\n")[2].partition("```")[0]
+    path: list[str] = []
+    named = set()
+    for line in layout.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path[depth:] = [line.split()[0].rstrip("/")]
+        named.add("/".join(path))
     proxy = ROOT / "proxy"
-    there = {path.name for path in proxy.glob("*.py")} | {path.name for path in (proxy / "request").glob("*.py")}
-    there |= {f"{path.parent.name}/" for path in proxy.glob("*/__init__.py")} | {"proxy/"}
-    assert {line.split()[0] for line in layout.splitlines()} == there - {"__init__.py", "__main__.py"}
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in proxy.rglob("__init__.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in proxy.glob("*.py")}
+    there = (packages | modules) - {"proxy/__init__.py", "proxy/__main__.py"}
+    assert {name for name in named if name.partition("/")[0] == "proxy"} == there
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_the_readme_names_every_health_address() -> None:
+def test_the_operations_page_names_every_health_address() -> None:
     app = health_app(Readiness(), Metrics(), Config)
     routes = {route.resource.canonical for route in app.router.routes() if route.resource}
     assert "/readyz" in routes
-    assert not [route for route in routes if f"`{route}`" not in text_of("README.md")]
+    assert not [route for route in routes if f"`{route}`" not in text_of("docs/operating.md")]
 
 
 def test_the_reference_names_every_header_of_ours_and_no_other() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
@@ -30,7 +29,7 @@ from tests.certificates import Authority
 from tests.conftest import StartProxy, needs
 from tests.far_side import FarSide, Received, TokenHost, answer
 from tests.near_side import call
-from tests.redis_server import PROGRAM, RedisServer, redis_server
+from tests.redis_server import PROGRAM, RedisServer, documented_permissions, redis_server
 
 KEY, OTHER_KEY = "distinctive-store-key-0123456789abcdef", "distinctive-other-key-0123456789abcdef"
 ACME = Credential("lwa", "main", "acme", "production", "eu")
@@ -353,9 +352,8 @@ async def test_a_unix_socket_a_database_and_a_user_with_few_rights_are_enough(
     tmp_path: Path, start_proxy: StartProxy
 ) -> None:
     needs(PROGRAM is not None, "redis-server")
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    rights = re.findall(r"^ACL SETUSER proxy reset on >PASSWORD (.*)$", readme, re.MULTILINE)[0].split()
-    with redis_server(tmp_path, "--user", "proxy", "on", ">p@ss/word", *rights, "--user", "default", "off") as server:
+    user = ("--user", "proxy", "on", ">p@ss/word", *documented_permissions())
+    with redis_server(tmp_path, *user, "--user", "default", "off") as server:
         for url in (
             f"unix://proxy:p%40ss%2Fword@{server.socket}?db=3",
             f"redis://proxy:p%40ss%2Fword@127.0.0.1:{server.port}/4",

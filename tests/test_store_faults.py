@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import signal
 from collections.abc import Iterator
 from io import StringIO
@@ -18,7 +17,7 @@ from proxy.store import link as link_module
 from tests.conftest import StartProxy, needs
 from tests.far_side import TokenHost
 from tests.near_side import call
-from tests.redis_server import PROGRAM, RedisServer, redis_server
+from tests.redis_server import PROGRAM, RedisServer, documented_permissions, redis_server
 from tests.test_store import ACME, KEY, sample
 
 BRIEF = 1.0  # seconds: the patience with Redis, and a slow machine
@@ -117,12 +116,10 @@ async def test_a_proxy_starts_without_redis_and_takes_it_up_when_it_comes(
     ] == ["info"] * 2
 
 
-async def test_the_rights_that_the_readme_gives_redis_user_are_enough(
+async def test_the_documented_permissions_of_the_redis_user_are_enough(
     start_proxy: StartProxy, redis: RedisServer, token_host: TokenHost, log: StringIO
 ) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (order,) = re.findall(r"^ACL SETUSER .*$", readme, re.MULTILINE)
-    await ordered(redis, *order.replace(">PASSWORD", ">distinctive-word").split(" "))
+    await ordered(redis, "ACL", "SETUSER", "proxy", "reset", "on", ">distinctive-word", *documented_permissions())
     url = redis.url.replace("127.0.0.1", "proxy:distinctive-word@127.0.0.1").replace("/0", "/1")
     one, other = [await start_proxy(store=url, store_key=KEY, limits={"max_wait": "5s"}) for _ in range(2)]
     token_host.expires_in = 1  # so that locks and renewals come, too
