@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
-from proxy import logs
-from proxy.app import Running, running
 from proxy.config import Config, load_config
-from tests.far_side import FarSide, TokenHost
+from proxy.observability.logging import LOGGER, set_up
+from proxy.server.runtime import Running, running
+from tests.support.fake_upstream import FarSide, TokenHost
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
@@ -85,12 +85,12 @@ async def proxy(start_proxy: StartProxy) -> Running:
 def log() -> Iterator[StringIO]:
     """What goes to the log while a test runs."""
     root, stream = logging.getLogger(), StringIO()
-    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
-    logs.set_up("debug", "json", stream)
+    before, levels = root.handlers[:], (root.level, LOGGER.level)
+    set_up("debug", "json", stream)
     yield stream
     root.handlers[:] = before
     root.setLevel(levels[0])
-    logs.LOGGER.setLevel(levels[1])
+    LOGGER.setLevel(levels[1])
 
 
 # What may stand in no line that any logger writes, whatever its level: the tests' tokens and secrets.

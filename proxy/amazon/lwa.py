@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
-from proxy.amazon.refusals import parse_object
+from proxy.amazon.error_response import parse_object
 from proxy.config import Secret
 
 # An answer larger than this is not a token (an access token has 2048 bytes at most, LWA "Access Tokens").

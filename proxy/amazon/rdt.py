@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from proxy.amazon.error_response import Refusal, parse_object, parse_refusal
 from proxy.amazon.lwa import ExchangeFailed, Grant, Post, bounded, parse_grant
-from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
 

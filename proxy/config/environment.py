@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, get_args, get_origin
 
-from proxy.config.given import has_own_names, is_list, is_mapping, kind_below, parse
 from proxy.config.model import REGIONS, Config, settings_in
-from proxy.config.read import KeyPath, Problem, Tree
+from proxy.config.values import has_own_names, is_list, is_mapping, kind_below, parse
+from proxy.config.yaml_reader import KeyPath, Problem, Tree
 
 PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"

@@ -17,13 +17,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxy.config import environment, given
-from proxy.config.draft import Draft
+from proxy.config import environment, values
+from proxy.config.merge import Draft
+from proxy.config.messages import MOST_NAMED, message_of, names_of, there_is
 from proxy.config.model import Address, Config, dump, is_loopback, parse_address
-from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key, shown, without_secret
 from proxy.config.secret import Sourced
 from proxy.config.store_address import StoreAddress, parse_store
-from proxy.config.words import MOST_NAMED, message_of, names_of, there_is
+from proxy.config.yaml_reader import (
+    MAX_BYTES,
+    Document,
+    KeyPath,
+    Problem,
+    Tree,
+    read_yaml,
+    show_key,
+    shown,
+    without_secret,
+)
 
 Flags = Sequence[tuple[str, Any, str]]  # a key as people write it, its value, the flag that said so
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
@@ -319,8 +329,8 @@ def _add_environment(draft: Draft, environ: Mapping[str, str]) -> None:
 
 def _add_flags(draft: Draft, flags: Flags) -> None:
     for key, written, flag in flags:
-        path = given.key_path(key, draft.tree)
-        value, problems = given.parse(path, written, flag) if isinstance(written, str) else (written, [])
+        path = values.key_path(key, draft.tree)
+        value, problems = values.parse(path, written, flag) if isinstance(written, str) else (written, [])
         draft.problems += problems
         if not problems:
             _add(draft, path, value, flag)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from proxy.amazon.refusals import Refusal, parse_refusal
+from proxy.amazon.error_response import Refusal, parse_refusal
 from proxy.config import Address, Config, Listener
 from proxy.errors import (
     AccountRequired,
@@ -25,30 +25,30 @@ from proxy.errors import (
     RegionRequired,
     VersionRefused,
 )
-from proxy.logs import AUDIT, LOGGER, fields
-from proxy.metrics import Metrics
-from proxy.request.answers import AmazonsAnswer, OwnAnswer, PlaceholderAnswer
-from proxy.request.callers import Callers, peer_of
-from proxy.request.circuit import Circuits
-from proxy.request.crowd import Crowd
-from proxy.request.documents import Documents, unpacked
-from proxy.request.exchange import Exchange
-from proxy.request.forbidden import REFUSED, Experience
-from proxy.request.guard import Admitted, Doorway, admit_with, asks_for_token, check_message
-from proxy.request.heads import Head, KnownHeads
-from proxy.request.http1 import Answer
-from proxy.request.identify import Decisions
-from proxy.request.limits import RATE_HEADER, Claim, Limits
-from proxy.request.options import Options, parse_options
-from proxy.request.patience import Deadlines, Patience
-from proxy.request.placeholders import Placeholders
-from proxy.request.policy import Permit
-from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
-from proxy.request.tokens import Token, Tokens
-from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
+from proxy.observability.logging import AUDIT, LOGGER, fields
+from proxy.observability.metrics import Metrics
+from proxy.request.authentication import Callers, peer_of
+from proxy.request.authorization import Permit
+from proxy.request.context import Exchange
+from proxy.request.forbidden_hints import REFUSED, Experience
+from proxy.request.header_cache import Head, KnownHeads
+from proxy.request.ratelimit.concurrency import Crowd
+from proxy.request.ratelimit.limiter import RATE_HEADER, Claim, Limits
+from proxy.request.request_options import Options, parse_options
+from proxy.request.routing import Decisions
+from proxy.request.tokens.placeholder_endpoint import Placeholders
+from proxy.request.tokens.provider import Token, Tokens
+from proxy.request.tokens.report_documents import Documents, unpacked
+from proxy.request.upstream.circuit_breaker import Circuits
+from proxy.request.upstream.deadlines import Deadlines, Patience
+from proxy.request.upstream.forward import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
+from proxy.request.upstream.http1 import Answer
+from proxy.request.upstream.response import AmazonsAnswer, OwnAnswer, PlaceholderAnswer
+from proxy.request.upstream.retry import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
+from proxy.request.validation import Admitted, Doorway, admit_with, asks_for_token, check_message
 
 if TYPE_CHECKING:
-    from proxy.request.relay import Relay  # and what seals, for those who have documents relayed
+    from proxy.request.documents.relay import Relay  # and what seals, for those who have documents relayed
     from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)

@@ -27,10 +27,10 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from proxy.config import Tracing
-from proxy.logs import LOGGER, fields
-from proxy.metrics import Metrics
-from proxy.request.exchange import Exchange
-from proxy.request.traces import Step, TracedExchange
+from proxy.observability.logging import LOGGER, fields
+from proxy.observability.metrics import Metrics
+from proxy.request.context import Exchange
+from proxy.request.tracing import Step, TracedExchange
 
 FLUSH = 3.0  # seconds that spans get at the end
 

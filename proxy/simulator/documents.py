@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
-from proxy.simulator.reply import Reply
+from proxy.simulator.responses import Reply
 
 PATH = "/_documents"
 LIFE = 300  # seconds

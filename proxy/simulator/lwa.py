@@ -5,7 +5,7 @@ import json
 import secrets
 from urllib.parse import parse_qs
 
-from proxy.simulator.reply import Reply, as_json, request_id
+from proxy.simulator.responses import Reply, as_json, request_id
 from proxy.simulator.state import SCOPES, Issued, Seller, State
 
 PATH = "/auth/o2/token"

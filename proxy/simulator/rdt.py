@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from proxy.simulator.reply import Reply, as_json, invalid_input
-from proxy.simulator.restricted import is_restricted_document, restricted
+from proxy.simulator.responses import Reply, as_json, invalid_input
+from proxy.simulator.restricted_operations import is_restricted_document, restricted
 from proxy.simulator.state import Issued, Resource, State, template_pattern
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"

@@ -15,11 +15,11 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.simulator import answers, consent, control, documents, gate, lwa, rdt
-from proxy.simulator.models import Models, read_models
-from proxy.simulator.plans import WELL_KNOWN, Plans, announced
-from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
+from proxy.simulator import canned_responses, consent_page, control_api, documents, lwa, rdt, request_checks
+from proxy.simulator.responses import Reply, as_json, forbidden, invalid_input
 from proxy.simulator.state import REGIONS, Fault, Issued, Recorded, Settings, State
+from proxy.simulator.swagger_examples import Models, read_models
+from proxy.simulator.usage_plans import WELL_KNOWN, Plans, announced
 
 MOST_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
 MOST_HEADER = 64 * 1024
@@ -99,7 +99,7 @@ class Simulator:
             await self._stack.aclose()
             raise
         self.endpoints["documents"] = self.documents.base = self.endpoints["lwa"]
-        self.endpoints["control"] = self.endpoints["lwa"] + control.PATH
+        self.endpoints["control"] = self.endpoints["lwa"] + control_api.PATH
         self.endpoints["lwa"] += lwa.PATH
         return self
 
@@ -141,8 +141,8 @@ class Simulator:
         if service == "lwa" and request.raw_path.startswith(documents.PATH):
             service = "documents"
         incoming = await _read(service, request)
-        if service == "lwa" and incoming.path.startswith(control.PATH):
-            return await _send(request, control.answer(self, incoming.method, incoming.path, incoming.body))
+        if service == "lwa" and incoming.path.startswith(control_api.PATH):
+            return await _send(request, control_api.answer(self, incoming.method, incoming.path, incoming.body))
         fault = self.state.fault(service, incoming.method, incoming.path)
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
@@ -162,13 +162,13 @@ class Simulator:
         if incoming.service == "lwa":
             content_type = incoming.named.get("content-type", "")
             return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
-        if incoming.path.startswith(consent.PATH):
+        if incoming.path.startswith(consent_page.PATH):
             state, service = self.state, incoming.service
-            return Outcome(consent.page(state, service, incoming.method, incoming.path, incoming.query))
+            return Outcome(consent_page.page(state, service, incoming.method, incoming.path, incoming.query))
         names = [name.lower() for name, _ in incoming.headers]
-        refused = gate.well_formed(incoming.method, names)
+        refused = request_checks.well_formed(incoming.method, names)
         if refused is None:
-            token = gate.token_of(self.state, incoming.service, incoming.headers)
+            token = request_checks.token_of(self.state, incoming.service, incoming.headers)
             if isinstance(token, Issued):
                 return self._call(incoming, token)
             refused = token
@@ -177,7 +177,9 @@ class Simulator:
     def _call(self, incoming: Incoming, token: Issued) -> Outcome:
         """Answer a call whose token is good: the headers, what the token is for, the plan, then the answer itself."""
         method, path = incoming.method, incoming.path
-        refused = gate.headers_in_order(self.state, incoming.named) or gate.permitted(token, method, path)
+        refused = request_checks.headers_in_order(self.state, incoming.named) or request_checks.permitted(
+            token, method, path
+        )
         if refused is not None:
             return Outcome(refused, token)
         plan = self.plans.plan(method, path)
@@ -209,7 +211,7 @@ class Simulator:
         """Answer without a model."""
         method, path = incoming.method, incoming.path
         named = self.documents.call(method, path, incoming.body, self.state.wall())
-        status, content = named or answers.answer(token, method, path, incoming.query)
+        status, content = named or canned_responses.answer(token, method, path, incoming.query)
         return _as_reply(status, content)
 
     def _record(self, incoming: Incoming, outcome: Outcome) -> None:

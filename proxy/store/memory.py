@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from aiocache import SimpleMemoryCache
 
 from proxy.config import Secret
-from proxy.store.token import Fits, StoredToken
+from proxy.store.interface import Fits, StoredToken
 
 
 class MemoryStore:

@@ -25,9 +25,9 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.bench.harness import ORDINARY, running_simulator, settings_of
 from tests.bench.processes import HOST, Cores, Started, cpu_seconds, end_on_signals, free_port, python, started
-from tests.bench.world import ORDINARY, running_simulator, settings_of
-from tests.redis_server import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, redis_server
 
 ACCOUNTS = 100
 RENEWALS = 3  # of each token in one run

@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from proxy.request.tokens import LOOK_AGAIN, RENEW_AT, RENEW_LEAD
+from proxy.request.tokens.provider import LOOK_AGAIN, RENEW_AT, RENEW_LEAD
+from tests.bench.harness import ORDINARY, World, said, world
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.bench.world import ORDINARY, World, said, world
 
 ADDRESS = "/orders/v0/orders/{}/address"
 

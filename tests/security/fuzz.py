@@ -34,12 +34,12 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.far_side import Received, TokenHost, answer
-from tests.near_side import Client, call
-from tests.proxy_process import ProxyProcess, serving
 from tests.security import strict
 from tests.security.grammar import MARKS, Case, Sender, case
 from tests.security.strict import Message
+from tests.support.fake_upstream import Received, TokenHost, answer
+from tests.support.proxy_process import ProxyProcess, serving
+from tests.support.raw_client import Client, call
 
 ENDED_WITHIN = 15.0  # seconds in which the proxy answers or closes, whatever was sent; its timeouts are 2 s and 5 s
 SLOWLY = 0.02  # seconds

@@ -30,10 +30,10 @@ from urllib.parse import parse_qs
 from zlib import crc32
 
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.far_side import Received, answer, read_body
-from tests.near_side import Answer, Client, call
-from tests.proxy_process import ProxyProcess, serving
 from tests.security.fuzz import RESET, descriptors_of
+from tests.support.fake_upstream import Received, answer, read_body
+from tests.support.proxy_process import ProxyProcess, serving
+from tests.support.raw_client import Answer, Client, call
 
 REGIONS = ("na", "eu", "fe")
 ACCOUNTS = [f"seller-{number}" for number in range(20)]

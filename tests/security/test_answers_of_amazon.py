@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.certificates import Authority
-from tests.security.world import PATIENCE, SELLERS, Arrived, Seen, Server, Stream, World, answer, request
+from tests.security.harness import PATIENCE, SELLERS, Arrived, Seen, Server, Stream, World, answer, request
+from tests.support.certificates import Authority
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

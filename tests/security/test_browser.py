@@ -19,9 +19,9 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import needs, settings_for
-from tests.far_side import FarSide, RawServer, Received, TokenHost
-from tests.near_side import Answer, call, connect
-from tests.proxy_process import serving
+from tests.support.fake_upstream import FarSide, RawServer, Received, TokenHost
+from tests.support.proxy_process import serving
+from tests.support.raw_client import Answer, call, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 RULES = ("MAP *.test 127.0.0.1", "EXCLUDE localhost", "EXCLUDE 127.0.0.1", "EXCLUDE 0.0.0.0", "MAP * ~NOTFOUND")

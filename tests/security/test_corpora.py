@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from proxy.app import Running
+from proxy.server.runtime import Running
 from tests.conftest import StartProxy
-from tests.far_side import FarSide, Received, Script, answer
-from tests.near_side import Answer, Client, call, connect
 from tests.security.corpora import Case, Message, gunicorn, llhttp
+from tests.support.fake_upstream import FarSide, Received, Script, answer
+from tests.support.raw_client import Answer, Client, call, connect
 
 LONGEST = 30.0  # seconds for one exchange; the proxy's own patience ends long before
 PATIENCE = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}

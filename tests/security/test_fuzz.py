@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartProxy, needs
-from tests.far_side import FarSide
-from tests.near_side import connect
 from tests.security import strict
 from tests.security.fuzz import Grant, World, check_answers, echo, fuzz
 from tests.security.grammar import Case, Sender, case
+from tests.support.fake_upstream import FarSide
+from tests.support.raw_client import connect
 
 SEED, CASES = 1, 300
 SENDER = Sender(b"ann", b"bob", 1, fixed=True)

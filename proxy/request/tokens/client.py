@@ -1,0 +1,392 @@
+"""How is one token got: which call is made, how often is it tried, and what is wrong when none comes?
+
+Keeping tokens, and deciding when one is needed, is `tokens.py`'s work.
+"""
+
+import asyncio
+import random
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from proxy.amazon import lwa, rdt
+from proxy.amazon.headers import credential_headers, user_agent_of
+from proxy.amazon.operations import Operation
+from proxy.config import Config, Secret
+from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.observability.logging import LOGGER, fields
+from proxy.observability.metrics import Metrics
+from proxy.request.ratelimit.limiter import Claim, Limits
+from proxy.request.routing import ONE_OFF, Credential, Target, endpoint_of, ordinary_credential, ordinary_of
+from proxy.request.upstream.http1 import Broken
+from proxy.request.upstream.pool import Pool
+
+TRIES = 3  # of one exchange, within timeouts.token
+FIRST_WAIT = 0.2  # seconds between the first two tries, doubled for the next
+
+_WHAT_TO_DO = {
+    "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
+    "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
+    "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
+    "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
+    "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
+}
+_ABOUT_THE_ACCOUNT = frozenset({"invalid_grant", "unauthorized_client"})
+
+
+class NotRestricted(Exception):
+    """Amazon gives no Restricted Data Token for this document, because it needs none."""
+
+
+class ElementsRefused(Exception):
+    """The application has no role for some of the data elements asked for; `elements` are those."""
+
+    def __init__(self, elements: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(elements)))
+        self.elements = elements
+
+
+class OrdinaryTokenRefused(Exception):
+    """Amazon refuses the ordinary token with which a Restricted Data Token was asked for; `error` says so."""
+
+    def __init__(self, error: ProxyError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A token as it was granted; `asked` and `came` are moments of the monotonic clock, in seconds."""
+
+    grant: lwa.Grant
+    asked: float
+    came: float
+
+
+class _By(NamedTuple):
+    """What exchanges are made by: a configuration, and the connections that belong to it."""
+
+    config: Config
+    lwa_session: Pool
+    amazon_session: Pool
+
+
+def ordinary_credentials(config: Config) -> Iterator[Credential]:
+    """Return what the ordinary token of every account and region is asked for by."""
+    for name, account in config.accounts.items():
+        application, _ = config.application_of(account)
+        for region in account.refresh_tokens:
+            yield ordinary_credential(application, name, config.environment_of(account), region)
+
+
+def source_of(config: Config, credential: Credential) -> tuple[object, ...] | None:
+    """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
+
+    A client secret is not part of it: the tokens that were got with an old one are as good (F25).
+    """
+    application = config.applications.get(credential.application)
+    if application is None:
+        return None
+    if credential.kind == "grantless":
+        return (application.client_id,)
+    account = config.accounts.get(credential.account)
+    if account is None or config.application_of(account)[0] != credential.application:
+        return None
+    refresh_token = account.refresh_tokens.get(credential.region)
+    if refresh_token is None:
+        return None
+    # Not compared with the credential's own: an account of the sandbox may want a token of production's (sandbox_rdt).
+    environment = config.environment_of(account)
+    return (
+        application.client_id,
+        refresh_token,
+        environment,
+        account.target_application if credential.kind == "rdt" else None,
+    )
+
+
+def _digest(config: Config | None, credential: Credential, refresh_token: Secret | None) -> str:
+    source = ""
+    if config is not None:
+        source = config.applications[credential.application].client_id
+        if refresh_token is not None:
+            account = config.accounts[credential.account]
+            source += f"\x1f{refresh_token.reveal()}\x1f{account.target_application or ''}"
+    return sha256(source.encode()).hexdigest()
+
+
+class Grants:
+    """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        lwa_session: Pool,
+        amazon_session: Pool,
+        limits: Limits,
+        mint: Operation | None,
+        metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.by = _By(config, lwa_session, amazon_session)
+        # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
+        self._earlier: list[weakref.ref[Config]] = []
+        self._limits = limits
+        self._mint = mint
+        self._metrics = metrics
+        self._now = now
+        self._sleep = sleep
+
+    def take_up(self, config: Config, lwa_session: Pool, amazon_session: Pool) -> None:
+        """Make exchanges by another configuration from now on, but for whom only an earlier one knows."""
+        self._earlier = [known for known in self._earlier if known() is not None]
+        self._earlier.insert(0, weakref.ref(self.by.config))
+        self.by = _By(config, lwa_session, amazon_session)
+
+    def _config_of(self, credential: Credential) -> Config | None:
+        """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
+        known = (self.by.config, *(earlier() for earlier in self._earlier))
+        return next((one for one in known if one is not None and source_of(one, credential) is not None), None)
+
+    def secrets(self, credential: Credential) -> tuple[Secret, ...]:
+        """Return the secrets that an exchange would send now: those of files and variables may have changed."""
+        config = self._config_of(credential)
+        if credential.kind == "rdt" or config is None:
+            return ()
+        secret = config.applications[credential.application].client_secret.current()
+        if credential.kind == "grantless":
+            return (secret,)
+        return secret, config.accounts[credential.account].refresh_tokens[credential.region].current()
+
+    def fingerprint(self, credential: Credential, sent: tuple[Secret, ...] = ()) -> str:
+        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
+
+        Or, where `sent` are the `secrets` of one, as that one did.
+        """
+        config = self._config_of(credential)
+        if config is None or credential.kind == "grantless":
+            return _digest(config, credential, None)
+        held = config.accounts[credential.account].refresh_tokens[credential.region]
+        return _digest(config, credential, sent[1] if len(sent) > 1 else held.current())
+
+    def is_in_force(self, credential: Credential, fingerprint: str) -> bool:
+        """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
+        config = self._config_of(credential)
+        if config is None or credential.kind == "grantless":
+            return fingerprint == _digest(config, credential, None)
+        held = config.accounts[credential.account].refresh_tokens[credential.region]
+        return fingerprint == _digest(config, credential, held)
+
+    async def ask_lwa(self, credential: Credential, secrets: tuple[Secret, ...]) -> Granted:
+        """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
+        config = self._config_of(credential)
+        if config is None:
+            raise _gone(credential)
+        client = (config.applications[credential.application].client_id, secrets[0])
+        url, session = config.endpoints.lwa, self.by.lwa_session
+
+        def call() -> Awaitable[lwa.Grant]:
+            if credential.kind == "grantless":
+                return lwa.client_credentials_grant(session.post, url, *client, credential.scope)
+            return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
+
+        return await self._tried(credential, url, call)
+
+    async def mint(self, credential: Credential, ordinary: Secret) -> Granted:
+        """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
+
+        Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
+        UsagePlanExhausted.
+        """
+        config = self._config_of(credential)
+        if config is None:
+            raise _gone(credential)
+        session, agent = self.by.amazon_session, user_agent_of(config.applications[credential.application])
+        endpoint = endpoint_of(config, credential.environment, credential.region)
+        target = self._target_of_mint(credential, endpoint)
+        account = config.accounts[credential.account]
+
+        async def call() -> lwa.Grant:
+            headers = credential_headers(ordinary, agent, time.time())
+            try:
+                return await rdt.create_restricted_data_token(
+                    session.post,
+                    endpoint,
+                    headers,
+                    credential.method,
+                    credential.path,
+                    credential.data_elements,
+                    account.target_application,
+                )
+            except lwa.ExchangeFailed as exc:
+                if exc.reason == "http_429":
+                    self._limits.learn(target, 429, None)
+                raise
+
+        await self._limits.admit(target, Claim(config.limits.max_wait))
+        return await self._tried(credential, endpoint, call)
+
+    def _target_of_mint(self, credential: Credential, endpoint: str) -> Target:
+        return Target(
+            account=credential.account,
+            account_source="",
+            region=credential.region,
+            region_source="",
+            environment=credential.environment,
+            application=credential.application,
+            operation=self._mint,
+            operation_name=self._mint.name if self._mint is not None else "unknown",
+            endpoint=endpoint,
+            credential=ordinary_of(credential),
+            elements_source="",
+            kind=ONE_OFF,
+            path_and_query=rdt.PATH,
+        )
+
+    async def _tried(self, credential: Credential, url: str, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:
+        """Make one exchange with the host of `url`, a few times where that may help.
+
+        Whatever goes wrong is translated into an error of ours.
+        """
+        asked = self._now()
+        reason = "timeout"
+        try:
+            async with asyncio.timeout(self.by.config.timeouts.token):
+                for attempt in range(TRIES):
+                    if attempt:
+                        pause = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                        await self._sleep(pause)
+                    asked, reason = self._now(), "timeout"
+                    try:
+                        grant = await call()
+                    except lwa.ExchangeFailed as exc:
+                        reason = exc.reason
+                    except (Broken, OSError) as exc:
+                        reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
+                    else:
+                        self._count(credential, "ok", "", asked)
+                        return Granted(grant, asked, self._now())
+                    self._count(credential, "failed", reason, asked)
+        except lwa.ExchangeRefused as exc:
+            config = self._config_of(credential)
+            keys, source = ("", "") if config is None else place_of(config, credential, exc.reason)
+            self._count(credential, "refused", exc.reason, asked, keys + source)
+            raise _refused(credential, exc, keys, has_source=bool(source)) from exc
+        except rdt.RdtRefused as exc:
+            raise self._rdt_refused(credential, exc, asked) from exc
+        except TimeoutError as exc:
+            self._count(credential, "failed", "timeout", asked)
+            raise _unavailable(credential, url, "timeout") from exc
+        raise _unavailable(credential, url, reason)
+
+    def _rdt_refused(self, credential: Credential, exc: rdt.RdtRefused, asked: float) -> Exception:
+        """Return what a refusal of the mint means."""
+        reason, error = f"http_{exc.status}", _rdt_error(credential, exc)
+        meaning: Exception = error
+        if exc.means_unrestricted and not credential.reusable:
+            reason, meaning = "not_restricted", NotRestricted()
+        elif exc.refused_elements & set(credential.data_elements):
+            reason, meaning = "elements", ElementsRefused(exc.refused_elements)
+        elif exc.refusal.blames_token:
+            reason, meaning = "token", OrdinaryTokenRefused(error)
+        self._count(credential, "refused", reason, asked)
+        return meaning
+
+    def _count(self, credential: Credential, result: str, reason: str, asked: float, look_at: str = "") -> None:
+        seconds = self._now() - asked
+        labels = (credential.kind, credential.account, credential.region, result, reason)
+        self._metrics.token_refreshes.labels(*labels).inc()
+        self._metrics.token_refresh_duration.labels(credential.kind).observe(seconds)
+        LOGGER.log(
+            20 if reason in _EXPECTED else _LEVELS[result],
+            "token exchange",
+            extra=fields(
+                result=result,
+                reason=reason,
+                kind=credential.kind,
+                application=credential.application,
+                account=credential.account,
+                region=credential.region,
+                duration=round(seconds, 3),
+                **({"look_at": look_at} if look_at else {}),
+            ),
+        )
+
+
+_LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
+_EXPECTED = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
+
+
+def _whose(credential: Credential) -> str:
+    if credential.kind == "grantless":
+        return f"application {credential.application}"
+    return f"account {credential.account} in {credential.region}"
+
+
+def _gone(credential: Credential) -> TokenRefused:
+    return TokenRefused(
+        f"{_whose(credential)} is not configured any more", "Put it back into the configuration, or call another one."
+    )
+
+
+_OUT_OF_REACH = {"connection": "could not be reached", "timeout": "did not answer in time"}
+
+
+def _unavailable(credential: Credential, url: str, reason: str) -> TokenUnavailable:
+    who, state = "Amazon" if credential.kind == "rdt" else "Login with Amazon", "did not give one"
+    hint = "Nothing was sent to Amazon's API; try again after Retry-After."
+    if reason in _OUT_OF_REACH:
+        who, state = f"{who} at {urlsplit(url).hostname}", _OUT_OF_REACH[reason]
+        hint += " `sp-api-proxy check --live` says why."
+    return TokenUnavailable(
+        f"no {credential.kind} token for {_whose(credential)}: {who} {state} ({reason})", hint, reason=reason
+    )
+
+
+def place_of(config: Config, credential: Credential, reason: str) -> tuple[str, str]:
+    """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
+
+    The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
+    """
+    application, account = config.applications.get(credential.application), config.accounts.get(credential.account)
+    if reason in _ABOUT_THE_ACCOUNT and account is not None:
+        token = account.refresh_tokens.get(credential.region)
+        keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}"
+        if reason == "unauthorized_client":
+            keys = f"accounts.{credential.account}.application and {keys}"
+        return keys, source_in_words(token)
+    if reason == "invalid_client" and application is not None:
+        keys = f"applications.{credential.application}.client_id and client_secret"
+        return keys, source_in_words(application.client_secret)
+    return "", ""
+
+
+def source_in_words(secret: Secret | None) -> str:
+    """Return ` (from file /run/secrets/x)` for a secret that does not stand in the configuration itself."""
+    return f" (from {secret.source})" if secret is not None and secret.source else ""
+
+
+def _refused(credential: Credential, exc: lwa.ExchangeRefused, keys: str, *, has_source: bool) -> TokenRefused:
+    where = f" Look at {keys}{', in the place that the log names' if has_source else ''}." if keys else ""
+    request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
+    return TokenRefused(
+        f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
+        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.") + where,
+        reason=exc.reason,
+    )
+
+
+def _rdt_error(credential: Credential, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+    said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
+    return RestrictedDataRefused(
+        f"Amazon gives {_whose(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
+        f"{exc.status} {said}",
+        "Check that the application has the restricted role, and had it when the seller authorised it; "
+        "x-sp-data-elements: none asks without personal data where that is possible.",
+    )

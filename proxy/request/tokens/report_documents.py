@@ -1,0 +1,104 @@
+"""Which report documents need no Restricted Data Token? Learnt from the answers that pass through.
+
+A getReport or getReports answer names document and type; the mint's own refusal of a document names it unrestricted.
+What is not known is asked with a Restricted Data Token first.
+"""
+
+import zlib
+from collections import OrderedDict
+
+from proxy.amazon.report_types import OPERATIONS_THAT_TELL, RESTRICTED_TYPES, documents_in
+from proxy.request.routing import Credential, Target
+from proxy.request.upstream.http1 import Answer
+
+MOST_READ = 256 * 1024  # bytes of an answer that are looked at; getReports names a hundred reports in a fifth of that
+MOST_KNOWN = 2_000  # documents of one account and region: the newest
+MOST_ACCOUNTS = 500  # those that asked last
+
+# Document ids are unique only together with the seller (model reports_2021-06-30).
+Owner = tuple[str, str, str]
+
+
+class Documents:
+    """What is known of each account's report documents."""
+
+    def __init__(self) -> None:
+        self._unrestricted: OrderedDict[Owner, OrderedDict[str, None]] = OrderedDict()
+
+    def is_unrestricted(self, credential: Credential) -> bool:
+        """Return whether the document that `credential` is for is known to need no Restricted Data Token."""
+        known = self._unrestricted.get(_owner(credential))
+        return known is not None and _document(credential) in known
+
+    def note_unrestricted(self, credential: Credential) -> None:
+        """Learn that Amazon gives no Restricted Data Token for this document, because it needs none."""
+        self._add(_owner(credential), _document(credential))
+
+    def forget(self, credential: Credential) -> None:
+        """Unlearn a document that Amazon refused without a Restricted Data Token."""
+        self._unrestricted.get(_owner(credential), OrderedDict()).pop(_document(credential), None)
+
+    def reader(self, target: Target, answer: Answer) -> "Reader | None":
+        """Return what reads along with an answer that may name documents; None for every other answer."""
+        if target.operation_name not in OPERATIONS_THAT_TELL or answer.status != 200:
+            return None
+        length = answer.first(b"content-length") or "0"
+        if not length.isdigit() or int(length) > MOST_READ:
+            return None
+        return Reader(self, _owner(target.credential), answer.first(b"content-encoding") or "")
+
+    def _add(self, owner: Owner, document: str) -> None:
+        known = self._unrestricted.setdefault(owner, OrderedDict())
+        self._unrestricted.move_to_end(owner)
+        if len(self._unrestricted) > MOST_ACCOUNTS:
+            self._unrestricted.popitem(last=False)
+        known[document] = None
+        known.move_to_end(document)
+        if len(known) > MOST_KNOWN:
+            known.popitem(last=False)
+
+    def learn(self, owner: Owner, body: bytes) -> None:
+        """Learn from a whole answer of getReport or getReports."""
+        for document, kind in documents_in(body):
+            if kind not in RESTRICTED_TYPES:
+                self._add(owner, document)
+
+
+class Reader:
+    """Reads along with one answer, up to a bound, and changes nothing of it."""
+
+    def __init__(self, documents: Documents, owner: Owner, coding: str) -> None:
+        self._documents = documents
+        self._owner = owner
+        self._coding = coding
+        self._read: bytearray | None = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes; of an answer that grows past the bound, nothing is learnt."""
+        if self._read is not None and len(self._read) + len(chunk) <= MOST_READ:
+            self._read += chunk
+        else:
+            self._read = None
+
+    def end(self) -> None:
+        """Learn from the answer, now that it is whole."""
+        if self._read is not None:
+            self._documents.learn(self._owner, unpacked(bytes(self._read), self._coding, MOST_READ * 4))
+
+
+def unpacked(body: bytes, coding: str, most: int) -> bytes:
+    """Return a copy of `body` without its content coding, at most `most` bytes of it; empty where it cannot be read."""
+    if not coding or coding.lower() == "identity":
+        return body
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, most)
+    except zlib.error:
+        return b""
+
+
+def _owner(credential: Credential) -> Owner:
+    return credential.environment, credential.account, credential.region
+
+
+def _document(credential: Credential) -> str:
+    return credential.path.rpartition("/")[2]

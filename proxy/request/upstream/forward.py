@@ -1,0 +1,499 @@
+"""How does the request reach Amazon, and the answer the app, changed in nothing but what must change?
+
+Strip first, add last: what belongs to one hop, to the proxy or to the app's own credentials goes, then Amazon's
+headers are set. Bodies are streamed both ways as they are, and both ways at once.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any
+
+from aiohttp import ClientError, web
+from aiohttp.http import HttpVersion11
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from proxy.amazon.headers import credential_headers
+from proxy.config import Config
+from proxy.errors import ConnectTimeout, MalformedRequest, ProxyError, UpstreamBroken, UpstreamUnreachable
+from proxy.request.context import Exchange
+from proxy.request.header_cache import Head
+from proxy.request.routing import Target
+from proxy.request.tokens.provider import Token
+from proxy.request.tokens.report_documents import Reader
+from proxy.request.upstream.connector import Origin, Tls
+from proxy.request.upstream.deadlines import Patience
+from proxy.request.upstream.http1 import Answer, Broken, Wire
+from proxy.request.upstream.pool import Pool, field_lines
+from proxy.request.upstream.response import HOP_BY_HOP, AmazonsAnswer, AnswerHead, break_off, named_in_connection
+from proxy.request.upstream.token_redaction import Mask, NoMask
+
+# What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
+# itself, what names the hops and traces inside the user's network, and what would have some servers take the request
+# for another method or path than was judged.
+PRIVATE = frozenset(
+    {
+        "authorization",
+        "baggage",
+        "client-ip",
+        "cookie",
+        "expect",
+        "forwarded",
+        "host",
+        "traceparent",
+        "tracestate",
+        "true-client-ip",
+        "user-agent",
+        "via",
+        "x-amz-access-token",
+        "x-amz-content-sha256",
+        "x-amz-date",
+        "x-amz-security-token",
+        "x-amz-signature",
+        "x-client-ip",
+        "x-host",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "x-original-host",
+        "x-original-uri",
+        "x-original-url",
+        "x-real-ip",
+        "x-request-id",
+        "x-rewrite-url",
+    }
+)
+PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
+
+# Amazon's front end refuses these on GET and HEAD (DOC "API request validation for 400 errors with HTML response").
+BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
+BODILESS = frozenset({"GET", "HEAD"})
+_BODY_LENGTH = frozenset({"content-length", "transfer-encoding"})
+
+# Written with `_`, they are others than these, but not for everybody.
+LOOKALIKES = BODY_FIELDS
+
+MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
+MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
+
+_VALUE = itemgetter(1)
+_MOST_ORIGINS = 64  # addresses that are kept taken apart
+
+
+def check_body(method: str, head: Head) -> None:
+    """Raise MalformedRequest for a body on GET or HEAD: Amazon answers that with a page of HTML."""
+    if method not in BODILESS or _BODY_LENGTH.isdisjoint(head.names):
+        return
+    if "Transfer-Encoding" in head.headers or head.headers.get("Content-Length", "0").strip("0"):
+        raise MalformedRequest(f"a {method} request has a body", "Send it without a body, or use POST.")
+
+
+def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
+    fits = _fits_bodiless if method in BODILESS else _fits
+    kept = [field for field in headers.items() if fits(field[0])]
+    if "Connection" in headers:
+        named = named_in_connection(headers)
+        kept = [field for field in kept if field[0].lower().replace("_", "-") not in named]
+    if not all(map(str.isascii, map(_VALUE, kept))) and not all(map(_is_utf8, map(_VALUE, kept))):
+        raise MalformedRequest("a header's value is not UTF-8", "Send header values in ASCII or UTF-8.")
+    return CIMultiDict(kept)
+
+
+def lines_for_amazon(method: str, head: Head) -> bytes:
+    """Return the lines of an app's fields that go to Amazon; raise MalformedRequest as `cleaned` does."""
+    if method in BODILESS:
+        if head.lines_of_bodiless is None:
+            head.lines_of_bodiless = field_lines(list(cleaned(method, head.headers).items()))
+        return head.lines_of_bodiless
+    if head.lines is None:
+        kept = cleaned(method, head.headers)
+        head.says_length = "Content-Length" in kept  # a Connection may have named the one that came
+        head.lines = field_lines(list(kept.items()))
+    return head.lines
+
+
+@lru_cache(maxsize=512)
+def _fits_bodiless(name: str) -> bool:
+    return _is_for_amazon(name, is_bodiless=True)
+
+
+@lru_cache(maxsize=512)
+def _fits(name: str) -> bool:
+    return _is_for_amazon(name, is_bodiless=False)
+
+
+def _is_for_amazon(name: str, *, is_bodiless: bool) -> bool:
+    """Return whether a field goes to Amazon, as far as its name says; the names that apps use are judged once."""
+    # Some servers read `_` as `-`: x_amz_access_token must not slip through as another spelling.
+    lower = name.lower().replace("_", "-")
+    if ("_" in name and lower in LOOKALIKES) or (is_bodiless and lower in BODY_FIELDS):
+        return False
+    return lower not in HOP_BY_HOP and lower not in PRIVATE and not lower.startswith(PRIVATE_PREFIXES)
+
+
+def _is_utf8(value: str) -> bool:
+    # A byte that is not UTF-8 arrives as a lone surrogate, and would be left out without a word on the way on.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_NO_MASK = NoMask()
+
+
+class Call:
+    """One request on its way: what was decided, how patient to be, and its body.
+
+    The body is streamed as it comes, and kept up to a bound, so that it can be sent again.
+    """
+
+    def __init__(
+        self, request: web.BaseRequest, head: Head, target: Target, exchange: Exchange, patience: Patience
+    ) -> None:
+        self.request = request
+        self.head = head
+        self.target = target
+        self.exchange = exchange
+        self.patience = patience
+        self.has_place = False  # among the account's requests at Amazon
+        self.wants_new_connection = False  # the last attempt broke on one that had been idle
+        self.mask: Mask = _NO_MASK  # for the token that went with it
+        self._kept: list[bytes] | None = []
+        self._kept_size = 0
+        self._is_read = not request.body_exists
+
+    @property
+    def can_be_sent_again(self) -> bool:
+        """Whether all of it is at hand."""
+        return self._is_read and self._kept is not None
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """Yield the body: as it comes the first time, from what was kept after that."""
+        if self._is_read:
+            for chunk in self._kept or ():
+                yield chunk
+            return
+        say_continue(self.request)
+        while chunk := await self._next():
+            self._keep(chunk)
+            self.exchange.request_bytes += len(chunk)
+            yield chunk
+        self._is_read = True
+
+    def at_hand(self) -> bytes | None:
+        """Return the body where all of it has come already; None where it is still to be waited for."""
+        content = self.request.content
+        if not self._is_read and content.is_eof() and content.exception() is None:
+            self._is_read = True
+            data = content.read_nowait()
+            self._keep(data)
+            self.exchange.request_bytes += len(data)
+            return data
+        return b"".join(self._kept) if self._is_read and self._kept is not None else None
+
+    async def _next(self) -> bytes:
+        self.patience.for_app(self.exchange.request_bytes)
+        try:
+            chunk = await self.request.content.readany()
+        except (web.RequestPayloadError, ClientError, ValueError) as exc:
+            error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
+            self.exchange.upload_error = error
+            raise error from exc
+        self.patience.for_amazon()
+        return chunk
+
+    def _keep(self, chunk: bytes) -> None:
+        self._kept_size += len(chunk)
+        if self._kept is not None and self._kept_size <= MOST_KEPT:
+            self._kept.append(chunk)
+        else:
+            self._kept = None
+
+
+def say_continue(request: web.BaseRequest) -> None:
+    """Tell an app that waits for it to send its body (RFC 9110 section 10.1.1); everything is checked by now."""
+    expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if expects and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def open_session(config: Config, limit: int, tls: Tls | None = None) -> Pool:
+    """Return the connections to Amazon, `limit` of them at most; `tls` as in Pool."""
+    return Pool(config, limit, tls=tls)
+
+
+@lru_cache(maxsize=_MOST_ORIGINS)
+def _origin_of(endpoint: str) -> tuple[Origin, bytes]:
+    """Return whom an endpoint is to connect to, and the line that says so."""
+    origin = Origin.of(endpoint)
+    return origin, field_lines([("Host", origin.authority)])
+
+
+class Upstream:
+    """Sends requests to Amazon and streams the answers back."""
+
+    def __init__(self, *, session: Pool, user_agents: Mapping[str, str], wall: Callable[[], float] = time.time) -> None:
+        self._session = session
+        self._user_agents = user_agents
+        self._wall = wall
+
+    def send(self, call: Call, token: Token) -> Coroutine[Any, Any, Answer]:
+        """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
+
+        Raises an error of ours for everything that keeps an answer from coming.
+        """
+        call.exchange.attempts += 1
+        call.mask = Mask(token.telling_part)
+        own = lines_for_amazon(call.request.method, call.head)
+        credentials = self._credentials(call.target.application, token)
+        return self.send_with(call, own + credentials, says_length=call.head.says_length)
+
+    async def send_with(self, call: Call, lines: bytes, *, says_length: bool) -> Answer:
+        """Do what `send` does with these lines of fields and no other; they say the body's length, or do not.
+
+        The request goes to the target's endpoint, whatever that is.
+        """
+        call.patience.for_amazon()
+        origin, host = _origin_of(call.target.endpoint)
+        head, is_chunked = _head(call, host + lines, says_length=says_length)
+        wire = await self._connection(origin, fresh=call.wants_new_connection)
+        was_used = wire.served > 0
+        answer = _begin(wire, call, head, is_chunked=is_chunked)
+        try:
+            await answer.head()
+        except Broken as exc:
+            error = call.exchange.upload_error or UpstreamBroken(
+                f"Amazon gave no proper answer: {exc}",
+                "A write may or may not have been done: look before you repeat it.",
+            )
+            # An idle connection that Amazon closed just now, perhaps.
+            call.wants_new_connection = was_used and isinstance(error, UpstreamBroken)
+            raise error from exc
+        except BaseException:
+            await answer.end()
+            raise
+        return answer
+
+    def _credentials(self, application: str, token: Token) -> bytes:
+        """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
+        wall = self._wall
+        now = wall()
+        if token.lines_of != int(now):
+            headers = credential_headers(token.value, self._user_agents[application], now)
+            token.lines, token.lines_of = field_lines(list(headers.items())), int(now)
+        return token.lines
+
+    async def _connection(self, origin: Origin, *, fresh: bool) -> Wire:
+        wire = None if fresh else self._session.free(origin)
+        if wire is not None:
+            return wire
+        try:
+            return await self._session.take(origin, fresh=fresh)
+        except OSError as exc:
+            raise _unreachable(exc) from exc
+
+    async def relay(
+        self, call: Call, answer: Answer, *, beginning: bytes = b"", reader: Reader | None = None
+    ) -> AmazonsAnswer:
+        """Stream the answer to the app; break its connection where Amazon's answer breaks off.
+
+        A client must never take half an answer for a whole one. `beginning` is what was read of it before; `reader`
+        reads along.
+        """
+        request, exchange = call.request, call.exchange
+        # Where it came before the upload ended, what still comes is not a request.
+        is_early = request.body_exists and not request.content.at_eof()
+        passed = AmazonsAnswer(answer, request, exchange, call.mask, is_last=is_early)
+        try:
+            exchange.begun = True
+            if answer.is_complete and reader is None:
+                data = call.mask.whole(beginning + answer.taken())
+                exchange.response_bytes += len(data)
+                framed = passed.framed(data) + passed.end if passed.is_chunked else data
+                if _written(call, passed.head + framed):
+                    await _drained(call)
+            else:
+                await _stream(call, answer, passed, beginning, reader)
+        except (Broken, ConnectionError):
+            exchange.broken = True
+            break_off(request)
+        except asyncio.CancelledError:
+            break_off(request)
+            raise
+        finally:
+            if answer.upload is not None or exchange.broken or not answer.at_end:
+                await answer.end()
+        return passed
+
+    async def relay_changed(
+        self,
+        call: Call,
+        answer: Answer,
+        head: AnswerHead,
+        piece: bytes,
+        pieces: AsyncGenerator[bytes, None] | None = None,
+    ) -> AmazonsAnswer:
+        """Stream what was made of an answer, a first piece and all `pieces`, behind a head of its own.
+
+        Where it breaks off, so does the app's connection, if anything went out on it. Raises UpstreamBroken before
+        that, and what `pieces` raise.
+        """
+        request, exchange = call.request, call.exchange
+        is_early = request.body_exists and not request.content.at_eof()
+        passed = AmazonsAnswer(head, request, exchange, call.mask, is_last=is_early)
+        try:
+            await _stream_changed(call, passed, piece, pieces)
+        except BaseException as exc:
+            if not exchange.begun:
+                if isinstance(exc, Broken):
+                    raise UpstreamBroken("Amazon's answer broke off", "Try again.") from exc
+                raise
+            exchange.broken = True
+            break_off(request)
+            if not isinstance(exc, (Broken, ConnectionError)):
+                raise
+        finally:
+            if pieces is not None:
+                await pieces.aclose()
+            if answer.upload is not None or exchange.broken or not answer.at_end:
+                await answer.end()
+        return passed
+
+
+def _head(call: Call, lines: bytes, *, says_length: bool) -> tuple[bytes, bool]:
+    """Return the request's head, and whether its body goes in chunks."""
+    method, is_chunked, framing = call.request.method, False, b"\r\n"
+    if method not in BODILESS and not says_length:
+        is_chunked = call.request.body_exists
+        framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
+    # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
+    line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
+    return b"".join((line, lines, framing)), is_chunked
+
+
+def _begin(wire: Wire, call: Call, head: bytes, *, is_chunked: bool) -> Answer:
+    """Send what is there of a request; where more of its body is to come, that goes on beside the answer."""
+    if not call.request.body_exists:
+        return wire.send(call.request.method, head)
+    body = call.at_hand()
+    if body is not None:
+        return wire.send(call.request.method, head + _framed(body, is_chunked=is_chunked) + _end(is_chunked=is_chunked))
+    answer = wire.send(call.request.method, head)
+    answer.upload = asyncio.create_task(_upload(wire, call, is_chunked=is_chunked), name="upload")
+    return answer
+
+
+async def _upload(wire: Wire, call: Call, *, is_chunked: bool) -> None:
+    """Send the body as it comes. Where it does not come whole, the request must not seem to."""
+    try:
+        async for chunk in call.body():
+            await wire.write(_framed(chunk, is_chunked=is_chunked))
+        if is_chunked:
+            await wire.write(_end(is_chunked=True))
+    except Broken:
+        pass  # whoever waits for the answer learns of it
+    except BaseException as exc:
+        wire.abort()
+        if not isinstance(exc, MalformedRequest):
+            raise
+
+
+def _framed(data: bytes, *, is_chunked: bool) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if is_chunked and data else data
+
+
+def _end(*, is_chunked: bool) -> bytes:
+    return b"0\r\n\r\n" if is_chunked else b""
+
+
+async def beginning_of(call: Call, answer: Answer) -> bytes:
+    """Read the beginning of a refusal: all of it, as a rule; `relay` passes it on before the rest."""
+    read = b""
+    call.patience.for_amazon()
+    try:
+        while len(read) < MOST_OF_REFUSAL and (chunk := await answer.read()):
+            read += chunk
+    except Broken:
+        pass  # relay meets the same end, and knows what to do
+    return read
+
+
+async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
+    """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
+    out = passed.head
+    while True:
+        if chunk:
+            if reader is not None:
+                reader.feed(chunk)
+            data = call.mask.feed(chunk)
+            call.exchange.response_bytes += len(data)
+            out += passed.framed(data)
+        if answer.at_end:
+            break
+        if out and not answer.is_waiting:
+            if _written(call, out):
+                await _drained(call)
+            out = b""
+        call.patience.for_amazon()
+        chunk = await answer.read()
+    if reader is not None:
+        reader.end()
+    data = call.mask.end()
+    call.exchange.response_bytes += len(data)
+    if _written(call, out + passed.framed(data) + passed.end):
+        await _drained(call)
+
+
+async def _stream_changed(
+    call: Call, passed: AmazonsAnswer, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
+) -> None:
+    """Write what was made of an answer; nothing goes out before there is a second piece, or no more of them."""
+    exchange, out = call.exchange, passed.head
+    while True:
+        data = call.mask.feed(piece)
+        exchange.response_bytes += len(data)
+        out += passed.framed(data)
+        piece = await anext(pieces, b"") if pieces is not None else b""
+        if not piece:
+            break
+        exchange.begun = True
+        if _written(call, out):
+            await _drained(call)
+        out = b""
+    exchange.begun, data = True, call.mask.end()
+    exchange.response_bytes += len(data)
+    if _written(call, out + passed.framed(data) + passed.end):
+        await _drained(call)
+
+
+def _written(call: Call, data: bytes) -> bool:
+    """Write to the app; return whether to wait until it has taken more of it."""
+    protocol = call.request.protocol
+    transport = protocol.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the app left")
+    if data:
+        transport.write(data)
+    return protocol.writing_paused
+
+
+async def _drained(call: Call) -> None:
+    call.patience.for_app(call.exchange.response_bytes)
+    await call.request.writer.drain()
+
+
+def _unreachable(exc: OSError) -> ProxyError:
+    """Return the error of ours for what kept a connection from coming about."""
+    if isinstance(exc, TimeoutError):
+        return ConnectTimeout("no connection to Amazon in time", "Try again; check the network if it goes on.")
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return UpstreamUnreachable(
+            "Amazon's TLS certificate is not trusted", "Check pool.ca_file and what stands between here and Amazon."
+        )
+    return UpstreamUnreachable("no connection to Amazon", "Check the network and the endpoints setting.")

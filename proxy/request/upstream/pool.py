@@ -1,0 +1,212 @@
+"""Which connection does a request take: an idle one, a new one, or the next that comes free?
+
+The one used last comes first, so that those which a quiet hour leaves over grow old and are closed, before the server
+does it. How many there may be is bounded, over all hosts; who waits for one waits in turn.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Self
+from urllib.parse import urlsplit
+
+from proxy.config import Config
+from proxy.request.upstream.connector import Dialler, Origin, Tls, tls_context
+from proxy.request.upstream.http1 import Answer, Wire
+
+LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
+
+
+class Pool:
+    """Connections by origin, `limit` of them at most; use it as an asynchronous context manager.
+
+    `headers` go with every `post`. `tls` is that of a pool before this one, where it is to trust the same: the system's
+    certificates take a tenth of a second to read.
+    """
+
+    def __init__(
+        self, config: Config, limit: int, headers: Mapping[str, str] | None = None, tls: Tls | None = None
+    ) -> None:
+        self.tls = tls or tls_context(config)
+        self._dialler = Dialler(config, self.tls)
+        self.limit = limit
+        self._headers = dict(headers or {})
+        self._idle = config.pool.idle
+        self._connect = config.timeouts.connect
+        self._free: dict[Origin, list[Wire]] = {}  # the one used last is the last
+        self._open: dict[Wire, Origin] = {}
+        self._dialling = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._is_closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for wire in list(self._open):
+            wire.abort()
+        await asyncio.sleep(0)  # in which the transports end
+
+    def retire(self) -> None:
+        """Keep no connection any more: those in use end with their request. Requests that go on may still take some."""
+        self._is_closed = True
+        for free in self._free.values():
+            while free:
+                free.pop().abort()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is any connection."""
+        return bool(self._open or self._dialling)
+
+    def free(self, origin: Origin) -> Wire | None:
+        """Return an idle connection, None where there is none."""
+        free = self._free.get(origin)
+        while free:
+            wire = free.pop()
+            if wire.is_usable():
+                return wire
+            wire.abort()
+        return None
+
+    async def take(self, origin: Origin, *, fresh: bool = False) -> Wire:
+        """Return a connection: an idle one, or a new one; where there are too many, the next that comes free.
+
+        `fresh` takes no idle one. Raises TimeoutError after `timeouts.connect`, and OSError for what goes wrong on the
+        way, of which `ssl.SSLError` is one.
+        """
+        wire = None if fresh else self.free(origin)
+        if wire is not None:
+            return wire
+        async with asyncio.timeout(self._connect):
+            while len(self._open) + self._dialling >= self.limit and not self._give_up_an_idle_one():
+                await self._turn()
+                wire = None if fresh else self.free(origin)
+                if wire is not None:
+                    return wire
+            return await self._new(origin)
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
+        """Send one request on a connection of its own; return the answer's status and up to `most` + 1 bytes of it.
+
+        No redirect is followed: it would carry the secrets to another address. Raises as `take`, and Broken.
+        """
+        answer, read = await self.ask("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
+        return answer.status, read
+
+    async def ask(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, most: int
+    ) -> tuple[Answer, bytes]:
+        """Do what `post` does with any method; return the answer, for its head, and up to `most` + 1 bytes of it."""
+        origin = Origin.of(url)
+        wire = await self.take(origin, fresh=True)
+        parts = urlsplit(url)
+        path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        own = {"Host": origin.authority, "Connection": "close", **self._headers}
+        answer = wire.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
+        try:
+            await answer.head()
+            read = b""
+            while len(read) <= most and (chunk := await answer.read()):
+                read += chunk
+        finally:
+            answer.close()
+        return answer, read[: most + 1]
+
+    async def _new(self, origin: Origin) -> Wire:
+        self._dialling += 1
+        try:
+            wire = await self._dialler.connect(
+                origin, lambda sock: Wire(sock, self._on_idle, self._on_lost, self._loop)
+            )
+        finally:
+            self._dialling -= 1
+            self._wake()
+        if not wire.is_open:
+            raise ConnectionResetError("the connection ended at once")
+        wire.made_at = self._loop.time()
+        self._open[wire] = origin
+        return wire
+
+    def _give_up_an_idle_one(self) -> bool:
+        """Close an idle connection, which is to another host, or was not wanted; return whether there was one."""
+        for free in self._free.values():
+            if free:
+                free.pop(0).abort()
+                return True
+        return False
+
+    async def _turn(self) -> None:
+        """Wait until a connection comes free, or ends."""
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake()  # it came in the very moment, and is somebody else's now
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _on_idle(self, wire: Wire) -> None:
+        origin = self._open.get(wire)
+        now = self._loop.time()
+        if origin is None or self._is_closed or now - wire.made_at > LONGEST_LIFE:
+            wire.abort()
+            return
+        if wire.served == 1 and origin.is_tls:
+            self.tls.remember(origin.host, wire.tls)
+        wire.idle_since = now
+        self._free.setdefault(origin, []).append(wire)
+        if self._waiting:
+            self._wake()
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(self._idle, self._sweep)
+
+    def _on_lost(self, wire: Wire) -> None:
+        origin = self._open.pop(wire, None)
+        free = self._free.get(origin) if origin is not None else None
+        if free is not None and wire in free:
+            free.remove(wire)
+        self._wake()
+
+    def _sweep(self) -> None:
+        """Close what has been idle too long."""
+        self._sweeping = None
+        now = self._loop.time()
+        for free in self._free.values():
+            while free and now - free[0].idle_since >= self._idle:
+                free[0].abort()
+        oldest = min((free[0].idle_since for free in self._free.values() if free), default=None)
+        if oldest is not None:
+            self._sweeping = self._loop.call_at(oldest + self._idle, self._sweep)
+
+
+def request_head(method: str, path: str, fields: list[tuple[str, str]]) -> bytes:
+    """Return a request's head; raise ValueError for a line break in it, which would be another request."""
+    if "\n" in path or "\r" in path:
+        raise ValueError("a line break in a request's target")
+    return f"{method} {path} HTTP/1.1\r\n".encode() + field_lines(fields) + b"\r\n"
+
+
+def field_lines(fields: list[tuple[str, str]]) -> bytes:
+    """Return the lines of these fields, each with its end. They were judged before, but for a line break in one.
+
+    Raises ValueError for that: it would be another field, or another request.
+    """
+    lines = list(map(": ".join, fields))
+    together = "".join(lines)
+    if "\n" in together or "\r" in together:
+        raise ValueError("a line break in a request's head")
+    return "\r\n".join([*lines, ""]).encode()

@@ -1,0 +1,100 @@
+"""How the findings of check --live are shown: the same trouble once, progress that does not flood a log."""
+
+import json
+from io import StringIO
+
+import pytest
+
+from proxy.cli.advice import why_unreachable
+from proxy.cli.check_report import AT_A_TERMINAL, IN_A_FILE, Finding, Place, Progress, Report, as_json, as_text
+from tests.support.clock import FakeClock
+
+PLACES = [Place(f"shop{number}", "eu") for number in range(8)]
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def refused(place: Place) -> Finding:
+    said = f"Login with Amazon refuses account {place.account} in eu: invalid_grant"
+    return Finding("token", "failed", "main", *place, code="invalid_grant", said=said, advice="Authorise again.")
+
+
+def report(*findings: Finding, done: int = len(PLACES), is_whole: bool = True) -> Report:
+    return Report(PLACES, list(findings), done, is_whole)
+
+
+def test_the_same_trouble_is_told_once() -> None:
+    text = as_text(report(*map(refused, PLACES)))
+    assert text.count("Authorise again.") == 1
+    assert "shop0 eu token, shop1 eu token, shop2 eu token, shop3 eu token, shop4 eu token and 3 more:" in text
+    assert "invalid_grant: Login with Amazon refuses them: invalid_grant" in text
+    assert text.endswith("0 of 8 accounts and regions work.")
+    assert "refuses account shop0 in eu: invalid_grant" in as_text(report(refused(PLACES[0])))
+
+
+def test_what_was_not_tried_is_no_success() -> None:
+    not_tried = Finding("call", "not tried", "main", *PLACES[0], code="token_missing", said="there is no token for it")
+    assert not report(not_tried).works
+    assert report(Finding("clock", "warning", code="clock")).works
+    assert not report(is_whole=False, done=3).works
+    assert as_text(report(is_whole=False, done=3)).endswith("Interrupted: 3 of 8 were looked at.")
+
+
+def test_programs_get_the_same_keys_for_every_step() -> None:
+    answer = json.loads(as_json(report(refused(PLACES[0]), Finding("connection", "ok", host="api.amazon.com"))))
+    assert (answer["works"], answer["complete"]) == (False, True)
+    keys = ["step", "result", "application", "account", "region", "host", "code", "said", "advice", "countries"]
+    assert [list(check) for check in answer["checks"]] == [keys, keys]
+
+
+def test_progress_is_a_line_every_few_seconds_where_nobody_looks() -> None:
+    clock, stream, found = FakeClock(), StringIO(), report(done=0)
+    progress = Progress(found, stream, clock)
+    for found.done in range(1, 9):
+        clock.advance(IN_A_FILE / 2)
+        progress.tell()
+    progress.end()
+    assert stream.getvalue().splitlines() == [f"checked {done} of 8, 0 with trouble" for done in (2, 4, 6, 8)]
+
+
+def test_progress_is_one_line_at_a_terminal_and_gone_in_the_end() -> None:
+    clock, stream, found = FakeClock(), Terminal(), report(refused(PLACES[0]), done=1)
+    progress = Progress(found, stream, clock)
+    progress.tell()
+    found.done = 2
+    progress.tell()
+    assert stream.getvalue() == "\rchecked 1 of 8, 1 with trouble"
+    for _ in range(2):
+        clock.advance(AT_A_TERMINAL)
+        progress.tell()
+    progress.end()
+    last = "checked 2 of 8, 1 with trouble"
+    assert stream.getvalue() == f"\rchecked 1 of 8, 1 with trouble\r{last}\r{'':<{len(last)}}\r"
+
+
+def test_quick_looks_say_nothing_in_a_file() -> None:
+    stream = StringIO()
+    progress = Progress(report(), stream, FakeClock())
+    progress.tell()
+    progress.end()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("exc", "code"),
+    [
+        (TimeoutError(), "timeout"),
+        (ConnectionResetError(), "broken"),
+        (OSError(101, "Network is unreachable"), "unreachable"),
+    ],
+)
+@pytest.mark.parametrize("by_proxy", [False, True])
+def test_what_keeps_a_connection_from_coming_about_has_advice(exc: OSError, code: str, by_proxy: bool) -> None:
+    found, said, advice = why_unreachable(exc, by_proxy=by_proxy)
+    assert found == code
+    assert said
+    assert ("the forward proxy (" in advice) is by_proxy
+    assert "pool.proxy or HTTPS_PROXY" in advice
