@@ -13,7 +13,8 @@ import yaml
 
 from proxy.config import Config, load_config
 from proxy.observability.logging import LOGGER, set_up
-from proxy.server.runtime import Running, running
+from proxy.server import runtime
+from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FarSide, TokenHost
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
@@ -22,7 +23,7 @@ MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 class StartProxy(Protocol):
     """Starts a proxy whose settings are the defaults of the tests, changed by keywords."""
 
-    def __call__(self, **settings: Any) -> Awaitable[Running]: ...
+    def __call__(self, **settings: Any) -> Awaitable[RunningProxy]: ...
 
 
 def settings_for(far_side: FarSide, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
@@ -64,8 +65,8 @@ async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) 
     """Starts proxies that are stopped, in reverse order, when the test ends."""
     started: list[Any] = []
 
-    async def start(**settings: Any) -> Running:
-        context = running(config_from(settings_for(far_side, token_host, **settings), tmp_path))
+    async def start(**settings: Any) -> RunningProxy:
+        context = runtime.start_proxy(config_from(settings_for(far_side, token_host, **settings), tmp_path))
         proxy = await context.__aenter__()
         started.append(context)
         return proxy
@@ -76,7 +77,7 @@ async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) 
 
 
 @pytest.fixture
-async def proxy(start_proxy: StartProxy) -> Running:
+async def proxy(start_proxy: StartProxy) -> RunningProxy:
     """A proxy with the tests' usual settings."""
     return await start_proxy()
 

@@ -13,16 +13,16 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from proxy.config import Region, Secret
 
-CODE_LIFE = 300.0  # seconds in which an authorization code can be exchanged
+CODE_LIFETIME = 300.0  # seconds in which an authorization code can be exchanged
 
 _CONSENT = "/apps/authorize/consent"
-_MOST_REDIRECT = 8192  # characters of an address
+_MAX_REDIRECT = 8192  # characters of an address
 _CODE = re.compile(r"[A-Za-z0-9._~-]{1,512}", re.ASCII)
 _ERROR = re.compile(r"[a-z_]{1,40}", re.ASCII)
 _SELLING_PARTNER = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
 
 
-class Central(NamedTuple):
+class SellerCentral(NamedTuple):
     """A marketplace, as far as authorising goes: its region, and the hosts of its Seller and its Vendor Central."""
 
     region: Region
@@ -33,31 +33,31 @@ class Central(NamedTuple):
 _EUROPE = "sellercentral-europe.amazon.com"
 
 # DOC "Seller Central URLs", DOC "Vendor Central URLs", by country code.
-CENTRALS: MappingProxyType[str, Central] = MappingProxyType(
+SELLER_CENTRALS: MappingProxyType[str, SellerCentral] = MappingProxyType(
     {
-        "CA": Central("na", "sellercentral.amazon.ca", "vendorcentral.amazon.ca"),
-        "US": Central("na", "sellercentral.amazon.com", "vendorcentral.amazon.com"),
-        "MX": Central("na", "sellercentral.amazon.com.mx", "vendorcentral.amazon.com.mx"),
-        "BR": Central("na", "sellercentral.amazon.com.br", "vendorcentral.amazon.com.br"),
-        "IE": Central("eu", "sellercentral.amazon.ie", "vendorcentral.amazon.ie"),
-        "ES": Central("eu", _EUROPE, "vendorcentral.amazon.es"),
-        "UK": Central("eu", _EUROPE, "vendorcentral.amazon.co.uk"),
-        "FR": Central("eu", _EUROPE, "vendorcentral.amazon.fr"),
-        "BE": Central("eu", "sellercentral.amazon.com.be", "vendorcentral.amazon.com.be"),
-        "NL": Central("eu", "sellercentral.amazon.nl", "vendorcentral.amazon.nl"),
-        "DE": Central("eu", _EUROPE, "vendorcentral.amazon.de"),
-        "IT": Central("eu", _EUROPE, "vendorcentral.amazon.it"),
-        "SE": Central("eu", "sellercentral.amazon.se", "vendorcentral.amazon.se"),
-        "ZA": Central("eu", "sellercentral.amazon.co.za", "vendorcentral.amazon.co.za"),
-        "PL": Central("eu", "sellercentral.amazon.pl", "vendorcentral.amazon.pl"),
-        "EG": Central("eu", "sellercentral.amazon.eg", "vendorcentral.amazon.me"),
-        "TR": Central("eu", "sellercentral.amazon.com.tr", "vendorcentral.amazon.com.tr"),
-        "SA": Central("eu", "sellercentral.amazon.sa", "vendorcentral.amazon.me"),
-        "AE": Central("eu", "sellercentral.amazon.ae", "vendorcentral.amazon.me"),
-        "IN": Central("eu", "sellercentral.amazon.in", "www.vendorcentral.in"),
-        "SG": Central("fe", "sellercentral.amazon.sg", "vendorcentral.amazon.com.sg"),
-        "AU": Central("fe", "sellercentral.amazon.com.au", "vendorcentral.amazon.com.au"),
-        "JP": Central("fe", "sellercentral.amazon.co.jp", "vendorcentral.amazon.co.jp"),
+        "CA": SellerCentral("na", "sellercentral.amazon.ca", "vendorcentral.amazon.ca"),
+        "US": SellerCentral("na", "sellercentral.amazon.com", "vendorcentral.amazon.com"),
+        "MX": SellerCentral("na", "sellercentral.amazon.com.mx", "vendorcentral.amazon.com.mx"),
+        "BR": SellerCentral("na", "sellercentral.amazon.com.br", "vendorcentral.amazon.com.br"),
+        "IE": SellerCentral("eu", "sellercentral.amazon.ie", "vendorcentral.amazon.ie"),
+        "ES": SellerCentral("eu", _EUROPE, "vendorcentral.amazon.es"),
+        "UK": SellerCentral("eu", _EUROPE, "vendorcentral.amazon.co.uk"),
+        "FR": SellerCentral("eu", _EUROPE, "vendorcentral.amazon.fr"),
+        "BE": SellerCentral("eu", "sellercentral.amazon.com.be", "vendorcentral.amazon.com.be"),
+        "NL": SellerCentral("eu", "sellercentral.amazon.nl", "vendorcentral.amazon.nl"),
+        "DE": SellerCentral("eu", _EUROPE, "vendorcentral.amazon.de"),
+        "IT": SellerCentral("eu", _EUROPE, "vendorcentral.amazon.it"),
+        "SE": SellerCentral("eu", "sellercentral.amazon.se", "vendorcentral.amazon.se"),
+        "ZA": SellerCentral("eu", "sellercentral.amazon.co.za", "vendorcentral.amazon.co.za"),
+        "PL": SellerCentral("eu", "sellercentral.amazon.pl", "vendorcentral.amazon.pl"),
+        "EG": SellerCentral("eu", "sellercentral.amazon.eg", "vendorcentral.amazon.me"),
+        "TR": SellerCentral("eu", "sellercentral.amazon.com.tr", "vendorcentral.amazon.com.tr"),
+        "SA": SellerCentral("eu", "sellercentral.amazon.sa", "vendorcentral.amazon.me"),
+        "AE": SellerCentral("eu", "sellercentral.amazon.ae", "vendorcentral.amazon.me"),
+        "IN": SellerCentral("eu", "sellercentral.amazon.in", "www.vendorcentral.in"),
+        "SG": SellerCentral("fe", "sellercentral.amazon.sg", "vendorcentral.amazon.com.sg"),
+        "AU": SellerCentral("fe", "sellercentral.amazon.com.au", "vendorcentral.amazon.com.au"),
+        "JP": SellerCentral("fe", "sellercentral.amazon.co.jp", "vendorcentral.amazon.co.jp"),
     }
 )
 
@@ -77,10 +77,10 @@ class Consent(NamedTuple):
     selling_partner: str
 
 
-def central_of(country: str) -> Central | None:
+def seller_central_of(country: str) -> SellerCentral | None:
     """Return what a country code stands for, None where it is none; GB is UK."""
     code = country.upper()
-    return CENTRALS.get("UK" if code == "GB" else code)
+    return SELLER_CENTRALS.get("UK" if code == "GB" else code)
 
 
 def consent_url(central: str, application_id: str, state: str, redirect_uri: str | None, *, is_draft: bool) -> str:
@@ -96,7 +96,7 @@ def consent_url(central: str, application_id: str, state: str, redirect_uri: str
     return f"{central}{_CONSENT}?{urlencode(query)}"
 
 
-def consent_in(redirect: str, state: str) -> Consent:
+def parse_redirect(redirect: str, state: str) -> Consent:
     """Return the consent in the address that the browser was led to; raise NotAuthorised.
 
     What does not carry this `state` is refused before anything else of it is looked at.
@@ -129,7 +129,7 @@ def _query_of(redirect: str) -> Mapping[str, str]:
     """Return the parameters of an address; nothing of what is given twice (RFC 6749 section 3.1)."""
     if not redirect.isascii():
         raise WrongState("it is no address")
-    if len(redirect) > _MOST_REDIRECT:
+    if len(redirect) > _MAX_REDIRECT:
         raise WrongState("it is too long to be an address that Amazon leads to")
     try:
         pairs = parse_qsl(urlsplit(redirect.strip()).query, keep_blank_values=True, max_num_fields=32)

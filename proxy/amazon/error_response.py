@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_BLAMES_TOKEN = re.compile(r"token\b.*\b(expired|revoked)", re.IGNORECASE | re.DOTALL)
-_NO_ROUTE = re.compile(r"MissingAuthenticationToken", re.IGNORECASE)
+_TOKEN_ERROR = re.compile(r"token\b.*\b(expired|revoked)", re.IGNORECASE | re.DOTALL)
+_UNKNOWN_PATH = re.compile(r"MissingAuthenticationToken", re.IGNORECASE)
 _REPORT_TYPE = "access to the resource is forbidden"
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class AmazonError:
     """The first error of Amazon's envelope; each text empty where it is missing."""
 
     code: str = ""
@@ -25,14 +25,14 @@ class Refusal:
     error_type: str = ""  # the header x-amzn-ErrorType
 
     @property
-    def blames_token(self) -> bool:
+    def is_token_error(self) -> bool:
         """Whether the token itself is refused, as expired or revoked, so that another one may do."""
-        return _BLAMES_TOKEN.search(f"{self.message} {self.details}") is not None
+        return _TOKEN_ERROR.search(f"{self.message} {self.details}") is not None
 
     @property
-    def says_no_route(self) -> bool:
+    def is_unknown_path(self) -> bool:
         """Whether Amazon knows no operation at that path."""
-        return _NO_ROUTE.search(f"{self.code} {self.error_type}") is not None
+        return _UNKNOWN_PATH.search(f"{self.code} {self.error_type}") is not None
 
     @property
     def is_about_report_type(self) -> bool:
@@ -49,12 +49,12 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return answer if isinstance(answer, dict) else {}
 
 
-def parse_refusal(body: bytes, error_type: str = "") -> Refusal:
+def parse_error(body: bytes, error_type: str = "") -> AmazonError:
     """Return what the envelope in `body` says; nothing where there is none."""
     errors = parse_object(body).get("errors")
     first = errors[0] if isinstance(errors, list) and errors else None
     texts = first if isinstance(first, Mapping) else {}
-    return Refusal(
+    return AmazonError(
         _text(texts.get("code")), _text(texts.get("message")), _text(texts.get("details")), _text(error_type)
     )
 

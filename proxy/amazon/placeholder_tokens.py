@@ -25,8 +25,8 @@ REFRESH_TOKEN = "Atzr|placeholder-of-sp-api-proxy-which-keeps-the-real-token"  #
 RDT_PREFIX = "Atz.sprdt|sp-api-proxy."
 
 # Characters of a placeholder: it has to pass as a header field, by any HTTP library.
-LONGEST = 8 * 1024
-MOST_RESOURCES = 50  # in one request (model tokens_2021-03-01)
+MAX_TOKEN = 8 * 1024
+MAX_RESOURCES = 50  # in one request (model tokens_2021-03-01)
 
 _GRANTS = ("refresh_token", "client_credentials")
 
@@ -47,7 +47,7 @@ class Resource(NamedTuple):
     data_elements: tuple[str, ...]
 
 
-def access_token_answer(content_type: str, body: bytes) -> dict[str, object]:
+def access_token_response(content_type: str, body: bytes) -> dict[str, object]:
     """Return what Login with Amazon would answer, with placeholders; raise BadTokenRequest.
 
     Nothing of the request is looked at but its `grant_type` (LWA "Access Tokens"; a form, or JSON).
@@ -78,15 +78,15 @@ def _grant_type(content_type: str, body: bytes) -> str | None:
     return grant if isinstance(grant, str) else None
 
 
-def resources_asked_for(body: bytes) -> list[Resource]:
+def requested_resources(body: bytes) -> list[Resource]:
     """Return what the body of a createRestrictedDataToken asks for; raise ValueError, which quotes nothing of it."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as exc:
         raise ValueError("the body is not JSON") from exc
     asked = content.get("restrictedResources") if isinstance(content, dict) else None
-    if not isinstance(asked, list) or not 1 <= len(asked) <= MOST_RESOURCES:
-        raise ValueError(f"restrictedResources must be a list of 1 to {MOST_RESOURCES}")
+    if not isinstance(asked, list) or not 1 <= len(asked) <= MAX_RESOURCES:
+        raise ValueError(f"restrictedResources must be a list of 1 to {MAX_RESOURCES}")
     if content.get("targetApplication") is not None:
         raise ValueError("targetApplication needs a token of Amazon's, which local_rdt: true gives to nobody")
     return [_resource(f"restrictedResources[{index}]", item) for index, item in enumerate(asked)]
@@ -108,7 +108,7 @@ def placeholder_for(resources: Iterable[Resource]) -> str:
     """Return the Restricted Data Token that says what was asked for; raise ValueError where that is too much."""
     content = json.dumps(list(dict.fromkeys(resources)), separators=(",", ":")).encode()
     text = RDT_PREFIX + base64.urlsafe_b64encode(content).decode().rstrip("=")
-    if len(text) > LONGEST:
+    if len(text) > MAX_TOKEN:
         raise ValueError("restrictedResources are too long for one token: name fewer, or paths such as {orderId}")
     return text
 
@@ -116,17 +116,17 @@ def placeholder_for(resources: Iterable[Resource]) -> str:
 @lru_cache(maxsize=128)
 def resources_in(placeholder: str) -> Sequence[Resource]:
     """Return what a Restricted Data Token of here was asked for; raise ValueError where it is not whole."""
-    if len(placeholder) > LONGEST:
+    if len(placeholder) > MAX_TOKEN:
         raise ValueError("too long")
     text = placeholder.removeprefix(RDT_PREFIX)
     try:
         content: Any = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
-        return tuple(_whole(method, path, elements) for method, path, elements in content)
+        return tuple(_complete_resources(method, path, elements) for method, path, elements in content)
     except (binascii.Error, ValueError, TypeError, RecursionError) as exc:
         raise ValueError("not whole") from exc
 
 
-def _whole(method: object, path: object, elements: object) -> Resource:
+def _complete_resources(method: object, path: object, elements: object) -> Resource:
     if not isinstance(method, str) or not isinstance(path, str) or not isinstance(elements, list):
         raise TypeError
     if not all(element in ALL_ELEMENTS for element in elements):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 
-class Place(NamedTuple):
+class UrlLocation(NamedTuple):
     """Where an operation's answer holds URLs: the keys on the way, `*` for each of a list; and what they are for."""
 
     keys: tuple[str, ...]
@@ -19,27 +19,27 @@ class Place(NamedTuple):
 
 # By the models, those URLs that lead to Amazon's storage. Others that answers hold are web pages (tracking links) or
 # lead to hosts of their own, such as the ZIP files of Amazon Custom: they are not presigned.
-PLACES: dict[str, Place] = {
-    "awd.2024-05-09.getInboundShipmentLabels": Place(("labelDownloadURL",)),
-    "dataKiosk.2023-11-15.getDocument": Place(("documentUrl",)),
-    "easyShip.2022-03-23.createScheduledPackageBulk": Place(("printableDocumentsUrl",)),
-    "feeds.2021-06-30.createFeedDocument": Place(("url",), is_upload=True),
-    "feeds.2021-06-30.getFeedDocument": Place(("url",)),
-    "fulfillmentInbound.2024-03-20.createMarketplaceItemLabels": Place(("documentDownloads", "*", "uri")),
-    "fulfillmentInbound.2024-03-20.getDeliveryChallanDocument": Place(("documentDownload", "uri")),
-    "fulfillmentInbound.v0.getBillOfLading": Place(("payload", "DownloadURL")),
-    "fulfillmentInbound.v0.getLabels": Place(("payload", "DownloadURL")),
-    "fulfillmentOutbound.2020-07-01.getFulfillmentOrder": Place(
+URL_LOCATIONS: dict[str, UrlLocation] = {
+    "awd.2024-05-09.getInboundShipmentLabels": UrlLocation(("labelDownloadURL",)),
+    "dataKiosk.2023-11-15.getDocument": UrlLocation(("documentUrl",)),
+    "easyShip.2022-03-23.createScheduledPackageBulk": UrlLocation(("printableDocumentsUrl",)),
+    "feeds.2021-06-30.createFeedDocument": UrlLocation(("url",), is_upload=True),
+    "feeds.2021-06-30.getFeedDocument": UrlLocation(("url",)),
+    "fulfillmentInbound.2024-03-20.createMarketplaceItemLabels": UrlLocation(("documentDownloads", "*", "uri")),
+    "fulfillmentInbound.2024-03-20.getDeliveryChallanDocument": UrlLocation(("documentDownload", "uri")),
+    "fulfillmentInbound.v0.getBillOfLading": UrlLocation(("payload", "DownloadURL")),
+    "fulfillmentInbound.v0.getLabels": UrlLocation(("payload", "DownloadURL")),
+    "fulfillmentOutbound.2020-07-01.getFulfillmentOrder": UrlLocation(
         (
             *("payload", "fulfillmentShipments", "*", "fulfillmentShipmentPackage", "*"),
             *("deliveryInformation", "deliveryDocumentList", "*", "url"),
         )
     ),
-    "invoices.2024-06-19.getGovernmentInvoiceDocument": Place(("invoiceDocument", "invoiceDocumentUrl")),
-    "invoices.2024-06-19.getInvoicesDocument": Place(("invoicesDocument", "invoicesDocumentUrl")),
-    "reports.2021-06-30.getReportDocument": Place(("url",)),
-    "services.v1.createServiceDocumentUploadDestination": Place(("payload", "url"), is_upload=True),
-    "uploads.2020-11-01.createUploadDestinationForResource": Place(("payload", "url"), is_upload=True),
+    "invoices.2024-06-19.getGovernmentInvoiceDocument": UrlLocation(("invoiceDocument", "invoiceDocumentUrl")),
+    "invoices.2024-06-19.getInvoicesDocument": UrlLocation(("invoicesDocument", "invoicesDocumentUrl")),
+    "reports.2021-06-30.getReportDocument": UrlLocation(("url",)),
+    "services.v1.createServiceDocumentUploadDestination": UrlLocation(("payload", "url"), is_upload=True),
+    "uploads.2020-11-01.createUploadDestinationForResource": UrlLocation(("payload", "url"), is_upload=True),
 }
 
 # A bucket's name before it or in the path, and S3's host in one of its spellings, of which Amazon uses several:
@@ -53,7 +53,7 @@ _S3 = re.compile(
 # Where the documents of the static sandbox are (models feeds_2021-06-30, reports_2021-06-30, dataKiosk_2023-11-15).
 _SANDBOX = frozenset({"d34o8swod1owfl.cloudfront.net"})
 
-USUAL_LIFE = 300.0  # seconds, of a URL that does not say (models feeds_2021-06-30, reports_2021-06-30)
+DEFAULT_LIFETIME = 300.0  # seconds, of a URL that does not say (models feeds_2021-06-30, reports_2021-06-30)
 _URL = re.compile(r"https?://[!-~]+")  # no space, control or non-ASCII character
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
@@ -63,7 +63,7 @@ def is_storage(host: str) -> bool:
     return host in _SANDBOX or _S3.fullmatch(host) is not None
 
 
-def taken_apart(url: str) -> SplitResult | None:
+def parse(url: str) -> SplitResult | None:
     """Return the parts of a URL that can be sent on as it is written, None for every other one."""
     if not _URL.fullmatch(url) or "#" in url or "\\" in url:
         return None
@@ -75,7 +75,7 @@ def taken_apart(url: str) -> SplitResult | None:
     return parts if is_plain else None
 
 
-def life_of(query: str, now: float) -> float:
+def lifetime(query: str, now: float) -> float:
     """Return for how many seconds from `now`, in Unix time, a presigned URL just made is good, by its query.
 
     `X-Amz-Expires` counts seconds (signature version 4), `Expires` is a moment (version 2, CloudFront).
@@ -85,7 +85,7 @@ def life_of(query: str, now: float) -> float:
         text = given.get(name, "")
         if text.isascii() and text.isdigit() and len(text) <= 12:
             return max(0.0, float(text) - since)
-    return USUAL_LIFE
+    return DEFAULT_LIFETIME
 
 
 def signed_headers(query: str) -> frozenset[str]:

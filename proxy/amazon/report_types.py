@@ -30,9 +30,9 @@ RESTRICTED_TYPES = frozenset(
     }
 )
 
-OPERATIONS_THAT_TELL = frozenset({"reports.2021-06-30.getReport", "reports.2021-06-30.getReports"})
+REPORT_OPERATIONS = frozenset({"reports.2021-06-30.getReport", "reports.2021-06-30.getReports"})
 
-_LONGEST_ID = 256
+_MAX_ID = 256
 
 
 def documents_in(body: bytes) -> Iterator[tuple[str, str]]:
@@ -42,5 +42,5 @@ def documents_in(body: bytes) -> Iterator[tuple[str, str]]:
     for report in reports if isinstance(reports, list) else ():
         if isinstance(report, Mapping):
             document, kind = report.get("reportDocumentId"), report.get("reportType")
-            if isinstance(document, str) and isinstance(kind, str) and 0 < len(document) <= _LONGEST_ID:
+            if isinstance(document, str) and isinstance(kind, str) and 0 < len(document) <= _MAX_ID:
                 yield document, kind

@@ -9,15 +9,15 @@ from urllib.parse import urlsplit
 
 from proxy.config import Address, is_loopback
 
-PATIENCE = 3.0  # seconds for one answer
-PAUSE = 0.1  # seconds between two questions
-MOST_TEXT = 500  # characters of an answer that are shown
+TIMEOUT = 3.0  # seconds for one answer
+POLL_INTERVAL = 0.1  # seconds between two questions
+MAX_TEXT = 500  # characters of an answer that are shown
 
 
-class Answer(NamedTuple):
+class AdminResponse(NamedTuple):
     """Whether it was the answer hoped for, and what it said, or why there was none."""
 
-    is_good: bool
+    ok: bool
     text: str
 
 
@@ -35,10 +35,10 @@ class _Connection(http.client.HTTPConnection):
             self.sock.settimeout(self.timeout)
             self.sock.connect(self._address.path)
         else:
-            self.sock = socket.create_connection((_reachable(self._address.host), self._address.port), self.timeout)
+            self.sock = socket.create_connection((connect_host(self._address.host), self._address.port), self.timeout)
 
 
-def _reachable(host: str) -> str:
+def connect_host(host: str) -> str:
     """Return the host to connect to where `host` is listened on: all interfaces are no address to call."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing listens here
 
@@ -51,34 +51,34 @@ def address_in(url: str) -> Address:
     return Address(parts.hostname, parts.port or 80)
 
 
-def once(address: Address, method: str, path: str, patience: float = PATIENCE, most: int = MOST_TEXT) -> Answer:
+def request(address: Address, method: str, path: str, patience: float = TIMEOUT, most: int = MAX_TEXT) -> AdminResponse:
     """Ask once, and read `most` bytes of the answer; 200 is good."""
     connection = _Connection(address, patience)
-    host = "localhost" if address.path or is_loopback(_reachable(address.host)) else address.host
+    host = "localhost" if address.path or is_loopback(connect_host(address.host)) else address.host
     try:
         connection.request(method, path, headers={"Host": f"[{host}]" if ":" in host else host})
         answer = connection.getresponse()
         text = answer.read(most).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as exc:
         reason = _reason(exc)
-        return Answer(is_good=False, text=f"no answer from {address}: {reason}. Is the proxy running? {_ELSEWHERE}")
+        return AdminResponse(ok=False, text=f"no answer from {address}: {reason}. Is the proxy running? {_ELSEWHERE}")
     finally:
         connection.close()
     is_for_apps = any(name.lower() in _MARKS for name, _ in answer.getheaders())
     if answer.status == 200 and not is_for_apps:
-        return Answer(is_good=True, text=text)
-    return Answer(
-        is_good=False, text=f"{answer.status}: {text}{_advice(answer.status, text, address, is_for_apps=is_for_apps)}"
+        return AdminResponse(ok=True, text=text)
+    return AdminResponse(
+        ok=False, text=f"{answer.status}: {text}{_remedy(answer.status, text, address, is_for_apps=is_for_apps)}"
     )
 
 
-def _advice(status: int, text: str, address: Address, *, is_for_apps: bool) -> str:
+def _remedy(status: int, text: str, address: Address, *, is_for_apps: bool) -> str:
     """Return what to do about an answer that another address should have given."""
     if is_for_apps:
         return f". {address} is where apps send their requests. {_ELSEWHERE}"
     if status == 404 and text == "Not Found":
         return ". The health address only says how it is: ask at the admin address, with --url or --config"
-    if text.startswith(_OURS):
+    if text.startswith(_OWN_HEADERS):
         return ""
     return f". {address} is perhaps no proxy's. {_ELSEWHERE}"
 
@@ -86,7 +86,7 @@ def _advice(status: int, text: str, address: Address, *, is_for_apps: bool) -> s
 # What an answer on the proxied port has, Amazon's or the proxy's own.
 _MARKS = {"x-sp-proxy", "x-sp-proxy-error"}
 # How the admin and the health address begin what they say, where it is not what was hoped for.
-_OURS = ("not ready", "starting", "switched off", "call this address", "not for")
+_OWN_HEADERS = ("not ready", "starting", "switched off", "call this address", "not for")
 _ELSEWHERE = "Name its admin or health address with --url, or the file that says it with --config"
 
 
@@ -96,16 +96,16 @@ def _reason(exc: Exception) -> str:
     return (isinstance(exc, OSError) and exc.strerror) or "it is no HTTP"
 
 
-def until_ready(
+def wait_until_ready(
     address: Address,
     timeout: float,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Answer:
+) -> AdminResponse:
     """Ask until the proxy is ready, or `timeout` seconds are over; return the last answer."""
     end = now() + timeout
     while True:
-        answer = once(address, "GET", "/readyz", max(PAUSE, min(PATIENCE, end - now())))
-        if answer.is_good or now() + PAUSE >= end:
+        answer = request(address, "GET", "/readyz", max(POLL_INTERVAL, min(TIMEOUT, end - now())))
+        if answer.ok or now() + POLL_INTERVAL >= end:
             return answer
-        sleep(PAUSE)
+        sleep(POLL_INTERVAL)

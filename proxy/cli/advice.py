@@ -7,21 +7,21 @@ rest.
 import socket
 import ssl
 
-from proxy.request.upstream.http1 import Broken
+from proxy.request.upstream.http1 import RemoteProtocolError
 
 NO_SCOPE = (
     "Nothing to do where no app calls grantless operations (notification destinations, rotation of the secret). They "
     "are for seller applications alone; ask Amazon for the role otherwise."
 )
 THROTTLED = "Something else uses up this account's usage plan: try again in a few minutes."
-NO_WAY_TO_LWA = "no way to Login with Amazon"
-NOWHERE = "Amazon answers 200, and names no marketplace"
+LWA_UNREACHABLE = "no way to Login with Amazon"
+NO_MARKETPLACE_DETAIL = "Amazon answers 200, and names no marketplace"
 NO_MARKETPLACES = (
     "The refresh token is probably for another region: put it under that one. Else the account sells nowhere yet."
 )
-FAILING = "Amazon has trouble, not you: try again later; its health page may say more."
-ODD = "Check the endpoints setting: this is no answer of the Selling Partner API."
-CLOCK = "Set this machine's clock, and have it kept by NTP."
+AMAZON_DOWN = "Amazon has trouble, not you: try again later; its health page may say more."
+UNEXPECTED_RESPONSE = "Check the endpoints setting: this is no answer of the Selling Partner API."
+FIX_CLOCK = "Set this machine's clock, and have it kept by NTP."
 NO_ELEMENTS = (
     "Add the role in Amazon's developer console and have the seller authorise anew, or take the element out of "
     "data_elements. Until then the proxy asks without it."
@@ -42,7 +42,7 @@ CERTIFICATE = (
 )
 
 
-def why_unreachable(exc: Exception, *, by_proxy: bool) -> tuple[str, str, str]:
+def diagnose_connection_error(exc: Exception, *, by_proxy: bool) -> tuple[str, str, str]:
     """Return a code, what happened, and what to do, for what kept a connection from coming about, or broke it.
 
     `by_proxy` says that there is a forward proxy in between.
@@ -67,7 +67,7 @@ def why_unreachable(exc: Exception, *, by_proxy: bool) -> tuple[str, str, str]:
     if isinstance(exc, ConnectionRefusedError):
         said = "it, or the forward proxy, refuses the connection" if by_proxy else "it refuses the connection"
         return "refused", said, f"Check endpoints, and {way}."
-    if isinstance(exc, (Broken, ConnectionError)):
+    if isinstance(exc, (RemoteProtocolError, ConnectionError)):
         return "broken", "the connection broke", f"Try again; if it goes on, check {way}."
     reason = exc.strerror if isinstance(exc, OSError) else None
     return "unreachable", f"no connection ({reason or type(exc).__name__})", f"Check the network, and {way}."

@@ -18,34 +18,34 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from proxy.amazon import lwa
-from proxy.amazon.consent import CENTRALS, Central, Consent, NotAuthorised, central_of, consent_url
-from proxy.cli.consent_redirect import pasted, read_line, redirected
-from proxy.cli.secret_file import CannotStore, check_place, store
+from proxy.amazon.consent import SELLER_CENTRALS, Consent, NotAuthorised, SellerCentral, consent_url, seller_central_of
+from proxy.cli.consent_redirect import read_line, read_pasted_redirect, wait_for_redirect
+from proxy.cli.secret_file import CannotStore, ensure_writable, write_secret
 from proxy.config import Application, Config, Region, Secret, is_loopback, parse_duration
 from proxy.config.model import NAME
-from proxy.request.upstream.http1 import Broken
-from proxy.server.runtime import open_lwa_session
+from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.server.runtime import lwa_pool
 
 OK, FAILED, USAGE = 0, 1, 2
 TRIES = 3  # of an exchange, within timeouts.token
-PAUSE = 0.5  # seconds between two of them
+RETRY_PAUSE = 0.5  # seconds between two of them
 
 T = TypeVar("T")
 
-_WHAT_TO_DO = {
+_REMEDIES = {
     "invalid_grant": "The code is more than five minutes old, was used before, or was made for another application: "
     "begin again. Where that does not help, give the --redirect-uri that the application is registered with.",
     "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
     "unauthorized_client": "The consent was for another application: check --application-id and --application.",
 }
-_OF_TOKEN = {
-    **_WHAT_TO_DO,
+_TOKEN_REMEDIES = {
+    **_REMEDIES,
     "invalid_grant": "It is not whole, was revoked, or belongs to another application.",
     "unauthorized_client": "It belongs to another application: check --application.",
 }
 
 
-class Run(Protocol):
+class RunAsync(Protocol):
     """Runs a coroutine to its end, and returns what it returns."""
 
     def __call__(self, work: Coroutine[Any, Any, T], /) -> T:
@@ -56,7 +56,7 @@ class AuthorizationFailed(Exception):
     """There is no refresh token; the text says why, and what to do."""
 
 
-class _WrongUse(Exception):
+class UsageError(Exception):
     """The flags do not say what is needed; the text says what."""
 
 
@@ -74,7 +74,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--marketplace",
         metavar="COUNTRY",
         required=True,
-        help=f"where the selling partner has the account; the authorisation is for its region: {', '.join(CENTRALS)}",
+        help="where the selling partner has the account; the authorisation is for its region: "
+        + ", ".join(SELLER_CENTRALS),
     )
     what.add_argument("--vendor", action="store_true", help="a vendor consents, at Vendor Central")
     what.add_argument(
@@ -119,65 +120,67 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, run: Run) -> int:
+def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, run: RunAsync) -> int:
     """Lead a person through it and return the exit code; `run` runs a coroutine, `has_screen` is a desktop's."""
     try:
         name, central, timeout = _checked(options, config)
-        check_place(options.output, replace=options.force)
-    except (_WrongUse, CannotStore) as exc:
-        _complain(str(exc))
+        ensure_writable(options.output, replace=options.force)
+    except (UsageError, CannotStore) as exc:
+        _print_err(str(exc))
         return USAGE
     try:
         if options.self_authorized:
-            refresh_token = _shown(timeout)
+            refresh_token = prompt_for_token(timeout)
             run(check_refresh_token(config, config.applications[name], refresh_token))
         else:
             consent = _consent(options, central, timeout, has_screen=has_screen, run=run)
-            _check_who(consent, options.selling_partner)
+            verify_selling_partner(consent, options.selling_partner)
             work = refresh_token_of(config, config.applications[name], consent, options.redirect_uri)
             refresh_token = run(work)
-        store(options.output, refresh_token, replace=options.force)
+        write_secret(options.output, refresh_token, replace=options.force)
     except (AuthorizationFailed, NotAuthorised, CannotStore) as exc:
-        _complain(str(exc))
+        _print_err(str(exc))
         return FAILED
     except TimeoutError:
-        _complain(f"nothing came within {options.timeout}: begin again, or give it longer (--timeout)")
+        _print_err(f"nothing came within {options.timeout}: begin again, or give it longer (--timeout)")
         return FAILED
-    _say(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
-    _say(snippet(options.account, name, central.region, options.output))
+    _print_out(f"The refresh token is in {options.output}, which nobody else can read. In the configuration:\n")
+    _print_out(config_snippet(options.account, name, central.region, options.output))
     with_file = f" --config {shlex.quote(options.config)}" if options.config else ""
-    _say(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}{with_file}")
+    _print_out(f"\nThen see whether it works: sp-api-proxy check --live --account {options.account}{with_file}")
     return OK
 
 
-def _checked(options: argparse.Namespace, config: Config) -> tuple[str, Central, float]:
+def _checked(options: argparse.Namespace, config: Config) -> tuple[str, SellerCentral, float]:
     """Return the application's name, the marketplace, and how long to wait in seconds; raise _WrongUse."""
     names = list(config.applications)
     name = options.application or (names[0] if len(names) == 1 else "")
     if name not in config.applications:
         there = ", ".join(names) or "none"
-        raise _WrongUse(f"--application must be one of the configuration's applications: {there}")
-    central = central_of(options.marketplace)
+        raise UsageError(f"--application must be one of the configuration's applications: {there}")
+    central = seller_central_of(options.marketplace)
     if central is None:
-        raise _WrongUse(f"--marketplace must be one of {', '.join(CENTRALS)}")
+        raise UsageError(f"--marketplace must be one of {', '.join(SELLER_CENTRALS)}")
     if not options.self_authorized and not options.application_id:
-        raise _WrongUse("--application-id is needed, the id of the application at Amazon (such as amzn1.sp.solution.x)")
+        raise UsageError(
+            "--application-id is needed, the id of the application at Amazon (such as amzn1.sp.solution.x)"
+        )
     if (options.application_id or "").startswith("amzn1.application-oa2-client."):
-        raise _WrongUse("--application-id is the client id: give the application's own, which is shown beside it")
+        raise UsageError("--application-id is the client id: give the application's own, which is shown beside it")
     for flag, url in (("--redirect-uri", options.redirect_uri), ("--central", options.central)):
         if url is not None and not _is_safe(url):
-            raise _WrongUse(f"{flag} must be an https address (http only to this machine)")
+            raise UsageError(f"{flag} must be an https address (http only to this machine)")
     if not re.fullmatch(NAME, options.account, re.ASCII):
-        raise _WrongUse("--account must be a name of letters, digits, ., _ and -")
+        raise UsageError("--account must be a name of letters, digits, ., _ and -")
     if options.port is not None and not 0 <= options.port <= 65535:
-        raise _WrongUse("--port must be a port: 0 to 65535")
+        raise UsageError("--port must be a port: 0 to 65535")
     try:
         return name, central, parse_duration(options.timeout)
     except ValueError:
-        raise _WrongUse("--timeout must be a duration such as 10m") from None
+        raise UsageError("--timeout must be a duration such as 10m") from None
 
 
-def _shown(timeout: float) -> Secret:
+def prompt_for_token(timeout: float) -> Secret:
     """Return the refresh token that a person pastes, as Amazon shows it."""
     text = read_line("The refresh token that Amazon shows: ", timeout)
     if not text.startswith("Atzr|") or not text.isascii() or not text.isprintable():
@@ -185,7 +188,7 @@ def _shown(timeout: float) -> Secret:
     return Secret(text)
 
 
-def _check_who(consent: Consent, expected: str | None) -> None:
+def verify_selling_partner(consent: Consent, expected: str | None) -> None:
     if expected is not None and consent.selling_partner != expected:
         raise AuthorizationFailed("somebody else consented than --selling-partner names: nothing is stored")
 
@@ -204,11 +207,11 @@ def _is_safe(url: str) -> bool:
 
 def _consent(
     options: argparse.Namespace,
-    central: Central,
+    central: SellerCentral,
     timeout: float,
     *,
     has_screen: bool,
-    run: Run,
+    run: RunAsync,
 ) -> Consent:
     """Have a person consent, and return what came of it.
 
@@ -220,25 +223,27 @@ def _consent(
     is_opened = options.open or (has_screen and not options.no_browser)
 
     def send() -> None:
-        _say("Have the selling partner open this address, sign in, and consent. It is good for one answer.\n")
-        _say(f"  {url}\n")
+        _print_out("Have the selling partner open this address, sign in, and consent. It is good for one answer.\n")
+        _print_out(f"  {url}\n")
         if is_opened and not webbrowser.open(url):
-            _say("No browser could be opened here: open it yourself.")
+            _print_out("No browser could be opened here: open it yourself.")
 
     if options.port is None:
         send()
-        _say("The browser is led to an address of the application's, whatever that shows. Paste it here, whole,")
-        _say("within five minutes of the consent.")
+        _print_out("The browser is led to an address of the application's, whatever that shows. Paste it here, whole,")
+        _print_out("within five minutes of the consent.")
         again = sys.stdin.isatty()
-        return pasted(state, lambda prompt: read_line(prompt, timeout), again=again)
+        return read_pasted_redirect(state, lambda prompt: read_line(prompt, timeout), again=again)
 
     def listening(port: int) -> None:
         send()
-        _say(f"Waiting on http://127.0.0.1:{port} for the browser. Amazon leads it to the https address that the")
-        _say("application is registered with, which has to send it on to here, query and all. Otherwise: --paste.")
+        _print_out(f"Waiting on http://127.0.0.1:{port} for the browser. Amazon leads it to the https address that the")
+        _print_out(
+            "application is registered with, which has to send it on to here, query and all. Otherwise: --paste."
+        )
 
     try:
-        return run(_within(timeout, redirected(state, options.port, listening)))
+        return run(_with_timeout(timeout, wait_for_redirect(state, options.port, listening)))
     except TimeoutError:
         raise
     except OSError as exc:
@@ -246,17 +251,17 @@ def _consent(
         raise AuthorizationFailed(f"cannot listen on 127.0.0.1:{options.port}: {reason}") from exc
 
 
-async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+async def _with_timeout(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     async with asyncio.timeout(seconds):
         return await work
 
 
-def _say(text: str) -> None:
+def _print_out(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
-def _complain(text: str) -> None:
+def _print_err(text: str) -> None:
     sys.stderr.write(f"sp-api-proxy: {text}\n")
 
 
@@ -271,14 +276,14 @@ async def refresh_token_of(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Secret:
     """Exchange a consent for a refresh token; raise AuthorizationFailed."""
-    async with open_lwa_session(config) as session:
+    async with lwa_pool(config) as session:
 
         def call() -> Awaitable[Secret]:
-            secret = application.client_secret.current()
+            secret = application.client_secret.refreshed()
             client = (application.client_id, secret)
             return lwa.authorization_code_grant(session.post, config.endpoints.lwa, *client, consent.code, redirect_uri)
 
-        return await _tried(call, config.timeouts.token, _WHAT_TO_DO, sleep)
+        return await with_retries(call, config.timeouts.token, _REMEDIES, sleep)
 
 
 async def check_refresh_token(
@@ -288,16 +293,16 @@ async def check_refresh_token(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Find out by an exchange whether a refresh token is good; raise AuthorizationFailed."""
-    async with open_lwa_session(config) as session:
+    async with lwa_pool(config) as session:
 
-        def call() -> Awaitable[lwa.Grant]:
-            client = (application.client_id, application.client_secret.current())
+        def call() -> Awaitable[lwa.TokenResponse]:
+            client = (application.client_id, application.client_secret.refreshed())
             return lwa.refresh_token_grant(session.post, config.endpoints.lwa, *client, refresh_token)
 
-        await _tried(call, config.timeouts.token, _OF_TOKEN, sleep)
+        await with_retries(call, config.timeouts.token, _TOKEN_REMEDIES, sleep)
 
 
-async def _tried(
+async def with_retries(
     call: Callable[[], Awaitable[T]],
     seconds: float,
     advice: dict[str, str],
@@ -308,14 +313,14 @@ async def _tried(
         async with asyncio.timeout(seconds):
             for attempt in range(TRIES):
                 if attempt:
-                    await sleep(PAUSE)
+                    await sleep(RETRY_PAUSE)
                 try:
                     return await call()
-                except lwa.ExchangeFailed as exc:
+                except lwa.TokenRequestFailed as exc:
                     reason = exc.reason
-                except (Broken, OSError) as exc:
+                except (RemoteProtocolError, OSError) as exc:
                     reason = "timeout" if isinstance(exc, TimeoutError) else "no connection"
-    except lwa.ExchangeRefused as exc:
+    except lwa.OAuthError as exc:
         what_to_do = advice.get(exc.reason, "Check the application's client id and secret.")
         raise AuthorizationFailed(f"Login with Amazon refuses: {exc.reason}. {what_to_do}") from exc
     except TimeoutError:
@@ -323,7 +328,7 @@ async def _tried(
     raise AuthorizationFailed(f"Login with Amazon did not answer properly ({reason}): try again, from the beginning")
 
 
-def snippet(account: str, application: str, region: Region, path: Path) -> str:
+def config_snippet(account: str, application: str, region: Region, path: Path) -> str:
     """Return what names the file in the configuration, as YAML."""
     return "\n".join(
         (

@@ -10,46 +10,46 @@ from typing import Literal, NamedTuple, TextIO
 
 from proxy.config import Config, Region
 
-Step = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
+Check = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
 Result = Literal["ok", "warning", "failed", "not tried"]
 
-AT_A_TERMINAL = 0.2  # seconds between two signs of progress
-IN_A_FILE = 5.0
-MOST_NAMED = 5  # of those who have the same trouble
+TERMINAL_INTERVAL = 0.2  # seconds between two signs of progress
+FILE_INTERVAL = 5.0
+MAX_NAMED = 5  # of those who have the same trouble
 
 _MARKS: dict[Result, str] = {"ok": "ok", "warning": "warning", "failed": "FAILED", "not tried": "-"}
-_COLUMNS: tuple[Step, ...] = ("token", "call", "rdt")
+_COLUMNS: tuple[Check, ...] = ("token", "call", "rdt")
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """What came of one step; what it is not about is empty.
 
     `code` is a word for programs, `said` what happened, `advice` what to do; both hold nothing secret or personal.
     """
 
-    step: Step
+    check: Check
     result: Result
     application: str = ""
     account: str = ""
     region: str = ""
     host: str = ""
     code: str = ""
-    said: str = ""
+    detail: str = ""
     advice: str = ""
     countries: tuple[str, ...] = ()
 
 
-class Place(NamedTuple):
+class AccountRegion(NamedTuple):
     """An account in a region."""
 
     account: str
     region: Region
 
 
-def places(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[Place]:
+def select(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[AccountRegion]:
     """Return the accounts and regions to look at; no names stand for all of them."""
     return [
-        Place(name, region)
+        AccountRegion(name, region)
         for name, account in config.accounts.items()
         if not accounts or name in accounts
         for region in account.refresh_tokens
@@ -61,15 +61,15 @@ def places(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> l
 class Report:
     """What is wanted, what was found so far, and how many of the wanted are done."""
 
-    wanted: list[Place]
-    findings: list[Finding] = field(default_factory=list)
-    done: int = 0
-    is_whole: bool = False
+    targets: list[AccountRegion]
+    results: list[CheckResult] = field(default_factory=list)
+    completed: int = 0
+    is_complete: bool = False
 
     @property
-    def works(self) -> bool:
+    def ok(self) -> bool:
         """Whether everything was tried, and nothing failed."""
-        return self.is_whole and all(finding.result in {"ok", "warning"} for finding in self.findings)
+        return self.is_complete and all(finding.result in {"ok", "warning"} for finding in self.results)
 
 
 class Progress:
@@ -80,105 +80,103 @@ class Progress:
         self._stream = stream
         self._now = now
         self._is_terminal = stream.isatty()
-        self._next = now() + (0.0 if self._is_terminal else IN_A_FILE)
-        self._line, self._shown = "", 0
+        self._next = now() + (0.0 if self._is_terminal else FILE_INTERVAL)
+        self._line, self._last_line = "", 0
 
-    def tell(self) -> None:
+    def update(self) -> None:
         """Say it, where the last time was long enough ago."""
         now = self._now()
         if now < self._next:
             return
-        failed = len(
-            {(one.account, one.region) for one in self._report.findings if one.result == "failed"} - {("", "")}
-        )
-        line = f"checked {self._report.done} of {len(self._report.wanted)}, {failed} with trouble"
+        failed = len({(one.account, one.region) for one in self._report.results if one.result == "failed"} - {("", "")})
+        line = f"checked {self._report.completed} of {len(self._report.targets)}, {failed} with trouble"
         if self._is_terminal:
-            self._stream.write(f"\r{line:<{self._shown}}" if line != self._line else "")
-            self._line, self._shown = line, len(line)
+            self._stream.write(f"\r{line:<{self._last_line}}" if line != self._line else "")
+            self._line, self._last_line = line, len(line)
         else:
             self._stream.write(f"{line}\n")
         self._stream.flush()
-        self._next = now + (AT_A_TERMINAL if self._is_terminal else IN_A_FILE)
+        self._next = now + (TERMINAL_INTERVAL if self._is_terminal else FILE_INTERVAL)
 
-    async def go_on(self) -> None:
+    async def run(self) -> None:
         """Say it again and again, until this is cancelled."""
         while True:
-            self.tell()
-            await asyncio.sleep(AT_A_TERMINAL)
+            self.update()
+            await asyncio.sleep(TERMINAL_INTERVAL)
 
-    def end(self) -> None:
+    def clear(self) -> None:
         """Leave the line as it was before."""
-        if self._shown:
-            self._stream.write(f"\r{'':<{self._shown}}\r")
+        if self._last_line:
+            self._stream.write(f"\r{'':<{self._last_line}}\r")
             self._stream.flush()
 
 
 def as_json(report: Report) -> str:
     """Return the report for programs: `works`, `complete`, and one object with always the same keys for each step."""
-    checks = [{**finding._asdict(), "countries": list(finding.countries)} for finding in report.findings]
-    return json.dumps({"works": report.works, "complete": report.is_whole, "checks": checks}, indent=2)
+    checks = [{**finding._asdict(), "countries": list(finding.countries)} for finding in report.results]
+    return json.dumps({"works": report.ok, "complete": report.is_complete, "checks": checks}, indent=2)
 
 
 def as_text(report: Report) -> str:
     """Return the report for a person: a table of what works, and below it what does not, why, and what to do."""
-    lines = [*_table(report), *_troubles(report.findings), _conclusion(report)]
+    lines = [*_table(report), *_grouped_failures(report.results), _conclusion(report)]
     return "\n".join(lines)
 
 
 def _table(report: Report) -> Iterator[str]:
-    by_place: dict[tuple[str, str], dict[Step, Finding]] = {}
-    for finding in report.findings:
+    by_place: dict[tuple[str, str], dict[Check, CheckResult]] = {}
+    for finding in report.results:
         if finding.account:
-            by_place.setdefault((finding.account, finding.region), {})[finding.step] = finding
+            by_place.setdefault((finding.account, finding.region), {})[finding.check] = finding
     rows = [("ACCOUNT", "REGION", "TOKEN", "CALL", "RDT", "MARKETPLACES")]
-    rows += [_row(place, by_place.get(place, {})) for place in report.wanted]
+    rows += [_row(place, by_place.get(place, {})) for place in report.targets]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
     yield ""
-    for finding in report.findings:
+    for finding in report.results:
         if not finding.account:
-            yield f"{_whose(finding)}: {_MARKS[finding.result]}"
+            yield f"{_subject(finding)}: {_MARKS[finding.result]}"
     yield ""
 
 
-def _row(place: Place, found: dict[Step, Finding]) -> tuple[str, str, str, str, str, str]:
+def _row(place: AccountRegion, found: dict[Check, CheckResult]) -> tuple[str, str, str, str, str, str]:
     token, call, restricted = (_MARKS[found[step].result] if step in found else "" for step in _COLUMNS)
     countries = found["call"].countries if "call" in found else ()
     return (place.account, place.region, token, call, restricted, " ".join(countries))
 
 
-def _whose(finding: Finding) -> str:
+def _subject(finding: CheckResult) -> str:
     """Return whom or what a finding is about."""
     if finding.account:
-        return f"{finding.account} {finding.region} {finding.step}"
+        return f"{finding.account} {finding.region} {finding.check}"
     if finding.application:
-        return f"{finding.step} token of application {finding.application}"
-    return f"connection to {finding.host}" if finding.host else finding.step
+        return f"{finding.check} token of application {finding.application}"
+    return f"connection to {finding.host}" if finding.host else finding.check
 
 
-def _troubles(findings: list[Finding]) -> Iterator[str]:
+def _grouped_failures(findings: list[CheckResult]) -> Iterator[str]:
     """Yield what is wrong: the same trouble of many accounts once."""
-    groups: dict[tuple[str, ...], list[Finding]] = {}
+    groups: dict[tuple[str, ...], list[CheckResult]] = {}
     for finding in findings:
         if finding.result in {"failed", "warning"}:
-            key = finding.step, finding.code, finding.advice, finding.application
+            key = finding.check, finding.code, finding.advice, finding.application
             groups.setdefault(key, []).append(finding)
     for group in groups.values():
-        first, more = group[0], len(group) - MOST_NAMED
-        named = ", ".join(_whose(finding) for finding in group[:MOST_NAMED])
+        first, more = group[0], len(group) - MAX_NAMED
+        named = ", ".join(_subject(finding) for finding in group[:MAX_NAMED])
         yield f"{named}{f' and {more} more' if more > 0 else ''}:"
         who = f"account {first.account} in {first.region}"
-        yield f"  {first.code}: {first.said.replace(who, 'them' if len(group) > 1 else who)}"
+        yield f"  {first.code}: {first.detail.replace(who, 'them' if len(group) > 1 else who)}"
         yield f"  {first.advice}"
         yield ""
 
 
 def _conclusion(report: Report) -> str:
-    if not report.is_whole:
-        return f"Interrupted: {report.done} of {len(report.wanted)} were looked at."
-    troubled = {(one.account, one.region) for one in report.findings if one.account and one.result != "ok"}
-    count = len(report.wanted)
-    if report.works:
+    if not report.is_complete:
+        return f"Interrupted: {report.completed} of {len(report.targets)} were looked at."
+    troubled = {(one.account, one.region) for one in report.results if one.account and one.result != "ok"}
+    count = len(report.targets)
+    if report.ok:
         return f"All {count} work." if count > 1 else "It works."
     return f"{count - len(troubled)} of {count} accounts and regions work."

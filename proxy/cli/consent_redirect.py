@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
-from proxy.amazon.consent import Consent, NotAuthorised, WrongState, consent_in
+from proxy.amazon.consent import Consent, NotAuthorised, WrongState, parse_redirect
 from proxy.config import is_loopback
 
-PASTES = 3  # addresses that are looked at before a person has to begin again
-MOST_VISITS = 100  # requests that a listener answers before it gives up
-_MOST_LINE = 16 * 1024  # bytes
+MAX_PASTES = 3  # addresses that are looked at before a person has to begin again
+MAX_VISITS = 100  # requests that a listener answers before it gives up
+_MAX_LINE = 16 * 1024  # bytes
 
 
-def pasted(state: str, ask: Callable[[str], str], *, again: bool) -> Consent:
+def read_pasted_redirect(state: str, ask: Callable[[str], str], *, again: bool) -> Consent:
     """Return the consent in the address that a person pastes; `ask` shows a text and returns a line.
 
     With `again`, one that is no answer to this request is asked for anew. Raises NotAuthorised, and what `ask` raises.
     """
-    for left in range(PASTES if again else 1, 0, -1):
+    for left in range(MAX_PASTES if again else 1, 0, -1):
         address = ask("The address that it led to: ")
         if not address:
             raise NotAuthorised("nothing was pasted")
         try:
-            return consent_in(address, state)
+            return parse_redirect(address, state)
         except WrongState as exc:
             if left == 1:
                 raise
@@ -54,7 +54,7 @@ def read_line(prompt: str, timeout: float) -> str:
 
 def _line(descriptor: int, end: float) -> bytes:
     read = b""
-    while b"\n" not in read and len(read) <= _MOST_LINE:
+    while b"\n" not in read and len(read) <= _MAX_LINE:
         if os.name == "posix" and not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
             raise TimeoutError
         data = os.read(descriptor, 4096)
@@ -83,7 +83,7 @@ def _without_echo() -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-async def redirected(state: str, port: int, say: Callable[[int], None]) -> Consent:
+async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -> Consent:
     """Wait on 127.0.0.1 for the browser, and return the consent it brings; `say` is told the port that is listened on.
 
     One answer to this request for consent is taken, everything else is turned away. Raises NotAuthorised, and OSError
@@ -95,8 +95,8 @@ async def redirected(state: str, port: int, say: Callable[[int], None]) -> Conse
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         nonlocal visits
         visits += 1
-        if visits > MOST_VISITS and not come.done():
-            come.set_exception(NotAuthorised(f"{MOST_VISITS} requests came, and none was an answer to this one"))
+        if visits > MAX_VISITS and not come.done():
+            come.set_exception(NotAuthorised(f"{MAX_VISITS} requests came, and none was an answer to this one"))
         return _received(request, state, come)
 
     runner = web.ServerRunner(web.Server(handle, access_log=None, keepalive_timeout=1.0), shutdown_timeout=1.0)
@@ -118,7 +118,7 @@ def _received(request: web.BaseRequest, state: str, come: "asyncio.Future[Consen
     if come.done():
         return _page(410, "Amazon's answer has come already. You can close this page.")
     try:
-        consent = consent_in(request.raw_path, state)
+        consent = parse_redirect(request.raw_path, state)
     except WrongState:
         return _page(403, "This is no answer to the request for consent that is waited for.")
     except NotAuthorised as exc:

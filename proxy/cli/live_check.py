@@ -18,49 +18,49 @@ from typing import NamedTuple
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon import rdt
-from proxy.amazon.error_response import Refusal, parse_object, parse_refusal
+from proxy.amazon.error_response import AmazonError, parse_error, parse_object
 from proxy.amazon.headers import credential_headers
 from proxy.amazon.operations import OperationTable, load_table
 from proxy.cli.advice import (
-    CLOCK,
-    FAILING,
+    AMAZON_DOWN,
+    FIX_CLOCK,
+    LWA_UNREACHABLE,
     NO_ELEMENTS,
+    NO_MARKETPLACE_DETAIL,
     NO_MARKETPLACES,
     NO_ROLE,
     NO_SCOPE,
-    NO_WAY_TO_LWA,
-    NOWHERE,
-    ODD,
     THROTTLED,
+    UNEXPECTED_RESPONSE,
     WRONG_REGION,
-    why_unreachable,
+    diagnose_connection_error,
 )
-from proxy.cli.check_report import Finding, Place, Report, Result
+from proxy.cli.check_report import AccountRegion, CheckResult, Report, Result
 from proxy.config import Config, Listener
 from proxy.errors import ProxyError, TokenUnavailable, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
-from proxy.request.forbidden_hints import HINTS, REFUSED, Experience
-from proxy.request.ratelimit.limiter import RATE_HEADER, Claim, Limits
-from proxy.request.routing import ACCOUNT_HEADER, REGION_HEADER, Credential, Target, endpoint_of, identify
-from proxy.request.tokens.client import Grants
-from proxy.request.tokens.provider import Token, Tokens
-from proxy.request.tokens.report_documents import Documents
+from proxy.request.forbidden_hints import FORBIDDEN_STATUSES, HINTS, SuccessHistory
+from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
+from proxy.request.routing import ACCOUNT_HEADER, REGION_HEADER, Route, TokenKey, endpoint_of, resolve
+from proxy.request.tokens.client import TokenClient
+from proxy.request.tokens.provider import Token, TokenProvider
+from proxy.request.tokens.report_documents import UnrestrictedReports
 from proxy.request.upstream.connector import Origin
-from proxy.request.upstream.forward import open_session
-from proxy.request.upstream.http1 import Broken
-from proxy.request.upstream.pool import Pool
+from proxy.request.upstream.forward import amazon_pool
+from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.request.upstream.pool import ConnectionPool
 from proxy.request.upstream.retry import RETRIED_STATUSES
-from proxy.request.upstream.token_redaction import Mask, telling_part
-from proxy.request.validation import Admitted
-from proxy.server.runtime import open_lwa_session, user_agents
+from proxy.request.upstream.token_redaction import TokenRedactor, secret_suffix
+from proxy.request.validation import ValidatedTarget
+from proxy.server.runtime import lwa_pool, user_agents
 from proxy.store import MemoryStore
 
 PARALLEL = 10  # accounts that are looked at at once
 TRIES = 3  # of one call that fails for no reason of ours
 MAX_WAIT = 90.0  # seconds for a place in a usage plan: getMarketplaceParticipations has one a minute
-SILENCE = 30.0  # seconds for one answer, or timeouts.upstream_idle where that is shorter
-GIVE_UP = 20  # accounts in a row that a host fails, after which the rest is not tried
-MAX_ANSWER = 256 * 1024
+CALL_TIMEOUT = 30.0  # seconds for one answer, or timeouts.upstream_idle where that is shorter
+HOST_FAILURE_LIMIT = 20  # accounts in a row that a host fails, after which the rest is not tried
+MAX_RESPONSE = 256 * 1024
 SKEW = 60.0  # seconds by which this machine's clock may be wrong
 CALL = "/sellers/v1/marketplaceParticipations"
 RESTRICTED = "/orders/v0/orders"  # asked for personal data, never called
@@ -80,7 +80,7 @@ def is_callable(path: str, table: OperationTable) -> bool:
     return operation is not None and not operation.restricted and not operation.scope
 
 
-async def look(
+async def run_checks(
     config: Config,
     report: Report,
     *,
@@ -95,20 +95,20 @@ async def look(
     `call` is the path, with its query, that is called for each account.
     """
     async with _parts(config, now=now, wall=wall, call_later=call_later) as parts:
-        looking = _Looking(config, parts, report, call, wall, sleep)
-        await looking.at_connections()
-        await looking.at_applications()
-        await looking.at_places()
-    report.is_whole = True
+        looking = LiveCheck(config, parts, report, call, wall, sleep)
+        await looking.check_connections()
+        await looking.check_applications()
+        await looking.check_accounts()
+    report.is_complete = True
 
 
 class _Parts(NamedTuple):
     """What a proxy would serve with."""
 
-    amazon: Pool
-    lwa: Pool
-    tokens: Tokens
-    limits: Limits
+    amazon: ConnectionPool
+    lwa: ConnectionPool
+    tokens: TokenProvider
+    limits: RateLimiter
     table: OperationTable
 
 
@@ -122,10 +122,10 @@ async def _parts(
 ) -> AsyncIterator[_Parts]:
     async with AsyncExitStack() as stack:
         metrics, table = Metrics(account_on_histograms=False), load_table()
-        limits = Limits(metrics, pace=True, now=now, call_later=call_later)
-        amazon = await stack.enter_async_context(open_session(config, 2 * PARALLEL))
-        lwa = await stack.enter_async_context(open_lwa_session(config, amazon.tls))
-        grants = Grants(
+        limits = RateLimiter(metrics, pace=True, now=now, call_later=call_later)
+        amazon = await stack.enter_async_context(amazon_pool(config, 2 * PARALLEL))
+        lwa = await stack.enter_async_context(lwa_pool(config, amazon.tls))
+        grants = TokenClient(
             config,
             lwa_session=lwa,
             amazon_session=amazon,
@@ -137,12 +137,14 @@ async def _parts(
         # Never the store that replicas share: a token from there would say nothing about the refresh token.
         store = MemoryStore()
         stack.push_async_callback(store.close)
-        tokens = Tokens(grants=grants, documents=Documents(), store=store, metrics=metrics, now=now, wall=wall)
+        tokens = TokenProvider(
+            grants=grants, documents=UnrestrictedReports(), store=store, metrics=metrics, now=now, wall=wall
+        )
         stack.push_async_callback(tokens.close)
         yield _Parts(amazon, lwa, tokens, limits, table)
 
 
-class _Looking:
+class LiveCheck:
     """One look at everything."""
 
     def __init__(
@@ -160,7 +162,7 @@ class _Looking:
         self._call = call
         self._wall = wall
         self._sleep = sleep
-        self._experience = Experience(parts.table)
+        self._experience = SuccessHistory(parts.table)
         self._agents = user_agents(config)
         self._unreachable: set[Origin] = set()
         self._failures: dict[Origin, int] = {}
@@ -168,57 +170,57 @@ class _Looking:
 
     # Connections: who cannot be reached is not asked for each account anew.
 
-    async def at_connections(self) -> None:
+    async def check_connections(self) -> None:
         """Try a connection to Login with Amazon, and to each region that is wanted."""
         lwa = self._config.endpoints.lwa
         endpoints = {Origin.of(lwa): self._parts.lwa}
-        for place in self._report.wanted:
+        for place in self._report.targets:
             endpoints.setdefault(Origin.of(self._endpoint(place)), self._parts.amazon)
-        found = await asyncio.gather(*(self._at_connection(origin, pool) for origin, pool in endpoints.items()))
-        self._report.findings += found
+        found = await asyncio.gather(*(self._check_connection(origin, pool) for origin, pool in endpoints.items()))
+        self._report.results += found
 
-    async def _at_connection(self, origin: Origin, pool: Pool) -> Finding:
+    async def _check_connection(self, origin: Origin, pool: ConnectionPool) -> CheckResult:
         try:
-            wire = await pool.take(origin, fresh=True)
+            wire = await pool.acquire(origin, fresh=True)
         except OSError as exc:
             self._unreachable.add(origin)
             by_proxy = self._config.pool.proxy is not None
-            code, said, advice = why_unreachable(exc, by_proxy=by_proxy)
-            return Finding("connection", "failed", host=origin.authority, code=code, said=said, advice=advice)
+            code, said, advice = diagnose_connection_error(exc, by_proxy=by_proxy)
+            return CheckResult("connection", "failed", host=origin.authority, code=code, detail=said, advice=advice)
         wire.abort()
-        return Finding("connection", "ok", host=origin.authority)
+        return CheckResult("connection", "ok", host=origin.authority)
 
-    def _endpoint(self, place: Place) -> str:
+    def _endpoint(self, place: AccountRegion) -> str:
         environment = self._config.environment_of(self._config.accounts[place.account])
         return endpoint_of(self._config, environment, place.region)
 
     def _is_reachable(self, url: str) -> bool:
         return Origin.of(url) not in self._unreachable
 
-    def _fared(self, url: str, *, well: bool) -> None:
+    def record_host_result(self, url: str, *, well: bool) -> None:
         """Learn how a host fared: one that fails everybody is given up, so that hundreds do not wait for it in turn."""
         origin = Origin.of(url)
         self._failures[origin] = 0 if well else self._failures.get(origin, 0) + 1
-        if self._failures[origin] >= GIVE_UP:
+        if self._failures[origin] >= HOST_FAILURE_LIMIT:
             self._unreachable.add(origin)
 
     # Applications: a grantless token each.
 
-    async def at_applications(self) -> None:
+    async def check_applications(self) -> None:
         """Get a grantless token for each application that the wanted accounts belong to."""
-        first: dict[str, Place] = {}
-        for place in self._report.wanted:
+        first: dict[str, AccountRegion] = {}
+        for place in self._report.targets:
             name, _ = self._config.application_of(self._config.accounts[place.account])
             first.setdefault(name, place)
-        found = await asyncio.gather(*(self._at_application(name, place) for name, place in first.items()))
-        self._report.findings += found
+        found = await asyncio.gather(*(self._check_application(name, place) for name, place in first.items()))
+        self._report.results += found
 
-    async def _at_application(self, name: str, place: Place) -> Finding:
-        about = Finding("grantless", "ok", name)
+    async def _check_application(self, name: str, place: AccountRegion) -> CheckResult:
+        about = CheckResult("grantless", "ok", name)
         if not self._is_reachable(self._config.endpoints.lwa):
-            return about._replace(result="not tried", code="unreachable", said=NO_WAY_TO_LWA)
+            return about._replace(result="not tried", code="unreachable", detail=LWA_UNREACHABLE)
         environment = self._config.environment_of(self._config.accounts[place.account])
-        credential = Credential("grantless", name, "", environment, place.region, scope=SCOPE)
+        credential = TokenKey("grantless", name, "", environment, place.region, scope=SCOPE)
         try:
             await self._parts.tokens.get(credential)
         except ProxyError as error:
@@ -226,136 +228,140 @@ class _Looking:
             # A vendor's application gets none, and needs none.
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
             advice = NO_SCOPE if result == "warning" else _advice_on(error)
-            return about._replace(result=result, code=reason, said=error.message, advice=advice)
+            return about._replace(result=result, code=reason, detail=error.message, advice=advice)
         return about
 
     # Accounts.
 
-    async def at_places(self) -> None:
+    async def check_accounts(self) -> None:
         """Look at every account and region, a bounded number at a time."""
-        waiting = iter(self._report.wanted)
+        waiting = iter(self._report.targets)
 
         async def work() -> None:
             for place in waiting:
-                found = await self._at_place(place)
-                self._report.findings += found
-                self._report.done += 1
+                found = await self._check_account(place)
+                self._report.results += found
+                self._report.completed += 1
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(PARALLEL, len(self._report.wanted))):
+            for _ in range(min(PARALLEL, len(self._report.targets))):
                 group.create_task(work())
-        order = {(place.account, str(place.region)): number for number, place in enumerate(self._report.wanted)}
-        found = sorted(self._report.findings, key=lambda one: order.get((one.account, one.region), -1))
-        self._report.findings[:] = [self._with_hindsight(finding) for finding in found]
-        self._at_clock()
+        order = {(place.account, str(place.region)): number for number, place in enumerate(self._report.targets)}
+        found = sorted(self._report.results, key=lambda one: order.get((one.account, one.region), -1))
+        self._report.results[:] = [self.refine_advice(finding) for finding in found]
+        self._check_clock()
 
-    async def _at_place(self, place: Place) -> list[Finding]:
+    async def _check_account(self, place: AccountRegion) -> list[CheckResult]:
         name, _ = self._config.application_of(self._config.accounts[place.account])
-        about = Finding("token", "not tried", name, place.account, place.region)
+        about = CheckResult("token", "not tried", name, place.account, place.region)
         ordinary, restricted = self._target(CALL, place), self._target(RESTRICTED, place)
-        steps: list[Finding] = [about, about._replace(step="call")]
+        steps: list[CheckResult] = [about, about._replace(check="call")]
         wants_rdt = restricted.credential.kind == "rdt"
         if wants_rdt:
-            steps.append(about._replace(step="rdt"))
+            steps.append(about._replace(check="rdt"))
         if not self._is_reachable(self._config.endpoints.lwa):
-            return [step._replace(code="unreachable", said=NO_WAY_TO_LWA) for step in steps]
+            return [step._replace(code="unreachable", detail=LWA_UNREACHABLE) for step in steps]
         try:
             token = await self._parts.tokens.get(ordinary.credential)
         except ProxyError as error:
-            self._fared(self._config.endpoints.lwa, well=not isinstance(error, TokenUnavailable))
+            self.record_host_result(self._config.endpoints.lwa, well=not isinstance(error, TokenUnavailable))
             steps[0] = _failed(about, error)
             return [
                 steps[0],
-                *(step._replace(code="token_missing", said="there is no token for it") for step in steps[1:]),
+                *(step._replace(code="token_missing", detail="there is no token for it") for step in steps[1:]),
             ]
-        self._fared(self._config.endpoints.lwa, well=True)
+        self.record_host_result(self._config.endpoints.lwa, well=True)
         steps[0] = about._replace(result="ok")
         if not self._is_reachable(ordinary.endpoint):
-            unreachable = (step._replace(code="unreachable", said="no way to the region's host") for step in steps[1:])
+            unreachable = (
+                step._replace(code="unreachable", detail="no way to the region's host") for step in steps[1:]
+            )
             return [steps[0], *unreachable]
         try:
             target = self._target(self._call, place)
         except ProxyError as error:  # its query names a marketplace of another region
             steps[1] = _failed(steps[1], error)
         else:
-            steps[1] = await self._at_call(steps[1], target, token)
+            steps[1] = await self._check_call(steps[1], target, token)
         if wants_rdt:
-            steps[2] = await self._at_rdt(steps[2], restricted)
+            steps[2] = await self._check_rdt(steps[2], restricted)
         return steps
 
-    def _target(self, path: str, place: Place) -> Target:
+    def _target(self, path: str, place: AccountRegion) -> Route:
         """Return what a proxy would decide about an app's GET for this account and region."""
         headers = CIMultiDictProxy(CIMultiDict({ACCOUNT_HEADER: place.account, REGION_HEADER: place.region}))
-        admitted = Admitted(path, "localhost", None, frozenset({ACCOUNT_HEADER, REGION_HEADER}))
-        return identify("GET", admitted, headers, _anybody(), self._config, self._parts.table)
+        admitted = ValidatedTarget(path, "localhost", None, frozenset({ACCOUNT_HEADER, REGION_HEADER}))
+        return resolve("GET", admitted, headers, _any_account(), self._config, self._parts.table)
 
-    async def _at_call(self, about: Finding, target: Target, token: Token) -> Finding:
+    async def _check_call(self, about: CheckResult, target: Route, token: Token) -> CheckResult:
         try:
-            status, body = await self._called(target, token)
-            if status in REFUSED and parse_refusal(body).blames_token:
+            status, body = await self._send_call(target, token)
+            if status in FORBIDDEN_STATUSES and parse_error(body).is_token_error:
                 # As for an app: another token, once.
-                another = await self._parts.tokens.replacement(target.credential, token)
+                another = await self._parts.tokens.refresh_rejected(target.credential, token)
                 if another is not None:
                     token = another
-                    status, body = await self._called(target, token)
+                    status, body = await self._send_call(target, token)
         except UsagePlanExhausted as error:
-            return about._replace(result="failed", code="throttled", said=error.message, advice=THROTTLED)
-        except (Broken, OSError) as exc:
-            self._fared(target.endpoint, well=False)
-            code, said, advice = why_unreachable(exc, by_proxy=self._config.pool.proxy is not None)
-            return about._replace(result="failed", code=code, said=said, advice=advice)
-        self._fared(target.endpoint, well=status not in RETRIED_STATUSES)
+            return about._replace(result="failed", code="throttled", detail=error.message, advice=THROTTLED)
+        except (RemoteProtocolError, OSError) as exc:
+            self.record_host_result(target.endpoint, well=False)
+            code, said, advice = diagnose_connection_error(exc, by_proxy=self._config.pool.proxy is not None)
+            return about._replace(result="failed", code=code, detail=said, advice=advice)
+        self.record_host_result(target.endpoint, well=status not in RETRIED_STATUSES)
         if status == 200 and self._call != CALL:
             return about._replace(result="ok")
         if status == 200:
             countries = countries_in(body)
             if not countries:
-                return about._replace(result="failed", code="no_marketplaces", said=NOWHERE, advice=NO_MARKETPLACES)
-            self._experience.note_worked(target)
+                return about._replace(
+                    result="failed", code="no_marketplaces", detail=NO_MARKETPLACE_DETAIL, advice=NO_MARKETPLACES
+                )
+            self._experience.record(target)
             return about._replace(result="ok", countries=countries)
-        refusal = parse_refusal(body)
+        refusal = parse_error(body)
         said = " ".join(filter(None, (f"Amazon answers {status}:", refusal.code, refusal.message, refusal.details)))
-        code, advice = self._why_refused(status, target, token, refusal)
-        return about._replace(result="failed", code=code, said=said.removesuffix(":"), advice=advice)
+        code, advice = self._explain_refusal(status, target, token, refusal)
+        return about._replace(result="failed", code=code, detail=said.removesuffix(":"), advice=advice)
 
-    def _why_refused(self, status: int, target: Target, token: Token, refusal: Refusal) -> tuple[str, str]:
+    def _explain_refusal(self, status: int, target: Route, token: Token, refusal: AmazonError) -> tuple[str, str]:
         """Return a code and advice for an answer that is no success."""
-        if status in REFUSED:
-            hint = self._experience.hint("GET", target, token, refusal)
+        if status in FORBIDDEN_STATUSES:
+            hint = self._experience.diagnose("GET", target, token, refusal)
             return hint, HINTS[hint]
         if self._skews and abs(self._skews[-1]) > SKEW:
-            return "clock", CLOCK
+            return "clock", FIX_CLOCK
         if status in RETRIED_STATUSES:
-            return "amazon_failing", FAILING
-        return f"http_{status}", ODD
+            return "amazon_failing", AMAZON_DOWN
+        return f"http_{status}", UNEXPECTED_RESPONSE
 
-    async def _called(self, target: Target, token: Token) -> tuple[int, bytes]:
+    async def _send_call(self, target: Route, token: Token) -> tuple[int, bytes]:
         """Make the call, at its place in its usage plan, and again where that may help; return status and body.
 
         Raises UsagePlanExhausted, Broken and OSError.
         """
-        claim, wall = Claim(MAX_WAIT), self._wall
+        claim, wall = AdmissionRequest(MAX_WAIT), self._wall
         url, agent = target.endpoint + target.path_and_query, self._agents[target.application]
         attempt = 0
         while True:
             attempt += 1
-            waited = await self._parts.limits.admit(target, claim)
+            waited = await self._parts.limits.acquire(target, claim)
             headers = {**credential_headers(token.value, agent, wall()), "Accept": "application/json"}
-            async with asyncio.timeout(min(SILENCE, self._config.timeouts.upstream_idle)):
-                answer, body = await self._parts.amazon.ask("GET", url, headers, b"", MAX_ANSWER)
-            body = Mask(telling_part(token.value.reveal())).whole(body)
+            async with asyncio.timeout(min(CALL_TIMEOUT, self._config.timeouts.upstream_idle)):
+                answer, body = await self._parts.amazon.request("GET", url, headers, b"", MAX_RESPONSE)
+            body = TokenRedactor(secret_suffix(token.value.reveal())).redact(body)
             self._note_date(answer.first(b"date"))
-            self._parts.limits.learn(target, answer.status, answer.first(RATE_HEADER), waited=waited > 0)
+            self._parts.limits.observe_response(target, answer.status, answer.first(RATE_HEADER), waited=waited > 0)
             if attempt >= TRIES or answer.status not in {429, *RETRIED_STATUSES}:
                 if answer.status == 429:
                     raise UsagePlanExhausted(f"Amazon answered 429 {attempt} times")
                 return answer.status, body
             if answer.status == 429:
-                claim = replace(claim, max_wait=claim.max_wait - waited, first=True)
+                claim = replace(claim, max_wait=claim.max_wait - waited, is_retry=True)
             else:
                 await self._sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
-    async def _at_rdt(self, about: Finding, target: Target) -> Finding:
+    async def _check_rdt(self, about: CheckResult, target: Route) -> CheckResult:
         """Get a Restricted Data Token, which is not used."""
         wanted = target.credential.data_elements
         try:
@@ -366,16 +372,16 @@ class _Looking:
         if not missing:
             return about._replace(result="ok")
         said = f"the application has no role for {', '.join(missing)}"
-        return about._replace(result="failed", code="elements_refused", said=said, advice=NO_ELEMENTS)
+        return about._replace(result="failed", code="elements_refused", detail=said, advice=NO_ELEMENTS)
 
-    def _with_hindsight(self, finding: Finding) -> Finding:
+    def refine_advice(self, finding: CheckResult) -> CheckResult:
         """Return what a refusal probably means, now that it is known how the application's other accounts fared."""
         if finding.code != "region_or_authorisation" or self._call != CALL:
             return finding
         others = [
             other
-            for other in self._report.findings
-            if other.step == "call" and other.application == finding.application and other.result == "ok"
+            for other in self._report.results
+            if other.check == "call" and other.application == finding.application and other.result == "ok"
         ]
         return finding._replace(advice=WRONG_REGION if others else NO_ROLE)
 
@@ -388,33 +394,33 @@ class _Looking:
             return
         self._skews.append(self._wall() - theirs)
 
-    def _at_clock(self) -> None:
+    def _check_clock(self) -> None:
         """Compare this machine's clock with the dates of Amazon's answers."""
         if not self._skews:
             return
         skew = sorted(self._skews)[len(self._skews) // 2]
         if abs(skew) <= SKEW:
-            self._report.findings.append(Finding("clock", "ok"))
+            self._report.results.append(CheckResult("clock", "ok"))
             return
         said = f"this machine's clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} Amazon's"
-        self._report.findings.append(Finding("clock", "warning", code="clock", said=said, advice=CLOCK))
+        self._report.results.append(CheckResult("clock", "warning", code="clock", detail=said, advice=FIX_CLOCK))
 
 
-def _anybody() -> Listener:
+def _any_account() -> Listener:
     """Return a listener that leaves the choice of account and region to the request."""
     return Config().listen[0]
 
 
-def _failed(about: Finding, error: ProxyError) -> Finding:
+def _failed(about: CheckResult, error: ProxyError) -> CheckResult:
     code, said = reason_of(error), error.message
     if code == "invalid_client":  # it is the application's, whichever account was asked for
         said = said.replace(f"account {about.account} in {about.region}", f"application {about.application}")
-    return about._replace(result="failed", code=code, said=said, advice=_advice_on(error))
+    return about._replace(result="failed", code=code, detail=said, advice=_advice_on(error))
 
 
 def _advice_on(error: ProxyError) -> str:
     # The error's own sends an app's author here.
-    return FAILING if isinstance(error, TokenUnavailable) else error.hint
+    return AMAZON_DOWN if isinstance(error, TokenUnavailable) else error.hint
 
 
 def reason_of(error: ProxyError) -> str:

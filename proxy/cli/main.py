@@ -23,11 +23,11 @@ from proxy.amazon.catalog import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.cli import admin_client, live_check, tail
 from proxy.cli.authorize import add_flags, authorize
-from proxy.cli.check_report import Progress, Report, as_json, as_text, places
+from proxy.cli.check_report import Progress, Report, as_json, as_text, select
 from proxy.cli.options import (
-    FOR_ASKING,
-    FOR_REQUESTS,
-    FOR_ROTATING,
+    ADMIN_CLIENT_FLAGS,
+    REQUEST_FLAGS,
+    ROTATION_FLAGS,
     add_config_flags,
     address,
     day,
@@ -50,29 +50,29 @@ from proxy.config import (
     load_config,
 )
 from proxy.config.environment import CONFIG_VARIABLE
-from proxy.config.messages import names_of, there_is
+from proxy.config.messages import join, suggest
 from proxy.config.model import Log
 from proxy.config.schema import json_schema
 from proxy.errors import ProxyError
 from proxy.observability import logging
 from proxy.request import authorization
-from proxy.request.authentication import NOBODY, Callers
-from proxy.request.header_cache import Head
-from proxy.request.routing import describe, identify
+from proxy.request.authentication import UNKNOWN_PEER, CallerAuthenticator
+from proxy.request.header_cache import HeaderBlock
+from proxy.request.routing import describe_route, resolve
 from proxy.request.tokens import placeholder_endpoint
-from proxy.request.tokens.placeholder_endpoint import Placeholders
+from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.upstream import connector
-from proxy.request.upstream.forward import check_body, cleaned
-from proxy.request.validation import Doorway, admit
+from proxy.request.upstream.forward import check_body, end_to_end_headers
+from proxy.request.validation import AllowedHosts, validate
 from proxy.server import hardening, sockets, systemd
-from proxy.server.reload import Reloads, Result, stamps
-from proxy.server.runtime import Running, running
+from proxy.server.reload import ConfigWatcher, Result, file_signatures
+from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.server.sockets import CannotListen
 
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
-USUAL_FILE = "config.yaml"  # the Makefile's; no command takes a file that nobody named
-LAST_MOMENTS = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
+DEFAULT_CONFIG_FILE = "config.yaml"  # the Makefile's; no command takes a file that nobody named
+FORCED_EXIT_DELAY = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
 
 T = TypeVar("T")
 
@@ -99,14 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except ConfigError as exc:
-        _complain(f"{len(exc.problems)} problem{'s'[: len(exc.problems) != 1]} in the configuration:")
+        print_err(f"{len(exc.problems)} problem{'s'[: len(exc.problems) != 1]} in the configuration:")
         for problem in exc.problems:
-            _complain(f"  {problem}")
+            print_err(f"  {problem}")
         if _config_path(options) is None and _has_unnamed_file(exc.problems):
-            _complain(f"{USUAL_FILE} lies here: --config {USUAL_FILE}")
+            print_err(f"{DEFAULT_CONFIG_FILE} lies here: --config {DEFAULT_CONFIG_FILE}")
         return USAGE
     except KeyboardInterrupt:
-        _complain("sp-api-proxy: interrupted")
+        print_err("sp-api-proxy: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # `sp-api-proxy operations | head`: nobody reads any more, which is no failure.
@@ -118,14 +118,14 @@ def main(argv: list[str] | None = None) -> int:
 def _has_unnamed_file(problems: Sequence[Problem]) -> bool:
     """Return whether the file that is taken by `make run` lies here, where what it would say is missing."""
     missing = [problem for problem in problems if problem.key in {"accounts", "applications"}]
-    return any(problem.message.startswith("is missing") for problem in missing) and Path(USUAL_FILE).is_file()
+    return any(problem.message.startswith("is missing") for problem in missing) and Path(DEFAULT_CONFIG_FILE).is_file()
 
 
-def _say(text: str = "") -> None:
+def print_out(text: str = "") -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def _complain(text: str) -> None:
+def print_err(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
@@ -133,7 +133,7 @@ class _Parser(argparse.ArgumentParser):
     """Ends wrong usage with one line that says where help is."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(f"sp-api-proxy: {message} (see {self.prog} --help)")
+        print_err(f"sp-api-proxy: {message} (see {self.prog} --help)")
         raise SystemExit(USAGE)
 
 
@@ -196,9 +196,9 @@ def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None)
 def _checked(loaded: Loaded) -> Loaded:
     """Return the same, where it also holds against the operation table and this machine; raise ConfigError."""
     config = loaded.config
-    found = [*authorization.mistakes(config, _table()), *sockets.mistakes(config), *connector.mistakes(config)]
+    found = [*authorization.validate_policies(config, _table()), *sockets.validate(config), *connector.validate(config)]
     if found:
-        raise ConfigError(loaded.placed(found), loaded.files)
+        raise ConfigError(loaded.with_locations(found), loaded.files)
     return loaded
 
 
@@ -221,11 +221,11 @@ def _serve(options: argparse.Namespace) -> int:
     environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
     loaded = _load(options, environ)
     hardening.harden()
-    hardening.wipe_variables(hardening.forget_secrets(os.environ, loaded.config))
+    hardening.overwrite_environ(hardening.scrub_environment(os.environ, loaded.config))
     with _logging(loaded.config.log, loaded.config.audit):
         for problem in loaded.warnings:
-            logging.LOGGER.warning("a setting should be mended", extra=logging.fields(problem=str(problem)))
-        serving = _serve_until_told(loaded, lambda: _load(options, environ), is_demo=options.demo)
+            logging.LOGGER.warning("a setting should be mended", extra=logging.extra(problem=str(problem)))
+        serving = _serve_until_signal(loaded, lambda: _load(options, environ), is_demo=options.demo)
         del loaded  # its secrets are to be kept no longer than it is in force
         return _run(serving)
 
@@ -234,21 +234,21 @@ def _serve(options: argparse.Namespace) -> int:
 def _logging(log: Log, audit: str | None) -> Iterator[None]:
     """Set up the logs, written by threads of their own, and see to it in the end that nothing is left to write."""
     logging.set_up(log.level, log.format)
-    behind = logging.write_behind()
+    behind = logging.start_background()
     try:
         if audit is not None:
             behind.append(_audit(audit))
         yield
     finally:
         for writer in behind:
-            writer.finish()
+            writer.flush()
 
 
-def _audit(where: str) -> logging.Behind:
+def _audit(where: str) -> logging.BackgroundHandler:
     try:
         return logging.set_up_audit(where)
     except OSError as exc:
-        raise ConfigError([Problem("audit", f"{where}: {sockets.reason_of(exc)}")]) from exc
+        raise ConfigError([Problem("audit", f"{where}: {sockets.describe_error(exc)}")]) from exc
 
 
 def _has_credentials(environ: Mapping[str, str]) -> bool:
@@ -266,120 +266,120 @@ def _run(main_task: Coroutine[Any, Any, T]) -> T:
         return runner.run(main_task)
 
 
-async def _serve_until_told(
+async def _serve_until_signal(
     loaded: Loaded,
     load: Callable[[], Loaded],
-    after_start: Callable[[Running], None] | None = None,
+    after_start: Callable[[RunningProxy], None] | None = None,
     *,
     is_demo: bool = False,
 ) -> int:
     """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
-    seen = stamps(loaded.files)
-    hardening.settle()
-    told, service = _Told(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
+    seen = file_signatures(loaded.files)
+    hardening.freeze_gc()
+    told, service = SignalWaiter(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
-        async with running(loaded.config) as proxy:
-            reloads = Reloads(
+        async with start_proxy(loaded.config) as proxy:
+            reloads = ConfigWatcher(
                 loaded,
                 load=load,
-                hand_over=proxy.hand_over,
-                reloading=proxy.reloading,
+                hand_over=proxy.apply_config,
+                reloading=proxy.reload_status,
                 metrics=proxy.metrics,
                 note=partial(_note_reload, service, proxy.has_started),
                 seen=seen,
             )
             del loaded  # see _serve
-            told.on_hangup, told.proxy = reloads.ask, proxy
+            told.on_hangup, told.proxy = reloads.request_reload, proxy
             logging.LOGGER.info(
                 "serving",
-                extra=logging.fields(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
+                extra=logging.extra(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
             )
             proxy.has_started.add_done_callback(partial(_note_start, service))
             if after_start:
                 after_start(proxy)
             watching = asyncio.create_task(reloads.watch(), name="reload")
-            because = await told.or_(proxy.quit)
+            because = await told.wait(proxy.quit)
             told.on_hangup = _is_ending
             watching.cancel()
-            service.is_stopping()
-            logging.LOGGER.info("shutting down", extra=logging.fields(because=because))
+            service.notify_stopping()
+            logging.LOGGER.info("shutting down", extra=logging.extra(because=because))
     except CannotListen as exc:
-        _complain(f"sp-api-proxy: {exc}")
+        print_err(f"sp-api-proxy: {exc}")
         if is_demo:  # as `make run` starts it
-            _complain('With make: make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"')
+            print_err('With make: make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"')
         return FAILED
-    logging.LOGGER.info("ended", extra=logging.fields(cut_off=proxy.ending.cut_off))
-    return 128 + told.number if proxy.ending.cut_off or proxy.ending.at_once.is_set() else OK
+    logging.LOGGER.info("ended", extra=logging.extra(cut_off=proxy.shutdown.aborted))
+    return 128 + told.number if proxy.shutdown.aborted or proxy.shutdown.immediate.is_set() else OK
 
 
 def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
     if not start.cancelled():
-        service.is_ready()
+        service.notify_ready()
 
 
 def _note_reload(service: systemd.Service, start: "asyncio.Task[None]", result: Result | None) -> None:
     if not start.done():
         return  # ready is what it becomes with the last token that `warm_up` waits for
     if result is None:
-        service.is_reloading()
+        service.notify_reloading()
     else:
-        service.is_ready("the newest configuration was refused; its mistakes are in the log" * (result == "failed"))
+        service.notify_ready("the newest configuration was refused; its mistakes are in the log" * (result == "failed"))
 
 
 def _is_ending() -> None:
     logging.LOGGER.warning("SIGHUP changes nothing any more: the process is shutting down")
 
 
-class _Told:
+class SignalWaiter:
     """Waits for the first signal; the second one ends the process without waiting for anything, the third at once."""
 
     def __init__(self) -> None:
-        self._once = asyncio.Event()
+        self._first_signal = asyncio.Event()
         self.number: int = signal.SIGTERM
         self.on_hangup: Callable[[], None] = lambda: None
-        self.proxy: Running | None = None
+        self.proxy: RunningProxy | None = None
         self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                loop.add_signal_handler(number, self._hear, number)
+                loop.add_signal_handler(number, self.on_signal, number)
             except NotImplementedError:  # Windows
-                signal.signal(number, lambda told, _: loop.call_soon_threadsafe(self._hear, told))
+                signal.signal(number, lambda told, _: loop.call_soon_threadsafe(self.on_signal, told))
         if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            loop.add_signal_handler(signal.SIGHUP, self.on_sighup)
 
-    def _hang_up(self) -> None:
+    def on_sighup(self) -> None:
         self.on_hangup()  # which is another one later
 
-    async def or_(self, quit_: asyncio.Event) -> str:
+    async def wait(self, quit_: asyncio.Event) -> str:
         """Wait for a signal, or for `quit_`; return which of them it was."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._once, quit_)]
+        waits = [asyncio.create_task(event.wait()) for event in (self._first_signal, quit_)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        if not self._once.is_set():
-            self._once.set()  # so that a signal is the second thing to be told
+        if not self._first_signal.is_set():
+            self._first_signal.set()  # so that a signal is the second thing to be told
             return "/quitquitquit"
         return signal.Signals(self.number).name
 
-    def _hear(self, number: int) -> None:
-        if not self._once.is_set():
+    def on_signal(self, number: int) -> None:
+        if not self._first_signal.is_set():
             self.number = number
-            self._once.set()
-        elif self.proxy is None or self.proxy.ending.at_once.is_set():
-            _leave(128 + number, self.proxy)
+            self._first_signal.set()
+        elif self.proxy is None or self.proxy.shutdown.immediate.is_set():
+            exit_now(128 + number, self.proxy)
         else:
             self.number = number
             logging.LOGGER.warning("told to end a second time: requests in flight are not waited for")
-            self.proxy.ending.at_once.set()
-            self._loop.call_later(LAST_MOMENTS, _leave, 128 + number, self.proxy)
+            self.proxy.shutdown.immediate.set()
+            self._loop.call_later(FORCED_EXIT_DELAY, exit_now, 128 + number, self.proxy)
 
 
-def _leave(code: int, proxy: Running | None) -> None:
+def exit_now(code: int, proxy: RunningProxy | None) -> None:
     """End the process where it stands, whatever still hangs, with the last line in its log."""
-    logging.LOGGER.warning("ended", extra=logging.fields(cut_off=proxy.ending.cut_off if proxy is not None else 0))
-    logging.finish()
+    logging.LOGGER.warning("ended", extra=logging.extra(cut_off=proxy.shutdown.aborted if proxy is not None else 0))
+    logging.flush()
     os._exit(code)
 
 
@@ -393,17 +393,17 @@ async def _demo(options: argparse.Namespace) -> int:
 
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator())
-        environ = _without_settings(os.environ, simulator)
+        environ = demo_environment(os.environ, simulator)
 
         def load() -> Loaded:
             return _checked(load_config(None, environ, settings_of(options)))
 
         loaded = load()
         with _logging(loaded.config.log, loaded.config.audit):
-            return await _serve_until_told(loaded, load, _welcome, is_demo=True)
+            return await _serve_until_signal(loaded, load, _welcome, is_demo=True)
 
 
-def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
+def demo_environment(environ: Mapping[str, str], simulator: Any) -> dict[str, str]:
     """Return the environment with the simulator's addresses and its made-up credentials added."""
     names = (*REGIONS, "lwa", "documents")
     endpoints = {f"SP_API_PROXY_ENDPOINTS_{name.upper()}": simulator.endpoints[name] for name in names}
@@ -416,7 +416,7 @@ def _without_settings(environ: Mapping[str, str], simulator: Any) -> dict[str, s
     return {**environ, **endpoints, **tokens, **application}
 
 
-def _welcome(proxy: Running) -> None:
+def _welcome(proxy: RunningProxy) -> None:
     # All addresses are none that a request could be sent to: this machine's own is one of them.
     address = proxy.addresses[0].replace("0.0.0.0:", "127.0.0.1:")
     curl = (
@@ -426,7 +426,7 @@ def _welcome(proxy: Running) -> None:
     )
     end = f"How it goes is at http://{proxy.admin}/ in a browser. " if proxy.admin else ""
     # Written at once: a line of the log, which another thread writes, must not come between.
-    _say(
+    print_out(
         f"""\
 No credentials were given, so the proxy runs against a simulator of Amazon on this machine. Try:
 
@@ -445,7 +445,9 @@ No credentials were given, so the proxy runs against a simulator of Amazon on th
 # wait, healthcheck, shutdown: about a proxy that runs
 
 
-def _add_asking(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> Any:
+def _add_admin_flags(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> Any:
     parser = _command(commands, name, run, text, example)
     parser.add_argument(
         "--url",
@@ -453,12 +455,12 @@ def _add_asking(commands: Any, name: str, run: Callable[[argparse.Namespace], in
         type=address,
         help="the proxy's admin or health address, such as http://127.0.0.1:9090; otherwise that of its configuration",
     )
-    add_config_flags(parser, FOR_ASKING)
+    add_config_flags(parser, ADMIN_CLIENT_FLAGS)
     return parser
 
 
 def _add_wait(commands: Any) -> None:
-    parser = _add_asking(
+    parser = _add_admin_flags(
         commands, "wait", _wait, "wait until a proxy is ready", "sp-api-proxy wait --timeout 30s && my-job"
     )
     parser.add_argument(
@@ -467,14 +469,14 @@ def _add_wait(commands: Any) -> None:
 
 
 def _add_healthcheck(commands: Any) -> None:
-    parser = _add_asking(
+    parser = _add_admin_flags(
         commands, "healthcheck", _healthcheck, "ask a proxy once whether it is ready", "sp-api-proxy healthcheck"
     )
     parser.add_argument("--live", action="store_true", help="ask whether it is alive, ready or not")
 
 
 def _add_shutdown(commands: Any) -> None:
-    _add_asking(
+    _add_admin_flags(
         commands,
         "shutdown",
         _shutdown,
@@ -484,7 +486,7 @@ def _add_shutdown(commands: Any) -> None:
 
 
 def _add_requests(commands: Any) -> None:
-    parser = _add_asking(
+    parser = _add_admin_flags(
         commands,
         "requests",
         _requests,
@@ -496,33 +498,33 @@ def _add_requests(commands: Any) -> None:
 
 def _requests(options: argparse.Namespace) -> int:
     try:
-        wanted = tail.wanted(options)
+        wanted = tail.filter_from(options)
     except ValueError as exc:
         raise ConfigError([Problem("--status", str(exc), "command line")]) from None
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     with_colour = is_terminal and not os.environ.get("NO_COLOR")
-    return tail.follow(_where(options), wanted, sys.stdout, _complain, with_colour=with_colour)
+    return tail.follow(admin_address(options), wanted, sys.stdout, print_err, with_colour=with_colour)
 
 
 def _wait(options: argparse.Namespace) -> int:
-    return _told_by(admin_client.until_ready(_where(options), options.timeout))
+    return report_response(admin_client.wait_until_ready(admin_address(options), options.timeout))
 
 
 def _healthcheck(options: argparse.Namespace) -> int:
-    return _told_by(admin_client.once(_where(options), "GET", "/livez" if options.live else "/readyz"))
+    return report_response(admin_client.request(admin_address(options), "GET", "/livez" if options.live else "/readyz"))
 
 
 def _shutdown(options: argparse.Namespace) -> int:
     # The health address ends nothing.
-    return _told_by(admin_client.once(_where(options), "POST", "/quitquitquit"))
+    return report_response(admin_client.request(admin_address(options), "POST", "/quitquitquit"))
 
 
-def _told_by(answer: admin_client.Answer) -> int:
-    (_say if answer.is_good else _complain)(answer.text)
-    return OK if answer.is_good else FAILED
+def report_response(answer: admin_client.AdminResponse) -> int:
+    (print_out if answer.ok else print_err)(answer.text)
+    return OK if answer.ok else FAILED
 
 
-def _where(options: argparse.Namespace) -> Address:
+def admin_address(options: argparse.Namespace) -> Address:
     if options.url is not None:
         asked: Address = options.url
         return asked
@@ -545,25 +547,27 @@ def _add_rotate(commands: Any) -> None:
     )
     parser.add_argument("application", metavar="APPLICATION", help="its name in the configuration")
     parser.add_argument("--region", choices=REGIONS, default="na", help="whose host to ask (na, as Amazon's page does)")
-    add_config_flags(parser, FOR_ROTATING)
+    add_config_flags(parser, ROTATION_FLAGS)
 
 
 def _rotate(options: argparse.Namespace) -> int:
     loaded = _load(options)
     name, applications = options.application, loaded.config.applications
     if name not in applications:
-        _complain(f"sp-api-proxy: no application {name} in the configuration; {there_is(applications, name)}")
+        print_err(f"sp-api-proxy: no application {name} in the configuration; {suggest(applications, name)}")
         return USAGE
     try:
         _run(_rotated(loaded.config, name, options.region))
     except RotationFailed as exc:
-        _complain(f"sp-api-proxy: {exc}")
+        print_err(f"sp-api-proxy: {exc}")
         return FAILED
     origin = loaded.origins.get(("applications", name, "client_secret"), "the configuration")
-    _say(f"Amazon makes a new client secret for {name}. It comes by a message to the SQS queue registered for it.")
-    _say(f"Put it where the old one is ({origin}) within seven days: so long the old one works.")
-    _say("A proxy that reads it from a file takes it up by itself; one that has it from a variable needs a restart.")
-    _say("Then write the day into rotated_at.")
+    print_out(f"Amazon makes a new client secret for {name}. It comes by a message to the SQS queue registered for it.")
+    print_out(f"Put it where the old one is ({origin}) within seven days: so long the old one works.")
+    print_out(
+        "A proxy that reads it from a file takes it up by itself; one that has it from a variable needs a restart."
+    )
+    print_out("Then write the day into rotated_at.")
     return OK
 
 
@@ -594,7 +598,7 @@ def _authorize(options: argparse.Namespace) -> int:
         missing = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
         raise ConfigError([Problem("applications", missing)])
     hardening.harden()
-    hardening.forget_secrets(os.environ, config)  # a browser gets none of them
+    hardening.scrub_environment(os.environ, config)  # a browser gets none of them
     # Where there is no screen, a browser may be one for the terminal, which would take it over.
     is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return authorize(options, config, has_screen=is_desktop and sys.stdout.isatty(), run=_run)
@@ -632,56 +636,56 @@ def _add_check(commands: Any) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     if not options.live and (options.account or options.region or options.call != live_check.CALL):
-        _complain("sp-api-proxy: --account, --region and --call belong to --live")
+        print_err("sp-api-proxy: --account, --region and --call belong to --live")
         return USAGE
     loaded = _load(options)
     if options.live:
         return _check_live(options, loaded)
     rows = list(loaded.rows())
     if options.json:
-        _say(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
+        print_out(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
         return OK
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for key, value, origin in rows:
-        _say(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
-    _say()
+        print_out(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    print_out()
     for problem in loaded.warnings:
-        _complain(f"warning: {problem}")
-    _say(f"The configuration is good: {_plural(len(loaded.config.accounts), 'account')}.")
+        print_err(f"warning: {problem}")
+    print_out(f"The configuration is good: {_plural(len(loaded.config.accounts), 'account')}.")
     return OK
 
 
 def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
     config = loaded.config
     unknown = [name for name in options.account if name not in config.accounts]
-    wanted = places(config, options.account, options.region)
+    wanted = select(config, options.account, options.region)
     if unknown or not wanted:
-        _complain(f"sp-api-proxy: no account {', '.join(unknown) or 'with a refresh token there'} in the configuration")
+        print_err(f"sp-api-proxy: no account {', '.join(unknown) or 'with a refresh token there'} in the configuration")
         return USAGE
     if not live_check.is_callable(options.call, _table()):
-        _complain("sp-api-proxy: --call must be the path of a GET in `operations`, neither restricted nor grantless")
+        print_err("sp-api-proxy: --call must be the path of a GET in `operations`, neither restricted nor grantless")
         return USAGE
     for problem in loaded.warnings:
-        _complain(f"warning: {problem}")
+        print_err(f"warning: {problem}")
     hardening.harden()
     logging.LOGGER.setLevel("CRITICAL")  # what it would say is in the report
     report = Report(wanted)
     progress = Progress(report)
     try:
-        _run(_looked(config, report, options.call, progress))
+        _run(run_live_check(config, report, options.call, progress))
     finally:
-        progress.end()
-    _say(as_json(report) if options.json else as_text(report))
-    if not report.is_whole:
+        progress.clear()
+    print_out(as_json(report) if options.json else as_text(report))
+    if not report.is_complete:
         return INTERRUPTED
-    return OK if report.works else FAILED
+    return OK if report.ok else FAILED
 
 
-async def _looked(config: Config, report: Report, call: str, progress: Progress) -> None:
-    telling = asyncio.create_task(progress.go_on(), name="progress")
+async def run_live_check(config: Config, report: Report, call: str, progress: Progress) -> None:
+    telling = asyncio.create_task(progress.run(), name="progress")
     # Ctrl-C cancels this: what was found till then is shown.
     with suppress(asyncio.CancelledError):
-        await live_check.look(config, report, call=call)
+        await live_check.run_checks(config, report, call=call)
     telling.cancel()
 
 
@@ -700,7 +704,7 @@ def _add_schema(commands: Any) -> None:
 
 
 def _schema(_: argparse.Namespace) -> int:
-    _say(json.dumps(json_schema(), indent=2))
+    print_out(json.dumps(json_schema(), indent=2))
     return OK
 
 
@@ -732,51 +736,53 @@ def _add_explain(commands: Any) -> None:
     )
     parser.add_argument("--caller", metavar="NAME", help="which of the callers sends it, instead of its key")
     parser.add_argument("--json", action="store_true", help="JSON, for programs")
-    add_config_flags(parser, FOR_REQUESTS)
+    add_config_flags(parser, REQUEST_FLAGS)
 
 
 def _explain(options: argparse.Namespace) -> int:
     config = _load(options).config
     if options.listener >= len(config.listen):
-        listeners = names_of(f"{index} ({one.address})" for index, one in enumerate(config.listen))
-        _complain(f"sp-api-proxy: --listener {options.listener}: no such listener; there is {listeners}")
+        listeners = join(f"{index} ({one.address})" for index, one in enumerate(config.listen))
+        print_err(f"sp-api-proxy: --listener {options.listener}: no such listener; there is {listeners}")
         return USAGE
     if options.caller is not None and options.caller not in config.callers:
-        known = there_is(config.callers, options.caller)
-        _complain(f"sp-api-proxy: --caller {options.caller}: no such caller in the configuration; {known}")
+        known = suggest(config.callers, options.caller)
+        print_err(f"sp-api-proxy: --caller {options.caller}: no such caller in the configuration; {known}")
         return USAGE
     try:
-        decided = _decided(options, config)
+        decided = explain_request(options, config)
     except ProxyError as error:
         decided = {"refused": f"{error.status} {error.code}", "because": error.message, "do": error.hint}
     if options.json:
-        _say(json.dumps(decided, indent=2))
+        print_out(json.dumps(decided, indent=2))
     else:
         width = max(map(len, decided))
         for name, text in decided.items():
-            _say(f"{name:<{width}}  {text}")
+            print_out(f"{name:<{width}}  {text}")
     return FAILED if "refused" in decided else OK
 
 
-def _decided(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
+def explain_request(options: argparse.Namespace, config: Config) -> Mapping[str, str]:
     headers: CIMultiDict[str] = CIMultiDict()
     for name, value in options.headers:
         headers.add(name, value)
     headers.setdefault("Host", "localhost")
     listener = config.listen[options.listener]
     sent = CIMultiDictProxy(headers)
-    admitted = admit(options.method, options.target, sent, Doorway.of(listener, config))
-    check_body(options.method, Head(sent))
+    admitted = validate(options.method, options.target, sent, AllowedHosts.from_config(listener, config))
+    check_body(options.method, HeaderBlock(sent))
     table = load_table()
-    own = Placeholders(table, answers_rdt=config.local_rdt).answered(admitted.target)
-    if options.method == "POST" and own == placeholder_endpoint.ACCESS:
-        return placeholder_endpoint.describe(own, admitted.target)  # whoever asks: no key is needed for that
-    caller = options.caller or Callers(config).who(sent, NOBODY, listener)
-    permit = authorization.permits(config, options.listener)[caller]
+    own = TokenEndpoint(table, answers_rdt=config.local_rdt).match(admitted.target)
+    if options.method == "POST" and own == placeholder_endpoint.LWA_TOKEN:
+        return placeholder_endpoint.describe_token_request(
+            own, admitted.target
+        )  # whoever asks: no key is needed for that
+    caller = options.caller or CallerAuthenticator(config).authenticate(sent, UNKNOWN_PEER, listener)
+    permit = authorization.build_policies(config, options.listener)[caller]
     if options.method == "POST" and own:
-        return placeholder_endpoint.describe(own, admitted.target)
-    decided = describe(identify(options.method, admitted, sent, listener, config, table, permit))
-    kept = cleaned(options.method, sent)
+        return placeholder_endpoint.describe_token_request(own, admitted.target)
+    decided = describe_route(resolve(options.method, admitted, sent, listener, config, table, permit))
+    kept = end_to_end_headers(options.method, sent)
     dropped = [name for name in sent if name not in kept]
     who = {"caller": caller} if caller else {}
     return {**who, **decided, "headers kept": ", ".join(kept) or "none", "headers dropped": ", ".join(dropped)}
@@ -802,19 +808,19 @@ def _add_operations(commands: Any) -> None:
 
 
 def _operations(options: argparse.Namespace) -> int:
-    chosen = list(_chosen(options))
+    chosen = list(_matches_filter(options))
     if options.json:
-        _say(json.dumps([_as_dict(operation) for operation in chosen], indent=2))
+        print_out(json.dumps([_as_dict(operation) for operation in chosen], indent=2))
         return OK
     for operation in chosen:
         plan = f"{operation.rate:g}/s burst {operation.burst}" if operation.rate else "no known plan"
         columns = f"{operation.name:<58} {operation.method:<6} {operation.template:<90} {plan:<22} {_marks(operation)}"
-        _say(columns.rstrip())
-    _complain(f"{len(chosen)} operations")
+        print_out(columns.rstrip())
+    print_err(f"{len(chosen)} operations")
     return OK
 
 
-def _chosen(options: argparse.Namespace) -> Iterator[Operation]:
+def _matches_filter(options: argparse.Namespace) -> Iterator[Operation]:
     text = options.text.lower()
     for operation in load_table():
         if text not in operation.name.lower() and text not in operation.template.lower():
@@ -855,7 +861,7 @@ def _add_version(commands: Any) -> None:
 
 
 def _version(_: argparse.Namespace) -> int:
-    _say(f"sp-api-proxy {__version__}")
+    print_out(f"sp-api-proxy {__version__}")
     return OK
 
 

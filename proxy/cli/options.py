@@ -8,7 +8,7 @@ from proxy.cli.admin_client import address_in
 from proxy.config import Address, parse_duration
 from proxy.config.environment import CONFIG_VARIABLE
 
-_ABOUT = """\
+_HELP = """\
 A flag overrides the environment, which overrides the file, which overrides the default.
 --set and the environment take any setting, a list as [a, b], a mapping as {key: value}:
   --set limits.max_wait=30s                     SP_API_PROXY_LIMITS_MAX_WAIT=30s
@@ -52,10 +52,10 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 
-ALL = tuple(_FLAGS)
-FOR_REQUESTS = ("--config", "--listen", "--default-account", "--environment", "--set")
-FOR_ASKING = ("--config", "--admin", "--set")
-FOR_ROTATING = ("--config", "--environment", "--set")
+ALL_FLAGS = tuple(_FLAGS)
+REQUEST_FLAGS = ("--config", "--listen", "--default-account", "--environment", "--set")
+ADMIN_CLIENT_FLAGS = ("--config", "--admin", "--set")
+ROTATION_FLAGS = ("--config", "--environment", "--set")
 
 _SETTINGS = {
     "--listen": "listen",
@@ -67,9 +67,9 @@ _SETTINGS = {
 }
 
 
-def add_config_flags(parser: argparse.ArgumentParser, flags: tuple[str, ...] = ALL) -> None:
+def add_config_flags(parser: argparse.ArgumentParser, flags: tuple[str, ...] = ALL_FLAGS) -> None:
     """Add the flags that say which configuration there is, as many of them as the command has a use for."""
-    group = parser.add_argument_group("configuration", _ABOUT)
+    group = parser.add_argument_group("configuration", _HELP)
     for flag in flags:
         group.add_argument(flag, **_FLAGS[flag])
 

@@ -12,7 +12,7 @@ class CannotStore(Exception):
     """The file cannot be written; the text says why."""
 
 
-def check_place(path: Path, *, replace: bool) -> None:
+def ensure_writable(path: Path, *, replace: bool) -> None:
     """Find out whether a file can be written there, before a person is sent to Amazon; raise CannotStore."""
     if not path.parent.is_dir():
         raise CannotStore(f"{path.parent}: there is no such folder; make it first, for yourself alone (mode 700)")
@@ -24,7 +24,7 @@ def check_place(path: Path, *, replace: bool) -> None:
         raise CannotStore(f"{path.parent}: you may not write there")
 
 
-def store(path: Path, text: Secret, *, replace: bool) -> None:
+def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
     """Write a secret into a file of mode 0600, whole or not at all; raise CannotStore.
 
     Without `replace`, a file that came there meanwhile stays.
@@ -37,7 +37,7 @@ def store(path: Path, text: Secret, *, replace: bool) -> None:
             file.write(f"{text.reveal()}\n")
             file.flush()
             os.fsync(file.fileno())
-        _put(temporary, path, replace=replace)
+        _write_atomically(temporary, path, replace=replace)
     except FileExistsError as exc:
         raise CannotStore(f"{path}: is there already; --force replaces it") from exc
     except OSError as exc:
@@ -47,7 +47,7 @@ def store(path: Path, text: Secret, *, replace: bool) -> None:
             Path(temporary).unlink()
 
 
-def _put(temporary: str, path: Path, *, replace: bool) -> None:
+def _write_atomically(temporary: str, path: Path, *, replace: bool) -> None:
     if not replace:
         try:
             os.link(temporary, path)  # unlike a renaming, it replaces nothing

@@ -12,24 +12,24 @@ from proxy.cli import admin_client
 from proxy.config import Address
 
 OK, FAILED, INTERRUPTED = 0, 1, 130  # the last as a shell has it for SIGINT
-LOOK_EVERY = 0.5  # seconds
-MOST_BYTES = 4 * 1024 * 1024  # of one answer
+POLL_INTERVAL = 0.5  # seconds
+MAX_BYTES = 4 * 1024 * 1024  # of one answer
 
 _RED, _YELLOW, _GREEN, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestFilter:
     """Which requests are shown, and how; `status` is a code or its class, such as 4xx; `past` of those before now."""
 
     account: str = ""
     status: str = ""
     failed: bool = False
-    past: int = 10
+    tail: int = 10
     as_json: bool = False
-    goes_on: bool = True
+    follow: bool = True
 
-    def has(self, request: Mapping[str, Any]) -> bool:
+    def matches(self, request: Mapping[str, Any]) -> bool:
         """Return whether a request is among them."""
         status = str(request["status"])
         if self.account and request["account"] != self.account:
@@ -56,17 +56,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def wanted(options: argparse.Namespace) -> Wanted:
+def filter_from(options: argparse.Namespace) -> RequestFilter:
     """Return what the flags say; raise ValueError where `--status` is none."""
     status = options.status.lower()
     if status and not (len(status) == 3 and status[0] in "12345" and (status[1:] == "xx" or status[1:].isdecimal())):
         raise ValueError("must be a status such as 429 or a class such as 5xx")
-    return Wanted(options.account, status, options.failed, options.past, options.json, not options.once)
+    return RequestFilter(options.account, status, options.failed, options.past, options.json, not options.once)
 
 
 def follow(
     address: Address,
-    which: Wanted,
+    which: RequestFilter,
     out: TextIO,
     complain: Callable[[str], None],
     *,
@@ -79,7 +79,7 @@ def follow(
     """
     has_shown = False
     try:
-        for request in _answered(address, which, out, complain, sleep):
+        for request in _status_body(address, which, out, complain, sleep):
             has_shown = True
             out.write(f"{json.dumps(request)}\n" if which.as_json else _line(request, with_colour=with_colour))
             out.flush()
@@ -88,58 +88,58 @@ def follow(
     except ConnectionError as exc:
         complain(str(exc))
         return FAILED
-    if not has_shown and which.past and not which.goes_on:
+    if not has_shown and which.tail and not which.follow:
         complain("no request matches")
     return OK
 
 
-def _answered(
-    address: Address, which: Wanted, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
+def _status_body(
+    address: Address, which: RequestFilter, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the requests that are wanted, as they are answered; end where nobody reads any more.
 
     Raises ConnectionError where nothing answers from the start.
     """
-    found = _asked(address, "")
-    yield from _last([request for request in found["requests"] if which.has(request)], which.past)
-    while which.goes_on:
-        sleep(LOOK_EVERY)
-        if _nobody_reads(out):
+    found = _poll(address, "")
+    yield from _last([request for request in found["requests"] if which.matches(request)], which.tail)
+    while which.follow:
+        sleep(POLL_INTERVAL)
+        if is_pipe_closed(out):
             return
-        before, found = found, _asked_until_there(address, found["cursor"], out, complain, sleep)
+        before, found = found, poll_until_available(address, found["cursor"], out, complain, sleep)
         if not found:
             return
         if found["instance"] != before["instance"]:
             complain("the proxy was restarted")
         if found["missed"]:
             complain(f"{found['missed']} more were answered than it remembers")
-        yield from filter(which.has, found["requests"])
+        yield from filter(which.matches, found["requests"])
 
 
 def _last(requests: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     return requests[max(0, len(requests) - count) :]
 
 
-def _asked_until_there(
+def poll_until_available(
     address: Address, cursor: str, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
 ) -> Mapping[str, Any]:
     """Return the next answer; say once where there is none, and wait; nothing where nobody reads any more."""
     has_said = False
-    while not _nobody_reads(out):
+    while not is_pipe_closed(out):
         try:
-            return _asked(address, cursor)
+            return _poll(address, cursor)
         except ConnectionError as exc:
             if not has_said:
                 complain(f"{exc}; waiting for it")
             has_said = True
-        sleep(LOOK_EVERY)
+        sleep(POLL_INTERVAL)
     return {}
 
 
-def _asked(address: Address, cursor: str) -> Mapping[str, Any]:
+def _poll(address: Address, cursor: str) -> Mapping[str, Any]:
     """Return what the proxy answers; raise ConnectionError where it is no answer."""
-    answer = admin_client.once(address, "GET", f"/requests?after={cursor}", most=MOST_BYTES)
-    if not answer.is_good:
+    answer = admin_client.request(address, "GET", f"/requests?after={cursor}", most=MAX_BYTES)
+    if not answer.ok:
         raise ConnectionError(answer.text)
     try:
         found: Mapping[str, Any] = json.loads(answer.text)
@@ -149,7 +149,7 @@ def _asked(address: Address, cursor: str) -> Mapping[str, Any]:
     return found
 
 
-def _nobody_reads(out: TextIO) -> bool:
+def is_pipe_closed(out: TextIO) -> bool:
     """Return whether the other end of a pipe is closed: without a line to write, nothing else would tell."""
     if not hasattr(select, "poll"):  # Windows
         return False

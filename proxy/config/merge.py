@@ -6,26 +6,26 @@ from typing import Any
 
 from proxy.config.model import Config
 from proxy.config.values import is_list, kind_at
-from proxy.config.yaml_reader import KeyPath, Problem, Tree, show_key
+from proxy.config.yaml_reader import KeyPath, Problem, Tree, format_path
 
 
 @dataclass(slots=True)
-class Draft:
+class MergedSettings:
     """The merged settings before they are checked; `name` is that of the file, if there is one."""
 
     name: str = ""
     tree: Tree = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    exposed: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
-    doubtful: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
+    insecure_files: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
+    warnings: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
     files: list[Path] = field(default_factory=list)
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value, making what is above it and forgetting what was below it."""
         self.place(path, value, origin)
         self.origins = {known: text for known, text in self.origins.items() if known[: len(path)] != path}
-        self._note(path, value, origin)
+        self._record_origin(path, value, origin)
 
     def place(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value, making what is above it; what lies within it has its origins already."""
@@ -40,13 +40,13 @@ class Draft:
             here = below
         _set_item(here, path[-1], value)
 
-    def _note(self, path: KeyPath, value: Any, origin: str) -> None:
+    def _record_origin(self, path: KeyPath, value: Any, origin: str) -> None:
         self.origins[path] = origin
         below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for key, inner in below:
-            self._note((*path, key), inner, origin)
+            self._record_origin((*path, key), inner, origin)
 
-    def where(self, path: KeyPath) -> str:
+    def location_of(self, path: KeyPath) -> str:
         """Return the place of the nearest key above `path` that was written somewhere; the file where none was."""
         while path and path not in self.origins:
             path = path[:-1]
@@ -66,24 +66,26 @@ class Draft:
                 self.origins["listen", index, "address"] = self.origins["listen", index]
         self.tree["listen"] = [{"address": one} if isinstance(one, str) else one for one in listen]
 
-    def need_listeners(self) -> None:
+    def ensure_listener(self) -> None:
         """See to it that there is a listener to change: the one that there is where nothing is said of any."""
         self.list_listeners()
         if self.tree.get("listen") is None:
             self.tree["listen"] = [{"address": str(one.address)} for one in Config.model_fields["listen"].default]
 
-    def beyond(self, path: KeyPath, origin: str) -> Problem | None:
+    def check_index(self, path: KeyPath, origin: str) -> Problem | None:
         """Return what is wrong with the number of an item, where there is none, or it would leave others out."""
         here: Any = self.tree
         for depth, part in enumerate(path):
             count = len(here) if isinstance(here, list) else 0
             if isinstance(part, int) and part > count:
-                last = f"the last one is {show_key((*path[:depth], count - 1))}, " if count else ""
-                message = f"cannot be set: {last}the next one {show_key((*path[:depth], count))}"
-                return Problem(show_key(path[: depth + 1]), message, origin)
+                last = f"the last one is {format_path((*path[:depth], count - 1))}, " if count else ""
+                message = f"cannot be set: {last}the next one {format_path((*path[:depth], count))}"
+                return Problem(format_path(path[: depth + 1]), message, origin)
             if isinstance(part, str) and isinstance(here, list) and is_list(kind_at(path[:depth])):
-                number = show_key((*path[:depth], 0, *path[depth:]))
-                return Problem(show_key(path), f"cannot be set: it is a list, so say which of it, as {number}", origin)
+                number = format_path((*path[:depth], 0, *path[depth:]))
+                return Problem(
+                    format_path(path), f"cannot be set: it is a list, so say which of it, as {number}", origin
+                )
             here = _item(here, part)
         return None
 

@@ -5,18 +5,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from proxy.config.model import NAME, TARGET_APPLICATION, Listener, settings_in
-from proxy.config.values import has_own_names, kind_at
-from proxy.config.yaml_reader import KeyPath, shown
+from proxy.config.values import is_user_keyed, kind_at
+from proxy.config.yaml_reader import KeyPath, redact_name
 
-MOST_NAMED = 10  # of the names that there are: there may be thousands of accounts
+MAX_NAMED = 10  # of the names that there are: there may be thousands of accounts
 
 _PATTERNS = {
     f"^{NAME}$": "must be letters, digits, dots, hyphens and underscores, 64 at most, the first a letter or a digit",
     TARGET_APPLICATION: "must be the id of an application, such as amzn1.sp.solution.…",
 }
-_OURS = {"setting", "secret"}  # errors that are in our own words already
+_OWN_MESSAGES = {"setting", "secret"}  # errors that are in our own words already
 _MAPPINGS = {"dict_type", "model_type"}
-_WANTED = {  # by the beginning of the error's kind, with the values of its context
+_EXPECTED = {  # by the beginning of the error's kind, with the values of its context
     "string_type": "must be a single value: a text or a number",
     "string_too_short": "must not be empty",
     "string_too_long": "must not be longer than {max_length} characters",
@@ -36,21 +36,21 @@ _MISSING = {
 }
 
 
-def names_of(names: Iterable[object]) -> str:
+def join(names: Iterable[object]) -> str:
     """Return `a, b, c`, or the first of many and how many there are."""
     known = list(names)
-    more = len(known) - MOST_NAMED
-    shown = ", ".join(map(str, known[:MOST_NAMED]))
+    more = len(known) - MAX_NAMED
+    shown = ", ".join(map(str, known[:MAX_NAMED]))
     return shown if more <= 0 else f"{shown} and {more} more"
 
 
-def there_is(names: Iterable[str], wrong: str = "") -> str:
+def suggest(names: Iterable[str], wrong: str = "") -> str:
     """Return what there is instead of the name `wrong`: the one that was probably meant, and the others."""
-    known = [shown(name) for name in names]
+    known = [redact_name(name) for name in names]
     if not known:
         return "there is none"
     near = difflib.get_close_matches(wrong, known, n=1)
-    return f"{'did you mean ' + near[0] + '? ' if near else ''}there is {names_of(known)}"
+    return f"{'did you mean ' + near[0] + '? ' if near else ''}there is {join(known)}"
 
 
 def message_of(error: Mapping[str, Any], path: KeyPath) -> str:
@@ -68,13 +68,13 @@ def message_of(error: Mapping[str, Any], path: KeyPath) -> str:
 
 def _requirement(error: Mapping[str, Any], path: KeyPath) -> str:
     kind, context = str(error["type"]), error.get("ctx", {})
-    if kind in _OURS:
+    if kind in _OWN_MESSAGES:
         return str(error["msg"])
     if kind in _MAPPINGS:
         return _mapping(path)
     if kind == "string_pattern_mismatch":
         return _PATTERNS[context["pattern"]]
-    wanted = next((words for known, words in _WANTED.items() if kind.startswith(known)), "cannot be used")
+    wanted = next((words for known, words in _EXPECTED.items() if kind.startswith(known)), "cannot be used")
     return wanted.format(**context).replace("'", "")
 
 
@@ -85,11 +85,11 @@ def _mapping(path: KeyPath) -> str:
     if path[-1] == "marketplaces":
         return "must be a mapping such as {A1EXAMPLE: eu}, with the region of each"
     settings = settings_in(kind)
-    if settings is None or has_own_names(kind):
+    if settings is None or is_user_keyed(kind):
         return "must be a mapping such as {acme: {…}}, with a name of yours for each"
     if settings is Listener:
         return "must be an address such as 127.0.0.1:8080, or a mapping such as {address: 127.0.0.1:8080}"
-    return f"must be a mapping of settings; known here: {names_of(settings.model_fields)}"
+    return f"must be a mapping of settings; known here: {join(settings.model_fields)}"
 
 
 def _suggestion(path: KeyPath) -> str:

@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from proxy.config.model import Config, settings_in
-from proxy.config.yaml_reader import KeyPath, Problem, Tree, read_yaml, show_key
+from proxy.config.yaml_reader import KeyPath, Problem, Tree, format_path, read_yaml
 
 FORMS = "a list is [a, b], a mapping {key: value}"
 
@@ -49,7 +49,7 @@ def is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict or settings_in(kind) is not None
 
 
-def has_own_names(kind: Any) -> bool:
+def is_user_keyed(kind: Any) -> bool:
     """Return whether the keys of a mapping of this type are names that the user chose."""
     return get_origin(kind) is dict and get_origin(get_args(kind)[0]) is not Literal
 
@@ -62,7 +62,7 @@ def key_path(text: str, tree: Tree) -> KeyPath:
     here: Any = tree
     while parts:
         count = 1
-        if has_own_names(kind) and isinstance(here, dict):
+        if is_user_keyed(kind) and isinstance(here, dict):
             lengths = range(len(parts), 1, -1)
             count = next((length for length in lengths if ".".join(parts[:length]) in here), 1)
         name, numbers = ".".join(parts[:count]), ""
@@ -104,7 +104,7 @@ def parse(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
 def _flow(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
     document = read_yaml(f"value: {text}", origin)
     problems = [
-        Problem(show_key(path) + problem.key.removeprefix("value"), _without_line(problem.message), origin)
+        Problem(format_path(path) + problem.key.removeprefix("value"), _without_line(problem.message), origin)
         for problem in document.problems
     ]
     return document.tree.get("value"), problems

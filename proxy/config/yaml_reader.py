@@ -18,7 +18,7 @@ MAX_DEPTH = 12
 # libyaml's parser is some ten times faster: it matters with thousands of accounts.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-LONGEST_NAME = 64  # characters; what is longer names nothing here
+MAX_NAME = 64  # characters; what is longer names nothing here
 # How refresh tokens, access tokens and client secrets begin.
 _SECRET = re.compile(r"(?:Atz[ra]\||amzn1\.oa2-cs\b).*", re.IGNORECASE | re.DOTALL)
 
@@ -38,9 +38,9 @@ class Problem:
         return ": ".join(part for part in (self.where, self.key, self.message) if part)
 
 
-def shown(name: str) -> str:
+def redact_name(name: str) -> str:
     """Return a name of the user's as it may be printed: `***` for what is probably a secret in the wrong place."""
-    return "***" if len(name) > LONGEST_NAME or _SECRET.search(name) else name
+    return "***" if len(name) > MAX_NAME or _SECRET.search(name) else name
 
 
 def without_secret(text: str) -> str:
@@ -48,11 +48,11 @@ def without_secret(text: str) -> str:
     return _SECRET.sub("***", text)
 
 
-def show_key(path: KeyPath) -> str:
+def format_path(path: KeyPath) -> str:
     """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys; no secret is shown."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{shown(part)}" if text else shown(part)
+        text += f"[{part}]" if isinstance(part, int) else f".{redact_name(part)}" if text else redact_name(part)
     return without_secret(text)  # one with dots may be several parts
 
 
@@ -88,7 +88,7 @@ def _syntax_problem(name: str, exc: yaml.YAMLError) -> Problem:
         return Problem("", f"is not accepted: {exc.problem}", where)
     # The parser's full message quotes the line, which may hold a secret.
     found = str(getattr(exc, "problem", None) or getattr(exc, "reason", None) or "")
-    advice = next((words for part, words in _ADVICE.items() if part in found), _LOOK)
+    advice = next((words for part, words in _ADVICE.items() if part in found), _CONTEXT)
     begun = getattr(exc, "context_mark", None)
     if begun is not None and mark is not None and begun.line < mark.line and "not closed" in advice:
         where = f"{name}:{begun.line + 1}"  # where it was opened, not where the text ends without it
@@ -115,7 +115,7 @@ _ADVICE = {
     "hexdecimal": "a backslash that means nothing within double quotes: use single quotes",
     "characters are not allowed": "a control character: the text may be damaged",
 }
-_LOOK = "look here and above for a quote, a bracket or a colon that is missing, and at the indentation"
+_CONTEXT = "look here and above for a quote, a bracket or a colon that is missing, and at the indentation"
 
 
 def _read_document(document: Document, events: Iterator[Any]) -> None:
@@ -175,7 +175,9 @@ class _Builder:
             if key in found:
                 where = self.place(event)
                 first = self.document.origins[here].rpartition(":")[2]
-                self.document.problems.append(Problem(show_key(here), f"is given twice (first on line {first})", where))
+                self.document.problems.append(
+                    Problem(format_path(here), f"is given twice (first on line {first})", where)
+                )
                 self.value((*path, f"{key} (again)"), next(self.events))
                 continue
             found[key] = self.value(here, next(self.events))

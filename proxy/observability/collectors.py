@@ -22,24 +22,24 @@ def _text(bound: float) -> str:
     return text
 
 
-class Durations:
+class HotHistogram:
     """One histogram of durations in seconds: how many fell into each bucket, and their sum."""
 
-    __slots__ = ("counts", "none", "total")
+    __slots__ = ("counts", "sum", "zero_count")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(DURATION_BUCKETS) + 1)
-        self.none = 0  # durations of nothing, which most waits are: counted apart, and with the others when asked
-        self.total = 0.0
+        self.zero_count = 0  # durations of nothing, which most waits are: counted apart, and with the others when asked
+        self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
         """Count one duration."""
         self.counts[bisect_left(DURATION_BUCKETS, seconds)] += 1
-        self.total += seconds
+        self.sum += seconds
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return the buckets as Prometheus has them: each with those below it, by its upper bound."""
-        so_far, found = self.none, []
+        so_far, found = self.zero_count, []
         for bound, count in zip((*DURATION_BUCKETS, float("inf")), self.counts, strict=True):
             so_far += count
             found.append((_text(bound), float(so_far)))
@@ -55,7 +55,7 @@ _FAMILIES: dict[Kind, Callable[..., Family]] = {
 }
 
 
-class Tallied(Collector):
+class CallbackCollector(Collector):
     """One family of series whose numbers are kept elsewhere; `read` returns label values and number of each.
 
     It is asked on another thread than the one that counts, so that many series do not hold requests up.
@@ -67,7 +67,7 @@ class Tallied(Collector):
         name: str,
         help_text: str,
         labels: Sequence[str],
-        read: Callable[[], Iterable[tuple[Sequence[str], float | Durations]]],
+        read: Callable[[], Iterable[tuple[Sequence[str], float | HotHistogram]]],
     ) -> None:
         self.kind = kind
         self.name = name
@@ -83,9 +83,9 @@ class Tallied(Collector):
         """Yield the family with its series."""
         family = self._family()
         for labels, value in self._read():
-            if isinstance(family, HistogramMetricFamily) and isinstance(value, Durations):
-                family.add_metric(labels, value.buckets(), value.total)
-            elif not isinstance(family, HistogramMetricFamily) and not isinstance(value, Durations):
+            if isinstance(family, HistogramMetricFamily) and isinstance(value, HotHistogram):
+                family.add_metric(labels, value.buckets(), value.sum)
+            elif not isinstance(family, HistogramMetricFamily) and not isinstance(value, HotHistogram):
                 family.add_metric(labels, value)
         yield family
 

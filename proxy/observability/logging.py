@@ -21,13 +21,13 @@ AUDIT = logging.getLogger("sp-api-proxy.audit")
 AUDIT.propagate = False  # a stream of its own
 AUDIT.setLevel(logging.CRITICAL)  # until it is set up
 
-LOST: Counter[str] = Counter()  # lines that were not written, by log
+dropped_lines: Counter[str] = Counter()  # lines that were not written, by log
 
-_MOST_WAITING = 10_000  # lines
-_LAST_WORDS = 2.0  # seconds for what still waits when the process ends
+_MAX_QUEUED = 10_000  # lines
+_FLUSH_TIMEOUT = 2.0  # seconds for what still waits when the process ends
 
 
-def fields(**values: Any) -> dict[str, dict[str, Any]]:
+def extra(**values: Any) -> dict[str, dict[str, Any]]:
     """Return the `extra` argument that puts `values` into a line."""
     return {FIELDS: values}
 
@@ -44,7 +44,7 @@ class JsonLines(logging.Formatter):
             **getattr(record, FIELDS, {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = trace_of(record.exc_info[1])
+            line["exception"] = format_location(record.exc_info[1])
         return json.dumps(line, default=str)  # ASCII: every stream can hold it
 
 
@@ -64,7 +64,7 @@ class TextLines(logging.Formatter):
         parts = [self.formatTime(record, "%H:%M:%S"), record.levelname, record.getMessage()]
         parts += [f"{key}={value}" for key, value in getattr(record, FIELDS, {}).items() if value not in ("", None)]
         if record.exc_info and record.exc_info[1] is not None:
-            parts.append(f"exception={trace_of(record.exc_info[1])}")
+            parts.append(f"exception={format_location(record.exc_info[1])}")
         return _one_line(" ".join(parts))
 
 
@@ -77,7 +77,7 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def trace_of(exc: BaseException) -> str:
+def format_location(exc: BaseException) -> str:
     """Return the exception's type and where it arose, without its text: texts quote what was sent."""
     places: list[str] = []
     trace = exc.__traceback__
@@ -105,18 +105,18 @@ def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | 
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-class Behind(logging.Handler):
+class BackgroundHandler(logging.Handler):
     """Hands lines to a thread that writes them: a full disk, or a reader that stopped, delays no request.
 
     What waits is bounded; what does not fit, or cannot be written, is counted in LOST under `name`.
     """
 
-    def __init__(self, target: logging.Handler, name: str, most: int = _MOST_WAITING) -> None:
+    def __init__(self, target: logging.Handler, name: str, most: int = _MAX_QUEUED) -> None:
         super().__init__()
         self.set_name(name)
         self._label = name
         self._target = target
-        target.handleError = self._lose  # type: ignore[method-assign, assignment]  # instead of a traceback a line
+        target.handleError = self._drop  # type: ignore[method-assign, assignment]  # instead of a traceback a line
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(most)
         self._thread = threading.Thread(target=self._write, name=f"log {name}", daemon=True)
         self._thread.start()
@@ -126,22 +126,22 @@ class Behind(logging.Handler):
         try:
             self._lines.put_nowait(record)
         except queue.Full:
-            self._lose(record)
+            self._drop(record)
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Write what waits, within a short time."""
         try:
-            self._lines.put(None, timeout=_LAST_WORDS)
+            self._lines.put(None, timeout=_FLUSH_TIMEOUT)
         except queue.Full:
             return
-        self._thread.join(_LAST_WORDS)
+        self._thread.join(_FLUSH_TIMEOUT)
 
     def _write(self) -> None:
         while (record := self._lines.get()) is not None:
             self._target.handle(record)
 
-    def _lose(self, _: logging.LogRecord) -> None:
-        LOST[self._label] += 1
+    def _drop(self, _: logging.LogRecord) -> None:
+        dropped_lines[self._label] += 1
 
 
 class _PrivateFile(logging.handlers.WatchedFileHandler):
@@ -157,26 +157,26 @@ class _PrivateFile(logging.handlers.WatchedFileHandler):
         )
 
 
-def write_behind() -> list[Behind]:
+def start_background() -> list[BackgroundHandler]:
     """Let a thread write what `set_up` chose; return what has to be finished in the end."""
     root = logging.getLogger()
-    root.handlers[:] = behind = [Behind(handler, "log") for handler in root.handlers]
+    root.handlers[:] = behind = [BackgroundHandler(handler, "log") for handler in root.handlers]
     return behind
 
 
-def finish() -> None:
+def flush() -> None:
     """Write what waits: the process is about to end where it stands."""
     for handler in (*logging.getLogger().handlers, *AUDIT.handlers):
-        if isinstance(handler, Behind):
-            handler.finish()
+        if isinstance(handler, BackgroundHandler):
+            handler.flush()
 
 
-def set_up_audit(where: str) -> Behind:
+def set_up_audit(where: str) -> BackgroundHandler:
     """Send the audit log to `stdout`, `stderr` or a file; return what has to be finished in the end. Raises OSError."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
     target = logging.StreamHandler(streams[where]) if where in streams else _PrivateFile(where, encoding="utf-8")
     target.setFormatter(AuditLines())
-    behind = Behind(target, "audit")
+    behind = BackgroundHandler(target, "audit")
     AUDIT.handlers[:] = [behind]
     AUDIT.setLevel(logging.INFO)
     return behind

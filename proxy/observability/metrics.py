@@ -16,8 +16,8 @@ from prometheus_client import disable_created_metrics as _disable_created_metric
 from prometheus_client.registry import Collector
 
 from proxy import __version__
-from proxy.observability.collectors import DURATION_BUCKETS, Durations, Kind, Tallied
-from proxy.observability.request_history import Recent
+from proxy.observability.collectors import DURATION_BUCKETS, CallbackCollector, HotHistogram, Kind
+from proxy.observability.request_history import RequestHistory
 
 # The `_created` series double the number of series and nobody asks them anything.
 _disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
@@ -35,14 +35,14 @@ class Traffic:
 class RequestSeries:
     """The series that one finished request counts in; found once for each combination of labels."""
 
-    duration: Durations
-    upstream_duration: Durations
+    duration: HotHistogram
+    upstream_duration: HotHistogram
     traffic: Traffic
     labels: tuple[str, ...]
     requests: int = 0
 
 
-class PlanNumbers(NamedTuple):
+class PlanGauges(NamedTuple):
     """What is shown of a usage plan: calls per second, calls there is room for, calls that wait."""
 
     rate: float
@@ -50,7 +50,7 @@ class PlanNumbers(NamedTuple):
     waiting: int
 
 
-class _BeforeExport(Collector):
+class PreScrape(Collector):
     """Not a series: brings gauges up to date when somebody wants to see them; the first that the registry asks.
 
     That is on a thread of its own.
@@ -74,17 +74,17 @@ class Metrics:
     """The series of one proxy, in a registry of their own."""
 
     def __init__(self, *, account_on_histograms: bool = False, remembers: bool = True) -> None:
-        self.recent = Recent() if remembers else None  # the requests that were answered last
+        self.history = RequestHistory() if remembers else None  # the requests that were answered last
         self.registry = CollectorRegistry()
-        self.exporting = asyncio.Lock()  # who exports: what is brought up to date for it is not made for two at once
-        self.before_export: list[Callable[[], None]] = []
-        self.registry.register(_BeforeExport(self.before_export))
+        self.scrape_lock = asyncio.Lock()  # who exports: what is brought up to date for it is not made for two at once
+        self.pre_scrape_hooks: list[Callable[[], None]] = []
+        self.registry.register(PreScrape(self.pre_scrape_hooks))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.account_on_histograms = account_on_histograms
-        self.known_series: dict[tuple[str, ...], RequestSeries] = {}
-        self._durations: dict[tuple[str, ...], Durations] = {}
-        self._upstream_durations: dict[tuple[str, ...], Durations] = {}
+        self.series_cache: dict[tuple[str, ...], RequestSeries] = {}
+        self._durations: dict[tuple[str, ...], HotHistogram] = {}
+        self._upstream_durations: dict[tuple[str, ...], HotHistogram] = {}
         self._traffic: dict[tuple[str, ...], Traffic] = {}
         self._requests()
         self._waiting()
@@ -96,20 +96,20 @@ class Metrics:
 
     def _requests(self) -> None:
         by_operation = ("account", "region", "operation") if self.account_on_histograms else ("region", "operation")
-        self._tallied(
+        self._callback_collector(
             "requests_total",
             "Requests answered, by what they were and who answered (source: amazon or proxy).",
             ("account", "region", "operation", "method", "code", "token", "source"),
-            lambda: ((labels, series.requests) for labels, series in self.known_series.copy().items()),
+            lambda: ((labels, series.requests) for labels, series in self.series_cache.copy().items()),
         )
-        self._tallied(
+        self._callback_collector(
             "request_duration_seconds",
             "From a request's head to the last byte of its answer.",
             by_operation,
             lambda: self._durations.copy().items(),
             kind="histogram",
         )
-        self._tallied(
+        self._callback_collector(
             "upstream_duration_seconds",
             "From sending to Amazon to the head of its answer.",
             by_operation,
@@ -118,7 +118,7 @@ class Metrics:
         )
         self.in_flight = 0
         self.requests_in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
-        self.before_export.append(lambda: self.requests_in_flight.set(self.in_flight))
+        self.pre_scrape_hooks.append(lambda: self.requests_in_flight.set(self.in_flight))
         self.caller_requests = self._gauge(
             "caller_requests_in_flight", "Requests of a caller, or of a listener's anonymous, now.", "caller"
         )
@@ -145,17 +145,17 @@ class Metrics:
             "too_large, unreadable).",
             "result",
         )
-        self.lost_lines = self._counter(
+        self.dropped_lines = self._counter(
             "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
         )
-        self.lost_spans = self._counter("trace_spans_lost_total", "Spans of traces that the collector did not take.")
-        self._tallied(
+        self.dropped_spans = self._counter("trace_spans_lost_total", "Spans of traces that the collector did not take.")
+        self._callback_collector(
             "request_body_bytes_total",
             "Body bytes sent to Amazon.",
             ("account", "region", "operation"),
             lambda: ((where, traffic.sent) for where, traffic in self._traffic.copy().items()),
         )
-        self._tallied(
+        self._callback_collector(
             "response_body_bytes_total",
             "Body bytes sent to apps.",
             ("account", "region", "operation"),
@@ -164,7 +164,7 @@ class Metrics:
         self.errors = self._counter(
             "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
         )
-        self.cut_off = self._counter(
+        self.truncated = self._counter(
             "answers_cut_off_total",
             "Answers whose connection to the app was broken because they could not be completed.",
         )
@@ -178,13 +178,13 @@ class Metrics:
 
     def series_of(self, *labels: str) -> RequestSeries:
         """Return the series of a request by the labels of `requests_total`, looked up once for each combination."""
-        found = self.known_series.get(labels)
+        found = self.series_cache.get(labels)
         if found is None:
             account, region, operation = where = labels[:3]
             by_operation = where if self.account_on_histograms else (region, operation)
-            found = self.known_series[labels] = RequestSeries(
-                self._durations.setdefault(by_operation, Durations()),
-                self._upstream_durations.setdefault(by_operation, Durations()),
+            found = self.series_cache[labels] = RequestSeries(
+                self._durations.setdefault(by_operation, HotHistogram()),
+                self._upstream_durations.setdefault(by_operation, HotHistogram()),
                 self._traffic.setdefault((account, region, operation), Traffic()),
                 labels,
             )
@@ -192,16 +192,16 @@ class Metrics:
 
     def _waiting(self) -> None:
         self.limit_wait = self._durations_of("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
-        self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanNumbers]] = dict
+        self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanGauges]] = dict
         of_plans = ("account", "region", "operation")
-        self._tallied(
+        self._callback_collector(
             "limit_queue_length",
             "Calls that wait for a place in a usage plan now.",
             of_plans,
             lambda: ((where, plan.waiting) for where, plan in self.read_plans().items()),
             kind="gauge",
         )
-        self._tallied(
+        self._callback_collector(
             "usage_plan_tokens",
             "Calls that a usage plan has room for at once, by the proxy's estimate; account * is all of them together.",
             of_plans,
@@ -214,7 +214,7 @@ class Metrics:
         self.throttled = self._counter(
             "upstream_throttled_total", "429 answers received from Amazon.", "account", "region", "operation"
         )
-        self._tallied(
+        self._callback_collector(
             "usage_plan_rate",
             "Calls per second that a usage plan allows, as published, announced or learnt.",
             of_plans,
@@ -288,21 +288,21 @@ class Metrics:
         )
         self.last_reload_successful.set(1)
 
-    def _tallied(
+    def _callback_collector(
         self,
         name: str,
         help_text: str,
         labels: Sequence[str],
-        read: Callable[[], Iterable[tuple[Sequence[str], float | Durations]]],
+        read: Callable[[], Iterable[tuple[Sequence[str], float | HotHistogram]]],
         *,
         kind: Kind = "counter",
     ) -> None:
-        self.registry.register(Tallied(kind, f"spapi_proxy_{name}", help_text, labels, read))
+        self.registry.register(CallbackCollector(kind, f"spapi_proxy_{name}", help_text, labels, read))
 
-    def _durations_of(self, name: str, help_text: str) -> Durations:
+    def _durations_of(self, name: str, help_text: str) -> HotHistogram:
         """Return a histogram without labels."""
-        durations = Durations()
-        self._tallied(name, help_text, (), lambda: (((), durations),), kind="histogram")
+        durations = HotHistogram()
+        self._callback_collector(name, help_text, (), lambda: (((), durations),), kind="histogram")
         return durations
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:

@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-MOST_RECENT = 500  # requests that are remembered
-EVERY = 2.0  # seconds between two samples
-MOST_SAMPLES = 300  # ten minutes of them
+MAX_REQUESTS = 500  # requests that are remembered
+SAMPLE_INTERVAL = 2.0  # seconds between two samples
+MAX_SAMPLES = 300  # ten minutes of them
 
 # One request as it is kept: a plain tuple, the cheapest thing there is to make. The second are the labels of its series
 # (account, region, operation, method, code, token, source), which all requests of that series share.
-Kept = tuple[
+RawRecord = tuple[
     int,  # its number, from 1 on
     tuple[str, ...],
     str,  # the caller
@@ -33,15 +33,15 @@ Kept = tuple[
 ]
 
 
-class Finished(NamedTuple):
+class RequestRecord(NamedTuple):
     """One request that was answered; durations in seconds, `began` on the monotonic clock."""
 
     number: int
     labels: tuple[str, ...]
     caller: str
-    began: float
+    started: float
     duration: float
-    waited: float
+    rate_limit_wait: float
     token_wait: float
     upstream: float | None
     attempts: int
@@ -51,7 +51,7 @@ class Finished(NamedTuple):
     @property
     def ended(self) -> float:
         """When it was answered, on the monotonic clock."""
-        return self.began + self.duration
+        return self.started + self.duration
 
     @property
     def account(self) -> str:
@@ -79,31 +79,31 @@ class Finished(NamedTuple):
         return int(self.labels[4])
 
 
-class Recent:
+class RequestHistory:
     """The requests that were answered last. `instance` is another one after each start of a proxy."""
 
-    __slots__ = ("instance", "keep", "kept", "number")
+    __slots__ = ("append", "instance", "number", "records")
 
-    def __init__(self, most: int = MOST_RECENT) -> None:
+    def __init__(self, most: int = MAX_REQUESTS) -> None:
         self.instance = secrets.token_hex(8)
-        self.kept: deque[Kept] = deque(maxlen=most)
-        self.keep: Callable[[Kept], None] = self.kept.append
+        self.records: deque[RawRecord] = deque(maxlen=most)
+        self.append: Callable[[RawRecord], None] = self.records.append
         self.number: Callable[[], int] = itertools.count(1).__next__
 
-    def after(self, number: int = 0) -> list[Finished]:
+    def after(self, number: int = 0) -> list[RequestRecord]:
         """Return those that are remembered and came after that number, the oldest first."""
-        found: list[Finished] = []
-        for kept in reversed(self.kept):
+        found: list[RequestRecord] = []
+        for kept in reversed(self.records):
             if kept[0] <= number:
                 break
-            found.append(Finished._make(kept))
+            found.append(RequestRecord._make(kept))
         found.reverse()
         return found
 
     @property
     def last_number(self) -> int:
         """The number of the newest one, 0 before the first."""
-        return self.kept[-1][0] if self.kept else 0
+        return self.records[-1][0] if self.records else 0
 
 
 class Sample(NamedTuple):
@@ -118,14 +118,14 @@ class Sample(NamedTuple):
     requests: int
     throttled: float
     median: float | None  # seconds that a request took, None where there was none
-    slow: float | None  # seconds within which 95 of 100 were answered
+    p95: float | None  # seconds within which 95 of 100 were answered
 
 
-class History:
+class Sampler:
     """The samples of the last minutes; `now` is the clock that the requests were timed by."""
 
-    def __init__(self, recent: Recent, now: Callable[[], float] = time.monotonic) -> None:
-        self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+    def __init__(self, recent: RequestHistory, now: Callable[[], float] = time.monotonic) -> None:
+        self.samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._recent = recent
         self._now = now
         self._number = recent.last_number
@@ -134,13 +134,13 @@ class History:
     async def watch(self) -> None:
         """Take a sample every EVERY seconds, for as long as the proxy runs."""
         while True:
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(SAMPLE_INTERVAL)
             self.take()
 
     def take(self) -> None:
         """Take a sample of what came since the last one."""
         now, number, durations, throttled = self._now(), self._recent.last_number, list[float](), 0
-        for kept in reversed(self._recent.kept):  # as it is kept: of few requests a second each one comes by here
+        for kept in reversed(self._recent.records):  # as it is kept: of few requests a second each one comes by here
             if kept[0] <= self._number:
                 break
             durations.append(kept[4])

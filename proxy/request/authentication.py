@@ -20,7 +20,7 @@ from proxy.errors import CallerRefused, MalformedRequest
 KEY_HEADER = "x-sp-key"
 ANONYMOUS = ""
 
-_LOOK_AGAIN = 1.0  # seconds after which key files are read anew
+_RELOAD_INTERVAL = 1.0  # seconds after which key files are read anew
 _SCHEME = "bearer "
 
 
@@ -32,16 +32,16 @@ class Peer:
     names: frozenset[str] = frozenset()
 
 
-NOBODY = Peer()
+UNKNOWN_PEER = Peer()
 PEER = web.RequestKey("peer", Peer)  # the listener's note on a request
 
 
 def peer_of(request: web.BaseRequest) -> Peer:
     """Return what the connection of a request says of its other end."""
-    return request[PEER] if PEER in request else NOBODY  # noqa: SIM401 - `get` raises and catches where there is none
+    return request[PEER] if PEER in request else UNKNOWN_PEER  # noqa: SIM401 - `get` raises and catches where there is none
 
 
-class Callers:
+class CallerAuthenticator:
     """Everybody who is known, and how. `now` is a monotonic clock in seconds."""
 
     def __init__(self, config: Config, now: Callable[[], float] = time.monotonic) -> None:
@@ -53,19 +53,19 @@ class Callers:
             caller.certificate: name for name, caller in config.callers.items() if caller.certificate is not None
         }
         self._by_uid = {caller.uid: name for name, caller in config.callers.items() if caller.uid is not None}
-        self.has_any = bool(config.callers)
+        self.is_configured = bool(config.callers)
         # Keys are looked up by a digest that nobody outside can compute: how long that takes tells nothing of them.
         self._salt = secrets.token_bytes(32)
         self._by_digest: dict[bytes, tuple[bytes, str]] = {}
-        self._looked = -_LOOK_AGAIN
+        self._loaded_at = -_RELOAD_INTERVAL
 
-    def who(self, headers: CIMultiDictProxy[str], peer: Peer, listener: Listener) -> str:
+    def authenticate(self, headers: CIMultiDictProxy[str], peer: Peer, listener: Listener) -> str:
         """Return the caller's name, ANONYMOUS for nobody in particular; raise CallerRefused.
 
         A key counts more than a certificate, and that more than a user id: several programs may run as one user. An
         `Authorization` that is no caller's is the app's own affair.
         """
-        if not self.has_any:
+        if not self.is_configured:
             return ANONYMOUS
         key = _key(headers)
         if key is not None:
@@ -103,16 +103,16 @@ class Callers:
         return found.pop() if found else None
 
     def _by_key(self, key: str) -> str | None:
-        if self._now() - self._looked >= _LOOK_AGAIN:
-            self._look()
+        if self._now() - self._loaded_at >= _RELOAD_INTERVAL:
+            self.reload_keys()
         digest = self._digest(key)
         known, name = self._by_digest.get(digest, (b"", ""))
         return name if hmac.compare_digest(known, digest) else None
 
-    def _look(self) -> None:
+    def reload_keys(self) -> None:
         """Take up the keys as their files hold them now: one or several, so that a new one can overlap the old."""
-        self._looked = self._now()
-        self._keys = {name: key.current() for name, key in self._keys.items()}
+        self._loaded_at = self._now()
+        self._keys = {name: key.refreshed() for name, key in self._keys.items()}
         self._by_digest = {
             (digest := self._digest(word)): (digest, name)
             for name, key in self._keys.items()

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proxy.amazon.operations import Operation, OperationTable
-from proxy.amazon.personal_data import ALL_ELEMENTS, elements_brought
+from proxy.amazon.personal_data import ALL_ELEMENTS, implied_elements
 from proxy.config import Config, KeyPath, Listener, Policy, Problem
-from proxy.config.yaml_reader import show_key
+from proxy.config.yaml_reader import format_path
 from proxy.errors import NotAllowed
 
 _READS = frozenset({"GET", "HEAD"})
@@ -61,14 +61,14 @@ class _Rules:
         )
 
 
-class Permit:
+class AccessPolicy:
     """What one caller may do by one listener; made once for each such pair."""
 
     def __init__(self, *rules: _Rules) -> None:
         self._rules = rules
         accounts = [rule.accounts for rule in rules if rule.accounts is not None]
         shared = frozenset.intersection(*accounts) if accounts else frozenset()
-        self.only_account = next(iter(shared)) if len(shared) == 1 else None
+        self.sole_account = next(iter(shared)) if len(shared) == 1 else None
         elements = [rule.elements for rule in rules if rule.elements is not None]
         # None where any may be had.
         self.elements = frozenset.intersection(*elements) if elements else None
@@ -77,43 +77,43 @@ class Permit:
         """Raise NotAllowed for an account that is not among the accounts."""
         for rule in self._rules:
             if rule.accounts is not None and account not in rule.accounts:
-                raise _refused(rule, "accounts", "the account")
+                raise _denied(rule, "accounts", "the account")
 
     def check_operation(self, method: str, operation: Operation | None, query: str) -> None:
         """Raise NotAllowed for a call that is not among the operations, or brings personal data that may not be had."""
         name = operation.name if operation else "an operation that is not in the table"
         for rule in self._rules:
             if rule.patterns is not None and not any(one.allows(method, operation) for one in rule.patterns):
-                raise _refused(rule, "operations", f"{method} {name}")
-            if rule.elements is not None and not rule.elements.issuperset(elements_brought(operation, query)):
-                raise _refused(rule, "data_elements", f"{name}, which may bring personal data,")
+                raise _denied(rule, "operations", f"{method} {name}")
+            if rule.elements is not None and not rule.elements.issuperset(implied_elements(operation, query)):
+                raise _denied(rule, "data_elements", f"{name}, which may bring personal data,")
 
     def check_elements(self, asked: set[str]) -> None:
         """Raise NotAllowed for personal data that was asked for and may not be had."""
         for rule in self._rules:
             if rule.elements is not None and not asked <= rule.elements:
-                raise _refused(rule, "data_elements", ", ".join(sorted(asked - rule.elements)))
+                raise _denied(rule, "data_elements", ", ".join(sorted(asked - rule.elements)))
 
 
-EVERYTHING = Permit()
+ALLOW_ALL = AccessPolicy()
 
 
-def _refused(rule: _Rules, key: str, what: str) -> NotAllowed:
+def _denied(rule: _Rules, key: str, what: str) -> NotAllowed:
     return NotAllowed(
         f"{rule.where}.{key} does not allow {what} here", f"Ask whoever runs the proxy, or change {rule.where}.{key}."
     )
 
 
-def permits(config: Config, index: int) -> dict[str, Permit]:
+def build_policies(config: Config, index: int) -> dict[str, AccessPolicy]:
     """Return what each caller may do by the listener with this index, by name; ANONYMOUS is among them."""
     listener = _Rules.of(f"listen[{index}]", config.listen[index])
-    found = {"": Permit(listener)}
+    found = {"": AccessPolicy(listener)}
     for name, caller in config.callers.items():
-        found[name] = Permit(listener, _Rules.of(f"callers.{name}", caller))
+        found[name] = AccessPolicy(listener, _Rules.of(f"callers.{name}", caller))
     return found
 
 
-def mistakes(config: Config, table: OperationTable) -> Iterator[Problem]:
+def validate_policies(config: Config, table: OperationTable) -> Iterator[Problem]:
     """Yield a problem for every pattern that no operation of the table fits."""
     written: list[tuple[KeyPath, Listener | Policy]] = [
         *((("listen", index), listener) for index, listener in enumerate(config.listen)),
@@ -124,5 +124,5 @@ def mistakes(config: Config, table: OperationTable) -> Iterator[Problem]:
         for place, text in enumerate(policy.operations or ()):
             pattern = _Pattern.of(text)
             if not any(map(pattern.names.match, (*names, UNKNOWN))):
-                key = show_key((*path, "operations", place))
+                key = format_path((*path, "operations", place))
                 yield Problem(key, "fits no operation; `sp-api-proxy operations` lists their names")

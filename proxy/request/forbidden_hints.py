@@ -5,12 +5,12 @@ Amazon's answer passes unchanged; what is found out here goes into `x-sp-proxy`,
 
 from typing import Literal
 
-from proxy.amazon.error_response import Refusal
+from proxy.amazon.error_response import AmazonError
 from proxy.amazon.operations import OperationTable
-from proxy.request.routing import Target
+from proxy.request.routing import Route
 from proxy.request.tokens.provider import Token
 
-REFUSED = frozenset({401, 403})  # 401 is documented here and there, and means the same
+FORBIDDEN_STATUSES = frozenset({401, 403})  # 401 is documented here and there, and means the same
 
 Hint = Literal[
     "token_refused",
@@ -47,22 +47,22 @@ HINTS: dict[Hint, str] = {
 }
 
 
-class Experience:
+class SuccessHistory:
     """Which accounts and regions have had an answer that was no refusal; bounded by the configuration."""
 
     def __init__(self, table: OperationTable) -> None:
         self._table = table
         self._worked: set[tuple[str, str]] = set()
 
-    def note_worked(self, target: Target) -> None:
+    def record(self, target: Route) -> None:
         """Learn that Amazon let a call of this account and region through."""
         self._worked.add((target.account, target.region))
 
-    def hint(self, method: str, target: Target, token: Token, refusal: Refusal) -> Hint:
+    def diagnose(self, method: str, target: Route, token: Token, refusal: AmazonError) -> Hint:
         """Return what is probably behind a refusal."""
-        if refusal.blames_token:
+        if refusal.is_token_error:
             return "token_refused"
-        if target.operation is None or refusal.says_no_route:
+        if target.operation is None or refusal.is_unknown_path:
             return "unencoded_slash" if self._has_surplus_segments(method, target) else "path_unknown"
         if refusal.is_about_report_type:
             return "report_type"
@@ -77,7 +77,7 @@ class Experience:
             return "grantless"
         return "role" if (target.account, target.region) in self._worked else "region_or_authorisation"
 
-    def _has_surplus_segments(self, method: str, target: Target) -> bool:
+    def _has_surplus_segments(self, method: str, target: Route) -> bool:
         """Return whether the path, without its last few segments, is one of an operation that ends with an id."""
         segments = target.path_and_query.partition("?")[0].split("/")
         for count in range(len(segments) - 1, max(2, len(segments) - 4), -1):

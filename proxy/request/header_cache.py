@@ -10,19 +10,19 @@ from multidict import CIMultiDictProxy
 
 # How many heads are remembered over all listeners, and how many bytes of memory they may take: about FIELD_COST for
 # each field, beside its own text, of which there are some COPIES.
-MOST_HEADS, MOST_BYTES = 2048, 8 * 1024 * 1024
+MAX_HEADS, MAX_BYTES = 2048, 8 * 1024 * 1024
 FIELD_COST, COPIES = 700, 4
 
 Raw = tuple[tuple[bytes, bytes], ...]  # names and values as they came
 
 
-class Head:
+class HeaderBlock:
     """The header fields of all requests that bring the same ones; None stands for what no step has worked out yet.
 
     `names` are in lower case. `size` is that of the block in bytes, with its separators.
     """
 
-    __slots__ = ("cost", "headers", "host", "lines", "lines_of_bodiless", "names", "says_length", "size")
+    __slots__ = ("bodiless_lines", "cost", "has_content_length", "headers", "host", "lines", "names", "size")
 
     def __init__(self, headers: CIMultiDictProxy[str], raw: Raw = ()) -> None:
         self.headers = headers
@@ -32,33 +32,33 @@ class Head:
         self.host: str | None = None  # that the Host field names; by then all that the guard looks at was in order
         # What of them goes to Amazon, as it goes over the wire: with a body, and without one (GET and HEAD).
         self.lines: bytes | None = None
-        self.says_length = False  # whether there is a Content-Length among these lines
-        self.lines_of_bodiless: bytes | None = None
+        self.has_content_length = False  # whether there is a Content-Length among these lines
+        self.bodiless_lines: bytes | None = None
 
 
-class KnownHeads:
+class HeaderCache:
     """The header fields that came to one listener lately; `listeners` share what may be remembered."""
 
     def __init__(self, listeners: int = 1) -> None:
-        self._most_heads, self._most_bytes = MOST_HEADS // listeners, MOST_BYTES // listeners
+        self._max_heads, self._max_bytes = MAX_HEADS // listeners, MAX_BYTES // listeners
         self._bytes = 0  # that all that are known take
-        self._known: dict[Raw | bytes, Head] = {}
+        self._blocks: dict[Raw | bytes, HeaderBlock] = {}
 
-    def of(self, raw: Raw, headers: CIMultiDictProxy[str], block: bytes | None = None) -> Head:
+    def get(self, raw: Raw, headers: CIMultiDictProxy[str], block: bytes | None = None) -> HeaderBlock:
         """Return what is known of these fields; `headers` are the same ones, read.
 
         `block` is all of them as they came over the wire, where that is at hand: one text is found faster than many.
         """
         key = raw if block is None else block
-        known = self._known.get(key)
+        known = self._blocks.get(key)
         if known is not None:
             return known
-        head = Head(headers, raw)
-        if head.cost > self._most_bytes:
+        head = HeaderBlock(headers, raw)
+        if head.cost > self._max_bytes:
             return head
-        while self._known and (len(self._known) >= self._most_heads or self._bytes + head.cost > self._most_bytes):
-            oldest = next(iter(self._known))  # one that comes all the time is back at once
-            self._bytes -= self._known.pop(oldest).cost
+        while self._blocks and (len(self._blocks) >= self._max_heads or self._bytes + head.cost > self._max_bytes):
+            oldest = next(iter(self._blocks))  # one that comes all the time is back at once
+            self._bytes -= self._blocks.pop(oldest).cost
         self._bytes += head.cost
-        self._known[key] = head
+        self._blocks[key] = head
         return head

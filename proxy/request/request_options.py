@@ -9,47 +9,47 @@ from multidict import CIMultiDictProxy
 
 from proxy.config import parse_duration
 from proxy.errors import BadOption
-from proxy.request.ratelimit.limiter import MAX_WAIT_HEADER, Claim
+from proxy.request.ratelimit.limiter import MAX_WAIT_HEADER, AdmissionRequest
 
 PRIORITY_HEADER = "x-sp-priority"
 CLIENT_HEADER = "x-sp-client"
 RETRY_HEADER = "x-sp-retry"
 TIMEOUT_HEADER = "x-sp-timeout"
 
-_WISHES = frozenset({MAX_WAIT_HEADER, PRIORITY_HEADER, CLIENT_HEADER, RETRY_HEADER, TIMEOUT_HEADER})
-_LONGEST_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
+OPTION_HEADERS = frozenset({MAX_WAIT_HEADER, PRIORITY_HEADER, CLIENT_HEADER, RETRY_HEADER, TIMEOUT_HEADER})
+_MAX_WAIT = 3600.0  # seconds; a caller who asks for more has made a mistake
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RequestOptions:
     """The wishes of one call; `timeout` in seconds, None for none of its own."""
 
-    claim: Claim
-    may_repeat: bool
+    claim: AdmissionRequest
+    retry_enabled: bool
     timeout: float | None
 
 
 def parse_options(
     headers: CIMultiDictProxy[str], names: frozenset[str], listener: Hashable, max_wait: float
-) -> Options:
+) -> RequestOptions:
     """Return the Options in an app's headers, of which `names` are the names; raise BadOption for a senseless one."""
-    if _WISHES.isdisjoint(names):
-        return _usual(listener, max_wait)
+    if OPTION_HEADERS.isdisjoint(names):
+        return defaults(listener, max_wait)
     get = headers.get
     timeout = get(TIMEOUT_HEADER)
-    claim = Claim(
+    claim = AdmissionRequest(
         parse_max_wait(get(MAX_WAIT_HEADER), max_wait),
         (listener, parse_client(get(CLIENT_HEADER))),
         parse_priority(get(PRIORITY_HEADER)),
     )
-    return Options(claim, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
+    return RequestOptions(claim, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
 
 
 @lru_cache(maxsize=1024)
-def _usual(listener: Hashable, max_wait: float) -> Options:
+def defaults(listener: Hashable, max_wait: float) -> RequestOptions:
     """Return the wishes of a call that names none."""
-    return Options(Claim(max_wait, (listener, "")), may_repeat=True, timeout=None)
+    return RequestOptions(AdmissionRequest(max_wait, (listener, "")), retry_enabled=True, timeout=None)
 
 
 def parse_timeout(text: str) -> float:
@@ -71,7 +71,7 @@ def parse_max_wait(text: str | None, default: float) -> float:
         seconds = parse_duration(text)
     except ValueError as exc:
         raise BadOption(f"the header {MAX_WAIT_HEADER} is no duration", "Write 500ms, 10s or 2m; 0 for none.") from exc
-    return min(seconds, _LONGEST_WAIT)
+    return min(seconds, _MAX_WAIT)
 
 
 def parse_priority(text: str | None) -> bool:

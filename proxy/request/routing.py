@@ -36,8 +36,8 @@ from proxy.errors import (
     UnknownRegion,
 )
 from proxy.request.authentication import KEY_HEADER
-from proxy.request.authorization import EVERYTHING, Permit
-from proxy.request.validation import Admitted
+from proxy.request.authorization import ALLOW_ALL, AccessPolicy
+from proxy.request.validation import ValidatedTarget
 
 TokenKind = Literal["lwa", "grantless", "rdt"]
 
@@ -49,9 +49,9 @@ _CHOICES = frozenset({ACCOUNT_HEADER, REGION_HEADER, ELEMENTS_HEADER, KEY_HEADER
 
 # A restricted operation that answers without a Restricted Data Token too, only without the personal data.
 _OPTIONAL = frozenset({"orders.v0.getOrders", "orders.v0.getOrder", "orders.v0.getOrderItems"})
-_MOST_MARKETPLACES = 64
-_MOST_DECISIONS = 10_000
-_LONGEST_KEY = 1000  # characters
+_MAX_MARKETPLACES = 64
+_MAX_ROUTES = 10_000
+_MAX_KEY = 1000  # characters
 _M, _BEHIND_ANOTHER = frozenset({"M", "m"}), ("&M", "&m")  # what stands before `arketplaceId` in a name
 # What people write for a region: a country, a continent, a region of AWS.
 _LIKE_A_REGION = re.compile(
@@ -60,7 +60,7 @@ _LIKE_A_REGION = re.compile(
 _REGIONS: dict[str, Region] = {region: region for region in REGIONS}
 
 
-class Credential(NamedTuple):
+class TokenKey(NamedTuple):
     """Which token a request needs: everything that makes two tokens differ, so it is also the key they are kept by."""
 
     kind: TokenKind
@@ -73,20 +73,20 @@ class Credential(NamedTuple):
     path: str = ""
     data_elements: tuple[str, ...] = ()
     optional: bool = False  # the operation answers an ordinary token too, without the personal data
-    reusable: bool = True  # False where the path names one document: no other request will ask for this token
+    is_shared: bool = True  # False where the path names one document: no other request will ask for this token
 
 
-class Kind:
+class RouteKey:
     """Stands for all requests that were decided alike, but for their paths: what holds for one holds for the others."""
 
     __slots__ = ()
 
 
-ONE_OFF = Kind()  # of requests that are decided anew each time
+UNCACHED = RouteKey()  # of requests that are decided anew each time
 
 
 @dataclass(slots=True)
-class Target:
+class Route:
     """What the proxy decided about one request; nobody changes it. Its fields are read often, and made once."""
 
     account: str
@@ -98,17 +98,17 @@ class Target:
     operation: Operation | None
     operation_name: str  # in metrics, logs and `x-sp-proxy`; `unknown` outside the table
     endpoint: str
-    credential: Credential
+    credential: TokenKey
     elements_source: str
-    kind: Kind
+    key: RouteKey
     path_and_query: str
 
 
-_target: Callable[..., Target] = Target
-_DECIDED = attrgetter(*[field.name for field in fields(Target)][:-1])  # all but the path
+_ROUTE: Callable[..., Route] = Route
+_DECIDING_HEADERS = attrgetter(*[field.name for field in fields(Route)][:-1])  # all but the path
 
 
-class Decisions:
+class RouteCache:
     """What was decided by one listener before, so that the next request of the same kind is decided at once.
 
     Nothing is kept of a path or a query but the operation and the marketplaces, and nothing where the token is for one
@@ -120,11 +120,11 @@ class Decisions:
         self._match = table.match
         self._choices = _CHOICES | {TOKEN_HEADER} if config.local_rdt else _CHOICES
         self._local_rdt = config.local_rdt
-        self._known: dict[tuple[object, ...], tuple[Any, ...]] = {}
+        self._routes: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
-    def target(
-        self, method: str, admitted: Admitted, headers: CIMultiDictProxy[str], caller: str, permit: Permit
-    ) -> Target:
+    def get(
+        self, method: str, admitted: ValidatedTarget, headers: CIMultiDictProxy[str], caller: str, permit: AccessPolicy
+    ) -> Route:
         """Return what `identify` returns, and raise what it raises."""
         account, region, path_and_query = split_prefix(admitted.target)
         path, _, query = path_and_query.partition("?")
@@ -142,20 +142,20 @@ class Decisions:
             else _choices(headers, _asked_by_token(headers, method, path, operation) if self._local_rdt else None),
             _marketplaces_as_written(query) if "arketplaceId" in query or "%" in query else (),
         )
-        known = self._known.get(key)
+        known = self._routes.get(key)
         if known is not None:
             if operation is None and account is not None and region is None:
                 _refuse_unknown_region(method, path, self._by[2])  # of a path nothing is known
-            return _target(*known, path_and_query)
-        target = identify(method, admitted, headers, *self._by, permit)
-        for_this_path = target.credential.kind == "rdt" and not target.credential.reusable
+            return _ROUTE(*known, path_and_query)
+        target = resolve(method, admitted, headers, *self._by, permit)
+        for_this_path = target.credential.kind == "rdt" and not target.credential.is_shared
         # What a query may bring is looked at anew each time where not all of it is allowed.
-        if not for_this_path and permit.elements is None and len(str(key)) <= _LONGEST_KEY:
-            if len(self._known) >= _MOST_DECISIONS:
-                self._known.clear()
-            self._known[key] = _DECIDED(target)
+        if not for_this_path and permit.elements is None and len(str(key)) <= _MAX_KEY:
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            self._routes[key] = _DECIDING_HEADERS(target)
             return target
-        return replace(target, kind=ONE_OFF)
+        return replace(target, key=UNCACHED)
 
     def operation_at(self, method: str, target: str) -> str:
         """Return the name of the operation that a request would have been, whoever sent it; nothing where unknown."""
@@ -178,22 +178,22 @@ def _choices(headers: CIMultiDictProxy[str], asked: tuple[str, ...] | None) -> t
     )
 
 
-class _Choice(NamedTuple):
+class Sourced(NamedTuple):
     """A value and the words for where it came from."""
 
     value: str
     source: str
 
 
-def identify(
+def resolve(
     method: str,
-    admitted: Admitted,
+    admitted: ValidatedTarget,
     headers: CIMultiDictProxy[str],
     listener: Listener,
     config: Config,
     table: OperationTable,
-    permit: Permit = EVERYTHING,
-) -> Target:
+    permit: AccessPolicy = ALLOW_ALL,
+) -> Route:
     """Return the Target of an admitted request; raise the error that says what is missing, contradictory or forbidden.
 
     What `permit` does not allow is refused before anything else is said of it.
@@ -212,11 +212,11 @@ def identify(
     application, _ = config.application_of(settings)
     asked = _asked_by_token(headers, method, path, operation) if config.local_rdt else None
     elements, elements_source = _elements(headers, asked, settings, operation, permit)
-    ordinary = ordinary_credential(application, account.value, environment, _known(region))
-    credential = _credential(method, path, operation, ordinary, elements, config.sandbox_rdt)
+    ordinary = access_token_key_of(application, account.value, environment, _known(region))
+    credential = token_key(method, path, operation, ordinary, elements, config.sandbox_rdt)
     if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
         raise _no_refresh_token(account, region, settings)
-    return Target(
+    return Route(
         account=account.value,
         account_source=account.source,
         region=_known(region),
@@ -228,13 +228,13 @@ def identify(
         endpoint=endpoint_of(config, environment, _known(region)),
         credential=credential,
         elements_source=elements_source,
-        kind=Kind(),
+        key=RouteKey(),
         path_and_query=path_and_query,
     )
 
 
 def account_of(
-    name: str, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: Permit
+    name: str, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: AccessPolicy
 ) -> tuple[str, str]:
     """Return the account that a path names, and the words for where it came from; raise as `identify` does."""
     choice = _account(name, headers, listener, config, permit)
@@ -246,15 +246,15 @@ def endpoint_of(config: Config, environment: Environment, region: Region) -> str
     return getattr(config.endpoints, region) or f"https://{HOSTS[environment, region]}"
 
 
-def ordinary_of(credential: Credential) -> Credential:
+def access_token_key(credential: TokenKey) -> TokenKey:
     """Return the credential of the ordinary token for the same account, with which a restricted one is asked for."""
-    return ordinary_credential(credential.application, credential.account, credential.environment, credential.region)
+    return access_token_key_of(credential.application, credential.account, credential.environment, credential.region)
 
 
 @lru_cache(maxsize=4096)
-def ordinary_credential(application: str, account: str, environment: Environment, region: Region) -> Credential:
+def access_token_key_of(application: str, account: str, environment: Environment, region: Region) -> TokenKey:
     """Return the credential of an account's ordinary LWA token for a region; the same object each time."""
-    return Credential("lwa", application, account, environment, region)
+    return TokenKey("lwa", application, account, environment, region)
 
 
 # Account.
@@ -278,8 +278,8 @@ def split_prefix(target: str) -> tuple[str | None, str | None, str]:
 
 
 def _account(
-    prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: Permit
-) -> _Choice:
+    prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: AccessPolicy
+) -> Sourced:
     header = _single(headers, ACCOUNT_HEADER)
     if listener.require_header and header is None and KEY_HEADER not in headers:
         raise HeaderRequired(
@@ -287,7 +287,7 @@ def _account(
             f"Add the header {ACCOUNT_HEADER}: ACCOUNT.",
         )
     named = [
-        _Choice(name, source)
+        Sourced(name, source)
         for name, source in (
             (listener.account, f"listener {listener.address}"),
             (prefix, "path prefix"),
@@ -302,20 +302,20 @@ def _account(
                 f"the account that the {choice.source} names is not configured",
                 "Check its spelling, or add it under accounts; `sp-api-proxy check` lists them.",
             )
-    if (agreed := _agreed(named, "account")) is not None:
+    if (agreed := require_agreement(named, "account")) is not None:
         return agreed
-    usual = _usual_account(config, permit)
+    usual = _default_account(config, permit)
     permit.check_account(usual.value)
     return usual
 
 
-def _usual_account(config: Config, permit: Permit) -> _Choice:
-    if permit.only_account is not None:
-        return _Choice(permit.only_account, "the only account allowed here")
+def _default_account(config: Config, permit: AccessPolicy) -> Sourced:
+    if permit.sole_account is not None:
+        return Sourced(permit.sole_account, "the only account allowed here")
     if config.default_account is not None:
-        return _Choice(config.default_account, "default_account")
+        return Sourced(config.default_account, "default_account")
     if len(config.accounts) == 1:
-        return _Choice(next(iter(config.accounts)), "the only account")
+        return Sourced(next(iter(config.accounts)), "the only account")
     raise AccountRequired(
         "there are several accounts and the request names none",
         f"Add the header {ACCOUNT_HEADER}, or begin the path with /@ACCOUNT/, or set default_account.",
@@ -332,7 +332,7 @@ def _single(headers: CIMultiDictProxy[str], name: str) -> str | None:
     return values[0].strip(" \t")
 
 
-def _agreed(choices: list[_Choice], what: str) -> _Choice | None:
+def require_agreement(choices: list[Sourced], what: str) -> Sourced | None:
     """Return the first choice, None where there is none; raise where two differ."""
     for other in choices[1:]:
         if other.value != choices[0].value:
@@ -351,17 +351,17 @@ def _region(
     prefix: str | None,
     headers: CIMultiDictProxy[str],
     listener: Listener,
-    admitted: Admitted,
+    admitted: ValidatedTarget,
     query: str,
-    account: _Choice,
+    account: Sourced,
     settings: Account,
     config: Config,
-) -> _Choice:
+) -> Sourced:
     header = _single(headers, REGION_HEADER)
     if header is not None and header.lower() not in REGIONS:
         raise UnknownRegion(f"the header {REGION_HEADER} names no region", f"Regions are {', '.join(REGIONS)}.")
     named = [
-        _Choice(name, source)
+        Sourced(name, source)
         for name, source in (
             (listener.region, f"listener {listener.address}"),
             (prefix, "path prefix"),
@@ -373,8 +373,8 @@ def _region(
     marketplaces = []
     if query:
         marketplaces = _marketplaces(query, config, config.environment_of(settings), named_otherwise=bool(named))
-    chosen = _agreed(named + marketplaces, "region")
-    return chosen or _usual_region(account, settings)
+    chosen = require_agreement(named + marketplaces, "region")
+    return chosen or _default_region(account, settings)
 
 
 def _refuse_unknown_region(method: str, path: str, table: OperationTable) -> None:
@@ -387,17 +387,17 @@ def _refuse_unknown_region(method: str, path: str, table: OperationTable) -> Non
         )
 
 
-def _marketplaces(query: str, config: Config, environment: Environment, *, named_otherwise: bool) -> list[_Choice]:
+def _marketplaces(query: str, config: Config, environment: Environment, *, named_otherwise: bool) -> list[Sourced]:
     """Return the region of each marketplace id in the query.
 
     An unknown id is refused where it alone would decide; where the region is named, Amazon judges it: it may have
     opened that marketplace yesterday. The sandbox takes literal test values in its place.
     """
-    found: list[_Choice] = []
+    found: list[Sourced] = []
     for marketplace in _marketplace_ids(query):
         region = MARKETPLACES.get(marketplace) or config.marketplaces.get(marketplace)
         if region is not None:
-            found.append(_Choice(region, f"marketplace {marketplace} in the query"))
+            found.append(Sourced(region, f"marketplace {marketplace} in the query"))
         elif not named_otherwise and environment == "production":
             raise UnknownMarketplace(
                 "the query names a marketplace that the proxy does not know",
@@ -418,8 +418,8 @@ def _marketplace_ids(query: str) -> Iterator[str]:
             continue
         for marketplace in _decoded(value).split(","):
             count += 1
-            if count > _MOST_MARKETPLACES:
-                raise BadTarget("the query names too many marketplaces", f"Name at most {_MOST_MARKETPLACES}.")
+            if count > _MAX_MARKETPLACES:
+                raise BadTarget("the query names too many marketplaces", f"Name at most {_MAX_MARKETPLACES}.")
             if marketplace.strip(" \t"):
                 yield marketplace.strip(" \t")
 
@@ -444,10 +444,10 @@ def _decoded(text: str) -> str:
     return unquote_plus(text) if "%" in text or "+" in text else text
 
 
-def _usual_region(account: _Choice, settings: Account) -> _Choice:
+def _default_region(account: Sourced, settings: Account) -> Sourced:
     regions = list(settings.refresh_tokens)
     if len(regions) == 1:
-        return _Choice(regions[0], f"the only region of {account.value}")
+        return Sourced(regions[0], f"the only region of {account.value}")
     state = f"has several regions ({', '.join(regions)})" if regions else "has no refresh token for any region"
     raise RegionRequired(
         f"the account {account.value} {state} and the request names none",
@@ -456,11 +456,11 @@ def _usual_region(account: _Choice, settings: Account) -> _Choice:
     )
 
 
-def _known(region: _Choice) -> Region:
+def _known(region: Sourced) -> Region:
     return _REGIONS[region.value]
 
 
-def _no_refresh_token(account: _Choice, region: _Choice, settings: Account) -> RegionNotConfigured:
+def _no_refresh_token(account: Sourced, region: Sourced, settings: Account) -> RegionNotConfigured:
     have = ", ".join(settings.refresh_tokens) or "none"
     return RegionNotConfigured(
         f"the account {account.value} has no refresh token for {region.value}, which the {region.source} names; "
@@ -469,7 +469,7 @@ def _no_refresh_token(account: _Choice, region: _Choice, settings: Account) -> R
     )
 
 
-def _check_environment(admitted: Admitted, environment: Environment, account: _Choice) -> None:
+def _check_environment(admitted: ValidatedTarget, environment: Environment, account: Sourced) -> None:
     if admitted.amazon and admitted.amazon[0] != environment:
         raise ConflictingSources(
             f"the Host is of the {admitted.amazon[0]} environment, the account {account.value} is set to {environment}",
@@ -509,20 +509,20 @@ def _elements(
     by_token: tuple[str, ...] | None,
     settings: Account,
     operation: Operation | None,
-    permit: Permit,
+    permit: AccessPolicy,
 ) -> tuple[tuple[str, ...] | None, str]:
     """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
     header = _single(headers, ELEMENTS_HEADER)
     if header is None and by_token is not None:
         permit.check_elements(set(by_token))
-        if _never_with_rdt(operation, permit):
+        if forbids_rdt(operation, permit):
             return None, "the policy"
-        return _in_order(set(by_token), operation), "the app's Restricted Data Token"
+        return canonical_order(set(by_token), operation), "the app's Restricted Data Token"
     if header is None:
-        if _never_with_rdt(operation, permit):
+        if forbids_rdt(operation, permit):
             return None, "the policy"
         wanted = settings.data_elements if permit.elements is None else permit.elements & set(settings.data_elements)
-        return _in_order(set(wanted), operation), "the setting data_elements"
+        return canonical_order(set(wanted), operation), "the setting data_elements"
     source = f"header {ELEMENTS_HEADER}"
     asked = {element.strip(" \t") for element in header.split(",")} - {""}
     if asked == {"none"}:
@@ -533,19 +533,19 @@ def _elements(
             f"Elements are {', '.join(ALL_ELEMENTS)}, or none alone.",
         )
     permit.check_elements(asked)
-    if _never_with_rdt(operation, permit):
+    if forbids_rdt(operation, permit):
         return None, "the policy"
-    return _in_order(asked, operation), source
+    return canonical_order(asked, operation), source
 
 
-def _never_with_rdt(operation: Operation | None, permit: Permit) -> bool:
+def forbids_rdt(operation: Operation | None, permit: AccessPolicy) -> bool:
     """Return whether all that may be had is what an ordinary token brings: no element of it can be left out."""
     if permit.elements is None or operation is None or operation.data_elements:
         return False
     return operation.name in HARMLESS_WITHOUT_RDT
 
 
-def _in_order(
+def canonical_order(
     asked: Iterator[str] | set[str] | tuple[DataElement, ...], operation: Operation | None
 ) -> tuple[str, ...]:
     """Return what the operation knows of `asked`, always in one order, so that equal sets share one token."""
@@ -555,20 +555,20 @@ def _in_order(
     return tuple(element for element in ALL_ELEMENTS if element in wanted and element in operation.data_elements)
 
 
-def _credential(
+def token_key(
     method: str,
     path: str,
     operation: Operation | None,
-    ordinary: Credential,
+    ordinary: TokenKey,
     elements: tuple[str, ...] | None,
     sandbox_rdt: str,
-) -> Credential:
+) -> TokenKey:
     if operation is None:
         return ordinary
     if operation.scope:
         # A grantless token is the application's own: it names no account.
         return ordinary._replace(kind="grantless", account="", scope=operation.scope)
-    if not _wants_rdt(method, operation, ordinary.environment, elements, sandbox_rdt):
+    if not needs_rdt(method, operation, ordinary.environment, elements, sandbox_rdt):
         return ordinary
     generic = operation.generic_path or "{" not in operation.template
     return ordinary._replace(
@@ -580,11 +580,11 @@ def _credential(
         path=operation.template if generic else path,
         data_elements=elements or (),
         optional=operation.name in _OPTIONAL,
-        reusable=generic,
+        is_shared=generic,
     )
 
 
-def _wants_rdt(
+def needs_rdt(
     method: str, operation: Operation, environment: Environment, elements: tuple[str, ...] | None, sandbox_rdt: str
 ) -> bool:
     """Return whether a Restricted Data Token is needed, or was asked for and can be had."""
@@ -595,7 +595,7 @@ def _wants_rdt(
     return bool(elements) or operation.name not in _OPTIONAL
 
 
-def describe(target: Target) -> dict[str, str]:
+def describe_route(target: Route) -> dict[str, str]:
     """Return what was decided, in words for a person (`sp-api-proxy explain`)."""
     operation = target.operation
     return {
@@ -604,19 +604,19 @@ def describe(target: Target) -> dict[str, str]:
         "environment": target.environment,
         "application": target.application,
         "operation": f"{operation.name} ({operation.template})" if operation else "unknown: forwarded as it is",
-        "usage plan": _described_plan(operation),
-        "token": _described_token(target),
+        "usage plan": describe_plan(operation),
+        "token": describe_token(target),
         "sent to": target.endpoint + target.path_and_query,
     }
 
 
-def _described_plan(operation: Operation | None) -> str:
+def describe_plan(operation: Operation | None) -> str:
     if operation is None or operation.rate is None:
         return "none known: sent at once"
     return f"{operation.rate:g} calls per second, {operation.burst} at once, until Amazon's answers say otherwise"
 
 
-def _described_token(target: Target) -> str:
+def describe_token(target: Route) -> str:
     credential, operation = target.credential, target.operation
     if credential.kind == "grantless":
         return f"grantless token, scope {credential.scope}: the operation is the application's own"

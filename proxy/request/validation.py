@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 from multidict import CIMultiDictProxy
 
-from proxy.amazon.marketplaces import HOST_MEANS
+from proxy.amazon.marketplaces import HOST_REGION
 from proxy.amazon.placeholder_tokens import LWA_HOST, LWA_PATH
 from proxy.config import LOOPBACK_NAMES, Config, Environment, Listener, Region
 from proxy.errors import (
@@ -24,8 +24,8 @@ from proxy.errors import (
     MethodRefused,
     VersionRefused,
 )
-from proxy.request.header_cache import Head
-from proxy.request.misspelt import refuse_misspelt
+from proxy.request.header_cache import HeaderBlock
+from proxy.request.misspelt import reject_unknown_headers
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
@@ -33,7 +33,7 @@ VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark
 # Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
 # a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
 # What a target may consist of: visible ASCII, but for `#` and the backslash.
-_FIT = bytes(code for code in range(0x21, 0x7F) if chr(code) not in "#\\")
+_TARGET_BYTES = bytes(code for code in range(0x21, 0x7F) if chr(code) not in "#\\")
 # What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
 _PREFLIGHT = frozenset(
     {
@@ -43,7 +43,7 @@ _PREFLIGHT = frozenset(
         "access-control-request-local-network",
     }
 )
-_SIGNS = _PREFLIGHT | {"origin", "sec-fetch-site", "sec-fetch-dest"}
+_BROWSER_HEADERS = _PREFLIGHT | {"origin", "sec-fetch-site", "sec-fetch-dest"}
 _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
@@ -53,7 +53,7 @@ _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", 
 
 
 @dataclass(slots=True)
-class Admitted:
+class ValidatedTarget:
     """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used.
 
     `names` are those of the header fields, in lower case.
@@ -66,52 +66,52 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Doorway:
+class AllowedHosts:
     """The names under which one listener answers; made once for each listener."""
 
     hosts: frozenset[str]
 
     @classmethod
-    def of(cls, listener: Listener, config: Config) -> "Doorway":
+    def from_config(cls, listener: Listener, config: Config) -> "AllowedHosts":
         """Collect loopback names, the listener's own address and `allowed_hosts`."""
         # 0.0.0.0 and :: are wildcards, not names: browsers reach them without any of their signs.
         own = {listener.address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
         return cls(frozenset({*LOOPBACK_NAMES, *own, *config.allowed_hosts}))
 
 
-def admit(method: str, target: str, headers: CIMultiDictProxy[str], doorway: Doorway) -> Admitted:
+def validate(method: str, target: str, headers: CIMultiDictProxy[str], doorway: AllowedHosts) -> ValidatedTarget:
     """Return what may come in; raise the error that says why not.
 
     `target` is the request target as it came over the wire (RFC 9112 section 3.2).
     """
-    return admit_with(Head(headers), method, target, doorway)
+    return validate_with(HeaderBlock(headers), method, target, doorway)
 
 
-def admit_with(head: Head, method: str, target: str, doorway: Doorway) -> Admitted:
+def validate_with(head: HeaderBlock, method: str, target: str, doorway: AllowedHosts) -> ValidatedTarget:
     """Do what `admit` does; fields that came in before are not looked at again."""
     host = head.host
-    if host is None and not _SIGNS.isdisjoint(head.names):
-        _refuse_browsers(head.headers)
+    if host is None and not _BROWSER_HEADERS.isdisjoint(head.names):
+        _reject_browsers(head.headers)
     if method not in METHODS:
-        raise MethodRefused(f"{_shown(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
+        raise MethodRefused(f"{_display(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
     if host is None and "transfer-encoding" in head.names:
-        _refuse_unclear_framing(head.headers)
+        _reject_ambiguous_framing(head.headers)
     authority = None
     if not target.startswith("/"):
         target, authority = _origin_form(target)
     if host is None:
         host = _host(head.headers, doorway)
-        refuse_misspelt(head.names)
+        reject_unknown_headers(head.names)
         head.host = host
     if authority is not None:
         host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
-    if host == LWA_HOST and host not in doorway.hosts and not asks_for_token(method, target):
+    if host == LWA_HOST and host not in doorway.hosts and not is_token_request(method, target):
         raise _foreign()  # it is good for one path alone
     _check_path(target)
-    return Admitted(target, host, HOST_MEANS.get(host), head.names)
+    return ValidatedTarget(target, host, HOST_REGION.get(host), head.names)
 
 
-def check_message(request: web.BaseRequest, head: Head, most: int) -> None:
+def check_message(request: web.BaseRequest, head: HeaderBlock, most: int) -> None:
     """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
@@ -125,12 +125,12 @@ def check_message(request: web.BaseRequest, head: Head, most: int) -> None:
         )
 
 
-def _shown(text: str) -> str:
+def _display(text: str) -> str:
     """Return a short, printable form of what a caller sent."""
     return "".join(c for c in text if c.isascii() and c.isprintable())[:20] or "that"
 
 
-def is_of_web_page(headers: CIMultiDictProxy[str]) -> bool:
+def is_cross_site(headers: CIMultiDictProxy[str]) -> bool:
     """Return whether the headers show that a foreign web page caused the request."""
     if "Origin" in headers:
         return True
@@ -139,12 +139,12 @@ def is_of_web_page(headers: CIMultiDictProxy[str]) -> bool:
     return any(value not in {"none", "same-origin"} for value in headers.getall("Sec-Fetch-Site"))
 
 
-def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
+def _reject_browsers(headers: CIMultiDictProxy[str]) -> None:
     """Refuse what a web page causes, GET included: it would spend quota and touch the seller's data."""
     # The proxy serves no page, so a browser that speaks of the same origin speaks of what was on this port before, or
     # looks for the icon of an answer that it got.
     is_same_origin = "Sec-Fetch-Dest" in headers and "same-origin" in headers.getall("Sec-Fetch-Site", ())
-    if is_same_origin or is_of_web_page(headers):
+    if is_same_origin or is_cross_site(headers):
         raise BrowserRefused(
             "the request comes from a web page", "The proxy serves programs; call it from your server, not a browser."
         )
@@ -152,7 +152,7 @@ def _refuse_browsers(headers: CIMultiDictProxy[str]) -> None:
         raise BrowserRefused("the request is a browser's preflight", "The proxy serves programs, not web pages.")
 
 
-def _refuse_unclear_framing(headers: CIMultiDictProxy[str]) -> None:
+def _reject_ambiguous_framing(headers: CIMultiDictProxy[str]) -> None:
     """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
     codings = headers.getall("Transfer-Encoding")
     # `lower` makes an ASCII letter of some that are none.
@@ -173,7 +173,7 @@ def _origin_form(target: str) -> tuple[str, str]:
     return (rest if rest.startswith("/") else f"/{rest}"), authority
 
 
-def _host(headers: CIMultiDictProxy[str], doorway: Doorway) -> str:
+def _host(headers: CIMultiDictProxy[str], doorway: AllowedHosts) -> str:
     """Return the host that the one Host field names."""
     given = headers.getall("Host", ())
     if len(given) != 1:
@@ -190,9 +190,9 @@ def host_in(authority: str) -> str | None:
     return match[1].lower().strip("[]")
 
 
-def _allowed(authority: str, doorway: Doorway) -> str:
+def _allowed(authority: str, doorway: AllowedHosts) -> str:
     host = host_in(authority)
-    if host is not None and (host in doorway.hosts or host in HOST_MEANS or host == LWA_HOST):
+    if host is not None and (host in doorway.hosts or host in HOST_REGION or host == LWA_HOST):
         return host
     raise _foreign()
 
@@ -204,7 +204,7 @@ def _foreign() -> HostRefused:
     )
 
 
-def asks_for_token(method: str, target: str) -> bool:
+def is_token_request(method: str, target: str) -> bool:
     """Return whether a request is one for an access token, which the proxy answers itself, whoever sends it."""
     if method != "POST" or LWA_PATH not in target:
         return False
@@ -217,7 +217,7 @@ def asks_for_token(method: str, target: str) -> bool:
 def _check_path(target: str) -> None:
     """Refuse what Amazon might read as another path than the one the token was chosen for."""
     # Leaving out what fits is many times faster than a regular expression that looks for what does not.
-    if not target.isascii() or target.encode().translate(None, _FIT):
+    if not target.isascii() or target.encode().translate(None, _TARGET_BYTES):
         raise BadTarget(
             "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
             "Percent-encode it.",
@@ -225,9 +225,9 @@ def _check_path(target: str) -> None:
     if target.startswith("//"):
         raise BadTarget("the request target begins with //", "Begin the path with a single slash.")
     if "." in target or "%2" in target:
-        _refuse_dot_segments(target.partition("?")[0])
+        _reject_dot_segments(target.partition("?")[0])
 
 
-def _refuse_dot_segments(path: str) -> None:
+def _reject_dot_segments(path: str) -> None:
     if _DOT_SEGMENT.search(path):
         raise BadTarget("the path holds a dot segment", "Write the path without . and .. segments.")

@@ -21,7 +21,7 @@ def harden() -> None:
 
     What a system does not have is left out.
     """
-    sys.excepthook = _without_its_text
+    sys.excepthook = _report_uncaught
     with contextlib.suppress(ImportError):  # there is no such module on Windows
         import resource  # noqa: PLC0415
 
@@ -36,7 +36,7 @@ def harden() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Take what is there, modules above all, for what stays: the garbage collector looks at it no more.
 
     To go through it takes a tenth of a second, in which no request would be served.
@@ -45,7 +45,7 @@ def settle() -> None:
     gc.freeze()
 
 
-class Settling:
+class GcPaused:
     """Keeps the garbage collector away while much is made that stays, such as a new configuration; use it with `with`.
 
     The collector would go through all of the process's objects, several times over, with every request waiting. What
@@ -72,7 +72,7 @@ class Settling:
         gc.freeze()
 
 
-def forget_secrets(environ: MutableMapping[str, str], config: Config) -> list[str]:
+def scrub_environment(environ: MutableMapping[str, str], config: Config) -> list[str]:
     """Take the variables that hold a secret out of the environment and return their names.
 
     Whatever is started later gets none of them.
@@ -88,7 +88,7 @@ def forget_secrets(environ: MutableMapping[str, str], config: Config) -> list[st
     return found
 
 
-def wipe_variables(names: Iterable[str]) -> None:
+def overwrite_environ(names: Iterable[str]) -> None:
     """Write over these variables where the process was given them: `/proc/PID/environ` shows that place for ever."""
     if sys.platform != "linux":
         return
@@ -121,6 +121,6 @@ def _secrets_in(config: Config) -> Iterator[str]:
         yield config.tracing.headers.reveal()
 
 
-def _without_its_text(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:
+def _report_uncaught(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:
     """Name an exception that ends the process by type and place: its text may hold what a peer sent."""
-    sys.stderr.write(f"sp-api-proxy: ended by {logging.trace_of(exc)}\n")
+    sys.stderr.write(f"sp-api-proxy: ended by {logging.format_location(exc)}\n")

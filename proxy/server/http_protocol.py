@@ -23,58 +23,58 @@ from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from proxy.config import Config
 from proxy.errors import (
-    HeaderTimeout,
     HeaderTooLarge,
     InternalError,
     MalformedRequest,
     ProxyError,
+    RequestHeaderTimeout,
     TooManyConnections,
 )
 from proxy.observability.logging import LOGGER
 from proxy.observability.metrics import Metrics
-from proxy.request.authentication import NOBODY, PEER, Peer
-from proxy.request.context import Exchange
-from proxy.request.upstream.response import LAST_ON_CONNECTION, AmazonsAnswer, OwnAnswer, break_off
+from proxy.request.authentication import PEER, UNKNOWN_PEER, Peer
+from proxy.request.context import RequestContext
+from proxy.request.upstream.response import CLOSE_AFTER, ErrorResponse, UpstreamResponse, abort_connection
 from proxy.request.validation import VERSION_REFUSED
 
 MAX_LINE = 16 * 1024
 MAX_FIELD = 32 * 1024 + 512
-SPOKEN = (HttpVersion10, HttpVersion11)
-LINGERING = 5.0  # seconds in which an unread body is swallowed, so that the client gets to read its answer
+SUPPORTED_VERSIONS = (HttpVersion10, HttpVersion11)
+LINGERING_TIMEOUT = 5.0  # seconds in which an unread body is swallowed, so that the client gets to read its answer
 
 # The parser that comes with aiohttp as C (llhttp) is strict; the one in Python, where there is no other, takes more.
-HAS_STRICT_PARSER = HttpRequestParser.__module__ == "aiohttp._http_parser"
+USES_LLHTTP = HttpRequestParser.__module__ == "aiohttp._http_parser"
 
 Handle = Callable[..., Awaitable[Any]]  # of a web.StreamResponse, or of an answer that is written already
 RequestFactory = Callable[..., web.BaseRequest]
 
-_NONSENSE = b"\x00"  # no request begins with it
+INVALID_BYTE = b"\x00"  # no request begins with it
 # The first line of a request behind another one, with a space too many.
 _SPACED_LINE = re.compile(rb"\r\n\r\n[A-Z]+ (?: [^\r\n]*|[^ \r\n]+ +) HTTP/[0-9.]+\r\n")
 
 _PLAIN_END = re.compile(rb"\r\n0+\r\n\r\n\Z")  # of a chunked body, without a trailer section
 _PLAIN_END_ALONE = re.compile(rb"0+\r\n\r\n")
 
-_NOTHING_KNOWN = Exchange("", 0.0).summary()
+_EMPTY_SUMMARY = RequestContext("", 0.0).summary()
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ConnectionSettings:
     """What holds for every connection of a listener; times in seconds, sizes in bytes."""
 
     header_timeout: float
     header_size: int
-    patience: float
+    write_timeout: float
     metrics: Metrics
 
     @classmethod
-    def of(cls, config: Config, metrics: Metrics) -> "Options":
+    def of(cls, config: Config, metrics: Metrics) -> "ConnectionSettings":
         """Return what the configuration says."""
         timeouts = config.timeouts
         return cls(timeouts.header, config.bounds.header_size, timeouts.body_idle, metrics)
 
 
-class Room:
+class ConnectionLimiter:
     """How many client connections there may be at once, over all listeners, and which of them are idle.
 
     Where there is no room, the connection that has been idle longest gives way, those that never made a request before
@@ -85,40 +85,40 @@ class Room:
         self.limit = limit
         self._metrics = metrics
         self._open: Counter[str] = Counter()
-        self._strangers: dict[Connection, None] = {}  # in the order in which they became idle
-        self._guests: dict[Connection, None] = {}
-        metrics.before_export.append(self._export)
+        self._unused: dict[ServerConnection, None] = {}  # in the order in which they became idle
+        self._idle: dict[ServerConnection, None] = {}
+        metrics.pre_scrape_hooks.append(self._export)
 
-    def enter(self, connection: "Connection", listener: str) -> bool:
+    def try_acquire(self, connection: "ServerConnection", listener: str) -> bool:
         """Count a new connection; return whether it may stay."""
         has_room = self._open.total() < self.limit or self._evict()
         self._open[listener] += 1
         if not has_room:
             self._metrics.closed_connections.labels(listener, "refused").inc()
             return False
-        self._strangers[connection] = None
+        self._unused[connection] = None
         return True
 
-    def leave(self, connection: "Connection", listener: str) -> None:
+    def release(self, connection: "ServerConnection", listener: str) -> None:
         """Count a connection no more."""
-        self.is_busy(connection)
+        self.mark_busy(connection)
         self._open[listener] -= 1
 
-    def is_busy(self, connection: "Connection") -> None:
+    def mark_busy(self, connection: "ServerConnection") -> None:
         """Note that a connection has a request."""
-        self._strangers.pop(connection, None)
-        self._guests.pop(connection, None)
+        self._unused.pop(connection, None)
+        self._idle.pop(connection, None)
 
-    def is_idle(self, connection: "Connection") -> None:
+    def mark_idle(self, connection: "ServerConnection") -> None:
         """Note that a connection has none any more."""
-        self._guests[connection] = None
+        self._idle[connection] = None
 
     def _evict(self) -> bool:
-        victim = next(iter(self._strangers or self._guests), None)
+        victim = next(iter(self._unused or self._idle), None)
         if victim is None:
             return False
         self._metrics.closed_connections.labels(victim.listener, "evicted").inc()
-        self.is_busy(victim)
+        self.mark_busy(victim)
         victim.force_close()
         return True
 
@@ -127,43 +127,53 @@ class Room:
             self._metrics.client_connections.labels(listener).set(count)
 
 
-class Connection(RequestHandler):
+class ServerConnection(RequestHandler):
     """One client connection."""
 
     __slots__ = (
+        "_final_body",
         "_head_bytes",
         "_head_timer",
         "_is_counted",
-        "_is_leaving",
-        "_last",
-        "_line",
-        "_may_go_on",
+        "_is_draining",
+        "_last_two_bytes",
+        "_limiter",
+        "_may_reuse",
         "_options",
-        "_piece_end",
-        "_room",
+        "_request_line_buffer",
         "listener",
         "peer",
     )
 
-    def __init__(self, manager: web.Server, *, options: "Options", room: Room, listener: str, **others: Any) -> None:
+    def __init__(
+        self,
+        manager: web.Server,
+        *,
+        options: "ConnectionSettings",
+        room: ConnectionLimiter,
+        listener: str,
+        **others: Any,
+    ) -> None:
         super().__init__(manager, **others)
         self.listener = listener
-        self.peer = NOBODY
+        self.peer = UNKNOWN_PEER
         self._options = options
-        self._room = room
+        self._limiter = room
         self._is_counted = False
-        self._is_leaving = False
-        self._last: StreamReader | None = None  # the body of a request behind which nothing is read
-        self._may_go_on = False  # but where that body is seen to end without a trailer section
-        self._piece_end = b""  # the last two bytes of what came of it before
-        self._line: bytes | None = b""  # what came of a request's head; None where none is known to begin
+        self._is_draining = False
+        self._final_body: StreamReader | None = None  # the body of a request behind which nothing is read
+        self._may_reuse = False  # but where that body is seen to end without a trailer section
+        self._last_two_bytes = b""  # the last two bytes of what came of it before
+        self._request_line_buffer: bytes | None = (
+            b""  # what came of a request's head; None where none is known to begin
+        )
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
     @property
-    def is_leaving(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether it ends with the answer that is next."""
-        return self._is_leaving
+        return self._is_draining
 
     @property
     def is_busy(self) -> bool:
@@ -175,67 +185,67 @@ class Connection(RequestHandler):
         before, current = self._request_count, self._current_request
         # The first bytes may come before the task that waits for them has begun.
         between_requests = (self._waiter is not None or not before) and not self._messages
-        if self._line is not None and not self._first_line_is_fine(data):
-            data = _NONSENSE  # so that it is refused in its turn
+        if self._request_line_buffer is not None and not self.is_valid_request_line(data):
+            data = INVALID_BYTE  # so that it is refused in its turn
         super().data_received(data)
         if self._request_count != before:
             is_bare = self._request_count == before + 1 and self._messages and self._messages[-1][1].is_eof()
-            self._line = b"" if is_bare and data.endswith(b"\r\n\r\n") else None
-            self._look_for_the_last(self._request_count - before)
-        if self._last is not None and self._last.is_eof():
-            self._end_with_the_last(data)
-        if self._last is not None and data:  # aiohttp comes with nothing where it goes on with what it held back
-            self._piece_end = data[-2:]
+            self._request_line_buffer = b"" if is_bare and data.endswith(b"\r\n\r\n") else None
+            self.find_final_request(self._request_count - before)
+        if self._final_body is not None and self._final_body.is_eof():
+            self.close_after_final(data)
+        if self._final_body is not None and data:  # aiohttp comes with nothing where it goes on with what it held back
+            self._last_two_bytes = data[-2:]
         if self._request_count != before:
-            self._room.is_busy(self)
+            self._limiter.mark_busy(self)
             self._end_head_timer()
             if current is not None and not current.content.is_eof() and isinstance(self._messages[-1][0], _ErrInfo):
                 # Its body went on as something that is no body; aiohttp would let it wait for the rest.
                 current.content.set_exception(web.RequestPayloadError())
         elif between_requests:
-            self._head_goes_on(len(data))
+            self.on_partial_head(len(data))
 
-    def _first_line_is_fine(self, data: bytes) -> bool:
+    def is_valid_request_line(self, data: bytes) -> bool:
         """Return whether the request that begins here has single spaces in its first line (RFC 9112 section 3).
 
         aiohttp's parser passes over more, and does not tell where a request begins: so this is looked at where it is
         certain, for the first request of a connection and behind one without a body.
         """
-        self._line = (self._line or b"") + data[:MAX_LINE]
-        line, end, behind = self._line.lstrip(b"\r\n").partition(b"\r\n")
+        self._request_line_buffer = (self._request_line_buffer or b"") + data[:MAX_LINE]
+        line, end, behind = self._request_line_buffer.lstrip(b"\r\n").partition(b"\r\n")
         if not end:
-            return len(self._line) <= 2 * MAX_LINE  # the parser says what is too long
+            return len(self._request_line_buffer) <= 2 * MAX_LINE  # the parser says what is too long
         return line.count(b" ") == 2 and not _SPACED_LINE.search(behind)
 
-    def _look_for_the_last(self, new: int) -> None:
+    def find_final_request(self, new: int) -> None:
         """Find a request among the new ones behind which nothing may be read on this connection.
 
         Behind an attempt to switch protocols aiohttp loses bytes, or reads a CONNECT's body as requests; the last field
         of a trailer section becomes a field of the next request.
         """
-        if self._last is not None:
+        if self._final_body is not None:
             return  # it ended just now, and these came with its end
         for message, payload in list(self._messages)[-new:]:
             if isinstance(message, _ErrInfo):
                 continue
             if message.upgrade or message.chunked or message.method == "CONNECT":
-                self._last = payload
-                self._may_go_on = message.chunked and not message.upgrade and message.method != "CONNECT"
+                self._final_body = payload
+                self._may_reuse = message.chunked and not message.upgrade and message.method != "CONNECT"
                 return
 
-    def _end_with_the_last(self, data: bytes) -> None:
+    def close_after_final(self, data: bytes) -> None:
         """Read no more: what is being served is answered first. A chunked body that plainly had no trailer is fine."""
-        last, self._last = self._last, None
+        last, self._final_body = self._final_body, None
         is_newest = not self._messages or self._messages[-1][1] is last
         # Alone, it may be the end of a trailer field that began in the piece before.
-        is_plain = _PLAIN_END.search(data) or (self._piece_end == b"\r\n" and _PLAIN_END_ALONE.fullmatch(data))
-        if is_newest and self._may_go_on and is_plain:
+        is_plain = _PLAIN_END.search(data) or (self._last_two_bytes == b"\r\n" and _PLAIN_END_ALONE.fullmatch(data))
+        if is_newest and self._may_reuse and is_plain:
             return
         while self._messages and self._messages[-1][1] is not last and any(one[1] is last for one in self._messages):
             self._messages.pop()
-        self._is_leaving = True
+        self._is_draining = True
         if self._current_request is not None:
-            self._current_request[LAST_ON_CONNECTION] = True
+            self._current_request[CLOSE_AFTER] = True
         self.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -245,57 +255,57 @@ class Connection(RequestHandler):
             return
         self.transport.set_write_buffer_limits(0)
         self._is_counted = True
-        if not self._room.enter(self, self.listener):
+        if not self._limiter.try_acquire(self, self.listener):
             busy = TooManyConnections(
                 "there are too many connections", "Use fewer, and keep them open.", retry_after=1.0
             )
-            self._refuse(busy)
+            self.reject(busy)
             return
         self.peer = _peer_of(self.transport)
         # From the connection's first moment, not its first byte: one that stays silent holds a descriptor too.
-        self._head_timer = self._loop.call_later(self._options.header_timeout, self._head_too_slow)
+        self._head_timer = self._loop.call_later(self._options.header_timeout, self.on_header_timeout)
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         """End this connection: now where it is idle, otherwise with the answer to the request being served."""
         if not self.is_busy:
             self.force_close()
             return
-        self._is_leaving = True
+        self._is_draining = True
         if self._current_request is not None:
-            self._current_request[LAST_ON_CONNECTION] = True
+            self._current_request[CLOSE_AFTER] = True
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send what is still to be sent of an answer, in bounded time, and end a connection that is to leave."""
-        if self._is_leaving:
+        if self._is_draining:
             resp.force_close()
         if resp.prepared:  # it was streamed, under timeouts of its own
             return await super().finish_response(request, resp, start_time)
         try:
-            async with asyncio.timeout(self._options.patience):
+            async with asyncio.timeout(self._options.write_timeout):
                 return await super().finish_response(request, resp, start_time)
         except TimeoutError:
-            break_off(request)
+            abort_connection(request)
             return resp, True
         finally:
             if not self._messages and self._is_counted:
-                self._room.is_idle(self)
+                self._limiter.mark_idle(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the timer with the connection."""
         self._end_head_timer()
         if self._is_counted:
             self._is_counted = False
-            self._room.leave(self, self.listener)
+            self._limiter.release(self, self.listener)
         super().connection_lost(exc)
 
-    def _head_goes_on(self, size: int) -> None:
+    def on_partial_head(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > self._options.header_size:
-            self._refuse(HeaderTooLarge("the request's head is too large", "Send fewer or shorter headers."))
+            self.reject(HeaderTooLarge("the request's head is too large", "Send fewer or shorter headers."))
         elif self._head_timer is None:
-            self._head_timer = self._loop.call_later(self._options.header_timeout, self._head_too_slow)
+            self._head_timer = self._loop.call_later(self._options.header_timeout, self.on_header_timeout)
 
     def _end_head_timer(self) -> None:
         self._head_bytes = 0
@@ -303,20 +313,22 @@ class Connection(RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _head_too_slow(self) -> None:
+    def on_header_timeout(self) -> None:
         if not self._head_bytes:
             self.force_close()  # it said nothing, so there is nothing to answer
             return
-        self._refuse(
-            HeaderTimeout("the request's head did not come in time", "Send the whole head within timeouts.header.")
+        self.reject(
+            RequestHeaderTimeout(
+                "the request's head did not come in time", "Send the whole head within timeouts.header."
+            )
         )
 
-    def _refuse(self, error: ProxyError) -> None:
+    def reject(self, error: ProxyError) -> None:
         """Answer what has not become a request, and close."""
         self._end_head_timer()
         if self.transport is not None:
             self._count(error)
-            self.transport.write(OwnAnswer(error, _NOTHING_KNOWN).as_bytes())
+            self.transport.write(ErrorResponse(error, _EMPTY_SUMMARY).as_bytes())
             self.force_close()
 
     def handle_error(
@@ -329,11 +341,11 @@ class Connection(RequestHandler):
         """Answer a request that could not be parsed, or whose handler broke off; quote nothing of it."""
         if self.transport is None or request.writer.output_size > 0:
             # An answer has begun; all that can be said now is said by breaking the connection.
-            break_off(request)
+            abort_connection(request)
             raise ConnectionError("the answer has begun") from exc
         error = _error_for(status, exc)
         self._count(error)
-        answer = OwnAnswer(error, _NOTHING_KNOWN)
+        answer = ErrorResponse(error, _EMPTY_SUMMARY)
         answer.force_close()
         return answer
 
@@ -400,7 +412,7 @@ class Request(web.BaseRequest):
         return key in self._state
 
 
-class ProxiedConnection(Connection):
+class ProxyConnection(ServerConnection):
     """A client connection whose requests go to Amazon; what serves them writes Amazon's answers itself."""
 
     __slots__ = ("_head_block",)
@@ -413,11 +425,11 @@ class ProxiedConnection(Connection):
         """Take what is nearly always the case without much ado: a whole head, with nothing before and behind it."""
         parser, waiter, line_end = self._parser, self._waiter, data.find(b"\r")
         if (
-            self._line != b""
+            self._request_line_buffer != b""
             or waiter is None
             or self._messages
             or self._head_bytes
-            or self._last is not None
+            or self._final_body is not None
             or parser is None
             or data.find(b"\r\n\r\n") != len(data) - 4
             or data.count(b" ", 0, line_end) != 2
@@ -447,24 +459,24 @@ class ProxiedConnection(Connection):
                 and message.method != "CONNECT"
             ):
                 self._head_block = data[line_end:]
-                self._room.is_busy(self)
+                self._limiter.mark_busy(self)
                 if self._head_timer is not None:
                     self._end_head_timer()
                 return
-        self._look_again(data)
+        self.slow_path(data)
 
-    def _look_again(self, data: bytes) -> None:
+    def slow_path(self, data: bytes) -> None:
         """Do what is left to do where a head that looked plain is none."""
-        self._line = None
-        self._look_for_the_last(len(self._messages))
-        if self._last is not None and self._last.is_eof():
-            self._end_with_the_last(data)
-        self._piece_end = data[-2:]
+        self._request_line_buffer = None
+        self.find_final_request(len(self._messages))
+        if self._final_body is not None and self._final_body.is_eof():
+            self.close_after_final(data)
+        self._last_two_bytes = data[-2:]
         if self._messages:
-            self._room.is_busy(self)
+            self._limiter.mark_busy(self)
             self._end_head_timer()
         else:
-            self._head_goes_on(len(data))
+            self.on_partial_head(len(data))
 
     async def start(self) -> None:
         """Serve one request after the other: as aiohttp does it, but for the task that it makes for each."""
@@ -506,22 +518,22 @@ class ProxiedConnection(Connection):
             else:
                 answer = await handle(request)
             self._current_request = None
-            if isinstance(answer, AmazonsAnswer):  # it was streamed, under timeouts of its own
-                may_go_on = answer.keep_alive and not self._is_leaving
+            if isinstance(answer, UpstreamResponse):  # it was streamed, under timeouts of its own
+                may_go_on = answer.keep_alive and not self._is_draining
                 if not self._messages and self._is_counted:
-                    self._room.is_idle(self)
+                    self._limiter.mark_idle(self)
             else:
                 answer, is_cut_off = await self.finish_response(request, answer, None)
                 may_go_on = bool(answer.keep_alive) and not is_cut_off
         except ConnectionError:
-            break_off(request)  # half an answer is out
+            abort_connection(request)  # half an answer is out
             return False
         except asyncio.CancelledError:
             self.force_close()
             raise
         except Exception:  # noqa: BLE001 - logged, and the connection ended
             LOGGER.exception("internal error")  # the last net, below the handler's own
-            break_off(request)
+            abort_connection(request)
             return False
         finally:
             self._current_request = None
@@ -529,7 +541,7 @@ class ProxiedConnection(Connection):
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
         if not payload.is_eof():
-            await self._swallow(payload)
+            await self.drain_body(payload)
         return may_go_on and not self._close and not self._force_close
 
     def _request_of(self, message: RawRequestMessage, payload: StreamReader) -> web.BaseRequest:
@@ -537,16 +549,21 @@ class ProxiedConnection(Connection):
             raise ConnectionError("the connection ended")
         request = Request(message, payload, self, self._task_handler, self._loop, self._head_block)
         self._head_block = None
-        if message.version is not HttpVersion11 or message is ERROR or self.peer is not NOBODY or self._is_leaving:
-            _mark(request, message, self)
+        if (
+            message.version is not HttpVersion11
+            or message is ERROR
+            or self.peer is not UNKNOWN_PEER
+            or self._is_draining
+        ):
+            annotate_request(request, message, self)
         return request
 
-    async def _swallow(self, payload: StreamReader) -> None:
+    async def drain_body(self, payload: StreamReader) -> None:
         """Read what is left of a body, for a while, so that the client gets to read its answer; then end."""
         if self._force_close:
             return
         try:
-            async with asyncio.timeout(LINGERING):
+            async with asyncio.timeout(LINGERING_TIMEOUT):
                 while not payload.is_eof():
                     await payload.readany()
         except (TimeoutError, web.RequestPayloadError):
@@ -561,7 +578,7 @@ def _error_for(status: int, exc: BaseException | None) -> ProxyError:
     return InternalError("the proxy failed", "Its log says more; try again.")
 
 
-class Listening(web.Server):
+class HttpServer(web.Server):
     """The server of one listener; makes a Connection for each client.
 
     `name` is the listener's in metrics; `request_factory` makes requests of another kind than the plain ones.
@@ -573,7 +590,7 @@ class Listening(web.Server):
         config: Config,
         metrics: Metrics,
         *,
-        room: Room,
+        room: ConnectionLimiter,
         name: str,
         request_factory: RequestFactory | None = None,
     ) -> None:
@@ -585,27 +602,27 @@ class Listening(web.Server):
             max_line_size=MAX_LINE,
             max_field_size=MAX_FIELD,
             max_headers=config.bounds.header_fields,
-            lingering_time=LINGERING,
+            lingering_time=LINGERING_TIMEOUT,
             auto_decompress=False,
         )
-        self.request_factory = self._marked
+        self.request_factory = self.annotate
         self._make = request_factory or web.BaseRequest  # the latter is never called: see ProxiedConnection
         self._is_status = request_factory is not None
-        self._options = Options.of(config, metrics)
+        self._options = ConnectionSettings.of(config, metrics)
         self._room = room
         self._name = name
 
-    def take_up(self, handle: Handle, name: str, config: Config) -> None:
+    def activate(self, handle: Handle, name: str, config: Config) -> None:
         """Serve every request that begins from now on by `handle`; new connections keep to the bounds of `config`."""
         self.request_handler = handle
         self._name = name
-        self._options = Options.of(config, self._options.metrics)
+        self._options = ConnectionSettings.of(config, self._options.metrics)
         self._kwargs.update(keepalive_timeout=config.timeouts.keep_alive, max_headers=config.bounds.header_fields)
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp calls it so
         """End all connections, and hold no configuration any more: this object is one of a ring, and goes late."""
         await super().shutdown(timeout)
-        self.request_handler = _nobody
+        self.request_handler = reject_all
 
     @property
     def header_timeout(self) -> float:
@@ -614,49 +631,49 @@ class Listening(web.Server):
 
     def busy(self) -> int:
         """Return how many connections have a request in flight."""
-        return sum(connection.is_busy for connection in self._ours())
+        return sum(connection.is_busy for connection in self._own_connections())
 
     def close_idle(self) -> None:
         """End idle connections now, and busy ones after their answer."""
-        for connection in self._ours():
-            connection.leave()
+        for connection in self._own_connections():
+            connection.drain()
 
-    def _ours(self) -> list["Connection"]:
-        return [connection for connection in self.connections if isinstance(connection, Connection)]
+    def _own_connections(self) -> list["ServerConnection"]:
+        return [connection for connection in self.connections if isinstance(connection, ServerConnection)]
 
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
-        kind = Connection if self._is_status else ProxiedConnection
+        kind = ServerConnection if self._is_status else ProxyConnection
         return kind(self, loop=self._loop, options=self._options, room=self._room, listener=self._name, **self._kwargs)
 
-    def _marked(
+    def annotate(
         self, message: RawRequestMessage, payload: Any, protocol: RequestHandler, *parts: Any
     ) -> web.BaseRequest:
         """Make a request, with what the connection says of it."""
         request = self._make(message, payload, protocol, *parts)
-        if isinstance(protocol, Connection):
-            _mark(request, message, protocol)
+        if isinstance(protocol, ServerConnection):
+            annotate_request(request, message, protocol)
         return request
 
 
-async def _nobody(_: web.BaseRequest) -> web.StreamResponse:
+async def reject_all(_: web.BaseRequest) -> web.StreamResponse:
     raise ConnectionError("the listener is closed")
 
 
-def _mark(request: web.BaseRequest, message: RawRequestMessage, connection: Connection) -> None:
+def annotate_request(request: web.BaseRequest, message: RawRequestMessage, connection: ServerConnection) -> None:
     """Note what the steps have to know, and aiohttp does not say."""
-    if message is ERROR or message.version not in SPOKEN:
+    if message is ERROR or message.version not in SUPPORTED_VERSIONS:
         # aiohttp reads 2.0 and 0.9 as versions, and would begin its answer with them; what it could not read is 1.0.
         if isinstance(request, Request):
             request.version = HttpVersion11
         else:
             request._version = HttpVersion11  # noqa: SLF001 - there is no other place
-        if message.version not in SPOKEN:
+        if message.version not in SUPPORTED_VERSIONS:
             request[VERSION_REFUSED] = True
-    if connection.peer is not NOBODY:
+    if connection.peer is not UNKNOWN_PEER:
         request[PEER] = connection.peer
-    if connection.is_leaving:
-        request[LAST_ON_CONNECTION] = True
+    if connection.is_draining:
+        request[CLOSE_AFTER] = True
 
 
 def _peer_of(transport: asyncio.BaseTransport) -> Peer:
@@ -666,7 +683,7 @@ def _peer_of(transport: asyncio.BaseTransport) -> Peer:
         return Peer(names=_names_in(certificate))
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family != getattr(socket, "AF_UNIX", None) or not hasattr(socket, "SO_PEERCRED"):
-        return NOBODY
+        return UNKNOWN_PEER
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return Peer(uid=uid)

@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from proxy.config import Config, ConfigError, Loaded
-from proxy.observability.logging import LOGGER, fields
+from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.server.admin.app import Reloading
-from proxy.server.hardening import Settling
-from proxy.server.runtime import HandedOver
+from proxy.server.admin.app import ReloadStatus
+from proxy.server.hardening import GcPaused
+from proxy.server.runtime import ReloadOutcome
 from proxy.server.sockets import CannotListen
 
-LOOK_EVERY = 1.0  # seconds
-LONGEST_READ = 30.0  # seconds for files that hang: those of a network, or of a pipe that nobody writes to
-MOST_PROBLEMS = 100  # that a log line and /status name
+POLL_INTERVAL = 1.0  # seconds
+READ_TIMEOUT = 30.0  # seconds for files that hang: those of a network, or of a pipe that nobody writes to
+MAX_PROBLEMS = 100  # that a log line and /status name
 
 Result = Literal["ok", "unchanged", "failed"]
-_Stamp = tuple[int, int, int, int, int] | None
-Stamps = tuple[_Stamp, ...]
+FileSignature = tuple[int, int, int, int, int] | None
+FileSignatures = tuple[FileSignature, ...]
 _T = TypeVar("_T")
 
 
-class Reloads:
+class ConfigWatcher:
     """Takes up new configurations.
 
     `load` reads and checks one; it may block, and raise ConfigError. `hand_over` makes it the one in force, or raises
@@ -44,151 +44,151 @@ class Reloads:
         loaded: Loaded,
         *,
         load: Callable[[], Loaded],
-        hand_over: Callable[[Config], Awaitable[HandedOver]],
-        reloading: Reloading,
+        hand_over: Callable[[Config], Awaitable[ReloadOutcome]],
+        reloading: ReloadStatus,
         metrics: Metrics,
         note: Callable[[Result | None], None] = lambda _: None,
         wall: Callable[[], float] = time.time,
-        look_every: float = LOOK_EVERY,
-        seen: Stamps | None = None,
+        look_every: float = POLL_INTERVAL,
+        seen: FileSignatures | None = None,
     ) -> None:
         self._load = load
-        self._hand_over = hand_over
-        self._reloading = reloading
+        self._apply_config = hand_over
+        self._status = reloading
         self._metrics = metrics
-        self._note = note
+        self._on_result = note
         self._wall = wall
-        self._look_every = look_every
-        self._asked = asyncio.Event()
-        self._settling = Settling()
+        self._poll_interval = look_every
+        self._requested = asyncio.Event()
+        self._gc_paused = GcPaused()
         self._files = loaded.files
         self._warned = _texts(loaded)
-        self._seen = seen or stamps(self._files)
+        self._signatures = seen or file_signatures(self._files)
 
-    def ask(self) -> None:
+    def request_reload(self) -> None:
         """Have the configuration read anew, whether its files have changed or not."""
-        self._asked.set()
+        self._requested.set()
 
     async def watch(self) -> None:
         """Take up what is asked for, and what has changed, for as long as the proxy runs."""
-        changing = self._seen
+        changing = self._signatures
         while True:
-            is_asked = await self._is_asked_in_time()
+            is_asked = await self._wait_for_request()
             try:
-                seen = await _aside(lambda: stamps(self._files))
+                seen = await run_in_thread(lambda: file_signatures(self._files))
             except TimeoutError:
                 LOGGER.error("the configuration's files cannot be looked at: their file system hangs")
                 continue
             # What is still being written is left alone until it was the same twice.
-            if is_asked or (seen != self._seen and seen == changing):
-                self._seen = seen
+            if is_asked or (seen != self._signatures and seen == changing):
+                self._signatures = seen
                 await self.reload("SIGHUP" if is_asked else "a file has changed")
-                changing = self._seen
+                changing = self._signatures
             else:
                 changing = seen
 
-    async def _is_asked_in_time(self) -> bool:
+    async def _wait_for_request(self) -> bool:
         try:
-            async with asyncio.timeout(self._look_every):
-                await self._asked.wait()
+            async with asyncio.timeout(self._poll_interval):
+                await self._requested.wait()
         except TimeoutError:
             return False
-        self._asked.clear()
+        self._requested.clear()
         return True
 
     async def reload(self, because: str) -> Result:
         """Read the configuration and take it up if it is good; log, count and note how that went."""
-        with self._settling:  # around all of it: an exception, while it is looked at, holds what was read
+        with self._gc_paused:  # around all of it: an exception, while it is looked at, holds what was read
             return await self._reload(because)
 
     async def _reload(self, because: str) -> Result:
-        self._note(None)
+        self._on_result(None)
         problems: tuple[str, ...] = ()
         files: Iterable[Path] = ()
         try:
-            loaded = await _aside(self._load)
+            loaded = await run_in_thread(self._load)
             files = loaded.files
-            handed_over = await self._handed_over(loaded)
+            handed_over = await self._apply(loaded)
         except ConfigError as exc:
             files = exc.files or files
             problems = tuple(str(problem) for problem in exc.problems)
         except CannotListen as exc:
             problems = (str(exc),)
         except TimeoutError:
-            problems = (f"its files could not be read within {LONGEST_READ:g} s",)
+            problems = (f"its files could not be read within {READ_TIMEOUT:g} s",)
         except Exception as exc:  # noqa: BLE001 - logged; the next change is looked at all the same
             LOGGER.error("internal error", exc_info=exc)
             problems = ("the proxy failed to take it up; its log says where",)
         else:
-            return self._taken(loaded, handed_over, because)
-        self._look_at(files or self._files)  # what is wrong may be mended in one of them, or one is still to come
-        return self._refused(problems, because)
+            return self.on_applied(loaded, handed_over, because)
+        self._watch_files(files or self._files)  # what is wrong may be mended in one of them, or one is still to come
+        return self.on_rejected(problems, because)
 
-    async def _handed_over(self, loaded: Loaded) -> HandedOver:
+    async def _apply(self, loaded: Loaded) -> ReloadOutcome:
         """Hand a configuration over; what is wrong with it is told with its place."""
         try:
-            return await self._hand_over(loaded.config)
+            return await self._apply_config(loaded.config)
         except ConfigError as exc:
-            raise ConfigError(loaded.placed(exc.problems), exc.files or loaded.files) from exc
+            raise ConfigError(loaded.with_locations(exc.problems), exc.files or loaded.files) from exc
 
-    def _taken(self, loaded: Loaded, handed_over: HandedOver, because: str) -> Result:
-        self._look_at(loaded.files)
+    def on_applied(self, loaded: Loaded, handed_over: ReloadOutcome, because: str) -> Result:
+        self._watch_files(loaded.files)
         has_changed, needs_restart = handed_over
         if has_changed:
-            self._reloading.good_since = self._wall()
+            self._status.good_since = self._wall()
             LOGGER.info(
                 "the new configuration is in force",
-                extra=fields(because=because, accounts=len(loaded.config.accounts)),
+                extra=extra(because=because, accounts=len(loaded.config.accounts)),
             )
         elif needs_restart:
-            LOGGER.info("what can change while the proxy runs is as it was", extra=fields(because=because))
+            LOGGER.info("what can change while the proxy runs is as it was", extra=extra(because=because))
         else:
-            LOGGER.info("the configuration is as it was", extra=fields(because=because))
-        if needs_restart and needs_restart != self._reloading.needs_restart:
+            LOGGER.info("the configuration is as it was", extra=extra(because=because))
+        if needs_restart and needs_restart != self._status.needs_restart:
             LOGGER.warning(
-                "settings that count only after a restart have changed", extra=fields(keys=list(needs_restart))
+                "settings that count only after a restart have changed", extra=extra(keys=list(needs_restart))
             )
         warned, self._warned = self._warned, _texts(loaded)
         for text in self._warned:
             if text not in warned:
-                LOGGER.warning("a setting should be mended", extra=fields(problem=text))
-        self._reloading.needs_restart = needs_restart
+                LOGGER.warning("a setting should be mended", extra=extra(problem=text))
+        self._status.needs_restart = needs_restart
         self._metrics.last_reload_success.set(self._wall())
-        return self._done("ok" if has_changed else "unchanged", ())
+        return self.record("ok" if has_changed else "unchanged", ())
 
-    def _refused(self, problems: tuple[str, ...], because: str) -> Result:
+    def on_rejected(self, problems: tuple[str, ...], because: str) -> Result:
         LOGGER.error(
             "the new configuration is refused, and the one before it serves on",
-            extra=fields(because=because, problems=list(problems[:MOST_PROBLEMS])),
+            extra=extra(because=because, problems=list(problems[:MAX_PROBLEMS])),
         )
-        self._reloading.needs_restart = ()  # of a configuration that nobody knows any more
-        return self._done("failed", problems[:MOST_PROBLEMS])
+        self._status.needs_restart = ()  # of a configuration that nobody knows any more
+        return self.record("failed", problems[:MAX_PROBLEMS])
 
-    def _done(self, result: Result, problems: tuple[str, ...]) -> Result:
-        self._reloading.looked_at, self._reloading.result = self._wall(), result
-        self._reloading.problems = problems
+    def record(self, result: Result, problems: tuple[str, ...]) -> Result:
+        self._status.looked_at, self._status.result = self._wall(), result
+        self._status.problems = problems
         self._metrics.reloads.labels(result).inc()
         self._metrics.last_reload_successful.set(result != "failed")
-        self._note(result)
+        self._on_result(result)
         return result
 
-    def _look_at(self, files: Iterable[Path]) -> None:
+    def _watch_files(self, files: Iterable[Path]) -> None:
         """Watch these from now on; what is known of one stands as it was before it was read."""
-        known = dict(zip(self._files, self._seen, strict=True))
+        known = dict(zip(self._files, self._signatures, strict=True))
         self._files = tuple(dict.fromkeys(files))
-        self._seen = tuple(known[file] if file in known else _stamp(file) for file in self._files)
+        self._signatures = tuple(known[file] if file in known else _signature_of(file) for file in self._files)
 
 
 def _texts(loaded: Loaded) -> tuple[str, ...]:
     return tuple(str(problem) for problem in loaded.warnings)
 
 
-def stamps(files: Iterable[Path]) -> Stamps:
+def file_signatures(files: Iterable[Path]) -> FileSignatures:
     """Return what changes whenever one of these files does, or what its name leads to."""
-    return tuple(map(_stamp, files))
+    return tuple(map(_signature_of, files))
 
 
-def _stamp(file: Path) -> _Stamp:
+def _signature_of(file: Path) -> FileSignature:
     try:
         status = file.stat()
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def _stamp(file: Path) -> _Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-async def _aside(call: Callable[[], _T]) -> _T:
+async def run_in_thread(call: Callable[[], _T]) -> _T:
     """Return what `call` returns, in a thread of its own: neither requests nor the end of the process wait for it.
 
     Raises TimeoutError after LONGEST_READ.
@@ -224,7 +224,7 @@ async def _aside(call: Callable[[], _T]) -> _T:
     sys.setswitchinterval(usual / 10)
     try:
         threading.Thread(target=run, name="reads the configuration", daemon=True).start()
-        async with asyncio.timeout(LONGEST_READ):
+        async with asyncio.timeout(READ_TIMEOUT):
             await came
     finally:
         sys.setswitchinterval(usual)

@@ -4,18 +4,20 @@ from contextlib import AsyncExitStack
 
 from proxy.config import Config
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.redis_limiter import SharedLimits
-from proxy.store.encryption import Seal
-from proxy.store.redis_buckets import SharedPlans
-from proxy.store.redis_client import Link
-from proxy.store.redis_tokens import SharedStore
+from proxy.request.ratelimit.redis_limiter import RedisRateLimiter
+from proxy.store.encryption import TokenCipher
+from proxy.store.redis_buckets import RedisBuckets
+from proxy.store.redis_client import RedisClient
+from proxy.store.redis_tokens import RedisTokenStore
 
 
-async def joined(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[SharedStore, SharedLimits]:
+async def open_shared(
+    config: Config, metrics: Metrics, stack: AsyncExitStack
+) -> tuple[RedisTokenStore, RedisRateLimiter]:
     """Return what lies in the Redis of `config.store`, there or not; `stack` closes it."""
-    link, seal = Link(config.store, metrics), Seal(config.store_key)
-    store, plans = SharedStore(link, seal, metrics, patience=config.timeouts.token), SharedPlans(link, seal)
+    link, seal = RedisClient(config.store, metrics), TokenCipher(config.store_key)
+    store, plans = RedisTokenStore(link, seal, metrics, patience=config.timeouts.token), RedisBuckets(link, seal)
     stack.push_async_callback(store.close)
     stack.push_async_callback(plans.close)
     await link.start()
-    return store, SharedLimits(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)
+    return store, RedisRateLimiter(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)

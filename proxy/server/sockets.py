@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxy.config import Address, Bounds, Config, Listener, Problem, Tls
-from proxy.observability.logging import LOGGER, fields
-from proxy.server.http_protocol import HAS_STRICT_PARSER, Listening
+from proxy.observability.logging import LOGGER, extra
+from proxy.server.http_protocol import USES_LLHTTP, HttpServer
 
 BACKLOG = 1024
 RESERVED = 32  # descriptors for what is neither a client nor Amazon: log, event loop, listeners, token exchanges
-LOOK_AGAIN = 5.0  # seconds after which the files of a certificate are looked at again
+CERTIFICATE_CHECK_INTERVAL = 5.0  # seconds after which the files of a certificate are looked at again
 
 
 class CannotListen(Exception):
@@ -35,37 +35,37 @@ class ServerTls:
 
     def __init__(self, settings: Tls) -> None:
         self._settings = settings
-        self._stamp = self._seen()
+        self._stamp = self._current_stamp()
         self._current = self._read()
         # This context only ever hands over to the current one: a context cannot forget a CA that it was given.
         self.context = self._read()
-        self.context.sni_callback = self._hand_over
+        self.context.sni_callback = self._apply
 
-    def _hand_over(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:  # noqa: ARG002
+    def _apply(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:  # noqa: ARG002
         connection.context = self._current
 
-    def take_up(self, settings: Tls) -> None:
+    def activate(self, settings: Tls) -> None:
         """Go by other files from now on. Whether there is a `client_ca` must stay as it is."""
         self._settings = settings
-        self.look()
+        self.reload_if_changed()
 
-    def look(self) -> None:
+    def reload_if_changed(self) -> None:
         """Take up changed files; keep what there is, and say so, where they cannot be used."""
         try:
-            stamp = self._seen()
+            stamp = self._current_stamp()
             if stamp == self._stamp:
                 return
             self._stamp = stamp
             self._current = self._read()
         except OSError as exc:
-            LOGGER.error("a listener's changed certificate cannot be used", extra=fields(**self._where(exc)))
+            LOGGER.error("a listener's changed certificate cannot be used", extra=extra(**self._key_of(exc)))
         else:
-            LOGGER.info("a listener's certificate was read anew", extra=fields(certificate=self._settings.certificate))
+            LOGGER.info("a listener's certificate was read anew", extra=extra(certificate=self._settings.certificate))
 
-    def _where(self, exc: OSError) -> dict[str, str]:
-        return {"certificate": self._settings.certificate, "because": reason_of(exc)}
+    def _key_of(self, exc: OSError) -> dict[str, str]:
+        return {"certificate": self._settings.certificate, "because": describe_error(exc)}
 
-    def _seen(self) -> tuple[tuple[int, int], ...]:
+    def _current_stamp(self) -> tuple[tuple[int, int], ...]:
         names = (self._settings.certificate, self._settings.key, self._settings.client_ca)
         # By what the name leads to: container platforms change a link.
         seen = (Path(name).stat() for name in names if name is not None)
@@ -83,14 +83,14 @@ class ServerTls:
         return context
 
 
-def reason_of(exc: OSError) -> str:
+def describe_error(exc: OSError) -> str:
     """Return what is wrong with a file, an address or a certificate, in a few words."""
     if isinstance(exc, ssl.SSLError):
         return (exc.reason or "not a certificate with its key").lower().replace("_", " ")
     return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else "the name is not known"
 
 
-def mistakes(config: Config) -> Iterator[Problem]:
+def validate(config: Config) -> Iterator[Problem]:
     """Yield a problem for every listener's certificate that cannot be used, and for every file of it."""
     for index, listener in enumerate(config.listen):
         if listener.tls is not None:
@@ -100,7 +100,7 @@ def mistakes(config: Config) -> Iterator[Problem]:
                 ServerTls(listener.tls)
             except OSError as exc:
                 if not unreadable:
-                    yield Problem(f"listen[{index}].tls", f"cannot be used: {reason_of(exc)}")
+                    yield Problem(f"listen[{index}].tls", f"cannot be used: {describe_error(exc)}")
 
 
 def _unreadable(setting: str, tls: Tls) -> Iterator[Problem]:
@@ -110,20 +110,25 @@ def _unreadable(setting: str, tls: Tls) -> Iterator[Problem]:
             if name is not None:
                 Path(name).open("rb").close()
         except OSError as exc:
-            yield Problem(f"{setting}.{key}", f"file {name}: {reason_of(exc)}")
+            yield Problem(f"{setting}.{key}", f"file {name}: {describe_error(exc)}")
 
 
 # Listening.
 
 
 async def listen(
-    server: Listening, address: Address, setting: str, *, listener: Listener | None = None, tls: ServerTls | None = None
+    server: HttpServer,
+    address: Address,
+    setting: str,
+    *,
+    listener: Listener | None = None,
+    tls: ServerTls | None = None,
 ) -> tuple[asyncio.AbstractServer, str]:
     """Listen on `address`; return what listens, and the address as it turned out (port 0 becomes a real one).
 
     Raises CannotListen.
     """
-    if not HAS_STRICT_PARSER:
+    if not USES_LLHTTP:
         raise CannotListen(
             "aiohttp came without its C parser, and the other one takes requests that this one refuses: install a "
             "wheel of aiohttp for this system, and do not set AIOHTTP_NO_EXTENSIONS"
@@ -151,13 +156,13 @@ async def listen(
             ssl_handshake_timeout=handshake,
         )
     except (OSError, LookupError) as exc:
-        reason = reason_of(exc) if isinstance(exc, OSError) else f"there is no such user or group: {exc.args[0]}"
+        reason = describe_error(exc) if isinstance(exc, OSError) else f"there is no such user or group: {exc.args[0]}"
         is_taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
-        raise CannotListen(f"cannot listen on {address}: {reason}; {_way_out(setting, is_taken=is_taken)}") from exc
+        raise CannotListen(f"cannot listen on {address}: {reason}; {suggest_fix(setting, is_taken=is_taken)}") from exc
     return listening, str(Address(address.host, listening.sockets[0].getsockname()[1]))
 
 
-def _way_out(setting: str, *, is_taken: bool) -> str:
+def suggest_fix(setting: str, *, is_taken: bool) -> str:
     """Return what to do where an address cannot be had; the first listener and the admin address have flags."""
     flag = {"listen[0]": "--listen", "admin": "--admin"}.get(setting)
     change = f"change {setting} in the configuration" + (f", or give another address with {flag}" if flag else "")
@@ -221,7 +226,7 @@ def descriptors() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def share_descriptors(bounds: Bounds, upstream: int, available: int | None) -> tuple[int, int]:
+def split_fd_limit(bounds: Bounds, upstream: int, available: int | None) -> tuple[int, int]:
     """Return how many connections there may be from clients and to Amazon, so that all find a descriptor.
 
     Those to Amazon get what they may have, a third of what there is at most.

@@ -16,19 +16,19 @@ class Service:
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._now = now
 
-    def is_ready(self, status: str = "") -> None:
+    def notify_ready(self, status: str = "") -> None:
         """Say that requests are served, after the start or a reload; `status` is what `systemctl status` shows."""
-        self._tell("READY=1", f"STATUS={status or 'serving'}")
+        self._send("READY=1", f"STATUS={status or 'serving'}")
 
-    def is_reloading(self) -> None:
+    def notify_reloading(self) -> None:
         """Say that a reload has begun; `Type=notify-reload` waits for `is_ready` after it."""
-        self._tell("RELOADING=1", f"MONOTONIC_USEC={self._now() // 1000}")
+        self._send("RELOADING=1", f"MONOTONIC_USEC={self._now() // 1000}")
 
-    def is_stopping(self) -> None:
+    def notify_stopping(self) -> None:
         """Say that the end has begun."""
-        self._tell("STOPPING=1", "STATUS=finishing the requests in flight")
+        self._send("STOPPING=1", "STATUS=finishing the requests in flight")
 
-    def _tell(self, *lines: str) -> None:
+    def _send(self, *lines: str) -> None:
         if not self._address or not hasattr(socket, "AF_UNIX"):
             return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

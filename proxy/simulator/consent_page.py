@@ -8,17 +8,17 @@ import secrets
 from html import escape
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from proxy.simulator.responses import Reply
+from proxy.simulator.responses import Response
 from proxy.simulator.state import Code, State, WebApplication
 
 PATH = "/apps/authorize/"
-CODE_LIFE = 300.0  # seconds
+CODE_LIFETIME = 300.0  # seconds
 SELLING_PARTNER = "A1SIMULATEDSELLER"
 
 _CONSENT, _CONFIRM, _CANCEL = f"{PATH}consent", f"{PATH}confirm/", f"{PATH}cancel/"
 
 
-def page(state: State, region: str, method: str, path: str, query: str) -> Reply:
+def page(state: State, region: str, method: str, path: str, query: str) -> Response:
     """Return the consent page, or where its buttons lead: to the application's redirect address."""
     if method != "GET":
         return _page(405, "There is nothing to send here")
@@ -36,7 +36,7 @@ def page(state: State, region: str, method: str, path: str, query: str) -> Reply
     return _page(404, "There is nothing here")
 
 
-def _consent(state: State, given: dict[str, str]) -> Reply:
+def _consent(state: State, given: dict[str, str]) -> Response:
     name = given.get("application_id", "")
     application = state.applications.get(name)
     if application is None or application.is_draft != (given.get("version") == "beta"):
@@ -53,25 +53,25 @@ def _consent(state: State, given: dict[str, str]) -> Reply:
     return _page(200, f"{escape(name)} asks for access to the made-up seller's data", " ".join(links))
 
 
-def _confirmed(state: State, region: str, application: WebApplication, given: dict[str, str]) -> Reply:
+def _confirmed(state: State, region: str, application: WebApplication, given: dict[str, str]) -> Response:
     code = f"S{secrets.token_urlsafe(16)}"
-    state.codes[code] = Code(application.client_id, region, given["redirect_uri"], state.now() + CODE_LIFE)
+    state.codes[code] = Code(application.client_id, region, given["redirect_uri"], state.now() + CODE_LIFETIME)
     answer = {"state": given.get("state", ""), "selling_partner_id": SELLING_PARTNER, "spapi_oauth_code": code}
     return _redirect(given["redirect_uri"], answer)
 
 
-def _cancelled(_: State, __: str, ___: WebApplication, given: dict[str, str]) -> Reply:
+def _cancelled(_: State, __: str, ___: WebApplication, given: dict[str, str]) -> Response:
     # As Login with Amazon does it (LWA "Authorization Code Grant"); Seller Central's own way is not documented.
     description = "The resource owner denied the request"
     answer = {"state": given.get("state", ""), "error": "access_denied", "error_description": description}
     return _redirect(given["redirect_uri"], answer)
 
 
-def _redirect(to: str, answer: dict[str, str]) -> Reply:
+def _redirect(to: str, answer: dict[str, str]) -> Response:
     joint = "&" if urlsplit(to).query else "?"
-    return Reply(302, b"", {"Location": f"{to}{joint}{urlencode(answer)}", "Referrer-Policy": "no-referrer"})
+    return Response(302, b"", {"Location": f"{to}{joint}{urlencode(answer)}", "Referrer-Policy": "no-referrer"})
 
 
-def _page(status: int, title: str, content: str = "") -> Reply:
+def _page(status: int, title: str, content: str = "") -> Response:
     text = f"<!doctype html><title>Simulator</title><h1>{title}</h1>{content}"
-    return Reply(status, text.encode(), {"Content-Type": "text/html; charset=utf-8"})
+    return Response(status, text.encode(), {"Content-Type": "text/html; charset=utf-8"})

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from proxy.simulator.responses import Reply, as_json
+from proxy.simulator.responses import Response, as_json
 from proxy.simulator.state import DEMO_CLIENT, Fault, Seller, WebApplication
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PATH = "/_simulator"
 
 
-def answer(simulator: "Simulator", method: str, path: str, body: bytes) -> Reply:
+def answer(simulator: "Simulator", method: str, path: str, body: bytes) -> Response:
     """Return the answer to one order; a wrong one changes nothing and says what was wrong."""
     action = _ACTIONS.get((method, path.removeprefix(PATH)))
     if action is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from time import strptime
 
 from proxy.simulator import rdt
-from proxy.simulator.responses import Reply, forbidden, html, invalid_input
+from proxy.simulator.responses import Response, forbidden, html, invalid_input
 from proxy.simulator.restricted_operations import grantless_scope, is_restricted_document, restricted
 from proxy.simulator.state import Issued, State
 
@@ -19,7 +19,7 @@ _USER_AGENT = re.compile(r"(?:[^/\\]|\\.)+/(?:[^(\\]|\\.)+ \((?:[^)\\]|\\.)*Lang
 _DATE_SKEW = 900.0  # seconds
 
 
-def well_formed(method: str, names: Sequence[str]) -> Reply | None:
+def well_formed(method: str, names: Sequence[str]) -> Response | None:
     """Return the front end's page for a request that breaks HTTP's rules; `names` are its header names, lower-case."""
     framing = {"content-length", "transfer-encoding"} & set(names)
     if method in {"GET", "HEAD"} and framing:
@@ -29,7 +29,7 @@ def well_formed(method: str, names: Sequence[str]) -> Reply | None:
     return None
 
 
-def headers_in_order(state: State, headers: Mapping[str, str]) -> Reply | None:
+def headers_in_order(state: State, headers: Mapping[str, str]) -> Response | None:
     """Return the refusal for a date or a user agent that is missing or malformed."""
     date, agent = headers.get("x-amz-date", ""), headers.get("user-agent", "")
     if not _DATE.fullmatch(date) or abs(_epoch(date) - state.wall()) > _DATE_SKEW:
@@ -46,7 +46,7 @@ def _epoch(date: str) -> float:
         return 0.0
 
 
-def token_of(state: State, region: str, headers: Sequence[tuple[str, str]]) -> Issued | Reply:
+def token_of(state: State, region: str, headers: Sequence[tuple[str, str]]) -> Issued | Response:
     """Return the token that a request brings, or the refusal of a missing, unknown, expired or foreign one."""
     given = [value for name, value in headers if name.lower() == "x-amz-access-token"]
     if not given or not given[0]:
@@ -61,7 +61,7 @@ def token_of(state: State, region: str, headers: Sequence[tuple[str, str]]) -> I
     return token
 
 
-def permitted(token: Issued, method: str, path: str) -> Reply | None:
+def permitted(token: Issued, method: str, path: str) -> Response | None:
     """Return the refusal of a token that is not the kind that the operation wants, None where it is."""
     scope = grantless_scope(method, path)
     if scope is not None or token.kind == "grantless":

@@ -16,13 +16,13 @@ from typing import Self
 from aiohttp import web
 
 from proxy.simulator import canned_responses, consent_page, control_api, documents, lwa, rdt, request_checks
-from proxy.simulator.responses import Reply, as_json, forbidden, invalid_input
+from proxy.simulator.responses import Response, as_json, forbidden, invalid_input
 from proxy.simulator.state import REGIONS, Fault, Issued, Recorded, Settings, State
 from proxy.simulator.swagger_examples import Models, read_models
 from proxy.simulator.usage_plans import WELL_KNOWN, Plans, announced
 
-MOST_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
-MOST_HEADER = 64 * 1024
+MAX_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
+MAX_HEADER = 64 * 1024
 _CHUNK = bytes(64 * 1024)
 
 
@@ -58,7 +58,7 @@ class Incoming:
 class Outcome:
     """The answer to a request, and what the journal says of it."""
 
-    reply: Reply
+    response: Response
     token: Issued | None = None
     operation: str = ""
 
@@ -115,8 +115,8 @@ class Simulator:
             access_log=None,
             auto_decompress=False,
             handler_cancellation=True,
-            max_line_size=MOST_HEADER,
-            max_field_size=MOST_HEADER,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
         )
         runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await runner.setup()
@@ -149,8 +149,8 @@ class Simulator:
         outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._answer(incoming)
         self._record(incoming, outcome)
         if fault is not None and fault.kind in _BREAKS:
-            return await _BREAKS[fault.kind](request, fault, outcome.reply)
-        return await _send(request, outcome.reply)
+            return await _BREAKS[fault.kind](request, fault, outcome.response)
+        return await _send(request, outcome.response)
 
     def _answer(self, incoming: Incoming) -> Outcome:
         if incoming.service == "documents":
@@ -188,7 +188,7 @@ class Simulator:
         if throttled is not None:
             return Outcome(throttled, token)
         outcome = self._content(incoming, token)
-        outcome.reply.headers.update(announced(plan, outcome.reply.status))
+        outcome.response.headers.update(announced(plan, outcome.response.status))
         return outcome
 
     def _content(self, incoming: Incoming, token: Issued) -> Outcome:
@@ -207,7 +207,7 @@ class Simulator:
             return Outcome(invalid_input("Could not match input arguments"), token, operation.name)
         return Outcome(_as_reply(static.status, static.content), token, operation.name)
 
-    def _plain(self, incoming: Incoming, token: Issued) -> Reply:
+    def _plain(self, incoming: Incoming, token: Issued) -> Response:
         """Answer without a model."""
         method, path = incoming.method, incoming.path
         named = self.documents.call(method, path, incoming.body, self.state.wall())
@@ -215,7 +215,7 @@ class Simulator:
         return _as_reply(status, content)
 
     def _record(self, incoming: Incoming, outcome: Outcome) -> None:
-        token, status = outcome.token, outcome.reply.status
+        token, status = outcome.token, outcome.response.status
         self.state.count(f"answers.{incoming.service}.{status}")
         self.state.journal.append(
             Recorded(
@@ -234,15 +234,15 @@ class Simulator:
         )
 
 
-def _as_reply(status: int, content: object) -> Reply:
+def _as_reply(status: int, content: object) -> Response:
     if content is None:
         reply = as_json(status, {})
-        return Reply(status, b"", {name: value for name, value in reply.headers.items() if name != "Content-Type"})
+        return Response(status, b"", {name: value for name, value in reply.headers.items() if name != "Content-Type"})
     return as_json(status, content)
 
 
-def _made_up(fault: Fault) -> Reply:
-    return Reply(fault.status, fault.body.encode(), dict(fault.headers))
+def _made_up(fault: Fault) -> Response:
+    return Response(fault.status, fault.body.encode(), dict(fault.headers))
 
 
 async def _read(service: str, request: web.BaseRequest) -> Incoming:
@@ -251,14 +251,14 @@ async def _read(service: str, request: web.BaseRequest) -> Incoming:
     async for chunk in request.content.iter_any():
         digest.update(chunk)
         size += len(chunk)
-        if len(kept) < MOST_KEPT:
+        if len(kept) < MAX_KEPT:
             kept += chunk
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers)
-    body = kept if size <= MOST_KEPT else b""
+    body = kept if size <= MAX_KEPT else b""
     return Incoming(service, request.method, request.raw_path, headers, body, size, digest.hexdigest())
 
 
-async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
+async def _send(request: web.BaseRequest, reply: Response) -> web.StreamResponse:
     answer = web.Response(status=reply.status, body=reply.body, headers=reply.headers)
     await answer.prepare(request)
     await answer.write_eof()
@@ -268,19 +268,19 @@ async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
 # Faults that break off, and large answers.
 
 
-async def _reset(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+async def _reset(request: web.BaseRequest, _: Fault, __: Response) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
 
 
-async def _close(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+async def _close(request: web.BaseRequest, _: Fault, __: Response) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.close()
     return web.Response()
 
 
-async def _truncate(request: web.BaseRequest, _: Fault, reply: Reply) -> web.StreamResponse:
+async def _truncate(request: web.BaseRequest, _: Fault, reply: Response) -> web.StreamResponse:
     answer = web.StreamResponse(status=reply.status, headers=reply.headers)
     answer.content_length = len(reply.body) + 1
     await answer.prepare(request)
@@ -290,7 +290,7 @@ async def _truncate(request: web.BaseRequest, _: Fault, reply: Reply) -> web.Str
     return answer
 
 
-async def _large(request: web.BaseRequest, fault: Fault, reply: Reply) -> web.StreamResponse:
+async def _large(request: web.BaseRequest, fault: Fault, reply: Response) -> web.StreamResponse:
     headers = {**reply.headers, "Content-Type": "application/octet-stream"}
     answer = web.StreamResponse(status=200, headers=headers)
     if not fault.chunked:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from proxy.simulator.responses import Reply, as_json
+from proxy.simulator.responses import Response, as_json
 from proxy.simulator.state import errors_body, template_pattern
 
 # Calls per second and burst of well-known operations (the models' own descriptions).
@@ -55,7 +55,7 @@ class Plans:
                 return plan
         return Plan(re.compile(re.escape(path)), method, *self.default)
 
-    def take(self, caller: tuple[str, ...], plan: Plan, now: float) -> Reply | None:
+    def take(self, caller: tuple[str, ...], plan: Plan, now: float) -> Response | None:
         """Take a place in the caller's bucket; return Amazon's 429 where there is none."""
         key = (*caller, plan.method, plan.pattern.pattern)
         tokens, updated = self.buckets.get(key, (plan.burst, now))

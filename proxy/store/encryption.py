@@ -21,13 +21,13 @@ from proxy.config import Secret
 from proxy.store.interface import StoredToken
 
 PREFIX = "sp-api-proxy:"
-MOST_BYTES = 16 * 1024  # of a sealed value: Amazon's tokens have 2 KiB at most
+MAX_BYTES = 16 * 1024  # of a sealed value: Amazon's tokens have 2 KiB at most
 _VERSION = b"\x01"
 _NONCE = 12  # bytes, random: far fewer values are sealed with one key than the 2^32 that permits
-_MARK = 4  # bytes that tell which key sealed
+_KEY_ID = 4  # bytes that tell which key sealed
 
 
-class NotSealed(Exception):
+class DecryptionFailed(Exception):
     """A value that none of our keys sealed for this place."""
 
 
@@ -35,27 +35,27 @@ class _Ciphers:
     """The ciphers of several keys for one purpose: the first one seals, all unseal."""
 
     def __init__(self, keys: tuple[Secret, ...], purpose: bytes) -> None:
-        ciphers = [(_derived(key, b"mark")[:_MARK], AESGCM(_derived(key, purpose))) for key in keys]
-        self._mark, self._cipher = ciphers[0]
+        ciphers = [(_derived(key, b"mark")[:_KEY_ID], AESGCM(_derived(key, purpose))) for key in keys]
+        self.key_id, self._cipher = ciphers[0]
         self._ciphers = dict(reversed(ciphers))
 
-    def seal(self, text: bytes, place: bytes) -> bytes:
+    def encrypt(self, text: bytes, place: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
-        return _VERSION + self._mark + nonce + self._cipher.encrypt(nonce, text, place)
+        return _VERSION + self.key_id + nonce + self._cipher.encrypt(nonce, text, place)
 
-    def unseal(self, value: bytes, place: bytes) -> bytes:
+    def decrypt(self, value: bytes, place: bytes) -> bytes:
         """Return the text; raise NotSealed."""
-        head = len(_VERSION) + _MARK
+        head = len(_VERSION) + _KEY_ID
         cipher = self._ciphers.get(value[len(_VERSION) : head])
-        if cipher is None or not value.startswith(_VERSION) or len(value) > MOST_BYTES:
-            raise NotSealed
+        if cipher is None or not value.startswith(_VERSION) or len(value) > MAX_BYTES:
+            raise DecryptionFailed
         try:
             return cipher.decrypt(value[head : head + _NONCE], value[head + _NONCE :], place)
         except (InvalidTag, ValueError):
-            raise NotSealed from None
+            raise DecryptionFailed from None
 
 
-class Seal:
+class TokenCipher:
     """The keys of `store_key`: the first one seals, all unseal. The last, which is the oldest, makes the names."""
 
     def __init__(self, keys: tuple[Secret, ...]) -> None:
@@ -65,25 +65,25 @@ class Seal:
 
     def name(self, purpose: str, key: str) -> str:
         """Return the name under which Redis keeps what belongs to `key`."""
-        digest = hmac.digest(self._naming, _place(purpose, key), hashlib.sha256)
+        digest = hmac.digest(self._naming, _associated_data(purpose, key), hashlib.sha256)
         return f"{PREFIX}{purpose}:{digest[:20].hex()}"
 
-    def seal(self, key: str, token: StoredToken) -> bytes:
+    def encrypt(self, key: str, token: StoredToken) -> bytes:
         """Return the token as it may leave the process."""
         text = json.dumps([token.value.reveal(), token.expires_at]).encode()
-        return self._ciphers.seal(text, _place("token", key))
+        return self._ciphers.encrypt(text, _associated_data("token", key))
 
-    def unseal(self, key: str, value: bytes) -> StoredToken:
+    def decrypt(self, key: str, value: bytes) -> StoredToken:
         """Return the token that was sealed for `key`; raise NotSealed."""
-        text = self._ciphers.unseal(value, _place("token", key))
+        text = self._ciphers.decrypt(value, _associated_data("token", key))
         try:
             token, expires_at = json.loads(text)
             return StoredToken(Secret(str(token)), float(expires_at))
         except (ValueError, TypeError):
-            raise NotSealed from None
+            raise DecryptionFailed from None
 
 
-class DocumentSeal:
+class DocumentCipher:
     """Seals what an app carries from one answer to the request for its document, bound to the account.
 
     The keys are those of `store_key`, so that replicas open each other's; without any, one of this process alone.
@@ -92,19 +92,21 @@ class DocumentSeal:
     def __init__(self, keys: tuple[Secret, ...]) -> None:
         self._ciphers = _Ciphers(keys or (Secret(os.urandom(32).hex()),), b"document")
 
-    def seal(self, account: str, text: bytes) -> str:
+    def encrypt(self, account: str, text: bytes) -> str:
         """Return the text as a path segment holds it (base64url, RFC 4648 section 5, without padding)."""
-        return urlsafe_b64encode(self._ciphers.seal(text, _place("document", account))).decode().rstrip("=")
+        return (
+            urlsafe_b64encode(self._ciphers.encrypt(text, _associated_data("document", account))).decode().rstrip("=")
+        )
 
-    def unseal(self, account: str, segment: str) -> bytes:
+    def decrypt(self, account: str, segment: str) -> bytes:
         """Return the text that was sealed for an account; raise NotSealed."""
-        if len(segment) > 2 * MOST_BYTES:
-            raise NotSealed
+        if len(segment) > 2 * MAX_BYTES:
+            raise DecryptionFailed
         try:
             value = urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
         except ValueError:
-            raise NotSealed from None
-        return self._ciphers.unseal(value, _place("document", account))
+            raise DecryptionFailed from None
+        return self._ciphers.decrypt(value, _associated_data("document", account))
 
 
 def _derived(key: Secret, purpose: bytes) -> bytes:
@@ -112,5 +114,5 @@ def _derived(key: Secret, purpose: bytes) -> bytes:
     return HKDF(SHA256(), 32, salt=None, info=b"sp-api-proxy store 1 " + purpose).derive(key.reveal().encode())
 
 
-def _place(purpose: str, key: str) -> bytes:
+def _associated_data(purpose: str, key: str) -> bytes:
     return f"{purpose}\x1f{key}".encode()

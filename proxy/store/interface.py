@@ -16,7 +16,7 @@ class StoredToken:
     expires_at: float
 
 
-Fits = Callable[[StoredToken], bool]
+IsUsable = Callable[[StoredToken], bool]
 
 
 class Store(Protocol):
@@ -25,10 +25,10 @@ class Store(Protocol):
     `patience` is how many seconds a turn is waited for at most: what one exchange may take.
     """
 
-    patience: float
+    timeout: float
 
-    def turn(
-        self, key: str, fits: Fits, refused: Secret | None = None
+    def get_or_lock(
+        self, key: str, fits: IsUsable, refused: Secret | None = None
     ) -> AbstractAsyncContextManager[StoredToken | None]:
         """Give the token under `key` where it `fits`; None where it is the caller's turn to fetch one.
 

@@ -15,17 +15,17 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from proxy.store.encryption import Seal
-from proxy.store.redis_client import Link, Lost
+from proxy.store.encryption import TokenCipher
+from proxy.store.redis_client import RedisClient, StoreUnavailable
 
-MOST_AT_ONCE = 256  # steps of one pipeline
+MAX_BATCH = 256  # steps of one pipeline
 
 # try: take a place in all of the buckets where each has one now. reserve: take the next place. back: return one.
 # look: take none. For each bucket: the sender's rate, whether that is news, burst, margin in seconds, what the sender
 # thinks it holds (where Redis knows nothing), and whether Amazon has just said that it is empty.
 # The answer: seconds until the place, or -1 where there is none yet, then of each bucket what it holds, seconds from
 # now of its last moment, its rate, and how many places were taken so far.
-_STEP = """
+_SCRIPT_FOR_STEP = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1000000
 local mode, buckets, wait = ARGV[1], {}, 0
@@ -77,143 +77,143 @@ return table.concat(answer, ' ')
 Mode = Literal["try", "reserve", "back", "look"]
 
 
-class Step(NamedTuple):
+class BucketUpdate(NamedTuple):
     """One bucket, as who asks knows it."""
 
     name: str
     rate: float  # calls per second
-    is_news: bool  # the rate was learnt since the last answer
+    is_new_rate: bool  # the rate was learnt since the last answer
     burst: float
     margin: float  # seconds
     tokens: float
     is_empty: bool  # Amazon has just said so
 
 
-class Held(NamedTuple):
+class BucketState(NamedTuple):
     """What a bucket holds, at a moment `ahead` seconds from now, its rate, and how many places all took so far."""
 
     tokens: float
-    ahead: float
+    reserved_ahead: float
     rate: float
     taken: float
 
 
-class Place(NamedTuple):
+class Reservation(NamedTuple):
     """The answer: seconds until the call's place, None where it has none yet."""
 
     wait: float | None
-    buckets: tuple[Held, ...]
+    buckets: tuple[BucketState, ...]
 
 
 @dataclass(slots=True, eq=False)
-class _Question:
+class _Request:
     mode: Mode
-    steps: Sequence[Step]
+    updates: Sequence[BucketUpdate]
     keys: Sequence[str]
     args: Sequence[str]
-    answer: asyncio.Future[Place]
+    response: asyncio.Future[Reservation]
 
 
-class SharedPlans:
+class RedisBuckets:
     """The usage plans that lie in Redis."""
 
-    def __init__(self, link: Link, seal: Seal) -> None:
-        self.link = link
-        self._seal = seal
-        self._script = link.client.register_script(_STEP)
-        self._waiting: list[_Question] = []
-        self._asking: asyncio.Task[None] | None = None
+    def __init__(self, link: RedisClient, seal: TokenCipher) -> None:
+        self.redis = link
+        self._cipher = seal
+        self._script = link.client.register_script(_SCRIPT_FOR_STEP)
+        self._waiting: list[_Request] = []
+        self._running: asyncio.Task[None] | None = None
         self._is_closed = False
         self._connection: AbstractConnection | None = None
         self._is_fresh = True
-        self._of_loss = 0
+        self._epoch = 0
 
     def name(self, key: tuple[str, ...]) -> str:
         """Return the name under which Redis keeps the bucket of a plan."""
-        return self._seal.name("plan", "\x1f".join(key))
+        return self._cipher.name("plan", "\x1f".join(key))
 
-    def ask(self, mode: Mode, steps: Sequence[Step]) -> "asyncio.Future[Place]":
+    def execute(self, mode: Mode, steps: Sequence[BucketUpdate]) -> "asyncio.Future[Reservation]":
         """Return what will be the answer; its exception is Lost. All that is asked in one go is one round trip."""
-        answer: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        if not self.link.is_up or self._is_closed:
-            answer.set_exception(Lost())
+        answer: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        if not self.redis.is_up or self._is_closed:
+            answer.set_exception(StoreUnavailable())
             return answer
         args: list[str] = [mode]
         for step in steps:
             args += (
                 repr(step.rate),
-                "1" if step.is_news else "0",
+                "1" if step.is_new_rate else "0",
                 repr(step.burst),
                 repr(step.margin),
                 repr(step.tokens),
                 "1" if step.is_empty else "0",
             )
-        self._waiting.append(_Question(mode, steps, [step.name for step in steps], args, answer))
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._ask_all(), name="shared plans")
+        self._waiting.append(_Request(mode, steps, [step.name for step in steps], args, answer))
+        if self._running is None:
+            self._running = asyncio.create_task(self._execute_all(), name="shared plans")
         return answer
 
-    def tell(self, mode: Mode, steps: Sequence[Step]) -> None:
+    def send(self, mode: Mode, steps: Sequence[BucketUpdate]) -> None:
         """Ask without waiting for the answer: what is lost with it is a place or a hint."""
-        self.ask(mode, steps).add_done_callback(_forget)
+        self.execute(mode, steps).add_done_callback(_forget)
 
-    async def _ask_all(self) -> None:
-        questions: list[_Question] = []
+    async def _execute_all(self) -> None:
+        questions: list[_Request] = []
         try:
             while self._waiting:
-                questions, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
-                await self._ask_these(questions)
+                questions, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                await self._execute_batch(questions)
         finally:
-            self._asking = None
+            self._running = None
             for question in (*questions, *self._waiting):
-                if not question.answer.done():
-                    question.answer.set_exception(Lost())
+                if not question.response.done():
+                    question.response.set_exception(StoreUnavailable())
 
-    async def _ask_these(self, questions: Sequence[_Question]) -> None:
+    async def _execute_batch(self, questions: Sequence[_Request]) -> None:
         """Answer all of the questions whose asker is still there; where Redis does not, with Lost."""
         try:
-            answers = await self.link.ask_at_once(lambda: self._answers(questions))
+            answers = await self.redis.execute_now(lambda: self._responses(questions))
             places = [_place(answer, len(of.keys)) for of, answer in zip(questions, answers, strict=True)]
-        except (Lost, RedisError):
+        except (StoreUnavailable, RedisError):
             places = []
         except ValueError:
-            self.link.lost("nonsense")
+            self.redis.mark_down("nonsense")
             places = []
         for index, question in enumerate(questions):
-            if question.answer.cancelled():  # whoever asked has left
+            if question.response.cancelled():  # whoever asked has left
                 if places and places[index].wait is not None and question.mode in {"try", "reserve"}:
-                    self.tell("back", question.steps)
+                    self.send("back", question.updates)
             elif places:
-                question.answer.set_result(places[index])
+                question.response.set_result(places[index])
             else:
-                question.answer.set_exception(Lost())
+                question.response.set_exception(StoreUnavailable())
 
-    async def _answers(self, questions: Sequence[_Question]) -> list[object]:
+    async def _responses(self, questions: Sequence[_Request]) -> list[object]:
         """Ask all at once, over a connection that is kept for it; raise what redis-py raises, and ResponseError."""
         try:
-            return await self._answers_over(await self._connected(), questions)
+            return await self._responses_over(await self._connected(), questions)
         except NoScriptError:  # a new server, or one that was told to forget; none of the steps was taken
-            await self.link.client.script_load(_STEP)
-            return await self._answers_over(await self._connected(), questions)
+            await self.redis.client.script_load(_SCRIPT_FOR_STEP)
+            return await self._responses_over(await self._connected(), questions)
         except RedisConnectionError:
             if self._is_fresh:
                 raise
             # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
-            return await self._answers_over(await self._connected(), questions)
+            return await self._responses_over(await self._connected(), questions)
 
     async def _connected(self) -> AbstractConnection:
         connection = self._connection
-        self._is_fresh = connection is None or self._of_loss != self.link.losses
+        self._is_fresh = connection is None or self._epoch != self.redis.epoch
         if connection is None or self._is_fresh:
             await self._disconnect()
-            pool = self.link.client.connection_pool
+            pool = self.redis.client.connection_pool
             made: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # not annotated there
             await made.connect()  # type: ignore[no-untyped-call]  # as above
-            connection, self._of_loss = made, self.link.losses
+            connection, self._epoch = made, self.redis.epoch
             self._connection = connection
         return connection
 
-    async def _answers_over(self, connection: AbstractConnection, questions: Sequence[_Question]) -> list[object]:
+    async def _responses_over(self, connection: AbstractConnection, questions: Sequence[_Request]) -> list[object]:
         # Not redis-py's pipeline: that costs as much as all else that a call under a plan costs.
         commands: list[list[str | int]] = [
             ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
@@ -243,22 +243,22 @@ class SharedPlans:
     async def close(self) -> None:
         """Ask nothing more."""
         self._is_closed = True
-        if self._asking is not None:
-            self._asking.cancel()
+        if self._running is not None:
+            self._running.cancel()
             with suppress(asyncio.CancelledError):
-                await self._asking
+                await self._running
         await self._disconnect()
 
 
-def _place(answer: object, count: int) -> Place:
+def _place(answer: object, count: int) -> Reservation:
     """Return what an answer says; raise ValueError for one that is none."""
     numbers = [float(text) for text in answer.split()] if isinstance(answer, bytes) else []
     if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
         raise ValueError("not the numbers that the script answers")
-    held = tuple(Held(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
-    return Place(numbers[0] if numbers[0] >= 0 else None, held)
+    held = tuple(BucketState(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
+    return Reservation(numbers[0] if numbers[0] >= 0 else None, held)
 
 
-def _forget(answer: "asyncio.Future[Place]") -> None:
+def _forget(answer: "asyncio.Future[Reservation]") -> None:
     if not answer.cancelled():
         answer.exception()

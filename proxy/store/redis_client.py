@@ -26,95 +26,95 @@ from redis.exceptions import (
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from proxy.config import StoreAddress
-from proxy.observability.logging import LOGGER, fields
+from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
 from proxy.store.encryption import PREFIX
 
-PATIENCE = 0.25  # seconds for a question and its answer, the connection included
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each time
-LATE = 1.3  # times PATIENCE: a timer that comes so late says that this process was busy
-MOST_FORGIVEN = 3  # of those in a row
+TIMEOUT = 0.25  # seconds for a question and its answer, the connection included
+FIRST_PAUSE, MAX_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each time
+SLOW_AFTER = 1.3  # times PATIENCE: a timer that comes so late says that this process was busy
+MAX_TIMEOUTS = 3  # of those in a row
 CONNECTIONS = 16
 
 Answer = TypeVar("Answer")
 
 
-class Lost(Exception):
+class StoreUnavailable(Exception):
     """Redis cannot be used now."""
 
 
-class Link:
+class RedisClient:
     """The way to one Redis server; `is_up` says whether it may be asked at all."""
 
     def __init__(
-        self, address: StoreAddress, metrics: Metrics, *, patience: float = PATIENCE, pause: float = FIRST_PAUSE
+        self, address: StoreAddress, metrics: Metrics, *, patience: float = TIMEOUT, pause: float = FIRST_PAUSE
     ) -> None:
         self.client = Redis(connection_pool=_connections(address, patience))
         self.is_up = True
         self._address = str(address)
         self._metrics = metrics
-        self._patience = patience
+        self._timeout = patience
         self._pause = pause
-        self._places = asyncio.Semaphore(CONNECTIONS)
+        self._slots = asyncio.Semaphore(CONNECTIONS)
         self._probing: asyncio.Task[None] | None = None
-        self._lost_at = 0.0
-        self._forgiven = 0
-        self.when_back: list[Callable[[], None]] = []
-        self._was_there = False
-        self.losses = 0  # how often it was lost: connections from before are of no use
+        self._down_since = 0.0
+        self._timeouts = 0
+        self.on_recovery: list[Callable[[], None]] = []
+        self._was_up = False
+        self.epoch = 0  # how often it was lost: connections from before are of no use
         metrics.store_up.set(1)
 
     async def start(self) -> None:
         """Find out whether Redis is there; the proxy serves without it, too."""
-        with contextlib.suppress(Lost):
-            await self.ask(self._probe)
+        with contextlib.suppress(StoreUnavailable):
+            await self.execute(self._probe)
 
-    async def ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def execute(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
         """Return the answer to a question; raise Lost where there is none in time, or where nobody is to ask.
 
         What is wrong with one value alone is raised as it comes (`ResponseError`).
         """
-        async with self._places:  # who waits here is in no hurry yet
-            return await self.ask_at_once(question)
+        async with self._slots:  # who waits here is in no hurry yet
+            return await self.execute_now(question)
 
-    async def ask_at_once(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def execute_now(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
         """Do as `ask`, ahead of everybody: for one question at a time."""
         if not self.is_up:
-            raise Lost
+            raise StoreUnavailable
         asked = time.monotonic()
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._timeout):
                 answer = await question()
         except Exception as exc:  # of any kind: what a library makes of what does not speak Redis
             if _is_of_one_value(exc):
                 raise
             reason, took = _reason(exc), time.monotonic() - asked
-            if reason == "timeout" and took > self._patience * LATE and self._forgiven < MOST_FORGIVEN:
-                self._forgiven += 1  # this process was too late to see the answer, which says nothing of Redis
+            if reason == "timeout" and took > self._timeout * SLOW_AFTER and self._timeouts < MAX_TIMEOUTS:
+                self._timeouts += 1  # this process was too late to see the answer, which says nothing of Redis
                 self._metrics.store_failures.labels("late").inc()
             else:
-                self.lost(reason)
-            raise Lost from exc
-        self._forgiven, self._was_there = 0, True
+                self.mark_down(reason)
+            raise StoreUnavailable from exc
+        self._timeouts, self._was_up = 0, True
         return answer
 
-    def lost(self, reason: str) -> None:
+    def mark_down(self, reason: str) -> None:
         """Ask no more until a probe has worked."""
         self._metrics.store_failures.labels(reason).inc()
         if not self.is_up:
             return
-        self.is_up, self._lost_at = False, time.monotonic()
-        self.losses += 1
+        self.is_up, self._down_since = False, time.monotonic()
+        self.epoch += 1
         self._metrics.store_up.set(0)
         LOGGER.warning(
             "store lost: tokens and usage plans are kept by this process alone until it is back"
-            if self._was_there
+            if self._was_up
             else "store not reached: tokens and usage plans are kept by this process alone until it is",
-            extra=fields(store=self._address, reason=reason),
+            extra=extra(store=self._address, reason=reason),
         )
-        self._probing = asyncio.create_task(self._until_back(), name="store probe")
+        self._probing = asyncio.create_task(self._reconnect(), name="store probe")
 
-    async def _until_back(self) -> None:
+    async def _reconnect(self) -> None:
         pause = self._pause
         while True:
             # What is connected to a server that has gone would look like another loss when it is used next, and what is
@@ -123,19 +123,19 @@ class Link:
                 await self.client.connection_pool.disconnect()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: replicas do not come together
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._timeout):
                     await self._probe()
             except Exception:  # noqa: BLE001 - whatever a library makes of what is not Redis' protocol
-                pause = min(LONGEST_PAUSE, pause * 2)
+                pause = min(MAX_PAUSE, pause * 2)
             else:
                 break
         self.is_up = True
         self._metrics.store_up.set(1)
-        away = round(time.monotonic() - self._lost_at, 1)
-        said = "store is back" if self._was_there else "store is there"
-        self._was_there = True
-        LOGGER.info(said, extra=fields(store=self._address, after=away))
-        for look in self.when_back:
+        away = round(time.monotonic() - self._down_since, 1)
+        said = "store is back" if self._was_up else "store is there"
+        self._was_up = True
+        LOGGER.info(said, extra=extra(store=self._address, after=away))
+        for look in self.on_recovery:
             look()
 
     async def _probe(self) -> None:

@@ -17,12 +17,12 @@ from redis.exceptions import RedisError
 
 from proxy.config import Secret
 from proxy.observability.metrics import Metrics
-from proxy.store.encryption import MOST_BYTES, NotSealed, Seal
-from proxy.store.interface import Fits, StoredToken
-from proxy.store.redis_client import Link, Lost
+from proxy.store.encryption import MAX_BYTES, DecryptionFailed, TokenCipher
+from proxy.store.interface import IsUsable, StoredToken
+from proxy.store.redis_client import RedisClient, StoreUnavailable
 
-LOCK_LIFE = 3.0  # seconds
-FIRST_LOOK, SLOWER, LONGEST_LOOK = 0.03, 1.6, 0.5  # seconds between two looks of those who wait
+LOCK_LIFETIME = 3.0  # seconds
+FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two looks of those who wait
 
 # The value, its life in ms, and whether the lock was got. Where there is a value that is not the one known to be unfit,
 # nothing is locked. A lock that lives for ever is none of ours, and nobody would ever let go of it.
@@ -46,36 +46,38 @@ return 0
 """
 
 
-class SharedStore:
+class RedisTokenStore:
     """A Store in Redis; while that is lost, everybody fetches for himself."""
 
     def __init__(
         self,
-        link: Link,
-        seal: Seal,
+        link: RedisClient,
+        seal: TokenCipher,
         metrics: Metrics,
         *,
         patience: float,
         wall: Callable[[], float] = time.time,
-        lock_life: float = LOCK_LIFE,
+        lock_life: float = LOCK_LIFETIME,
     ) -> None:
-        self._link = link
-        self._seal = seal
+        self._redis = link
+        self._cipher = seal
         self._metrics = metrics
-        self.patience = patience
+        self.timeout = patience
         self._wall = wall
-        self._lock_life = lock_life
+        self._lock_lifetime = lock_life
         self._claim = link.client.register_script(_CLAIM)
         self._keep = link.client.register_script(_KEEP)
         self._release = link.client.register_script(_RELEASE)
         self._forget = link.client.register_script(_FORGET)
 
     @asynccontextmanager
-    async def turn(self, key: str, fits: Fits, refused: Secret | None = None) -> AsyncIterator[StoredToken | None]:
+    async def get_or_lock(
+        self, key: str, fits: IsUsable, refused: Secret | None = None
+    ) -> AsyncIterator[StoredToken | None]:
         """Give the token under `key` where it fits, or the turn to fetch one, which no other process has meanwhile."""
         owner = secrets.token_hex(8)
         found, is_locked = None, False
-        with suppress(Lost, RedisError):
+        with suppress(StoreUnavailable, RedisError):
             found, is_locked = await self._found_or_locked(key, owner, fits, refused)
         if not is_locked:
             yield found
@@ -85,24 +87,24 @@ class SharedStore:
             yield None
         finally:
             keeping.cancel()
-            with suppress(Lost, RedisError):
-                await self._link.ask(partial(self._release, keys=[self._lock(key)], args=[owner]))
+            with suppress(StoreUnavailable, RedisError):
+                await self._redis.execute(partial(self._release, keys=[self._lock(key)], args=[owner]))
 
     async def _found_or_locked(
-        self, key: str, owner: str, fits: Fits, refused: Secret | None
+        self, key: str, owner: str, fits: IsUsable, refused: Secret | None
     ) -> tuple[StoredToken | None, bool]:
         """Return a token that fits, or whether the lock was got; neither where the wait was long enough."""
-        end, pause, unfit = time.monotonic() + self.patience, FIRST_LOOK, ""
+        end, pause, unfit = time.monotonic() + self.timeout, FIRST_POLL, ""
         while True:
-            value, life, is_locked = await self._look(key, owner, unfit)
+            value, life, is_locked = await self._poll(key, owner, unfit)
             if is_locked:
                 return None, True
             fingerprint = hashlib.sha1(value, usedforsecurity=False).hexdigest()
             if value and fingerprint != unfit:
-                token = self._unsealed(key, value, life)
+                token = self._decrypt(key, value, life)
                 if token is not None and token.value == refused:
-                    name = self._seal.name("token", key)
-                    await self._link.ask(partial(self._forget, keys=[name], args=[MOST_BYTES, fingerprint]))
+                    name = self._cipher.name("token", key)
+                    await self._redis.execute(partial(self._forget, keys=[name], args=[MAX_BYTES, fingerprint]))
                 elif token is not None and fits(token):
                     return token, False
                 unfit = fingerprint
@@ -110,45 +112,45 @@ class SharedStore:
             if time.monotonic() >= end:
                 return None, False
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: waiters do not come together
-            pause = min(LONGEST_LOOK, pause * SLOWER)
+            pause = min(MAX_POLL, pause * POLL_BACKOFF)
 
-    async def _look(self, key: str, owner: str, unfit: str) -> tuple[bytes, float, bool]:
-        names = [self._seal.name("token", key), self._lock(key)]
-        args: list[str | int] = [owner, round(self._lock_life * 1000), MOST_BYTES, unfit]
-        answer = await self._link.ask(partial(self._claim, keys=names, args=args))
+    async def _poll(self, key: str, owner: str, unfit: str) -> tuple[bytes, float, bool]:
+        names = [self._cipher.name("token", key), self._lock(key)]
+        args: list[str | int] = [owner, round(self._lock_lifetime * 1000), MAX_BYTES, unfit]
+        answer = await self._redis.execute(partial(self._claim, keys=names, args=args))
         match answer:
             case [bytes(value), int(life), int(locked)]:
                 return value, life / 1000, bool(locked)
-        self._link.lost("nonsense")
-        raise Lost
+        self._redis.mark_down("nonsense")
+        raise StoreUnavailable
 
-    def _unsealed(self, key: str, value: bytes, life: float) -> StoredToken | None:
+    def _decrypt(self, key: str, value: bytes, life: float) -> StoredToken | None:
         """Return the token in a value; None, counted, where it is none of ours, or not of this key."""
         try:
-            token = self._seal.unseal(key, value)
-        except NotSealed:
-            self._metrics.store_ignored.labels("too_large" if len(value) > MOST_BYTES else "not_ours").inc()
+            token = self._cipher.decrypt(key, value)
+        except DecryptionFailed:
+            self._metrics.store_ignored.labels("too_large" if len(value) > MAX_BYTES else "not_ours").inc()
             return None
         # Redis counts its life too: so it does not matter whose clock is wrong.
         return token if life < 0 else StoredToken(token.value, min(token.expires_at, self._wall() + life))
 
     async def _kept_alive(self, key: str, owner: str) -> None:
-        with suppress(Lost, RedisError):
-            keep = partial(self._keep, keys=[self._lock(key)], args=[owner, round(self._lock_life * 1000)])
+        with suppress(StoreUnavailable, RedisError):
+            keep = partial(self._keep, keys=[self._lock(key)], args=[owner, round(self._lock_lifetime * 1000)])
             while True:
-                await asyncio.sleep(self._lock_life / 3)
-                await self._link.ask(keep)
+                await asyncio.sleep(self._lock_lifetime / 3)
+                await self._redis.execute(keep)
 
     def _lock(self, key: str) -> str:
-        return self._seal.name("lock", key)
+        return self._cipher.name("lock", key)
 
     async def put(self, key: str, token: StoredToken, life: float) -> None:
         """Keep `token` for `life` seconds; nowhere while Redis is lost, where each process has its own."""
-        name, value = self._seal.name("token", key), self._seal.seal(key, token)
-        if len(value) <= MOST_BYTES:
-            with suppress(Lost, RedisError):
-                await self._link.ask(lambda: self._link.client.set(name, value, px=max(1, int(life * 1000))))
+        name, value = self._cipher.name("token", key), self._cipher.encrypt(key, token)
+        if len(value) <= MAX_BYTES:
+            with suppress(StoreUnavailable, RedisError):
+                await self._redis.execute(lambda: self._redis.client.set(name, value, px=max(1, int(life * 1000))))
 
     async def close(self) -> None:
         """Close the way to Redis, which keeps what the others may need."""
-        await self._link.close()
+        await self._redis.close()

@@ -7,12 +7,12 @@ import pytest
 
 from proxy.amazon.operations import load_table
 from proxy.amazon.presigned_urls import (
-    PLACES,
-    USUAL_LIFE,
+    DEFAULT_LIFETIME,
+    URL_LOCATIONS,
     is_storage,
-    life_of,
+    lifetime,
+    parse,
     signed_headers,
-    taken_apart,
     urls_in,
 )
 from tests.conftest import MODELS, needs
@@ -85,11 +85,11 @@ def test_any_other_host_is_not(host: str) -> None:
     ],
 )
 def test_what_cannot_be_sent_on_as_it_is_written_is_no_url(url: str) -> None:
-    assert taken_apart(url) is None
+    assert parse(url) is None
 
 
 def test_a_url_keeps_its_bytes() -> None:
-    parts = taken_apart("https://s3.amazonaws.com/bucket/%2Fninety/../a%7e?X-Amz-Signature=%2b&x=")
+    parts = parse("https://s3.amazonaws.com/bucket/%2Fninety/../a%7e?X-Amz-Signature=%2b&x=")
     assert parts is not None
     assert (parts.path, parts.query) == ("/bucket/%2Fninety/../a%7e", "X-Amz-Signature=%2b&x=")
 
@@ -101,14 +101,14 @@ def test_a_url_keeps_its_bytes() -> None:
         ("x-amz-expires=30", 30),
         (f"AWSAccessKeyId=A&Expires={NOW + 120:.0f}&Signature=S", 120),
         (f"Expires={NOW - 1:.0f}", 0),
-        ("X-Amz-Expires=-5", USUAL_LIFE),
-        ("X-Amz-Expires=٣", USUAL_LIFE),
-        ("X-Amz-Expires=9999999999999", USUAL_LIFE),
-        ("", USUAL_LIFE),
+        ("X-Amz-Expires=-5", DEFAULT_LIFETIME),
+        ("X-Amz-Expires=٣", DEFAULT_LIFETIME),
+        ("X-Amz-Expires=9999999999999", DEFAULT_LIFETIME),
+        ("", DEFAULT_LIFETIME),
     ],
 )
 def test_a_url_says_how_long_it_lasts(query: str, life: float) -> None:
-    assert life_of(query, NOW) == life
+    assert lifetime(query, NOW) == life
 
 
 def test_a_url_says_what_its_signature_covers() -> None:
@@ -119,12 +119,12 @@ def test_a_url_says_what_its_signature_covers() -> None:
 
 def test_every_place_is_of_an_operation_of_the_table() -> None:
     operations = {operation.name: operation for operation in load_table()}
-    assert PLACES.keys() <= operations.keys()
+    assert URL_LOCATIONS.keys() <= operations.keys()
 
 
 @pytest.mark.parametrize("content", [None, 5, [], {"url": 5}, {"url": ["https://a"]}, {"payload": []}, "https://a"])
 def test_an_answer_of_another_form_holds_no_url(content: Any) -> None:
-    assert not [url for place in PLACES.values() for url in urls_in(content, place.keys)]
+    assert not [url for place in URL_LOCATIONS.values() for url in urls_in(content, place.keys)]
 
 
 # Held to the models, where they are at hand.
@@ -148,7 +148,7 @@ _NOT_PRESIGNED = {
 
 def test_every_url_of_the_models_is_at_a_place_or_known_to_be_something_else() -> None:
     needs(MODELS.is_dir(), "Amazon's models")
-    ends = {place.keys[-1] for place in PLACES.values()}
+    ends = {place.keys[-1] for place in URL_LOCATIONS.values()}
     missing = set()
     for path in MODELS.rglob("*.json"):
         definitions = json.loads(path.read_text(encoding="utf-8")).get("definitions") or {}

@@ -12,7 +12,7 @@ import yaml
 
 from proxy.cli import admin_client
 from proxy.config import Address
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
@@ -80,7 +80,7 @@ async def test_somebody_else_at_the_address_is_not_taken_for_the_proxy(far_side:
 
     far_side.script = script
     address = admin_client.address_in(far_side.url)
-    told = await asyncio.to_thread(admin_client.once, address, "GET", "/readyz")
+    told = await asyncio.to_thread(admin_client.request, address, "GET", "/readyz")
     assert told.text.startswith(f"404: 404 page not found. {address} is perhaps no proxy's. ")
 
 
@@ -89,9 +89,9 @@ async def test_waiting_ends_when_the_proxy_is_ready(start_proxy: StartProxy, tok
     proxy = await start_proxy(warm_up=True)
     assert proxy.admin is not None
     address = admin_client.address_in(proxy.admin)
-    first = await asyncio.to_thread(admin_client.once, address, "GET", "/readyz")
+    first = await asyncio.to_thread(admin_client.request, address, "GET", "/readyz")
     assert first == (False, "503: not ready: the tokens (warm_up)")
-    waiting = asyncio.create_task(asyncio.to_thread(admin_client.until_ready, address, 20.0))
+    waiting = asyncio.create_task(asyncio.to_thread(admin_client.wait_until_ready, address, 20.0))
     token_host.held.set()
     assert await waiting == (True, "ok")
 
@@ -99,13 +99,13 @@ async def test_waiting_ends_when_the_proxy_is_ready(start_proxy: StartProxy, tok
 def test_waiting_ends_with_its_time() -> None:
     clock = FakeClock()
     nobody = Address("127.0.0.1", 1)
-    answer = admin_client.until_ready(nobody, 5.0, now=clock, sleep=clock.advance)
-    assert not answer.is_good
+    answer = admin_client.wait_until_ready(nobody, 5.0, now=clock, sleep=clock.advance)
+    assert not answer.ok
     assert 4.8 <= clock() - FakeClock()() <= 5.0
 
 
 def test_an_address_that_is_open_to_all_is_asked_at_this_machines_own() -> None:
-    assert ": Connection refused. " in admin_client.once(Address("0.0.0.0", 1), "GET", "/livez").text
+    assert ": Connection refused. " in admin_client.request(Address("0.0.0.0", 1), "GET", "/livez").text
     assert admin_client.address_in("http://[::1]:9090") == Address("::1", 9090)
 
 
@@ -148,7 +148,7 @@ async def test_a_signal_after_the_post_ends_at_once(far_side: FarSide, token_hos
         assert await proxy.stop(signal.SIGTERM) == 143
 
 
-async def test_nobody_ends_the_proxy_where_it_is_not_asked_for(proxy: Running) -> None:
+async def test_nobody_ends_the_proxy_where_it_is_not_asked_for(proxy: RunningProxy) -> None:
     assert proxy.admin is not None
     assert (await call(proxy.admin, "POST", "/quitquitquit")).status == 404
     assert not proxy.quit.is_set()

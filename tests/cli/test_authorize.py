@@ -20,13 +20,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.amazon.consent import CENTRALS, NotAuthorised, WrongState, central_of, consent_in, consent_url
+from proxy.amazon.consent import (
+    SELLER_CENTRALS,
+    NotAuthorised,
+    WrongState,
+    consent_url,
+    parse_redirect,
+    seller_central_of,
+)
 from proxy.amazon.marketplaces import MARKETPLACES
-from proxy.cli.consent_redirect import MOST_VISITS, redirected
-from proxy.cli.secret_file import CannotStore, check_place, store
+from proxy.cli.consent_redirect import MAX_VISITS, wait_for_redirect
+from proxy.cli.secret_file import CannotStore, ensure_writable, write_secret
 from proxy.config import Secret, load_config
 from proxy.simulator import Fault, Settings, Simulator
-from proxy.simulator.consent_page import CODE_LIFE, SELLING_PARTNER
+from proxy.simulator.consent_page import CODE_LIFETIME, SELLING_PARTNER
 from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET
 from tests.support.clock import FakeClock
 from tests.support.paths import ROOT
@@ -237,7 +244,7 @@ async def test_a_code_that_is_too_old_or_was_used_is_said(
 ) -> None:
     talk = await begun(simulator, tmp_path)
     led_to = await consented(await talk.until(CONSENT_PAGE))
-    clock.advance(CODE_LIFE)
+    clock.advance(CODE_LIFETIME)
     code, _, complained = await talk.ended(led_to)
     assert code == 1
     assert "invalid_grant. The code is more than five minutes old" in complained
@@ -385,9 +392,9 @@ async def test_a_terminal_does_not_show_what_is_pasted_and_asks_again(simulator:
 
 async def test_a_listener_that_only_strangers_visit_gives_up() -> None:
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    waiting = asyncio.create_task(redirected(STATE, 0, port.set_result))
+    waiting = asyncio.create_task(wait_for_redirect(STATE, 0, port.set_result))
     async with aiohttp.ClientSession() as session:
-        for _ in range(MOST_VISITS + 1):
+        for _ in range(MAX_VISITS + 1):
             async with session.get(f"http://localhost:{await port}/?state=guessed") as answer:
                 assert answer.status in {403, 410}
     with pytest.raises(NotAuthorised, match="none was an answer"):
@@ -398,12 +405,12 @@ async def test_a_listener_that_only_strangers_visit_gives_up() -> None:
 
 
 def test_every_marketplace_has_a_seller_central_and_a_vendor_central() -> None:
-    assert sorted(central.region for central in CENTRALS.values()) == sorted(MARKETPLACES.values())
-    for central in CENTRALS.values():
+    assert sorted(central.region for central in SELLER_CENTRALS.values()) == sorted(MARKETPLACES.values())
+    for central in SELLER_CENTRALS.values():
         assert central.seller.startswith("sellercentral")
         assert "vendorcentral." in central.vendor
-    assert central_of("gb") is central_of("UK") is CENTRALS["UK"]
-    assert central_of("XX") is None
+    assert seller_central_of("gb") is seller_central_of("UK") is SELLER_CENTRALS["UK"]
+    assert seller_central_of("XX") is None
 
 
 def test_the_consent_address_is_amazons() -> None:
@@ -422,7 +429,7 @@ def test_the_consent_address_is_amazons() -> None:
 
 
 def test_a_consent_is_read_from_the_address() -> None:
-    consent = consent_in(
+    consent = parse_redirect(
         f" https://client-example.com?state={STATE}&selling_partner_id=A1B&spapi_oauth_code=Sx.y ", STATE
     )
     assert (consent.code.reveal(), consent.selling_partner) == ("Sx.y", "A1B")
@@ -453,7 +460,7 @@ def test_a_consent_is_read_from_the_address() -> None:
 )
 def test_what_is_no_consent_is_refused_with_a_reason(query: str, kind: type[NotAuthorised], words: str) -> None:
     with pytest.raises(NotAuthorised, match=words) as refused:
-        consent_in(f"https://app.example/redirect?{query}", STATE)
+        parse_redirect(f"https://app.example/redirect?{query}", STATE)
     assert type(refused.value) is kind
     assert "distinctive" not in str(refused.value)
 
@@ -461,7 +468,7 @@ def test_what_is_no_consent_is_refused_with_a_reason(query: str, kind: type[NotA
 @given(st.text(max_size=200))
 def test_any_text_is_a_refusal_and_nothing_worse(text: str) -> None:
     with pytest.raises(NotAuthorised):
-        consent_in(text, STATE)
+        parse_redirect(text, STATE)
 
 
 # The file.
@@ -469,13 +476,13 @@ def test_any_text_is_a_refusal_and_nothing_worse(text: str) -> None:
 
 def test_a_secret_file_is_written_whole_and_replaces_nothing_unasked(tmp_path: Path) -> None:
     path = tmp_path / "token"
-    store(path, Secret("first"), replace=False)
+    write_secret(path, Secret("first"), replace=False)
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("first\n", 0o600)
     with pytest.raises(CannotStore, match="is there already"):
-        store(path, Secret("second"), replace=False)
+        write_secret(path, Secret("second"), replace=False)
     assert path.read_text() == "first\n"
     path.chmod(0o644)
-    store(path, Secret("second"), replace=True)
+    write_secret(path, Secret("second"), replace=True)
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("second\n", 0o600)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -485,13 +492,13 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
     target.write_text("before")
     link.symlink_to(target)
     with pytest.raises(CannotStore, match="is there already"):
-        check_place(link, replace=False)
+        ensure_writable(link, replace=False)
     with pytest.raises(CannotStore, match="is there already"):
-        store(link, Secret("secret"), replace=False)
-    store(link, Secret("secret"), replace=True)
+        write_secret(link, Secret("secret"), replace=False)
+    write_secret(link, Secret("secret"), replace=True)
     assert (target.read_text(), link.is_symlink()) == ("before", False)
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(CannotStore, match="No such file or directory"):
-        store(tmp_path / "missing" / "token", Secret("secret"), replace=False)
+        write_secret(tmp_path / "missing" / "token", Secret("secret"), replace=False)

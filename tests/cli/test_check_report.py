@@ -5,11 +5,20 @@ from io import StringIO
 
 import pytest
 
-from proxy.cli.advice import why_unreachable
-from proxy.cli.check_report import AT_A_TERMINAL, IN_A_FILE, Finding, Place, Progress, Report, as_json, as_text
+from proxy.cli.advice import diagnose_connection_error
+from proxy.cli.check_report import (
+    FILE_INTERVAL,
+    TERMINAL_INTERVAL,
+    AccountRegion,
+    CheckResult,
+    Progress,
+    Report,
+    as_json,
+    as_text,
+)
 from tests.support.clock import FakeClock
 
-PLACES = [Place(f"shop{number}", "eu") for number in range(8)]
+PLACES = [AccountRegion(f"shop{number}", "eu") for number in range(8)]
 
 
 class Terminal(StringIO):
@@ -17,12 +26,12 @@ class Terminal(StringIO):
         return True
 
 
-def refused(place: Place) -> Finding:
+def refused(place: AccountRegion) -> CheckResult:
     said = f"Login with Amazon refuses account {place.account} in eu: invalid_grant"
-    return Finding("token", "failed", "main", *place, code="invalid_grant", said=said, advice="Authorise again.")
+    return CheckResult("token", "failed", "main", *place, code="invalid_grant", detail=said, advice="Authorise again.")
 
 
-def report(*findings: Finding, done: int = len(PLACES), is_whole: bool = True) -> Report:
+def report(*findings: CheckResult, done: int = len(PLACES), is_whole: bool = True) -> Report:
     return Report(PLACES, list(findings), done, is_whole)
 
 
@@ -36,15 +45,17 @@ def test_the_same_trouble_is_told_once() -> None:
 
 
 def test_what_was_not_tried_is_no_success() -> None:
-    not_tried = Finding("call", "not tried", "main", *PLACES[0], code="token_missing", said="there is no token for it")
-    assert not report(not_tried).works
-    assert report(Finding("clock", "warning", code="clock")).works
-    assert not report(is_whole=False, done=3).works
+    not_tried = CheckResult(
+        "call", "not tried", "main", *PLACES[0], code="token_missing", detail="there is no token for it"
+    )
+    assert not report(not_tried).ok
+    assert report(CheckResult("clock", "warning", code="clock")).ok
+    assert not report(is_whole=False, done=3).ok
     assert as_text(report(is_whole=False, done=3)).endswith("Interrupted: 3 of 8 were looked at.")
 
 
 def test_programs_get_the_same_keys_for_every_step() -> None:
-    answer = json.loads(as_json(report(refused(PLACES[0]), Finding("connection", "ok", host="api.amazon.com"))))
+    answer = json.loads(as_json(report(refused(PLACES[0]), CheckResult("connection", "ok", host="api.amazon.com"))))
     assert (answer["works"], answer["complete"]) == (False, True)
     keys = ["step", "result", "application", "account", "region", "host", "code", "said", "advice", "countries"]
     assert [list(check) for check in answer["checks"]] == [keys, keys]
@@ -53,24 +64,24 @@ def test_programs_get_the_same_keys_for_every_step() -> None:
 def test_progress_is_a_line_every_few_seconds_where_nobody_looks() -> None:
     clock, stream, found = FakeClock(), StringIO(), report(done=0)
     progress = Progress(found, stream, clock)
-    for found.done in range(1, 9):
-        clock.advance(IN_A_FILE / 2)
-        progress.tell()
-    progress.end()
+    for found.completed in range(1, 9):
+        clock.advance(FILE_INTERVAL / 2)
+        progress.update()
+    progress.clear()
     assert stream.getvalue().splitlines() == [f"checked {done} of 8, 0 with trouble" for done in (2, 4, 6, 8)]
 
 
 def test_progress_is_one_line_at_a_terminal_and_gone_in_the_end() -> None:
     clock, stream, found = FakeClock(), Terminal(), report(refused(PLACES[0]), done=1)
     progress = Progress(found, stream, clock)
-    progress.tell()
-    found.done = 2
-    progress.tell()
+    progress.update()
+    found.completed = 2
+    progress.update()
     assert stream.getvalue() == "\rchecked 1 of 8, 1 with trouble"
     for _ in range(2):
-        clock.advance(AT_A_TERMINAL)
-        progress.tell()
-    progress.end()
+        clock.advance(TERMINAL_INTERVAL)
+        progress.update()
+    progress.clear()
     last = "checked 2 of 8, 1 with trouble"
     assert stream.getvalue() == f"\rchecked 1 of 8, 1 with trouble\r{last}\r{'':<{len(last)}}\r"
 
@@ -78,8 +89,8 @@ def test_progress_is_one_line_at_a_terminal_and_gone_in_the_end() -> None:
 def test_quick_looks_say_nothing_in_a_file() -> None:
     stream = StringIO()
     progress = Progress(report(), stream, FakeClock())
-    progress.tell()
-    progress.end()
+    progress.update()
+    progress.clear()
     assert stream.getvalue() == ""
 
 
@@ -93,7 +104,7 @@ def test_quick_looks_say_nothing_in_a_file() -> None:
 )
 @pytest.mark.parametrize("by_proxy", [False, True])
 def test_what_keeps_a_connection_from_coming_about_has_advice(exc: OSError, code: str, by_proxy: bool) -> None:
-    found, said, advice = why_unreachable(exc, by_proxy=by_proxy)
+    found, said, advice = diagnose_connection_error(exc, by_proxy=by_proxy)
     assert found == code
     assert said
     assert ("the forward proxy (" in advice) is by_proxy

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from proxy.cli import advice, live_check
-from proxy.cli.check_report import Place, Report, as_json
+from proxy.cli.check_report import AccountRegion, Report, as_json
 from proxy.config import Config, load_config
 from proxy.simulator import Fault, Seller, Settings, Simulator
 from proxy.simulator.restricted_operations import NOTIFICATIONS
@@ -318,7 +318,7 @@ async def test_trouble_of_amazons_is_tried_again_and_then_said(simulator: Simula
     fault.service, fault.path = "lwa", "/auth/*"
     code, found = await checked(tmp_path, content)
     assert (code, found["demo eu token"]["code"]) == (1, "connection")
-    assert found["demo eu token"]["advice"] == found["main grantless"]["advice"] == advice.FAILING
+    assert found["demo eu token"]["advice"] == found["main grantless"]["advice"] == advice.AMAZON_DOWN
     fault.service, fault.path = "eu", "/sellers/*"
     fault.kind, fault.status = "status", 418
     code, found = await checked(tmp_path, content)
@@ -352,14 +352,14 @@ async def test_a_429_is_paced_by_the_usage_plan_and_tried_again(simulator: Simul
     fault = Fault("answer", service="eu", path="/sellers/*", status=429, body=body, times=1)
     simulator.state.faults.append(fault)
     config, time = config_of(tmp_path, settings(simulator, demo="Atzr|demo-eu")), SkippedTime()
-    report = Report([Place("demo", "eu")])
-    await live_check.look(config, report, now=time.now, call_later=time.call_later)
-    assert report.works, as_json(report)
+    report = Report([AccountRegion("demo", "eu")])
+    await live_check.run_checks(config, report, now=time.now, call_later=time.call_later)
+    assert report.ok, as_json(report)
     assert live_check.MAX_WAIT > time.skipped > 50, "getMarketplaceParticipations has a place a minute"
     fault.times = None
-    report, time = Report([Place("demo", "eu")]), SkippedTime()
-    await live_check.look(config, report, now=time.now, call_later=time.call_later)
-    (call,) = [finding for finding in report.findings if finding.step == "call"]
+    report, time = Report([AccountRegion("demo", "eu")]), SkippedTime()
+    await live_check.run_checks(config, report, now=time.now, call_later=time.call_later)
+    (call,) = [finding for finding in report.results if finding.check == "call"]
     assert (call.result, call.code, call.advice) == ("failed", "throttled", advice.THROTTLED)
     assert time.skipped < live_check.MAX_WAIT, "every wait is bounded"
 
@@ -369,12 +369,14 @@ async def test_a_host_that_fails_everybody_is_given_up(service: str, simulator: 
     names = {f"shop{number}": f"Atzr|shop-{number}" for number in range(MANY)}
     simulator.state.faults.append(Fault("reset", service=service, method="POST" if service == "lwa" else "GET"))
     config = config_of(tmp_path, settings(simulator, **names))
-    report = Report([Place(name, "eu") for name in names])
-    await live_check.look(config, report)
-    results = [one.result for one in report.findings if one.step == ("token" if service == "lwa" else "call")]
-    assert live_check.GIVE_UP <= results.count("failed") < live_check.GIVE_UP + live_check.PARALLEL
+    report = Report([AccountRegion(name, "eu") for name in names])
+    await live_check.run_checks(config, report)
+    results = [one.result for one in report.results if one.check == ("token" if service == "lwa" else "call")]
+    assert (
+        live_check.HOST_FAILURE_LIMIT <= results.count("failed") < live_check.HOST_FAILURE_LIMIT + live_check.PARALLEL
+    )
     assert results.count("failed") + results.count("not tried") == MANY
-    assert report.done == MANY
+    assert report.completed == MANY
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proxy.server.runtime import SECRET_LIFE, Running
+from proxy.server.runtime import CLIENT_SECRET_LIFETIME, RunningProxy
 from proxy.simulator import Fault, Settings, Simulator
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
 from tests.conftest import StartProxy
@@ -93,7 +93,7 @@ async def test_a_gauge_says_how_old_the_secret_is(start_proxy: StartProxy) -> No
     main = {"client_id": "client", "client_secret": "client-secret", "rotated_at": "2026-01-01"}
     other = {"client_id": "client", "client_secret": "client-secret"}
     accounts = {"acme": {"application": "main", "refresh_tokens": {"eu": "Atzr|acme"}}}
-    proxy: Running = await start_proxy(applications={"main": main, "other": other}, accounts=accounts)
+    proxy: RunningProxy = await start_proxy(applications={"main": main, "other": other}, accounts=accounts)
 
     def value(name: str, application: str) -> float | None:
         return proxy.metrics.registry.get_sample_value(f"spapi_proxy_{name}", {"application": application})
@@ -101,5 +101,5 @@ async def test_a_gauge_says_how_old_the_secret_is(start_proxy: StartProxy) -> No
     made = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
     age = datetime.now(UTC).timestamp() - made
     assert value("client_secret_age_seconds", "main") == pytest.approx(age, abs=60)
-    assert value("client_secret_expiry_timestamp_seconds", "main") == made + SECRET_LIFE
+    assert value("client_secret_expiry_timestamp_seconds", "main") == made + CLIENT_SECRET_LIFETIME
     assert value("client_secret_age_seconds", "other") is None

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from proxy.cli.admin_client import address_in
-from proxy.cli.tail import Wanted, add_flags, follow, wanted
+from proxy.cli.tail import RequestFilter, add_flags, filter_from, follow
 from proxy.config import Address
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.support.fake_upstream import FarSide, TokenHost
 from tests.support.paths import ROOT
@@ -62,12 +62,12 @@ async def line_of(stream: asyncio.StreamReader | None) -> str:
     return (await asyncio.wait_for(stream.readline(), PATIENCE)).decode()
 
 
-def admin(proxy: Running) -> str:
+def admin(proxy: RunningProxy) -> str:
     assert proxy.admin is not None
     return proxy.admin
 
 
-async def test_past_and_present_are_shown_until_ctrl_c(proxy: Running) -> None:
+async def test_past_and_present_are_shown_until_ctrl_c(proxy: RunningProxy) -> None:
     for path in ("/brand/new", ORDERS, ORDERS):
         await call(proxy.addresses[0], "GET", path)
     async with following("--url", admin(proxy), "-n", "2") as process:
@@ -97,7 +97,7 @@ async def test_what_is_not_wanted_is_left_out(start_proxy: StartProxy) -> None:
     async def shown(*arguments: str) -> list[tuple[str, int]]:
         parser = argparse.ArgumentParser()
         add_flags(parser)
-        which, out = wanted(parser.parse_args(["--once", "--json", *arguments])), StringIO()
+        which, out = filter_from(parser.parse_args(["--once", "--json", *arguments])), StringIO()
         assert await asyncio.to_thread(follow, address_in(admin(proxy)), which, out, pytest.fail) == 0
         lines = [json.loads(line) for line in out.getvalue().splitlines()]
         return [(line["account"], line["status"]) for line in lines]
@@ -144,7 +144,7 @@ async def test_a_proxy_that_is_restarted_is_followed_on(
                 assert " unknown " in await line_of(process.stdout)
 
 
-async def test_a_closed_pipe_ends_it_though_nothing_is_written(proxy: Running) -> None:
+async def test_a_closed_pipe_ends_it_though_nothing_is_written(proxy: RunningProxy) -> None:
     read, write = os.pipe()
     async with following("--url", admin(proxy), stdout=write) as process:
         os.close(write)
@@ -159,7 +159,7 @@ async def test_a_closed_pipe_ends_it_though_nothing_is_written(proxy: Running) -
     [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
 )
 async def test_there_is_colour_on_a_terminal_that_wants_it(
-    proxy: Running, environment: dict[str, str], is_coloured: bool
+    proxy: RunningProxy, environment: dict[str, str], is_coloured: bool
 ) -> None:
     await call(proxy.addresses[0], "GET", ORDERS)
     ours, its = pty.openpty()
@@ -225,7 +225,9 @@ async def test_a_line_can_do_nothing_to_a_terminal(far_side: FarSide) -> None:
     far_side.script = script
     out, complaints = StringIO(), list[str]()
     address = Address("127.0.0.1", far_side.port)
-    code = await asyncio.to_thread(follow, address, Wanted(goes_on=False), out, complaints.append, with_colour=True)
+    code = await asyncio.to_thread(
+        follow, address, RequestFilter(follow=False), out, complaints.append, with_colour=True
+    )
     assert (code, complaints) == (0, [])
     assert out.getvalue().split() == [
         *("00:00:00.000", "\x1b[32m200\x1b[0m", "?[2J/eu", "GET", "x", "1.000", "s"),

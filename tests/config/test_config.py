@@ -25,11 +25,11 @@ from proxy.config import (
     parse_duration,
 )
 from proxy.config.load import _how_to_install, _validated
-from proxy.config.merge import Draft
+from proxy.config.merge import MergedSettings
 from proxy.config.model import Settings, check_endpoint, parse_address, settings_in, show_duration
 from proxy.config.schema import json_schema
 from proxy.config.values import is_list, is_mapping, kind_below
-from proxy.config.yaml_reader import MAX_BYTES, read_yaml, show_key
+from proxy.config.yaml_reader import MAX_BYTES, format_path, read_yaml
 
 APPLICATIONS = "applications: {main: {client_id: client, client_secret: hush}}\n"
 ACCOUNTS = "accounts: {acme: {refresh_tokens: {eu: token-eu}}}\n"
@@ -47,7 +47,7 @@ def load(
     path = folder / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_config(
-        str(path), environ or {}, [(show_key(key), value, "--set") for key, value in (flags or {}).items()]
+        str(path), environ or {}, [(format_path(key), value, "--set") for key, value in (flags or {}).items()]
     )
 
 
@@ -265,7 +265,7 @@ def test_each_key_of_a_single_listener_has_its_place(tmp_path: Path) -> None:
 def test_what_is_found_later_has_its_place_too(tmp_path: Path) -> None:
     loaded = load(tmp_path, f"{BASE}listen:\n  - address: 127.0.0.1:1\n    operations: [a, b]\n")
     found = [Problem("listen[0].operations[1]", "x"), Problem("listen[0].tls", "y"), Problem("store", "z")]
-    places = [str(problem).replace(f"{tmp_path}/", "") for problem in loaded.placed(found)]
+    places = [str(problem).replace(f"{tmp_path}/", "") for problem in loaded.with_locations(found)]
     assert places == [
         "config.yaml:5: listen[0].operations[1]: x", "config.yaml:4: listen[0].tls: y", "store: z"
     ]  # fmt: skip
@@ -990,9 +990,9 @@ def test_every_mistake_is_told_in_the_words_of_a_configuration() -> None:
     told = set[str]()
     for path in paths:
         for shape in SHAPES:
-            draft = Draft(tree=yaml.safe_load(BASE))
+            draft = MergedSettings(tree=yaml.safe_load(BASE))
             if path[0] == "listen" and len(path) > 1:
-                draft.need_listeners()
+                draft.ensure_listener()
             draft.put(path, shape, "x")
             _validated(draft)
             told |= {problem.message for problem in draft.problems}
@@ -1407,15 +1407,15 @@ def test_a_secret_of_a_variable_or_a_file_is_read_anew(tmp_path: Path) -> None:
     config = load_config(str(path), environ).config
     secret = config.applications["main"].client_secret
     tokens = config.accounts["acme"].refresh_tokens
-    assert [one.current() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
+    assert [one.refreshed() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
     environ |= {"SECRET": "new-secret", "SP_API_PROXY_ACCOUNTS_ACME_REFRESH_TOKENS_NA": "new-na"}
     (tmp_path / "refresh").write_text(" new-refresh \n")
-    found = [one.current().reveal() for one in (secret, tokens["eu"], tokens["na"])]
+    found = [one.refreshed().reveal() for one in (secret, tokens["eu"], tokens["na"])]
     assert found == ["new-secret", "new-refresh", "new-na"]
-    assert secret.current().current().reveal() == "new-secret"
+    assert secret.refreshed().refreshed().reveal() == "new-secret"
     environ.clear()
     (tmp_path / "refresh").write_bytes(b"\xff")
-    assert [one.current() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
+    assert [one.refreshed() for one in (secret, tokens["eu"], tokens["na"])] == [secret, tokens["eu"], tokens["na"]]
 
 
 # Callers, policies and the listeners they come in by.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.config import Config
-from proxy.server.runtime import Running, running
+from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.simulator import Fault, Seller, Simulator
 from tests.conftest import StartProxy, config_from
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
@@ -47,8 +47,8 @@ def settings(simulator: Simulator, folder: Path, **changed: Any) -> Config:
 
 
 @pytest.fixture
-async def simulated(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Running]:
-    async with running(settings(simulator, tmp_path)) as proxy:
+async def simulated(simulator: Simulator, tmp_path: Path) -> AsyncIterator[RunningProxy]:
+    async with start_proxy(settings(simulator, tmp_path)) as proxy:
         yield proxy
 
 
@@ -56,7 +56,7 @@ async def simulated(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Runni
     ("target", "token"), [(SELLERS, "lwa"), (DESTINATIONS, "grantless"), (ADDRESS, "rdt"), ("/brand/new", "lwa")]
 )
 async def test_each_kind_of_call_brings_the_token_that_amazon_wants(
-    simulated: Running, simulator: Simulator, target: str, token: str
+    simulated: RunningProxy, simulator: Simulator, target: str, token: str
 ) -> None:
     got = await call(simulated.addresses[0], "GET", target, x_sp_region="eu")
     assert got.status == 200, got.body
@@ -65,7 +65,7 @@ async def test_each_kind_of_call_brings_the_token_that_amazon_wants(
     assert (entry.service, entry.target, entry.token_kind) == ("eu", target, token)
 
 
-async def test_personal_data_comes_when_it_is_asked_for(simulated: Running) -> None:
+async def test_personal_data_comes_when_it_is_asked_for(simulated: RunningProxy) -> None:
     plain = await call(simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na")
     asked = await call(
         simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na", x_sp_data_elements="buyerInfo"
@@ -74,7 +74,9 @@ async def test_personal_data_comes_when_it_is_asked_for(simulated: Running) -> N
     assert b"BuyerEmail" in asked.body
 
 
-async def test_five_hundred_orders_cost_one_restricted_data_token(simulated: Running, simulator: Simulator) -> None:
+async def test_five_hundred_orders_cost_one_restricted_data_token(
+    simulated: RunningProxy, simulator: Simulator
+) -> None:
     async with connect(simulated.addresses[0]) as client:
         for number in range(20):
             got = await client.request("GET", f"/orders/v0/orders/{number}/address", x_sp_region="eu")
@@ -88,7 +90,7 @@ async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator,
     for name in accounts:
         simulator.state.sellers[f"Atzr|{name}"] = Seller(name, "eu", f"Atzr|{name}")
     config = settings(simulator, tmp_path, accounts=accounts, limits={"pace": False})
-    async with running(config) as proxy:
+    async with start_proxy(config) as proxy:
 
         async def one(name: str, number: int) -> None:
             target = f"/orders/v0/orders/{name}-{number}/address" if number % 2 else f"/x/{name}"
@@ -103,7 +105,7 @@ async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator,
             assert entry.seller in re.split(r"[/-]", entry.target), entry.target
 
 
-async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: Running, simulator: Simulator) -> None:
+async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: RunningProxy, simulator: Simulator) -> None:
     simulator.state.faults.append(Fault("status", service="lwa", status=500))
     got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
     assert (got.status, got.error) == (503, "TokenUnavailable")
@@ -111,7 +113,9 @@ async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: Running,
     assert not [entry for entry in simulator.journal if entry.service == "eu"], "nothing was sent to Amazon"
 
 
-async def test_a_refresh_token_that_amazon_refuses_names_the_account(simulated: Running, simulator: Simulator) -> None:
+async def test_a_refresh_token_that_amazon_refuses_names_the_account(
+    simulated: RunningProxy, simulator: Simulator
+) -> None:
     simulator.state.revoked_sellers.add("Atzr|demo-eu")
     got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
     assert (got.status, got.error) == (502, "TokenRefused")
@@ -122,7 +126,7 @@ async def test_a_refresh_token_that_amazon_refuses_names_the_account(simulated: 
     assert other.status == 200, "other regions go on"
 
 
-async def test_amazons_own_errors_pass_unchanged(simulated: Running, simulator: Simulator) -> None:
+async def test_amazons_own_errors_pass_unchanged(simulated: RunningProxy, simulator: Simulator) -> None:
     body = '{"errors":[{"code":"InternalFailure","message":"We encountered an internal error.","details":""}]}'
     simulator.state.faults.append(Fault("status", service="eu", status=500, body=body, times=1))
     got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu", x_sp_retry="off")
@@ -225,7 +229,7 @@ async def test_the_sandbox_has_one_plan_for_everything(start_proxy: StartProxy) 
 
 
 async def test_a_request_leaves_one_line_without_its_query_body_or_token(
-    simulated: Running, log: StringIO, simulator: Simulator
+    simulated: RunningProxy, log: StringIO, simulator: Simulator
 ) -> None:
     target = "/orders/v0/orders/1/address?BuyerEmail=distinctive@example.com"
     await call(simulated.addresses[0], "GET", target, x_sp_region="eu", x_request_id="app-1")
@@ -247,7 +251,7 @@ async def test_a_request_leaves_one_line_without_its_query_body_or_token(
     assert not [secret for secret in secrets if secret in log.getvalue()]
 
 
-async def test_what_was_seen_is_counted(simulated: Running) -> None:
+async def test_what_was_seen_is_counted(simulated: RunningProxy) -> None:
     await call(simulated.addresses[0], "GET", ADDRESS, x_sp_region="eu")
     await call(simulated.addresses[0], "GET", "/x", x_sp_account="nobody")
     await call(simulated.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"12345", x_sp_region="eu")
@@ -288,13 +292,13 @@ async def test_a_refused_request_has_its_operation_where_the_table_knows_it(
     simulator: Simulator, tmp_path: Path, log: StringIO, target: str, fields: dict[str, str], error: str, operation: str
 ) -> None:
     listen = {"address": "127.0.0.1:0", "operations": ["orders.*", "sellers.*"]}
-    async with running(settings(simulator, tmp_path, listen=listen)) as proxy:
+    async with start_proxy(settings(simulator, tmp_path, listen=listen)) as proxy:
         got = await call(proxy.addresses[0], "GET", target, **fields)
         labels = {"account": "-", "region": "-", "operation": operation, "method": "GET", "code": str(got.status)}
         counted = proxy.metrics.registry.get_sample_value(
             "spapi_proxy_requests_total", {**labels, "token": "none", "source": "proxy"}
         )
-        recent = proxy.metrics.recent
+        recent = proxy.metrics.history
         assert recent is not None
         (request,) = recent.after()
     assert (got.error, got.decided["operation"], counted, request.operation) == (error, operation, 1, operation)
@@ -318,7 +322,7 @@ async def test_who_opens_the_port_in_a_browser_learns_where_the_status_page_is(
     with socket.create_server(("127.0.0.1", 0)) as server:
         names = {"free": server.getsockname()[1], "folder": tmp_path}
     config = settings(simulator, tmp_path, admin=admin and admin.format(**names))
-    async with running(config) as proxy:
+    async with start_proxy(config) as proxy:
         got = await call(proxy.addresses[0], "GET", "/", sec_fetch_site="none", sec_fetch_dest="document")
         (error,) = json.loads(got.body)["errors"]
         assert (got.status, error["code"]) == (400, "RegionRequired")
@@ -331,14 +335,14 @@ async def test_who_opens_the_port_in_a_browser_learns_where_the_status_page_is(
 
 async def test_histograms_carry_the_account_only_where_it_is_wanted(simulator: Simulator, tmp_path: Path) -> None:
     config = settings(simulator, tmp_path, metrics={"account_on_histograms": True})
-    async with running(config) as proxy:
+    async with start_proxy(config) as proxy:
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_region="eu")
         labels = {"account": "demo", "region": "eu", "operation": "sellers.v1.getMarketplaceParticipations"}
         count = proxy.metrics.registry.get_sample_value("spapi_proxy_request_duration_seconds_count", labels)
     assert count == 1
 
 
-async def test_paths_never_become_labels(simulated: Running) -> None:
+async def test_paths_never_become_labels(simulated: RunningProxy) -> None:
     async with connect(simulated.addresses[0]) as client:
         for number in range(50):
             await client.request("GET", f"/unknown/{number}", x_sp_region="eu")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from proxy.server.runtime import running
+from proxy.server.runtime import start_proxy
 from proxy.simulator import Fault, Seller, Simulator
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET, Recorded
 from tests.conftest import config_from
@@ -87,7 +87,7 @@ async def play(steps: Sequence[tuple[list[Event], list[Call]]]) -> None:
                 token = f"Atzr|{account}-{region}"
                 simulator.state.sellers[token] = Seller(account, region, token)
         with tempfile.TemporaryDirectory() as folder:
-            async with running(config_from(settings(simulator), Path(folder))) as proxy:
+            async with start_proxy(config_from(settings(simulator), Path(folder))) as proxy:
                 for events, calls in steps:
                     for event in events:
                         happen(simulator, event)

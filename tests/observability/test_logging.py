@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.observability.logging import LOGGER, LOST, Behind, fields, set_up
+from proxy.observability.logging import LOGGER, BackgroundHandler, dropped_lines, extra, set_up
 
 SECRET = "Atza|leaked"
 OTHERS = ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio", "sp-api-proxy")
@@ -50,7 +50,7 @@ def fail() -> None:
 def test_a_json_line_holds_time_level_message_and_the_fields() -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
-    LOGGER.info("request", extra=fields(code=200, account="acme", wait=0.5, path=None))
+    LOGGER.info("request", extra=extra(code=200, account="acme", wait=0.5, path=None))
     LOGGER.warning("reload of %s", "config.yaml")
     first, second = json_lines(stream)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
@@ -61,7 +61,7 @@ def test_a_json_line_holds_time_level_message_and_the_fields() -> None:
 def test_a_text_line_holds_the_fields_that_say_something() -> None:
     stream = io.StringIO()
     set_up("info", "text", stream)
-    LOGGER.info("request", extra=fields(code=200, account="acme", operation="", retries=0, region=None))
+    LOGGER.info("request", extra=extra(code=200, account="acme", operation="", retries=0, region=None))
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO request code=200 account=acme retries=0\n", stream.getvalue())
 
 
@@ -112,7 +112,7 @@ def test_an_exception_leaves_its_type_and_place_and_not_its_text(style: Any) -> 
     try:
         fail()
     except ValueError as exc:
-        LOGGER.warning("it broke", exc_info=exc, extra=fields(code=500))
+        LOGGER.warning("it broke", exc_info=exc, extra=extra(code=500))
     text = stream.getvalue()
     assert SECRET not in text
     assert "builtins.RuntimeError at " in text
@@ -131,7 +131,7 @@ def test_an_exception_that_is_none_leaves_nothing() -> None:
 def test_what_json_does_not_know_is_written_as_text() -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
-    LOGGER.info("x", extra=fields(kinds={"a"}, error=ValueError, path=b"\xff"))
+    LOGGER.info("x", extra=extra(kinds={"a"}, error=ValueError, path=b"\xff"))
     assert json_lines(stream)[0]["kinds"] == "{'a'}"
 
 
@@ -140,7 +140,7 @@ def test_what_json_does_not_know_is_written_as_text() -> None:
 def test_every_json_line_is_one_line_that_parses(message: str, value: str) -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
-    LOGGER.info("%s", message, extra=fields(value=value))
+    LOGGER.info("%s", message, extra=extra(value=value))
     (line,) = json_lines(stream)
     assert (line["message"], line["value"]) == (message, value)
 
@@ -149,14 +149,14 @@ def test_every_json_line_is_one_line_that_parses(message: str, value: str) -> No
 def test_every_text_line_is_one_line_too(text: str) -> None:
     stream = io.StringIO()
     set_up("info", "text", stream)
-    LOGGER.info("message %s", text, extra=fields(value=text))
+    LOGGER.info("message %s", text, extra=extra(value=text))
     assert len(stream.getvalue().splitlines()) == 1
 
 
 def test_a_stream_that_cannot_hold_a_character_gets_the_line_all_the_same() -> None:
     raw = io.BytesIO()
     set_up("info", "json", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    LOGGER.info("Türkiye", extra=fields(value="\udcff"))
+    LOGGER.info("Türkiye", extra=extra(value="\udcff"))
     assert json.loads(raw.getvalue())["message"] == "Türkiye"
 
 
@@ -222,13 +222,13 @@ def record(number: int) -> logging.LogRecord:
 
 def test_a_stream_that_takes_nothing_holds_up_nobody_and_what_is_lost_is_counted() -> None:
     stream = Stuck()
-    behind = Behind(logging.StreamHandler(stream), "stuck", most=5)
-    before = LOST["stuck"]
+    behind = BackgroundHandler(logging.StreamHandler(stream), "stuck", most=5)
+    before = dropped_lines["stuck"]
     for number in range(50):
         behind.handle(record(number))
-    assert LOST["stuck"] - before in {44, 45}  # one may be in the thread's hands
+    assert dropped_lines["stuck"] - before in {44, 45}  # one may be in the thread's hands
     stream.goes_on.set()
-    behind.finish()
+    behind.flush()
     lines = stream.getvalue().splitlines()
     assert lines == [f"line {number}" for number in range(len(lines))]
     assert len(lines) in {5, 6}
@@ -237,18 +237,18 @@ def test_a_stream_that_takes_nothing_holds_up_nobody_and_what_is_lost_is_counted
 def test_a_stream_that_fails_is_counted_and_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     stream.close()
-    behind = Behind(logging.StreamHandler(stream), "closed")
+    behind = BackgroundHandler(logging.StreamHandler(stream), "closed")
     for number in range(3):
         behind.handle(record(number))
-    behind.finish()
-    assert LOST["closed"] == 3
+    behind.flush()
+    assert dropped_lines["closed"] == 3
     assert capsys.readouterr().err == ""
 
 
 def test_what_waits_is_written_in_the_end() -> None:
     stream = io.StringIO()
-    behind = Behind(logging.StreamHandler(stream), "whole")
+    behind = BackgroundHandler(logging.StreamHandler(stream), "whole")
     for number in range(1000):
         behind.handle(record(number))
-    behind.finish()
+    behind.flush()
     assert len(stream.getvalue().splitlines()) == 1000

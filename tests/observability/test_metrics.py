@@ -12,7 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy import __version__
-from proxy.observability.collectors import Tallied
+from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from tests.conftest import needs
 
@@ -26,8 +26,8 @@ def series(metrics: Metrics) -> list[Any]:
     return [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
 
-def tallied(metrics: Metrics) -> list[Tallied]:
-    return [one for one in metrics.registry._collector_to_names if isinstance(one, Tallied)]
+def tallied(metrics: Metrics) -> list[CallbackCollector]:
+    return [one for one in metrics.registry._collector_to_names if isinstance(one, CallbackCollector)]
 
 
 def filled(*, account_on_histograms: bool = False) -> Metrics:
@@ -132,7 +132,7 @@ def test_the_version_is_a_series_of_value_one() -> None:
 
 def test_two_proxies_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.cut_off.inc()
+    one.truncated.inc()
     assert one.registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 1
     assert other.registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 0
 

@@ -5,9 +5,9 @@ import tracemalloc
 from collections.abc import Iterator
 
 from proxy.observability.metrics import Metrics
-from proxy.observability.request_history import MOST_RECENT, MOST_SAMPLES, History, Recent
-from proxy.request.context import Exchange
-from proxy.server.runtime import Running
+from proxy.observability.request_history import MAX_REQUESTS, MAX_SAMPLES, RequestHistory, Sampler
+from proxy.request.context import RequestContext
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide, answer
@@ -17,13 +17,13 @@ ORDER = "/orders/v0/orders/902-1845936-5435065?secret-query=1"
 LABELS = ("acme", "eu", "orders.v0.getOrders", "GET", "200", "lwa", "amazon")
 
 
-def note(recent: Recent, ended: float, duration: float = 0.1, status: int = 200) -> None:
+def note(recent: RequestHistory, ended: float, duration: float = 0.1, status: int = 200) -> None:
     labels = (*LABELS[:4], str(status), *LABELS[5:])
-    recent.keep((recent.number(), labels, "", ended - duration, duration, 0.0, 0.0, duration, 1, "", ""))
+    recent.append((recent.number(), labels, "", ended - duration, duration, 0.0, 0.0, duration, 1, "", ""))
 
 
 def test_the_newest_are_remembered_and_asked_for_by_number() -> None:
-    recent = Recent(most=3)
+    recent = RequestHistory(most=3)
     assert (recent.after(), recent.last_number) == ([], 0)
     for second in range(5):
         note(recent, float(second))
@@ -32,7 +32,7 @@ def test_the_newest_are_remembered_and_asked_for_by_number() -> None:
     assert recent.after(5) == []
     assert recent.last_number == 5
     assert recent.after(4)[0].ended == 4.0
-    assert Recent().instance != Recent().instance
+    assert RequestHistory().instance != RequestHistory().instance
 
 
 def reached(one: object) -> Iterator[object]:
@@ -46,7 +46,7 @@ def reached(one: object) -> Iterator[object]:
             pending += gc.get_referents(current)
 
 
-async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: Running, far_side: FarSide) -> None:
+async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: RunningProxy, far_side: FarSide) -> None:
     async def refused(_: object, writer: object) -> None:
         writer.write(answer("403 Forbidden", b"{}", **{"x-amzn-requestid": "amazon-id-1"}))  # type: ignore[attr-defined]
 
@@ -55,7 +55,7 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: R
     await call(proxy.addresses[0], "GET", "/orders/v0/orders", x_sp_account="somebody")
     far_side.script = refused
     await call(proxy.addresses[0], "GET", ORDER)
-    recent = proxy.metrics.recent
+    recent = proxy.metrics.history
     assert recent is not None
     assert [(request.status, request.error, request.hint) for request in recent.after()] == [
         (200, "", ""),
@@ -63,7 +63,7 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: R
         (400, "UnknownAccount", ""),
         (403, "", "role"),
     ]
-    everything = list(reached(list(recent.kept)))
+    everything = list(reached(list(recent.records)))
     assert {type(one) for one in everything} <= {list, tuple, str, int, float, type(None)}
     texts = " ".join(one for one in everything if isinstance(one, str))
     assert "902-1845936" not in texts
@@ -73,16 +73,16 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: R
 
 def test_what_is_remembered_takes_little_memory() -> None:
     metrics = Metrics()
-    recent = metrics.recent
+    recent = metrics.history
     assert recent is not None
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for second in range(2 * MOST_RECENT):
-            exchange = Exchange("GET", float(second))
+        for second in range(2 * MAX_REQUESTS):
+            exchange = RequestContext("GET", float(second))
             series = metrics.series_of(*LABELS)
             waited, token_wait, upstream, duration = (second + share for share in (0.1, 0.2, 0.3, 0.4))
-            recent.keep(
+            recent.append(
                 (
                     recent.number(),
                     series.labels,
@@ -100,20 +100,20 @@ def test_what_is_remembered_takes_little_memory() -> None:
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert len(recent.kept) == MOST_RECENT
+    assert len(recent.records) == MAX_REQUESTS
     assert taken < 200_000
 
 
 async def test_nothing_is_remembered_where_nobody_could_ask(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(admin=None)
     assert (await call(proxy.addresses[0], "GET", "/orders/v0/orders")).status == 200
-    assert proxy.metrics.recent is None
+    assert proxy.metrics.history is None
 
 
 def test_samples_say_how_the_last_seconds_went() -> None:
-    recent, clock = Recent(), FakeClock()
+    recent, clock = RequestHistory(), FakeClock()
     note(recent, clock())
-    history = History(recent, clock)  # what was before it does not count
+    history = Sampler(recent, clock)  # what was before it does not count
     for number in range(20):
         note(recent, clock(), duration=0.01 * (number + 1), status=429 if number < 2 else 503 if number == 2 else 200)
     clock.advance(2)
@@ -123,14 +123,14 @@ def test_samples_say_how_the_last_seconds_went() -> None:
     busy, idle = history.samples
     assert (busy.requests, busy.seconds, busy.throttled) == (20, 2.0, 2)
     assert busy.median is not None
-    assert busy.slow is not None
-    assert (round(busy.median, 2), round(busy.slow, 2)) == (0.11, 0.2)
+    assert busy.p95 is not None
+    assert (round(busy.median, 2), round(busy.p95, 2)) == (0.11, 0.2)
     assert (idle.requests, idle.median, idle.throttled) == (0, None, 0)
 
 
 def test_more_requests_than_are_remembered_are_counted_all_the_same() -> None:
-    recent, clock = Recent(most=10), FakeClock()
-    history = History(recent, clock)
+    recent, clock = RequestHistory(most=10), FakeClock()
+    history = Sampler(recent, clock)
     for number in range(1000):
         note(recent, clock(), status=429 if number % 2 else 200)
     clock.advance(2)
@@ -140,8 +140,8 @@ def test_more_requests_than_are_remembered_are_counted_all_the_same() -> None:
 
 def test_samples_are_bounded() -> None:
     clock = FakeClock()
-    history = History(Recent(), clock)
-    for _ in range(MOST_SAMPLES + 10):
+    history = Sampler(RequestHistory(), clock)
+    for _ in range(MAX_SAMPLES + 10):
         clock.advance(2)
         history.take()
-    assert len(history.samples) == MOST_SAMPLES
+    assert len(history.samples) == MAX_SAMPLES

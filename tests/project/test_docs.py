@@ -20,14 +20,14 @@ from proxy.cli.options import settings_of
 from proxy.config import environment, load_config
 from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
-from proxy.observability.collectors import Tallied
+from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from proxy.remedies import REMEDIES
 from proxy.request import routing
 from proxy.request.forbidden_hints import HINTS, Hint
 from proxy.request.ratelimit import limiter
 from proxy.server.admin.app import Readiness, health_app
-from proxy.server.runtime import AT_START
+from proxy.server.runtime import RESTART_ONLY
 from proxy.simulator import cli as simulator_command
 from proxy.simulator import control_api
 from tests.support.paths import ROOT
@@ -141,7 +141,7 @@ def series() -> Iterator[tuple[str, str, str, str]]:
             kind = str(metric._type)
             name = f"{metric._name}_total" if kind == "counter" else metric._name
             yield f"`{name}`", kind, ", ".join(metric._labelnames), metric._documentation
-        elif isinstance(metric, Tallied):
+        elif isinstance(metric, CallbackCollector):
             kind = metric.kind
             yield f"`{metric.name}`", kind, ", ".join(metric.labels), metric.documentation
 
@@ -250,8 +250,8 @@ def test_the_keys_that_the_readme_says_need_a_restart_are_those_that_do() -> Non
     part = text_of("README.md").partition("### Changing it while the proxy runs")[2]
     line = re.search(r"^- (.*) count from the next start on", part, re.MULTILINE)
     assert line is not None
-    assert set(re.findall(r"`([\w.]+)`", line[1])) == {*AT_START, "log.format"}
-    assert set(AT_START) < set(Config.model_fields)
+    assert set(re.findall(r"`([\w.]+)`", line[1])) == {*RESTART_ONLY, "log.format"}
+    assert set(RESTART_ONLY) < set(Config.model_fields)
 
 
 def test_the_names_of_other_libraries_are_all_in_the_readme() -> None:
@@ -330,7 +330,7 @@ def test_the_readmes_table_of_commands_has_every_flag_of_theirs() -> None:
     for parser in parsers(main._parser()):
         name = parser.prog.partition(" ")[2]
         own = {flag for action in parser._actions for flag in action.option_strings}
-        own -= {"-h", "--help", "--version", "--url", *options.ALL}
+        own -= {"-h", "--help", "--version", "--url", *options.ALL_FLAGS}
         lacking += [f"{name} {flag}" for flag in own if f"`{flag}" not in told[name]]
     assert lacking == []
 

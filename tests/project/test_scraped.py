@@ -15,8 +15,8 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from proxy.observability.logging import LOST
-from proxy.server.runtime import Running, running
+from proxy.observability.logging import dropped_lines
+from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.simulator import Fault, Simulator
 from tests.conftest import config_from, needs
 from tests.project.test_alert_rules import PROMETHEUS, RECORDED, queries
@@ -81,7 +81,7 @@ async def finds(address: str, expression: str) -> bool:
     return data is not None and any(not math.isnan(float(one["value"][1])) for one in data["result"])
 
 
-async def a_little_of_everything(proxy: Running, simulator: Simulator) -> None:
+async def a_little_of_everything(proxy: RunningProxy, simulator: Simulator) -> None:
     """Send one call of each kind, good and bad."""
     app = proxy.addresses[0]
     faults = simulator.state.faults
@@ -101,7 +101,7 @@ async def a_little_of_everything(proxy: Running, simulator: Simulator) -> None:
         await call(app, "GET", "/brand/new", x_sp_region="na", **({"x_sp_retry": "off"} if retry == "off" else {}))
 
 
-async def use_up(proxy: Running) -> None:
+async def use_up(proxy: RunningProxy) -> None:
     """Ask more than the usage plan gives, so that some is refused."""
     for _ in range(20):
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_region="fe", x_sp_max_wait="0")
@@ -116,7 +116,7 @@ async def simulator() -> AsyncIterator[Simulator]:
 
 
 @pytest.fixture
-async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[Running]]:
+async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[RunningProxy]]:
     settings = {
         "listen": "127.0.0.1:0",
         "admin": None,
@@ -133,13 +133,13 @@ async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[Ru
         "endpoints": {name: simulator.endpoints[name] for name in ("na", "eu", "fe", "lwa", "documents")},
         "documents": "relay",
     }
-    LOST.clear()  # what other tests of this process lost
+    dropped_lines.clear()  # what other tests of this process lost
     async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(running(config_from(settings, tmp_path))) for _ in range(2)]
+        yield [await stack.enter_async_context(start_proxy(config_from(settings, tmp_path))) for _ in range(2)]
 
 
 async def test_every_query_finds_something_once_it_happened(
-    proxies: list[Running], simulator: Simulator, tmp_path: Path
+    proxies: list[RunningProxy], simulator: Simulator, tmp_path: Path
 ) -> None:
     targets = [proxy.health for proxy in proxies if proxy.health]
     wanted = {*RECORDED, *(text for _, text in queries())}

@@ -8,8 +8,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.config import Address, Config, Listener
 from proxy.errors import CallerRefused, MalformedRequest
-from proxy.request.authentication import ANONYMOUS, NOBODY, Callers, Peer
-from proxy.server.runtime import Running
+from proxy.request.authentication import ANONYMOUS, UNKNOWN_PEER, CallerAuthenticator, Peer
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, config_from
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide
@@ -40,24 +40,26 @@ CALLERS = {
 }
 
 
-def who(callers: Callers, *fields: tuple[str, str], peer: Peer = NOBODY, listener: Listener = CLOSED) -> str:
-    return callers.who(CIMultiDictProxy(CIMultiDict(fields)), peer, listener)
+def who(
+    callers: CallerAuthenticator, *fields: tuple[str, str], peer: Peer = UNKNOWN_PEER, listener: Listener = CLOSED
+) -> str:
+    return callers.authenticate(CIMultiDictProxy(CIMultiDict(fields)), peer, listener)
 
 
 @pytest.fixture
-def callers(tmp_path: Path) -> Callers:
-    return Callers(config(tmp_path, CALLERS))
+def callers(tmp_path: Path) -> CallerAuthenticator:
+    return CallerAuthenticator(config(tmp_path, CALLERS))
 
 
 @pytest.mark.parametrize(
     ("fields", "peer", "name"),
     [
-        ([("x-sp-key", ONE)], NOBODY, "first"),
-        ([("X-SP-KEY", f" {TWO}\t")], NOBODY, "second"),
-        ([("Authorization", f"Bearer {ONE}")], NOBODY, "first"),
-        ([("authorization", f"bearer   {TWO}")], NOBODY, "second"),
-        ([("x-sp-key", ONE), ("Authorization", "Bearer something-else")], NOBODY, "first"),
-        ([("Authorization", "Basic x"), ("Authorization", f"Bearer {ONE}")], NOBODY, "first"),
+        ([("x-sp-key", ONE)], UNKNOWN_PEER, "first"),
+        ([("X-SP-KEY", f" {TWO}\t")], UNKNOWN_PEER, "second"),
+        ([("Authorization", f"Bearer {ONE}")], UNKNOWN_PEER, "first"),
+        ([("authorization", f"bearer   {TWO}")], UNKNOWN_PEER, "second"),
+        ([("x-sp-key", ONE), ("Authorization", "Bearer something-else")], UNKNOWN_PEER, "first"),
+        ([("Authorization", "Basic x"), ("Authorization", f"Bearer {ONE}")], UNKNOWN_PEER, "first"),
         ([], Peer(names=frozenset({"third.internal", "other"})), "third"),
         ([], Peer(uid=1004), "fourth"),
         ([("x-sp-key", ONE)], Peer(uid=1004, names=frozenset({"third.internal"})), "first"),
@@ -66,7 +68,7 @@ def callers(tmp_path: Path) -> Callers:
     ],
 )
 def test_a_caller_is_known_by_key_then_certificate_then_user(
-    callers: Callers, fields: list[tuple[str, str]], peer: Peer, name: str
+    callers: CallerAuthenticator, fields: list[tuple[str, str]], peer: Peer, name: str
 ) -> None:
     assert who(callers, *fields, peer=peer) == name
     assert who(callers, *fields, peer=peer, listener=OPEN) == name
@@ -75,19 +77,19 @@ def test_a_caller_is_known_by_key_then_certificate_then_user(
 @pytest.mark.parametrize(
     ("fields", "peer"),
     [
-        ([("x-sp-key", "wrong")], NOBODY),
-        ([("x-sp-key", "")], NOBODY),
-        ([("x-sp-key", ONE[:-1])], NOBODY),
-        ([("x-sp-key", ONE + "x")], NOBODY),
-        ([("x-sp-key", ONE.upper())], NOBODY),
-        ([("x-sp-key", f"{ONE}\u2028")], NOBODY),
-        ([("x-sp-key", "\udcff")], NOBODY),
+        ([("x-sp-key", "wrong")], UNKNOWN_PEER),
+        ([("x-sp-key", "")], UNKNOWN_PEER),
+        ([("x-sp-key", ONE[:-1])], UNKNOWN_PEER),
+        ([("x-sp-key", ONE + "x")], UNKNOWN_PEER),
+        ([("x-sp-key", ONE.upper())], UNKNOWN_PEER),
+        ([("x-sp-key", f"{ONE}\u2028")], UNKNOWN_PEER),
+        ([("x-sp-key", "\udcff")], UNKNOWN_PEER),
         ([("x-sp-key", "wrong")], Peer(uid=1002)),
-        ([("x-sp-key", f"{ONE} {TWO}")], NOBODY),
+        ([("x-sp-key", f"{ONE} {TWO}")], UNKNOWN_PEER),
     ],
 )
 def test_a_wrong_key_is_refused_everywhere_whatever_else_is_known(
-    callers: Callers, fields: list[tuple[str, str]], peer: Peer
+    callers: CallerAuthenticator, fields: list[tuple[str, str]], peer: Peer
 ) -> None:
     for listener in (CLOSED, OPEN):
         with pytest.raises(CallerRefused) as caught:
@@ -99,38 +101,38 @@ def test_a_wrong_key_is_refused_everywhere_whatever_else_is_known(
 @pytest.mark.parametrize(
     ("fields", "peer"),
     [
-        ([], NOBODY),
-        ([("Authorization", f"Basic {ONE}")], NOBODY),
-        ([("Authorization", f"Bearer{ONE}")], NOBODY),
-        ([("Authorization", "Bearer")], NOBODY),
-        ([("Authorization", "Bearer of-the-apps-own")], NOBODY),
-        ([("x_sp_key", ONE)], NOBODY),
+        ([], UNKNOWN_PEER),
+        ([("Authorization", f"Basic {ONE}")], UNKNOWN_PEER),
+        ([("Authorization", f"Bearer{ONE}")], UNKNOWN_PEER),
+        ([("Authorization", "Bearer")], UNKNOWN_PEER),
+        ([("Authorization", "Bearer of-the-apps-own")], UNKNOWN_PEER),
+        ([("x_sp_key", ONE)], UNKNOWN_PEER),
         ([], Peer(uid=0)),
         ([], Peer(names=frozenset({"unknown"}))),
     ],
 )
 def test_nobody_is_let_in_only_where_the_listener_says_so(
-    callers: Callers, fields: list[tuple[str, str]], peer: Peer
+    callers: CallerAuthenticator, fields: list[tuple[str, str]], peer: Peer
 ) -> None:
     with pytest.raises(CallerRefused, match="only requests of known callers"):
         who(callers, *fields, peer=peer)
     assert who(callers, *fields, peer=peer, listener=OPEN) == ANONYMOUS
 
 
-def test_two_keys_are_refused(callers: Callers) -> None:
+def test_two_keys_are_refused(callers: CallerAuthenticator) -> None:
     with pytest.raises(MalformedRequest):
         who(callers, ("x-sp-key", ONE), ("x-sp-key", ONE))
     with pytest.raises(MalformedRequest):
         who(callers, ("Authorization", f"Bearer {ONE}"), ("Authorization", f"Bearer {TWO}"))
 
 
-def test_a_certificate_of_two_callers_is_refused(callers: Callers) -> None:
+def test_a_certificate_of_two_callers_is_refused(callers: CallerAuthenticator) -> None:
     with pytest.raises(CallerRefused, match="several callers"):
         who(callers, peer=Peer(names=frozenset({"third.internal", "fourth.internal"})))
 
 
 def test_without_callers_everybody_is_nobody_in_particular(tmp_path: Path) -> None:
-    callers = Callers(config(tmp_path, {}))
+    callers = CallerAuthenticator(config(tmp_path, {}))
     assert who(callers, ("x-sp-key", "whatever")) == ANONYMOUS
 
 
@@ -138,7 +140,7 @@ def test_a_key_file_is_read_anew_and_may_hold_the_next_key_too(tmp_path: Path) -
     file, clock = tmp_path / "key", FakeClock()
     file.write_text("first-key\n")
     file.chmod(0o600)
-    callers = Callers(config(tmp_path, {"job": {"key": {"file": str(file)}}}), now=clock)
+    callers = CallerAuthenticator(config(tmp_path, {"job": {"key": {"file": str(file)}}}), now=clock)
     assert who(callers, ("x-sp-key", "first-key")) == "job"
     file.write_text("first-key\nsecond-key\n")
     clock.advance(1.1)
@@ -156,7 +158,7 @@ def test_a_key_file_is_read_anew_and_may_hold_the_next_key_too(tmp_path: Path) -
 async def test_a_key_does_not_go_on_and_its_owner_is_in_the_log(
     start_proxy: StartProxy, far_side: FarSide, log: Any
 ) -> None:
-    proxy: Running = await start_proxy(callers={"job": {"key": ONE}})
+    proxy: RunningProxy = await start_proxy(callers={"job": {"key": ONE}})
     for fields in ({"x_sp_key": ONE}, {"authorization": f"Bearer {ONE}"}):
         got = await call(proxy.addresses[0], "GET", SELLERS, **fields)
         assert got.status == 200

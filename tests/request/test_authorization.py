@@ -7,12 +7,12 @@ import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon.operations import load_table
-from proxy.amazon.personal_data import elements_brought
+from proxy.amazon.personal_data import implied_elements
 from proxy.config import Config
 from proxy.errors import NotAllowed
-from proxy.request.authorization import Permit, mistakes, permits
-from proxy.request.routing import Target, identify
-from proxy.request.validation import Doorway, admit
+from proxy.request.authorization import AccessPolicy, build_policies, validate_policies
+from proxy.request.routing import Route, resolve
+from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import StartProxy, config_from
 from tests.support.fake_upstream import FarSide, TokenHost
 from tests.support.raw_client import call
@@ -36,11 +36,11 @@ def config(folder: Path, policy: dict[str, Any], *, of_caller: bool = False, **l
     return config_from(settings, folder)
 
 
-def decide(config: Config, permit: Permit, target: str, *fields: tuple[str, str], method: str = "GET") -> Target:
+def decide(config: Config, permit: AccessPolicy, target: str, *fields: tuple[str, str], method: str = "GET") -> Route:
     sent = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), *fields]))
     listener = config.listen[0]
-    admitted = admit(method, target, sent, Doorway.of(listener, config))
-    return identify(method, admitted, sent, listener, config, TABLE, permit)
+    admitted = validate(method, target, sent, AllowedHosts.from_config(listener, config))
+    return resolve(method, admitted, sent, listener, config, TABLE, permit)
 
 
 @pytest.fixture(params=[False, True], ids=["listener", "caller"])
@@ -48,11 +48,11 @@ def of_caller(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def permitted(folder: Path, policy: dict[str, Any], of_caller: bool) -> tuple[Config, Permit, str]:
+def permitted(folder: Path, policy: dict[str, Any], of_caller: bool) -> tuple[Config, AccessPolicy, str]:
     """Return the configuration, what it permits, and the key of the policy."""
     made = config(folder, policy, of_caller=of_caller)
     where = "callers.job" if of_caller else "listen[0]"
-    return made, permits(made, 0)["job" if of_caller else ""], where
+    return made, build_policies(made, 0)["job" if of_caller else ""], where
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_who_may_not_have_personal_data_may_not_have_a_token_for_it_either(tmp_p
 
 
 def test_every_restricted_operation_brings_something_but_those_that_do_without() -> None:
-    brings_nothing = {one.name for one in TABLE if one.restricted and not elements_brought(one, "")}
+    brings_nothing = {one.name for one in TABLE if one.restricted and not implied_elements(one, "")}
     assert brings_nothing == {
         "orders.v0.getOrders",
         "orders.v0.getOrder",
@@ -203,7 +203,7 @@ def test_listener_and_caller_must_both_allow(tmp_path: Path) -> None:
         operations=["GET *"],
         data_elements=["shippingAddress"],
     )
-    permit = permits(made, 0)["job"]
+    permit = build_policies(made, 0)["job"]
     assert decide(made, permit, ORDERS).credential.kind == "lwa"
     with pytest.raises(NotAllowed, match=r"listen\[0\]\.operations"):
         decide(made, permit, f"{ORDER}/shipment", method="POST")
@@ -213,13 +213,13 @@ def test_listener_and_caller_must_both_allow(tmp_path: Path) -> None:
 
 def test_the_only_account_that_both_allow_is_the_usual_one(tmp_path: Path) -> None:
     made = config(tmp_path, {"accounts": ["zeta"]}, of_caller=True, accounts=["acme", "zeta"])
-    assert decide(made, permits(made, 0)["job"], "/x").account == "zeta"
+    assert decide(made, build_policies(made, 0)["job"], "/x").account == "zeta"
 
 
 @pytest.mark.parametrize("pattern", ["order.*", "GET reports.v0.*", "orders.v0.getOrderz"])
 def test_a_pattern_that_fits_nothing_is_a_mistake(tmp_path: Path, of_caller: bool, pattern: str) -> None:
     made, _, where = permitted(tmp_path, {"operations": ["GET *", pattern]}, of_caller)
-    (problem,) = mistakes(made, TABLE)
+    (problem,) = validate_policies(made, TABLE)
     assert problem.key == f"{where}.operations[1]"
     assert "fits no operation" in problem.message
 

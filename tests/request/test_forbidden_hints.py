@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, Received, answer
 from tests.support.raw_client import call
@@ -48,7 +48,7 @@ def refuse(far_side: FarSide, body: bytes = refusal(), **fields: str) -> None:
     ],
 )
 async def test_the_hint_is_what_the_proxy_knows(
-    proxy: Running, far_side: FarSide, target: str, fields: dict[str, str], body: bytes, hint: str
+    proxy: RunningProxy, far_side: FarSide, target: str, fields: dict[str, str], body: bytes, hint: str
 ) -> None:
     refuse(far_side, body, x_amzn_errortype="AccessDeniedException")
     got = await call(proxy.addresses[0], "GET", target, **fields)
@@ -58,14 +58,14 @@ async def test_the_hint_is_what_the_proxy_knows(
     assert proxy.metrics.registry.get_sample_value("spapi_proxy_forbidden_errors_total", labels) == 1
 
 
-async def test_an_account_whose_other_calls_work_lacks_a_role(proxy: Running, far_side: FarSide) -> None:
+async def test_an_account_whose_other_calls_work_lacks_a_role(proxy: RunningProxy, far_side: FarSide) -> None:
     await call(proxy.addresses[0], "GET", "/orders/v0/orders")
     refuse(far_side)
     got = await call(proxy.addresses[0], "GET", SELLERS)
     assert got.decided["hint"] == "role"
 
 
-async def test_a_failure_of_amazons_does_not_say_that_an_account_works(proxy: Running, far_side: FarSide) -> None:
+async def test_a_failure_of_amazons_does_not_say_that_an_account_works(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer("503 Unavailable"))
         await writer.drain()
@@ -77,13 +77,15 @@ async def test_a_failure_of_amazons_does_not_say_that_an_account_works(proxy: Ru
     assert got.decided["hint"] == "region_or_authorisation"
 
 
-async def test_a_route_that_amazon_does_not_know_is_told_by_its_header_too(proxy: Running, far_side: FarSide) -> None:
+async def test_a_route_that_amazon_does_not_know_is_told_by_its_header_too(
+    proxy: RunningProxy, far_side: FarSide
+) -> None:
     refuse(far_side, b"{}", x_amzn_errortype="MissingAuthenticationTokenException")
     got = await call(proxy.addresses[0], "GET", SELLERS)
     assert got.decided["hint"] == "path_unknown"
 
 
-async def test_data_that_was_left_out_is_named_on_every_answer(proxy: Running, far_side: FarSide) -> None:
+async def test_data_that_was_left_out_is_named_on_every_answer(proxy: RunningProxy, far_side: FarSide) -> None:
     text = "Application does not have access to one or more requested data elements: [shippingAddress, buyerInfo]"
     far_side.rdt_answer = answer("400 Bad Request", refusal(text, code="InvalidInput"))
     asked = {"x_sp_data_elements": "shippingAddress,buyerInfo"}
@@ -96,7 +98,7 @@ async def test_data_that_was_left_out_is_named_on_every_answer(proxy: Running, f
     assert "dropped" not in plain.decided
 
 
-async def test_the_log_says_it_too(proxy: Running, far_side: FarSide, log: StringIO) -> None:
+async def test_the_log_says_it_too(proxy: RunningProxy, far_side: FarSide, log: StringIO) -> None:
     refuse(far_side)
     await call(proxy.addresses[0], "GET", SELLERS)
     far_side.script = None

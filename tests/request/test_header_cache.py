@@ -3,8 +3,8 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy.request.header_cache import MOST_BYTES, MOST_HEADS, Head, KnownHeads, Raw
-from proxy.server.runtime import Running
+from proxy.request.header_cache import MAX_BYTES, MAX_HEADS, HeaderBlock, HeaderCache, Raw
+from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FarSide
 from tests.support.raw_client import call
 
@@ -16,15 +16,15 @@ def fields(*names_and_values: str) -> tuple[Raw, CIMultiDictProxy[str]]:
 
 
 def test_the_same_fields_are_looked_at_once() -> None:
-    heads = KnownHeads()
-    first = heads.of(*fields("Host: localhost", "Accept: */*"))
-    assert heads.of(*fields("Host: localhost", "Accept: */*")) is first
+    heads = HeaderCache()
+    first = heads.get(*fields("Host: localhost", "Accept: */*"))
+    assert heads.get(*fields("Host: localhost", "Accept: */*")) is first
     assert first.names == {"host", "accept"}
     assert first.size == len("Host: localhost\r\nAccept: */*\r\n")
 
 
 def test_another_value_case_or_order_is_another_head() -> None:
-    heads = KnownHeads()
+    heads = HeaderCache()
     spellings = [
         ("Host: localhost", "x-sp-account: acme"),
         ("Host: localhost", "x-sp-account: acmf"),
@@ -33,29 +33,29 @@ def test_another_value_case_or_order_is_another_head() -> None:
         ("Host: localhost", "x-sp-account: acme", "x-sp-account: acme"),
         ("Host: localhost",),
     ]
-    found: list[Head] = [heads.of(*fields(*spelling)) for spelling in spellings]
+    found: list[HeaderBlock] = [heads.get(*fields(*spelling)) for spelling in spellings]
     assert len({id(head) for head in found}) == len(spellings)
 
 
-@pytest.mark.parametrize(("value", "others"), [("", MOST_HEADS), ("l" * 10_000, MOST_BYTES // 40_000), ("", 1)])
+@pytest.mark.parametrize(("value", "others"), [("", MAX_HEADS), ("l" * 10_000, MAX_BYTES // 40_000), ("", 1)])
 def test_what_is_remembered_is_bounded(value: str, others: int) -> None:
-    heads = KnownHeads()
-    first = heads.of(*fields("x: first"))
+    heads = HeaderCache()
+    first = heads.get(*fields("x: first"))
     for number in range(others):
-        heads.of(*fields(f"x: {number}{value}"))
-    assert (heads.of(*fields("x: first")) is first) == (others == 1)
-    last = heads.of(*fields("x: last"))
-    assert heads.of(*fields("x: last")) is last
+        heads.get(*fields(f"x: {number}{value}"))
+    assert (heads.get(*fields("x: first")) is first) == (others == 1)
+    last = heads.get(*fields("x: last"))
+    assert heads.get(*fields("x: last")) is last
 
 
 def test_a_head_that_is_larger_than_all_that_may_be_remembered_is_not() -> None:
-    heads = KnownHeads()
-    first, large = heads.of(*fields("x: first")), fields(f"x: {'l' * (MOST_BYTES // 4)}")
-    assert heads.of(*large) is not heads.of(*large)
-    assert heads.of(*fields("x: first")) is first
+    heads = HeaderCache()
+    first, large = heads.get(*fields("x: first")), fields(f"x: {'l' * (MAX_BYTES // 4)}")
+    assert heads.get(*large) is not heads.get(*large)
+    assert heads.get(*fields("x: first")) is first
 
 
-async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: Running, far_side: FarSide) -> None:
+async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: RunningProxy, far_side: FarSide) -> None:
     at, path = proxy.addresses[0], "/orders/v0/orders"
     for method, body in (("GET", None), ("POST", b"abc"), ("GET", None), ("POST", b"abc"), ("DELETE", None)):
         assert (await call(at, method, path, body, x_mine="1", content_language="en")).status == 200
@@ -72,7 +72,7 @@ async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: R
     assert len(far_side.received) == count
 
 
-async def test_a_length_that_connection_names_is_no_length_to_go_by(proxy: Running, far_side: FarSide) -> None:
+async def test_a_length_that_connection_names_is_no_length_to_go_by(proxy: RunningProxy, far_side: FarSide) -> None:
     for _ in range(2):
         got = await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}", connection="content-length")
         assert got.status == 200

@@ -27,9 +27,9 @@ from proxy.errors import (
     UnknownMarketplace,
     UnknownRegion,
 )
-from proxy.request.authorization import EVERYTHING, Permit, permits
-from proxy.request.routing import Decisions, Target, _marketplace_ids, describe, identify
-from proxy.request.validation import Doorway, admit
+from proxy.request.authorization import ALLOW_ALL, AccessPolicy, build_policies
+from proxy.request.routing import Route, RouteCache, _marketplace_ids, describe_route, resolve
+from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
 
 TABLE: OperationTable = load_table()
@@ -53,14 +53,14 @@ def config(folder: Path, **changed: Any) -> Config:
 
 def decide(
     config: Config, target: str, *fields: tuple[str, str], method: str = "GET", listener: Listener | None = None
-) -> Target:
+) -> Route:
     """Return what the proxy decides about a request."""
     headers: CIMultiDict[str] = CIMultiDict(fields)
     headers.setdefault("Host", "localhost")
     sent = CIMultiDictProxy(headers)
     listener = listener or config.listen[0]
-    admitted = admit(method, target, sent, Doorway.of(listener, config))
-    return identify(method, admitted, sent, listener, config, TABLE)
+    admitted = validate(method, target, sent, AllowedHosts.from_config(listener, config))
+    return resolve(method, admitted, sent, listener, config, TABLE)
 
 
 def fixed(account: str | None = None, region: Any = None, *, require_header: bool = False) -> Listener:
@@ -134,13 +134,13 @@ def test_sources_that_disagree_are_refused_and_both_named(
 
 def test_an_id_that_looks_like_the_parameter_of_another_is_not_decided_as_that(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    decisions = Decisions(settings.listen[0], settings, TABLE)
+    decisions = RouteCache(settings.listen[0], settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ACME, EU]))
 
-    def decided(query: str) -> Target:
+    def decided(query: str) -> Route:
         target = f"{ORDERS}?{query}"
-        admitted = admit("GET", target, headers, Doorway.of(settings.listen[0], settings))
-        return decisions.target("GET", admitted, headers, "", EVERYTHING)
+        admitted = validate("GET", target, headers, AllowedHosts.from_config(settings.listen[0], settings))
+        return decisions.get("GET", admitted, headers, "", ALLOW_ALL)
 
     # An id that nobody knows, which Amazon is to judge, since the region is named.
     assert decided(f"%4DarketplaceId=%3D{USA}").region == "eu"
@@ -186,12 +186,16 @@ def test_what_is_missing_or_unknown_is_said(
 @pytest.mark.parametrize("named", ["uk", "UK", "us", "usa", "Europe", "eu-west-1", "far-east", "north_america", "apac"])
 def test_what_looks_like_a_region_behind_the_account_is_no_part_of_the_path(tmp_path: Path, named: str) -> None:
     settings, listener = config(tmp_path), config(tmp_path).listen[0]
-    decisions = Decisions(listener, settings, TABLE)
+    decisions = RouteCache(listener, settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "x-sp-region": "fe"}))
 
-    def decided(target: str) -> Target:
-        return decisions.target(
-            "GET", admit("GET", target, headers, Doorway.of(listener, settings)), headers, "", Permit()
+    def decided(target: str) -> Route:
+        return decisions.get(
+            "GET",
+            validate("GET", target, headers, AllowedHosts.from_config(listener, settings)),
+            headers,
+            "",
+            AccessPolicy(),
         )
 
     # Decided, and known from then on: unknown paths of an account are all alike otherwise.
@@ -214,11 +218,11 @@ def test_what_no_region_makes_an_operation_goes_on_as_a_path(tmp_path: Path, pat
 
 def test_an_account_that_is_not_allowed_is_refused_before_its_region_is_looked_at(tmp_path: Path) -> None:
     settings = config(tmp_path, listen={"address": "127.0.0.1:8080", "accounts": ["acme"]})
-    decisions = Decisions(settings.listen[0], settings, TABLE)
+    decisions = RouteCache(settings.listen[0], settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost"}))
-    admitted = admit("GET", f"/@zeta/uk{ORDERS}", headers, Doorway.of(settings.listen[0], settings))
+    admitted = validate("GET", f"/@zeta/uk{ORDERS}", headers, AllowedHosts.from_config(settings.listen[0], settings))
     with pytest.raises(NotAllowed):
-        decisions.target("GET", admitted, headers, "", permits(settings, 0)[""])
+        decisions.get("GET", admitted, headers, "", build_policies(settings, 0)[""])
 
 
 def test_every_way_to_name_the_region_is_said_where_it_is_missing(tmp_path: Path) -> None:
@@ -324,8 +328,8 @@ def test_an_rdt_path_has_no_query_and_serves_every_order(tmp_path: Path) -> None
     first = decide(config(tmp_path), f"{ORDERS}/1-2/address?x=1", ACME, EU).credential
     second = decide(config(tmp_path), f"{ORDERS}/3-4/address", ACME, EU).credential
     assert first == second
-    assert first.reusable
-    assert not decide(config(tmp_path), "/reports/2021-06-30/documents/d", ACME, EU).credential.reusable
+    assert first.is_shared
+    assert not decide(config(tmp_path), "/reports/2021-06-30/documents/d", ACME, EU).credential.is_shared
 
 
 def test_an_accounts_own_elements_ask_where_it_is_optional(tmp_path: Path) -> None:
@@ -368,7 +372,7 @@ def test_everything_that_makes_two_tokens_differ_is_in_the_credential(tmp_path: 
 
 
 def test_a_description_says_what_and_why(tmp_path: Path) -> None:
-    words = describe(decide(config(tmp_path), f"{ORDERS}/1/address", ACME, EU))
+    words = describe_route(decide(config(tmp_path), f"{ORDERS}/1/address", ACME, EU))
     assert words["account"] == "acme (from header x-sp-account)"
     assert words["region"] == "eu (from header x-sp-region)"
     assert words["token"] == "Restricted Data Token: for GET /orders/v0/orders/{orderId}/address"

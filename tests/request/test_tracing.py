@@ -17,8 +17,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from proxy.config import Config, ConfigError, Tracing, load_config
 from proxy.observability.metrics import Metrics
 from proxy.request import spans
-from proxy.request.tracing import MOST_STEPS, Step, TracedExchange
-from proxy.server.runtime import running
+from proxy.request.tracing import MAX_PHASES, Phase, TracedContext
+from proxy.server.runtime import start_proxy
 from tests.conftest import config_from, settings_for
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
@@ -105,7 +105,7 @@ def traced(far_side: FarSide, token_host: TokenHost, collector: Collector, tmp_p
     @asynccontextmanager
     async def start(tracing: dict[str, Any] | None = None, **changed: Any) -> AsyncIterator[str]:
         settings = settings_for(far_side, token_host, tracing={"endpoint": collector.url, **(tracing or {})}, **changed)
-        async with running(config_from(settings, tmp_path)) as proxy:
+        async with start_proxy(config_from(settings, tmp_path)) as proxy:
             yield proxy.addresses[0]
 
     return start
@@ -305,7 +305,7 @@ async def test_headers_for_the_collector_reach_it(traced: Any, collector: Collec
 async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
     traced: Any, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spans, "FLUSH", 0.3)
+    monkeypatch.setattr(spans, "FLUSH_TIMEOUT", 0.3)
     collector.hangs = True
     clock = asyncio.get_running_loop().time
     async with traced() as app:
@@ -317,7 +317,7 @@ async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
 
 
 async def test_a_collector_that_is_not_there_fails_no_request(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "FLUSH", 0.3)
+    monkeypatch.setattr(spans, "FLUSH_TIMEOUT", 0.3)
     async with traced({"endpoint": "http://127.0.0.1:9"}) as app:
         assert (await call(app, "GET", SELLERS)).status == 200
 
@@ -326,7 +326,7 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
     statuses = [400, 400, 200, 200]
     collector.statuses = iter(statuses)
     metrics = Metrics()
-    traces = spans.open_traces(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
+    traces = spans.open_tracer(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
     for _ in statuses:
         exchange = traces.begin("GET", traces._now())
         traces.end(exchange, CIMultiDictProxy(CIMultiDict()))
@@ -344,23 +344,23 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
 
 def test_the_record_notes_when_its_numbers_change() -> None:
     clock = FakeClock()
-    exchange = TracedExchange("GET", clock(), clock)
+    exchange = TracedContext("GET", clock(), clock)
     began = clock()
     clock.advance(2.0)
     exchange.token_wait += 2.0
     clock.advance(3.0)
-    exchange.waited += 3.0
+    exchange.rate_limit_wait += 3.0
     exchange.attempts += 1
     clock.advance(1.0)
     exchange.status = 200
     exchange.upstream_duration = 1.0
     exchange.token_wait += 0.0001  # a look at a token that is there
-    assert exchange.steps == [
-        Step("token", began, began + 2),
-        Step("usage plan", began + 2, began + 5),
-        Step("call", began + 5, began + 6, 200),
+    assert exchange.phases == [
+        Phase("token", began, began + 2),
+        Phase("usage plan", began + 2, began + 5),
+        Phase("call", began + 5, began + 6, 200),
     ]
-    assert (exchange.waited, exchange.token_wait, exchange.attempts, exchange.upstream_duration) == (
+    assert (exchange.rate_limit_wait, exchange.token_wait, exchange.attempts, exchange.upstream_duration) == (
         3.0,
         2.0001,
         1,
@@ -369,11 +369,11 @@ def test_the_record_notes_when_its_numbers_change() -> None:
 
 
 def test_a_record_notes_a_bounded_number_of_steps() -> None:
-    exchange = TracedExchange("GET", 0.0, FakeClock())
-    for _ in range(MOST_STEPS * 2):
+    exchange = TracedContext("GET", 0.0, FakeClock())
+    for _ in range(MAX_PHASES * 2):
         exchange.attempts += 1
     exchange.close(1.0)
-    assert len(exchange.steps) == MOST_STEPS
+    assert len(exchange.phases) == MAX_PHASES
 
 
 # Settings.

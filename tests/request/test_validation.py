@@ -14,10 +14,10 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy.config import Account, Address, Application, Config, Listener, Secret
 from proxy.errors import BadOption, BadTarget, BrowserRefused, HostRefused, MalformedRequest, MethodRefused, ProxyError
 from proxy.request import authentication, request_options, routing
-from proxy.request.header_cache import Head
-from proxy.request.misspelt import PREFIX, SENT
+from proxy.request.header_cache import HeaderBlock
+from proxy.request.misspelt import PREFIX, REQUEST_HEADERS
 from proxy.request.ratelimit import limiter
-from proxy.request.validation import METHODS, Admitted, Doorway, admit, admit_with
+from proxy.request.validation import METHODS, AllowedHosts, ValidatedTarget, validate, validate_with
 from tests.conftest import config_from
 
 ORDERS = "/orders/v0/orders"
@@ -32,14 +32,14 @@ AMAZON = {
 }
 
 
-def doorway(address: Address | None = None, allowed: tuple[str, ...] = ()) -> Doorway:
+def doorway(address: Address | None = None, allowed: tuple[str, ...] = ()) -> AllowedHosts:
     """Return the names of a listener, by default 127.0.0.1:8080."""
     config = Config(
         applications={"main": Application(client_id="c", client_secret=Secret("s"))},
         accounts={"acme": Account(refresh_tokens={"eu": Secret("t")})},
         allowed_hosts=allowed,
     )
-    return Doorway.of(Listener(address=address or Address("127.0.0.1", 8080)), config)
+    return AllowedHosts.from_config(Listener(address=address or Address("127.0.0.1", 8080)), config)
 
 
 DOOR = doorway()
@@ -56,12 +56,12 @@ def let_in(
     target: str = ORDERS,
     *fields: tuple[str, str],
     method: str = "GET",
-    door: Doorway = DOOR,
+    door: AllowedHosts = DOOR,
     host: str | None = "localhost",
-) -> Admitted:
+) -> ValidatedTarget:
     """Return what is admitted of a request; `host` is its Host header, None for none."""
     headers = CIMultiDict([*([] if host is None else [("Host", host)]), *fields])
-    return admit(method, target, CIMultiDictProxy(headers), door)
+    return validate(method, target, CIMultiDictProxy(headers), door)
 
 
 # The proxy's own headers.
@@ -105,7 +105,7 @@ def test_any_other_header_is_no_misspelt_one(name: str) -> None:
 
 
 def test_the_names_of_all_headers_of_ours_are_known() -> None:
-    assert {PREFIX + name for name in SENT} == OUR_HEADERS
+    assert {PREFIX + name for name in REQUEST_HEADERS} == OUR_HEADERS
 
 
 def test_a_thousand_unknown_headers_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,10 @@ def test_a_thousand_unknown_headers_are_not_all_compared(monkeypatch: pytest.Mon
 
 
 def test_a_misspelt_header_is_refused_each_time_and_a_foreign_host_first() -> None:
-    head = Head(CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ("x-sp-acount", "acme")])))
+    head = HeaderBlock(CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ("x-sp-acount", "acme")])))
     for _ in range(2):
         with pytest.raises(BadOption):
-            admit_with(head, "GET", ORDERS, DOOR)
+            validate_with(head, "GET", ORDERS, DOOR)
     with pytest.raises(HostRefused):
         let_in(ORDERS, ("x-sp-acount", "acme"), host="evil.test")
 
@@ -497,4 +497,4 @@ def test_the_doorway_of_a_config_file_is_made_of_its_listener_and_allowed_hosts(
         "accounts": {"acme": {"refresh_tokens": {"eu": "t"}}},
     }
     config = config_from(settings, tmp_path)
-    assert Doorway.of(config.listen[0], config).hosts == {"localhost", "127.0.0.1", "::1", "proxy.test"}
+    assert AllowedHosts.from_config(config.listen[0], config).hosts == {"localhost", "127.0.0.1", "::1", "proxy.test"}

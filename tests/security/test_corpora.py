@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.security.corpora import Case, Message, gunicorn, llhttp
 from tests.support.fake_upstream import FarSide, Received, Script, answer
@@ -209,7 +209,7 @@ async def far_side() -> AsyncIterator[Witness]:
 
 
 @pytest.fixture
-async def proxy(start_proxy: StartProxy) -> Running:
+async def proxy(start_proxy: StartProxy) -> RunningProxy:
     """A proxy that soon gives up on who says no more."""
     return await start_proxy(timeouts=PATIENCE)
 
@@ -321,7 +321,7 @@ def agrees(request: Received, message: Message) -> bool:
 
 @pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")]))
 async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
-    proxy: Running, far_side: Witness, case: Case
+    proxy: RunningProxy, far_side: Witness, case: Case
 ) -> None:
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer("200 OK", x_line=request.line))
@@ -358,7 +358,7 @@ async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
 
 
 @pytest.mark.parametrize("case", items(llhttp("response")))
-async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: Running, far_side: Witness, case: Case) -> None:
+async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: RunningProxy, far_side: Witness, case: Case) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
     says_its_end = message.is_whole or case.is_refused
     for in_pieces in (False, True):

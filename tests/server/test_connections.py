@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.server.runtime import Running, running
+from proxy.server.runtime import RunningProxy, start_proxy
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.fake_upstream import FarSide, Received, Script, TokenHost, answer
 from tests.support.raw_client import call, connect, request
@@ -98,7 +98,7 @@ async def test_a_token_that_arrives_unasked_is_nobodys(
     assert token_host.connections == 2
 
 
-async def test_a_connection_that_is_still_clean_is_used_again(proxy: Running, far_side: FarSide) -> None:
+async def test_a_connection_that_is_still_clean_is_used_again(proxy: RunningProxy, far_side: FarSide) -> None:
     for _ in range(3):
         await call(proxy.addresses[0], "GET", SELLERS)
     assert far_side.connections == 1
@@ -137,7 +137,7 @@ def once_a_connection(server: FarSide | TokenHost) -> Script:
 
 @pytest.mark.parametrize("end", [reset, lambda writer: writer.close()], ids=["reset", "eof"])
 async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
-    proxy: Running, far_side: FarSide, end: Callable[[asyncio.StreamWriter], None]
+    proxy: RunningProxy, far_side: FarSide, end: Callable[[asyncio.StreamWriter], None]
 ) -> None:
     passed_on = asyncio.Event()
 
@@ -169,7 +169,9 @@ async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(start_proxy: Start
         assert (await ended(client.reader))[1] == "reset"
 
 
-async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(proxy: Running, far_side: FarSide) -> None:
+async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(
+    proxy: RunningProxy, far_side: FarSide
+) -> None:
     passed_on = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -189,7 +191,7 @@ async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(pro
 
 
 @pytest.mark.parametrize("status", ["099 Odd", "042 Odd"])
-async def test_a_status_that_is_none_is_an_error(proxy: Running, far_side: FarSide, status: str) -> None:
+async def test_a_status_that_is_none_is_an_error(proxy: RunningProxy, far_side: FarSide, status: str) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(status, b"odd"))
 
@@ -204,15 +206,15 @@ async def test_a_status_that_is_none_is_an_error(proxy: Running, far_side: FarSi
 @pytest.fixture
 async def stoppable(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path
-) -> AsyncIterator[tuple[Running, AsyncExitStack]]:
+) -> AsyncIterator[tuple[RunningProxy, AsyncExitStack]]:
     """A proxy, and what stops it."""
     async with AsyncExitStack() as stack:
         settings = settings_for(far_side, token_host, timeouts={"shutdown": "10s"})
-        yield await stack.enter_async_context(running(config_from(settings, tmp_path))), stack
+        yield await stack.enter_async_context(start_proxy(config_from(settings, tmp_path))), stack
 
 
 async def test_what_is_being_sent_up_when_the_proxy_is_told_to_stop_arrives_whole(
-    stoppable: tuple[Running, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
 ) -> None:
     proxy, stack = stoppable
     arrived: list[bytes] = []
@@ -236,7 +238,7 @@ async def test_what_is_being_sent_up_when_the_proxy_is_told_to_stop_arrives_whol
         assert (arrived, got.body, got.get("connection")) == ([b"halfrest"], b"taken", "close")
         assert await asyncio.wait_for(client.at_end(), 10)
         await stopping
-    assert proxy.ending.cut_off == 0
+    assert proxy.shutdown.aborted == 0
 
 
 async def refuses(address: str) -> None:
@@ -252,7 +254,7 @@ async def refuses(address: str) -> None:
 
 
 async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_proxys_doing(
-    stoppable: tuple[Running, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
 ) -> None:
     proxy, stack = stoppable
     never = asyncio.Event()
@@ -269,7 +271,7 @@ async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_pr
         far_side.arrived.clear()
         await waiting.send(request("POST", FEEDS, b"{}"))
         await asyncio.wait_for(far_side.arrived.wait(), 10)
-        proxy.ending.at_once.set()
+        proxy.shutdown.immediate.set()
         await asyncio.wait_for(stack.aclose(), 10)
         assert await begun.at_end()
         got = await waiting.answer()
@@ -277,11 +279,11 @@ async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_pr
     count = proxy.metrics.registry.get_sample_value
     assert count("spapi_proxy_errors_total", {"code": "ShuttingDown", "fault": "proxy"}) == 2
     assert count("spapi_proxy_answers_cut_off_total") == 1
-    assert proxy.ending.cut_off == 2
+    assert proxy.shutdown.aborted == 2
 
 
 async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_connection(
-    stoppable: tuple[Running, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
 ) -> None:
     proxy, stack = stoppable
     go_on = asyncio.Event()
@@ -306,7 +308,7 @@ async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_conne
         assert await asyncio.wait_for(ended(client.reader), 10) == (b"rest", "eof"), "though the other one goes on"
         later.set()
         await stopping
-    assert proxy.ending.cut_off == 0
+    assert proxy.shutdown.aborted == 0
 
 
 async def test_clients_that_read_nothing_are_given_up_whatever_is_left_unread(
@@ -344,7 +346,7 @@ def is_hung_up(client: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-async def test_continue_is_not_said_to_http_1_0(proxy: Running, far_side: FarSide) -> None:
+async def test_continue_is_not_said_to_http_1_0(proxy: RunningProxy, far_side: FarSide) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("POST", FEEDS, b"{}", expect="100-continue").replace(b" HTTP/1.1", b" HTTP/1.0", 1))
         first = await client.reader.readline()
@@ -352,7 +354,7 @@ async def test_continue_is_not_said_to_http_1_0(proxy: Running, far_side: FarSid
     assert far_side.received[0].body == b"{}"
 
 
-async def test_a_chunk_that_is_none_ends_its_upload_at_once(proxy: Running, far_side: FarSide) -> None:
+async def test_a_chunk_that_is_none_ends_its_upload_at_once(proxy: RunningProxy, far_side: FarSide) -> None:
     far_side.reads_bodies = False
     never = asyncio.Event()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from proxy.config import load_config
-from proxy.server.hardening import forget_secrets
+from proxy.server.hardening import scrub_environment
 from tests.conftest import settings_for
 from tests.support.fake_upstream import FarSide, TokenHost
 from tests.support.proxy_process import command, serving, started
@@ -31,9 +31,9 @@ ENVIRONMENT = {
 def test_variables_that_hold_a_secret_are_forgotten() -> None:
     environ = dict(ENVIRONMENT)
     config = load_config(None, environ).config
-    forget_secrets(environ, config)
+    scrub_environment(environ, config)
     assert environ == {"LWA_APP_ID": "amzn1.client", "PATH": "/usr/bin"}
-    assert config.applications["main"].client_secret.current().reveal() == "distinctive-client-secret"
+    assert config.applications["main"].client_secret.refreshed().reveal() == "distinctive-client-secret"
 
 
 def environment_of(pid: int) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from proxy.server.sockets import CannotListen
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, Received, answer
@@ -43,7 +43,7 @@ async def raw(address: str, data: bytes) -> Answer:
     ],
 )
 async def test_a_broken_request_gets_a_clear_answer_and_goes_nowhere(
-    proxy: Running, far_side: FarSide, data: bytes
+    proxy: RunningProxy, far_side: FarSide, data: bytes
 ) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(data)
@@ -56,19 +56,19 @@ async def test_a_broken_request_gets_a_clear_answer_and_goes_nowhere(
     assert not far_side.received
 
 
-async def test_a_broken_request_is_answered_in_the_version_that_is_spoken_here(proxy: Running) -> None:
+async def test_a_broken_request_is_answered_in_the_version_that_is_spoken_here(proxy: RunningProxy) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(b"GET / HTTP/1.1\r\nbad header: 1\r\n\r\n")
         assert (await client.reader.readline()).startswith(b"HTTP/1.1 400 ")
 
 
-async def test_a_broken_request_is_not_quoted(proxy: Running) -> None:
+async def test_a_broken_request_is_not_quoted(proxy: RunningProxy) -> None:
     got = await raw(proxy.addresses[0], b"GET / HTTP/1.1\r\nx y: Atza|distinctive\r\n\r\n")
     assert b"distinctive" not in got.body
     assert got.get("server") is None
 
 
-async def test_what_follows_a_refused_body_is_not_read_as_a_request(proxy: Running, far_side: FarSide) -> None:
+async def test_what_follows_a_refused_body_is_not_read_as_a_request(proxy: RunningProxy, far_side: FarSide) -> None:
     hidden = request("GET", SELLERS)
     await raw(proxy.addresses[0], request("OPTIONS", SELLERS, hidden))
     assert not far_side.received
@@ -76,7 +76,7 @@ async def test_what_follows_a_refused_body_is_not_read_as_a_request(proxy: Runni
 
 @pytest.mark.parametrize("version", ["HTTP/2.0", "HTTP/0.9", "HTTP/1.10", "HTTP/3.0"])
 async def test_other_versions_are_refused_in_one_that_the_client_can_read(
-    proxy: Running, far_side: FarSide, version: str
+    proxy: RunningProxy, far_side: FarSide, version: str
 ) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(f"GET {SELLERS} {version}\r\nHost: localhost\r\n\r\n".encode())
@@ -85,7 +85,7 @@ async def test_other_versions_are_refused_in_one_that_the_client_can_read(
     assert not far_side.received
 
 
-async def test_http_1_0_is_served_and_closed(proxy: Running, far_side: FarSide) -> None:
+async def test_http_1_0_is_served_and_closed(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
 
@@ -94,14 +94,14 @@ async def test_http_1_0_is_served_and_closed(proxy: Running, far_side: FarSide) 
     assert (got.status, got.body, got.get("transfer-encoding")) == (200, b"hello", None)
 
 
-async def test_an_upgrade_is_not_made(proxy: Running, far_side: FarSide) -> None:
+async def test_an_upgrade_is_not_made(proxy: RunningProxy, far_side: FarSide) -> None:
     fields = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAAQAAP__"}
     got = await call(proxy.addresses[0], "GET", SELLERS, **fields)
     assert got.status == 200
     assert far_side.received[0].get("upgrade") is None
 
 
-async def test_header_blocks_of_32_kib_pass(proxy: Running, far_side: FarSide) -> None:
+async def test_header_blocks_of_32_kib_pass(proxy: RunningProxy, far_side: FarSide) -> None:
     got = await call(proxy.addresses[0], "GET", SELLERS, x_large="a" * 32_000)
     assert got.status == 200
     assert far_side.received[0].get("x-large") == "a" * 32_000
@@ -116,7 +116,7 @@ async def test_header_blocks_of_32_kib_pass(proxy: Running, far_side: FarSide) -
     ],
     ids=["many fields", "one large field", "very many small fields"],
 )
-async def test_a_header_block_over_64_kib_is_refused(proxy: Running, far_side: FarSide, fields: bytes) -> None:
+async def test_a_header_block_over_64_kib_is_refused(proxy: RunningProxy, far_side: FarSide, fields: bytes) -> None:
     got = await call_raw(proxy.addresses[0], b"GET / HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n")
     assert (got.status, got.error) == (431, "HeaderTooLarge")
     assert not far_side.received
@@ -128,7 +128,7 @@ async def call_raw(address: str, data: bytes) -> Answer:
         return await client.answer()
 
 
-async def test_an_endless_head_is_cut_off_early(proxy: Running) -> None:
+async def test_an_endless_head_is_cut_off_early(proxy: RunningProxy) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         sent = 0
@@ -141,7 +141,7 @@ async def test_an_endless_head_is_cut_off_early(proxy: Running) -> None:
     assert sent < 16 * 1024 * 1024, "what is beyond a few socket buffers was not taken"
 
 
-async def test_a_head_over_64_kib_is_refused_before_it_ends(proxy: Running) -> None:
+async def test_a_head_over_64_kib_is_refused_before_it_ends(proxy: RunningProxy) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         for number in range(3):
@@ -195,7 +195,7 @@ async def test_a_silent_connection_is_closed(start_proxy: StartProxy) -> None:
         assert await asyncio.wait_for(client.at_end(), 20)
 
 
-async def test_requests_on_one_connection_are_answered_in_order(proxy: Running, far_side: FarSide) -> None:
+async def test_requests_on_one_connection_are_answered_in_order(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer("200 OK", received.target.encode()))
 
@@ -209,7 +209,7 @@ async def test_requests_on_one_connection_are_answered_in_order(proxy: Running, 
 # Where it listens.
 
 
-async def test_a_port_of_zero_becomes_a_real_one(proxy: Running) -> None:
+async def test_a_port_of_zero_becomes_a_real_one(proxy: RunningProxy) -> None:
     assert not proxy.addresses[0].endswith(":0")
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
 
@@ -242,7 +242,7 @@ async def test_a_socket_in_use_and_a_file_are_left_alone(start_proxy: StartProxy
     assert file.read_text(encoding="utf-8") == "kept"
 
 
-async def test_a_port_in_use_names_the_setting(start_proxy: StartProxy, proxy: Running) -> None:
+async def test_a_port_in_use_names_the_setting(start_proxy: StartProxy, proxy: RunningProxy) -> None:
     with pytest.raises(CannotListen, match=r"Address already in use; end what uses it, or change listen\[0\]"):
         await start_proxy(listen=proxy.addresses[0])
     with pytest.raises(CannotListen, match="change admin"):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxy.config import Config, ConfigError
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from proxy.server.sockets import CannotListen
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
@@ -58,7 +58,7 @@ async def test_a_request_of_an_account_that_leaves_completes_and_the_next_is_ref
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS, x_sp_account="other"))
         await far_side.arrived.wait()
-        assert (await proxy.hand_over(configured())).has_changed
+        assert (await proxy.apply_config(configured())).has_changed
         held.release.set()
         assert (await client.answer()).status == 200
         assert (await client.request("GET", SELLERS, x_sp_account="other")).error == "UnknownAccount"
@@ -73,8 +73,8 @@ async def test_a_request_that_waits_for_its_token_when_its_account_leaves_comple
     token_host.held = asyncio.Event()
     waiting = asyncio.create_task(call(proxy.addresses[0], "GET", path, x_sp_account="other"))
     await token_host.arrived.wait()
-    await proxy.hand_over(configured())
-    await proxy.hand_over(configured(warm_up=True))
+    await proxy.apply_config(configured())
+    await proxy.apply_config(configured(warm_up=True))
     token_host.held.set()
     assert (await waiting).status == 200
 
@@ -93,7 +93,7 @@ async def test_a_request_that_has_no_token_yet_when_its_account_leaves_gets_one(
     far_side.script = script
     waiting = asyncio.create_task(call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other"))
     await far_side.arrived.wait()
-    await proxy.hand_over(configured())
+    await proxy.apply_config(configured())
     release.set()
     assert (await waiting).status == 200
     assert b"Atzr%7Cother-eu" in token_host.received[-1].body
@@ -107,7 +107,7 @@ async def test_tokens_of_unchanged_accounts_are_kept(
     for account in BOTH:
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_account=account)
     await call(proxy.addresses[0], "GET", ADDRESS, x_sp_account="acme")
-    await proxy.hand_over(configured(accounts={"acme": ACME, "third": OTHER}, limits={"max_wait": "3s"}))
+    await proxy.apply_config(configured(accounts={"acme": ACME, "third": OTHER}, limits={"max_wait": "3s"}))
     assert len(token_host.received) == 2
     for path in (SELLERS, ADDRESS):
         assert (await call(proxy.addresses[0], "GET", path, x_sp_account="acme")).status == 200
@@ -121,7 +121,7 @@ async def test_a_changed_refresh_token_brings_a_token_of_its_own(
     proxy = await start_proxy()
     await call(proxy.addresses[0], "GET", path)
     before = far_side.received[-1].get("x-amz-access-token")
-    await proxy.hand_over(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
+    await proxy.apply_config(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
     await call(proxy.addresses[0], "GET", path)
     assert far_side.received[-1].get("x-amz-access-token") != before
     assert b"Atzr%7Cacme-new" in token_host.received[-1].body
@@ -132,8 +132,8 @@ async def test_an_account_that_comes_back_as_another_has_none_of_its_old_tokens(
 ) -> None:
     proxy = await start_proxy(accounts=BOTH)
     await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")
-    await proxy.hand_over(configured())
-    await proxy.hand_over(configured(accounts={"acme": ACME, "other": {"refresh_tokens": {"eu": "Atzr|other-new"}}}))
+    await proxy.apply_config(configured())
+    await proxy.apply_config(configured(accounts={"acme": ACME, "other": {"refresh_tokens": {"eu": "Atzr|other-new"}}}))
     await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")
     assert b"Atzr%7Cother-new" in token_host.received[-1].body
 
@@ -144,7 +144,7 @@ async def test_a_changed_client_id_brings_tokens_of_its_own(
 ) -> None:
     proxy = await start_proxy()
     await call(proxy.addresses[0], "GET", path, x_sp_region="eu")
-    await proxy.hand_over(configured(applications={"main": {"client_id": "new", "client_secret": "client-secret"}}))
+    await proxy.apply_config(configured(applications={"main": {"client_id": "new", "client_secret": "client-secret"}}))
     await call(proxy.addresses[0], "GET", path, x_sp_region="eu")
     assert b"client_id=new" in token_host.received[-1].body
     assert len(token_host.received) == 2
@@ -155,7 +155,7 @@ async def test_after_a_changed_client_secret_old_tokens_serve_and_the_next_excha
 ) -> None:
     proxy = await start_proxy()
     await call(proxy.addresses[0], "GET", SELLERS)
-    await proxy.hand_over(
+    await proxy.apply_config(
         configured(applications={"main": {"client_id": "client", "client_secret": "client-secret-2"}}, accounts=BOTH)
     )
     await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="acme")
@@ -173,7 +173,7 @@ async def test_an_exchange_that_began_with_an_old_refresh_token_serves_only_who_
     token_host.answers = [answer("200 OK", grant, content_type="application/json") for grant in grants]
     old = asyncio.create_task(call(proxy.addresses[0], "GET", SELLERS))
     await token_host.arrived.wait()
-    await proxy.hand_over(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
+    await proxy.apply_config(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
     old_exchange, token_host.held = token_host.held, None
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
     old_exchange.set()
@@ -192,7 +192,7 @@ async def test_usage_plans_and_counters_go_on(start_proxy: StartProxy, far_side:
 
     far_side.script = script
     await call(proxy.addresses[0], "GET", SELLERS, x_sp_max_wait="0s")
-    await proxy.hand_over(configured(limits={"max_queue": 7}))
+    await proxy.apply_config(configured(limits={"max_queue": 7}))
     far_side.script = None
     got = await call(proxy.addresses[0], "GET", SELLERS, x_sp_max_wait="0s")
     assert got.error == "UsagePlanExhausted"
@@ -205,14 +205,14 @@ async def test_usage_plans_and_counters_go_on(start_proxy: StartProxy, far_side:
 
 async def test_the_same_again_changes_nothing(start_proxy: StartProxy, configured: Any) -> None:
     proxy = await start_proxy()
-    assert await proxy.hand_over(configured()) == (False, ())
+    assert await proxy.apply_config(configured()) == (False, ())
 
 
 async def test_a_connection_that_stays_open_sees_the_new_settings(start_proxy: StartProxy, configured: Any) -> None:
     proxy = await start_proxy()
     async with connect(proxy.addresses[0]) as client:
         assert (await client.request("GET", SELLERS)).status == 200
-        await proxy.hand_over(configured(callers={"app": {"key": "a-key"}}))
+        await proxy.apply_config(configured(callers={"app": {"key": "a-key"}}))
         assert (await client.request("GET", SELLERS)).error == "CallerRefused"
         assert (await client.request("GET", SELLERS, x_sp_key="a-key")).status == 200
 
@@ -241,7 +241,7 @@ async def test_listeners_come_and_go_and_requests_in_flight_on_one_that_goes_com
         far_side.arrived.clear()
         await client.send(request("GET", SELLERS))
         await far_side.arrived.wait()
-        await proxy.hand_over(configured(listen=[coming, "127.0.0.1:0"]))
+        await proxy.apply_config(configured(listen=[coming, "127.0.0.1:0"]))
         with pytest.raises(ConnectionRefusedError):
             await call(socket_path, "GET", SELLERS)
         assert await idle_there.at_end()
@@ -263,7 +263,7 @@ async def test_an_address_that_cannot_be_had_leaves_everything_as_it_was(
         taken.listen()
         in_use = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(CannotListen, match="end what uses it, or change listen\\[1\\]"):
-            await proxy.hand_over(configured(listen=[fine, in_use], accounts=other))
+            await proxy.apply_config(configured(listen=[fine, in_use], accounts=other))
     with pytest.raises(ConnectionRefusedError):
         await call(fine, "GET", SELLERS)
     assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="acme")).status == 200
@@ -273,7 +273,7 @@ async def test_an_address_that_cannot_be_had_leaves_everything_as_it_was(
 
 async def test_what_needs_a_restart_is_named_and_left_as_it_is(start_proxy: StartProxy, configured: Any) -> None:
     proxy = await start_proxy()
-    done = await proxy.hand_over(
+    done = await proxy.apply_config(
         configured(
             admin="127.0.0.1:1",
             health="127.0.0.1:0",
@@ -306,7 +306,7 @@ async def test_what_would_mean_something_else_without_a_restart_is_refused_with_
     }
     named, changed = changes[change]
     with pytest.raises(ConfigError, match=re.escape(named)):
-        await proxy.hand_over(configured(**changed))
+        await proxy.apply_config(configured(**changed))
     assert (await call(proxy.addresses[0], "GET", SELLERS)).error == "CallerRefused", "the callers are those of before"
 
 
@@ -318,7 +318,7 @@ async def test_a_refused_configuration_leaves_the_connections_to_amazon_alone(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = ["127.0.0.1:0", f"127.0.0.1:{taken.getsockname()[1]}"]
         with pytest.raises(CannotListen):
-            await proxy.hand_over(configured(listen=listen, timeouts={"connect": "3s"}))
+            await proxy.apply_config(configured(listen=listen, timeouts={"connect": "3s"}))
     for _ in range(3):
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
     assert len({received.connection for received in far_side.received}) == 1
@@ -331,11 +331,11 @@ async def test_another_content_of_the_authority_that_is_trusted_is_a_change(
     shutil.copyfile(Authority.made(tmp_path).certificate, trusted)
     settings = {"pool": {"ca_file": str(trusted)}}
     proxy = await start_proxy(**settings)
-    assert not (await proxy.hand_over(configured(**settings))).has_changed
+    assert not (await proxy.apply_config(configured(**settings))).has_changed
     (tmp_path / "new").mkdir()
     shutil.copyfile(Authority.made(tmp_path / "new").certificate, trusted)
-    assert (await proxy.hand_over(configured(**settings))).has_changed
-    assert not (await proxy.hand_over(configured(**settings))).has_changed
+    assert (await proxy.apply_config(configured(**settings))).has_changed
+    assert not (await proxy.apply_config(configured(**settings))).has_changed
 
 
 async def test_a_restricted_token_that_was_minted_for_somebody_else_is_kept_for_nobody(
@@ -350,7 +350,7 @@ async def test_a_restricted_token_that_was_minted_for_somebody_else_is_kept_for_
     secret.write_text("Atzr|two")
     orders = "/orders/v0/orders"
     assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
-    assert (await proxy.hand_over(configured(accounts=accounts))).has_changed
+    assert (await proxy.apply_config(configured(accounts=accounts))).has_changed
     assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
     assert len(far_side.minted) == 2, "the one that was minted with the token of before is not used"
     assert far_side.minted[0].get("x-amz-access-token") != far_side.minted[1].get("x-amz-access-token")
@@ -365,7 +365,7 @@ async def test_other_settings_of_the_way_out_leave_requests_in_flight_alone(
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
         await far_side.arrived.wait()
-        await proxy.hand_over(configured(pool={"idle": "1s"}))
+        await proxy.apply_config(configured(pool={"idle": "1s"}))
         held.release.set()
         assert (await client.answer()).status == 200
         assert (await client.request("GET", SELLERS)).status == 200
@@ -373,11 +373,11 @@ async def test_other_settings_of_the_way_out_leave_requests_in_flight_alone(
 
 
 async def test_certificates_that_cannot_be_used_to_trust_are_refused(
-    proxy: Running, configured: Any, tmp_path: Path
+    proxy: RunningProxy, configured: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "ca.pem").write_text("no certificate", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"pool\.ca_file: cannot be used"):
-        await proxy.hand_over(configured(pool={"ca_file": str(tmp_path / "ca.pem")}))
+        await proxy.apply_config(configured(pool={"ca_file": str(tmp_path / "ca.pem")}))
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
 
 
@@ -388,7 +388,7 @@ async def test_configurations_that_nobody_uses_any_more_are_let_go(start_proxy: 
         for number in range(5):
             config = configured(accounts=BOTH, limits={"max_queue": 10 + number}, pool={"idle": f"{number + 1}s"})
             earlier.append(weakref.ref(config))
-            await proxy.hand_over(config)
+            await proxy.apply_config(config)
             assert (await client.request("GET", SELLERS, x_sp_account="other")).status == 200
         del config
     gc.collect()
@@ -400,13 +400,13 @@ async def test_the_age_of_a_secret_leaves_with_its_application(start_proxy: Star
     proxy = await start_proxy(applications={"main": main})
     name = "spapi_proxy_client_secret_age_seconds"
     assert proxy.metrics.registry.get_sample_value(name, {"application": "main"})
-    await proxy.hand_over(configured())
+    await proxy.apply_config(configured())
     assert proxy.metrics.registry.get_sample_value(name, {"application": "main"}) is None
 
 
 async def test_a_lower_log_level_counts_from_now_on(start_proxy: StartProxy, configured: Any, log: StringIO) -> None:
     proxy = await start_proxy()
-    await proxy.hand_over(configured(log={"level": "error"}))
+    await proxy.apply_config(configured(log={"level": "error"}))
     log.truncate(0)
     await call(proxy.addresses[0], "GET", SELLERS)
     assert not log.getvalue()
@@ -419,6 +419,6 @@ async def test_a_host_name_that_is_allowed_from_now_on_counts_everywhere(
     addresses = [(proxy.addresses[0], SELLERS), (proxy.admin or "", "/livez"), (proxy.health or "", "/livez")]
     for address, path in addresses:
         assert (await call(address, "GET", path, host="proxy.example")).status == 421
-    await proxy.hand_over(configured(health="127.0.0.1:0", allowed_hosts=["proxy.example"]))
+    await proxy.apply_config(configured(health="127.0.0.1:0", allowed_hosts=["proxy.example"]))
     for address, path in addresses:
         assert (await call(address, "GET", path, host="proxy.example")).status == 200

@@ -19,8 +19,8 @@ import yaml
 
 from proxy.config import Config, ConfigError, Loaded, Problem, load_config
 from proxy.server import reload
-from proxy.server.reload import Reloads, Result, stamps
-from proxy.server.runtime import Running, running
+from proxy.server.reload import ConfigWatcher, Result, file_signatures
+from proxy.server.runtime import RunningProxy, start_proxy
 from tests.bench.reloads import run
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.fake_upstream import FarSide, TokenHost
@@ -33,8 +33,8 @@ SELLERS = "/sellers/v1/marketplaceParticipations"
 class Watched:
     """A proxy whose files are watched."""
 
-    proxy: Running
-    reloads: Reloads
+    proxy: RunningProxy
+    reloads: ConfigWatcher
     path: Path
     write: Callable[..., None]
     results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
@@ -67,11 +67,11 @@ async def watched(start_proxy: StartProxy, far_side: FarSide, token_host: TokenH
     load = partial(load_config, str(path), {})
     proxy = await start_proxy(applications={"main": main})
     here = Watched(proxy, None, path, write)  # type: ignore[arg-type]  # it comes with the next line
-    here.reloads = Reloads(
+    here.reloads = ConfigWatcher(
         load(),
         load=load,
-        hand_over=proxy.hand_over,
-        reloading=proxy.reloading,
+        hand_over=proxy.apply_config,
+        reloading=proxy.reload_status,
         metrics=proxy.metrics,
         note=lambda result: here.results.put_nowait(result) if result else None,
         look_every=0.005,
@@ -113,7 +113,7 @@ async def test_a_bad_file_changes_nothing_and_log_metric_and_status_say_so(watch
 
 async def test_an_unchanged_file_is_a_no_op(watched: Watched, token_host: TokenHost) -> None:
     await call(watched.proxy.addresses[0], "GET", SELLERS)
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert await watched.result() == "unchanged"
     os.utime(watched.path)
     assert await watched.result() == "unchanged"
@@ -169,11 +169,11 @@ async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
     proxy = await start_proxy()
     results: asyncio.Queue[Result] = asyncio.Queue()
     load = partial(load_config, str(mount / "config.yaml"), {})
-    reloads = Reloads(
+    reloads = ConfigWatcher(
         load(),
         load=load,
-        hand_over=proxy.hand_over,
-        reloading=proxy.reloading,
+        hand_over=proxy.apply_config,
+        reloading=proxy.reload_status,
         metrics=proxy.metrics,
         note=lambda result: results.put_nowait(result) if result else None,
         look_every=0.005,
@@ -190,7 +190,7 @@ async def test_an_unchanged_file_leaves_the_moment_from_which_on_the_configurati
 ) -> None:
     before = (await watched.status())["configuration"]["good_since"]
     seen = watched.metric("last_reload_success_timestamp_seconds")
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert await watched.result() == "unchanged"
     assert (await watched.status())["configuration"]["good_since"] == before
     assert (watched.metric("last_reload_success_timestamp_seconds") or 0) > (seen or 0)
@@ -245,13 +245,13 @@ async def test_the_first_configuration_and_its_secrets_are_gone_when_another_too
 ) -> None:
     first = config_from(settings_for(far_side, token_host, health="127.0.0.1:0", warm_up=True), tmp_path)
     is_there = weakref.ref(first)
-    async with running(first) as proxy:
+    async with start_proxy(first) as proxy:
         await proxy.has_started
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
         del first
         assert is_there() is not None
         second = {"accounts": {"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}, "health": "127.0.0.1:0"}
-        await proxy.hand_over(config_from(settings_for(far_side, token_host, **second), tmp_path))
+        await proxy.apply_config(config_from(settings_for(far_side, token_host, **second), tmp_path))
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
         gc.collect()
         assert is_there() is None
@@ -265,17 +265,17 @@ async def test_a_listener_that_goes_takes_its_configuration_along(
     def config(**settings: Any) -> Config:
         return config_from(settings_for(far_side, token_host, **settings), tmp_path)
 
-    async with running(config()) as proxy:
+    async with start_proxy(config()) as proxy:
         both = config(listen=["127.0.0.1:0", "127.0.0.1:0"])
         is_there = weakref.ref(both)
-        await proxy.hand_over(both)
+        await proxy.apply_config(both)
         del both
         assert is_there() is not None
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
         gc.collect()
         gc.disable()
         try:
-            await proxy.hand_over(config(limits={"max_queue": 9}))
+            await proxy.apply_config(config(limits={"max_queue": 9}))
             async with asyncio.timeout(10):
                 while is_there() is not None:  # noqa: ASYNC110 - its connections are given a moment to end
                     await asyncio.sleep(0.01)
@@ -286,7 +286,7 @@ async def test_a_listener_that_goes_takes_its_configuration_along(
 async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watched: Watched, log: StringIO) -> None:
     watched.write(store="memory", health="127.0.0.1:0", metrics={"account_on_histograms": True})
     assert await watched.result() == "unchanged"
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert await watched.result() == "unchanged"
     warnings = [json.loads(line) for line in log.getvalue().splitlines() if "after a restart" in line]
     assert [line["keys"] for line in warnings] == [["health", "metrics"]]
@@ -322,7 +322,7 @@ async def test_a_file_that_is_still_being_written_is_left_alone(watched: Watched
 
 
 async def test_files_that_hang_delay_nobody_and_are_given_up(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "LONGEST_READ", 0.05)
+    monkeypatch.setattr(reload, "READ_TIMEOUT", 0.05)
     release = threading.Event()
 
     def hang() -> Loaded:
@@ -330,7 +330,7 @@ async def test_files_that_hang_delay_nobody_and_are_given_up(watched: Watched, m
         raise AssertionError("nobody waits for this any more")
 
     watched.reloads._load = hang
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert (await call(watched.proxy.addresses[0], "GET", SELLERS)).status == 200
     assert await watched.result() == "failed"
     release.set()
@@ -342,11 +342,11 @@ async def test_a_fault_of_the_proxys_own_is_a_failed_reload_and_the_watch_goes_o
         raise RuntimeError("what the log must not quote")
 
     load, watched.reloads._load = watched.reloads._load, fail
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert await watched.result() == "failed"
     assert "quote" not in str(await watched.status())
     watched.reloads._load = load
-    watched.reloads.ask()
+    watched.reloads.request_reload()
     assert await watched.result() == "unchanged"
 
 
@@ -362,7 +362,7 @@ async def test_what_was_read_in_vain_is_let_go_without_the_garbage_collector(wat
             del error
 
     watched.reloads._load = refuse
-    watched.reloads._settling = nullcontext()  # type: ignore[assignment]  # it would collect what is young
+    watched.reloads._gc_paused = nullcontext()  # type: ignore[assignment]  # it would collect what is young
     gc.disable()
     try:
         assert await watched.reloads.reload("a test") == "failed"
@@ -377,12 +377,12 @@ async def test_ten_reloads_under_load_half_of_them_broken_fail_no_request(capsys
 
 
 def test_looking_at_many_files_is_cheap_and_never_fails(tmp_path: Path) -> None:
-    assert stamps([tmp_path / "absent", Path("\0")]) == (None, None)
+    assert file_signatures([tmp_path / "absent", Path("\0")]) == (None, None)
     (tmp_path / "file").write_text("x")
-    first = stamps([tmp_path / "file"])
+    first = file_signatures([tmp_path / "file"])
     (tmp_path / "new").write_text("y")
     (tmp_path / "new").rename(tmp_path / "file")
-    assert stamps([tmp_path / "file"]) != first
+    assert file_signatures([tmp_path / "file"]) != first
 
 
 async def test_a_configuration_in_force_says_all_its_files(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from proxy.config import Address, Bounds, Tls
-from proxy.server.runtime import Running
-from proxy.server.sockets import CannotListen, ServerTls, mistakes, share_descriptors
+from proxy.server.runtime import RunningProxy
+from proxy.server.sockets import CannotListen, ServerTls, split_fd_limit, validate
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
 from tests.support.fake_upstream import FarSide, TokenHost
@@ -67,7 +67,7 @@ async def ask(
         writer.close()
 
 
-async def served_with(proxy: Running, trusted: str) -> int:
+async def served_with(proxy: RunningProxy, trusted: str) -> int:
     """Return the serial number of the certificate that is shown."""
     context = ssl.create_default_context(cafile=trusted)
     host, _, port = proxy.addresses[0].rpartition(":")
@@ -182,22 +182,22 @@ async def test_changed_certificates_count_for_new_connections_and_broken_ones_do
 
     mine = authority.issue("warehouse")
     first = await shown(mine)
-    tls.look()
+    tls.reload_if_changed()
     assert await shown(mine) == first
 
     (tmp_path / "tls.crt").write_text("nonsense")
-    tls.look()
+    tls.reload_if_changed()
     assert await shown(mine) == first, "what cannot be used changes nothing"
     assert "cannot be used" in log.getvalue()
 
     tls_of(authority, tmp_path, clients=True)
-    tls.look()
+    tls.reload_if_changed()
     assert await shown(mine) != first
 
     # Another authority for clients: those of the old one are out.
     another = Authority.made(tmp_path / "another")
     tls._settings = Tls(**{**settings, "client_ca": another.certificate})
-    tls.look()
+    tls.reload_if_changed()
     with pytest.raises((ssl.SSLError, ConnectionError)):
         await shown(mine)
     await shown(another.issue("warehouse"))
@@ -221,7 +221,7 @@ def test_tls_files_that_cannot_be_used_are_a_mistake(
     stands_for = {"OTHER": authority.issue("other")[1], "KEY": tls["key"]}
     tls = {**tls, **{key: stands_for.get(value, value) for key, value in changed.items()}}
     config = config_from(settings_for(far_side, token_host, listen={"address": "127.0.0.1:0", "tls": tls}), tmp_path)
-    (problem,) = mistakes(config)
+    (problem,) = validate(config)
     (setting,) = changed
     assert problem.key == ("listen[0].tls" if changed[setting] in stands_for else f"listen[0].tls.{setting}")
     assert re.search(words, problem.message), problem.message
@@ -240,7 +240,7 @@ async def test_a_socket_for_nobody_that_there_is_is_an_error(
     [(None, (16384, 1000)), (1_000_000, (16384, 1000)), (1024, (662, 330)), (64, (22, 10)), (40, (6, 2)), (10, (2, 2))],
 )
 def test_descriptors_are_shared_so_that_all_find_one(available: int | None, expected: tuple[int, int]) -> None:
-    assert share_descriptors(Bounds(), 1000, available) == expected
+    assert split_fd_limit(Bounds(), 1000, available) == expected
 
 
 def test_an_address_is_shown_as_it_is_written() -> None:

@@ -93,11 +93,11 @@ async def test_a_reload_before_the_tokens_are_there_makes_it_no_more_ready(
 def test_an_address_without_a_file_is_understood_and_one_without_a_reader_hurts_nobody(tmp_path: Path) -> None:
     name = f"sp-api-proxy-test-{os.getpid()}"
     with listening(f"\0{name}") as sock:
-        Service(f"@{name}").is_ready()
+        Service(f"@{name}").notify_ready()
         assert sock.recv(4096) == b"READY=1\nSTATUS=serving"
-    Service(f"@{name}").is_ready()
-    Service(f"{tmp_path}/nobody").is_stopping()
-    Service("").is_reloading()
+    Service(f"@{name}").notify_ready()
+    Service(f"{tmp_path}/nobody").notify_stopping()
+    Service("").notify_reloading()
 
 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from proxy.simulator import Settings, Simulator
-from proxy.simulator.consent_page import CODE_LIFE
+from proxy.simulator.consent_page import CODE_LIFETIME
 from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET
 from tests.support.clock import FakeClock
 from tests.support.raw_client import Answer, call
@@ -94,7 +94,7 @@ async def test_a_code_is_for_one_client_and_one_address(
 
 async def test_a_code_lives_five_minutes(simulator: Simulator, clock: FakeClock) -> None:
     late, in_time = await code(simulator), await code(simulator)
-    clock.advance(CODE_LIFE - 1)
+    clock.advance(CODE_LIFETIME - 1)
     assert (await exchange(simulator, code=in_time))[0] == 200
     clock.advance(1)
     assert (await exchange(simulator, code=late))[1]["error"] == "invalid_grant"

@@ -17,14 +17,14 @@ from redis.asyncio import Redis
 from proxy.config import ConfigError, Secret, StoreAddress, load_config
 from proxy.config.store_address import parse_store
 from proxy.observability.metrics import Metrics
-from proxy.request.routing import Credential
+from proxy.request.routing import TokenKey
 from proxy.server import replicas as replicas_module
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from proxy.store import StoredToken
 from proxy.store import encryption as seal_module
-from proxy.store.encryption import NotSealed, Seal
-from proxy.store.redis_client import Link
-from proxy.store.redis_tokens import SharedStore
+from proxy.store.encryption import DecryptionFailed, TokenCipher
+from proxy.store.redis_client import RedisClient
+from proxy.store.redis_tokens import RedisTokenStore
 from tests.bench.processes import free_port
 from tests.conftest import StartProxy, needs
 from tests.support.certificates import Authority
@@ -34,7 +34,7 @@ from tests.support.raw_client import call
 from tests.support.redis_server import PROGRAM, RedisServer, redis_server
 
 KEY, OTHER_KEY = "distinctive-store-key-0123456789abcdef", "distinctive-other-key-0123456789abcdef"
-ACME = Credential("lwa", "main", "acme", "production", "eu")
+ACME = TokenKey("lwa", "main", "acme", "production", "eu")
 NOTIFICATIONS = "/notifications/v1/destinations"
 ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
 
@@ -54,21 +54,21 @@ async def client(redis: RedisServer) -> AsyncIterator[Redis]:
 
 
 class StartReplicas(Protocol):
-    def __call__(self, count: int) -> Awaitable[list[Running]]: ...
+    def __call__(self, count: int) -> Awaitable[list[RunningProxy]]: ...
 
 
 @pytest.fixture
 def replicas(start_proxy: StartProxy, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> StartReplicas:
     # However busy the machine is: nothing here is about a Redis that is slow.
-    monkeypatch.setattr(replicas_module, "Link", partial(Link, patience=5.0))
+    monkeypatch.setattr(replicas_module, "RedisClient", partial(RedisClient, patience=5.0))
 
-    async def start(count: int) -> list[Running]:
+    async def start(count: int) -> list[RunningProxy]:
         return [await start_proxy(store=redis.url, store_key=KEY) for _ in range(count)]
 
     return start
 
 
-async def orders(proxy: Running, target: str = "/orders/v0/orders") -> int:
+async def orders(proxy: RunningProxy, target: str = "/orders/v0/orders") -> int:
     return (await call(proxy.addresses[0], "GET", target)).status
 
 
@@ -80,11 +80,11 @@ def sample(metrics: Metrics, name: str) -> float:
 @asynccontextmanager
 async def opened_store(
     redis: RedisServer, *keys: str, patience: float = 10.0, lock_life: float = 3.0
-) -> AsyncIterator[tuple[SharedStore, Metrics]]:
+) -> AsyncIterator[tuple[RedisTokenStore, Metrics]]:
     metrics = Metrics()
-    link = Link(parse_store(redis.url), metrics)
-    seal = Seal(tuple(Secret(key) for key in keys or (KEY,)))
-    store = SharedStore(link, seal, metrics, patience=patience, lock_life=lock_life)
+    link = RedisClient(parse_store(redis.url), metrics)
+    seal = TokenCipher(tuple(Secret(key) for key in keys or (KEY,)))
+    store = RedisTokenStore(link, seal, metrics, patience=patience, lock_life=lock_life)
     yield store, metrics
     await store.close()
 
@@ -161,7 +161,7 @@ async def test_a_refused_token_is_replaced_once_for_all_and_given_to_nobody(
 async def test_a_refused_token_is_gone_before_its_successor_is_there(redis: RedisServer, client: Redis) -> None:
     async with opened_store(redis) as (store, _):
         await store.put("k", a_token(), 3600)
-        async with store.turn("k", lambda stored: stored.value != Secret("Atza|1"), Secret("Atza|1")) as stored:
+        async with store.get_or_lock("k", lambda stored: stored.value != Secret("Atza|1"), Secret("Atza|1")) as stored:
             assert stored is None
             assert await client.keys("sp-api-proxy:token:*") == []
 
@@ -177,7 +177,7 @@ async def test_its_life_is_counted_by_redis_where_a_clock_is_wrong(redis: RedisS
     async with opened_store(redis) as (store, _):
         store._wall = lambda: 1000.0
         await store.put("k", StoredToken(Secret("Atza|1"), 1e12), 60)
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is not None
             assert 1059 < stored.expires_at <= 1060
 
@@ -189,11 +189,11 @@ async def test_those_who_wait_look_a_few_times_and_get_what_the_first_one_fetche
     redis: RedisServer, client: Redis
 ) -> None:
     async def wait() -> Secret | None:
-        async with opened_store(redis) as (other, _), other.turn("k", anything) as stored:
+        async with opened_store(redis) as (other, _), other.get_or_lock("k", anything) as stored:
             return stored.value if stored is not None else None
 
     async with opened_store(redis) as (store, _):
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is None
             waiting = asyncio.create_task(wait())
             async with asyncio.timeout(5):
@@ -213,16 +213,16 @@ async def looks(client: Redis) -> int:
 async def test_whoever_dies_with_the_lock_delays_nobody_longer_than_it_lives(redis: RedisServer) -> None:
     loop = asyncio.get_running_loop()
     async with opened_store(redis, lock_life=0.5) as (store, _), opened_store(redis) as (dead, _):
-        dead._lock_life = 0.5
+        dead._lock_lifetime = 0.5
         assert (await dead._found_or_locked("k", "dead", anything, None))[1]  # nobody keeps it alive
         began = loop.time()
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is None
         assert 0.3 < loop.time() - began < 1.2
 
 
 async def test_a_lock_is_kept_alive_while_its_exchange_takes_longer(redis: RedisServer, client: Redis) -> None:
-    async with opened_store(redis, lock_life=0.3) as (store, _), store.turn("k", anything):
+    async with opened_store(redis, lock_life=0.3) as (store, _), store.get_or_lock("k", anything):
         (name,) = await client.keys("sp-api-proxy:lock:*")
         owner = await client.get(name)
         await asyncio.sleep(1.0)  # three of its lives, by Redis' clock, which nobody can move
@@ -232,7 +232,7 @@ async def test_a_lock_is_kept_alive_while_its_exchange_takes_longer(redis: Redis
 
 async def test_nobody_lets_go_of_a_lock_that_is_anothers_by_now(redis: RedisServer, client: Redis) -> None:
     async with opened_store(redis) as (store, _):
-        async with store.turn("k", anything):
+        async with store.get_or_lock("k", anything):
             (name,) = await client.keys("sp-api-proxy:lock:*")
             await client.set(name, b"another")
         assert await client.get(name) == b"another"
@@ -242,8 +242,8 @@ async def test_a_wait_ends_when_an_exchange_of_ones_own_would_have(redis: RedisS
     async with (
         opened_store(redis) as (store, _),
         opened_store(redis, patience=0.2) as (other, _),
-        store.turn("k", anything),
-        other.turn("k", anything) as stored,
+        store.get_or_lock("k", anything),
+        other.get_or_lock("k", anything) as stored,
     ):
         assert stored is None
 
@@ -251,9 +251,9 @@ async def test_a_wait_ends_when_an_exchange_of_ones_own_would_have(redis: RedisS
 async def test_an_exchange_that_fails_lets_the_next_one_try(redis: RedisServer) -> None:
     async with opened_store(redis) as (store, _):
         with pytest.raises(OSError, match="nobody there"):
-            async with store.turn("k", anything):
+            async with store.get_or_lock("k", anything):
                 raise OSError("nobody there")
-        async with asyncio.timeout(1), store.turn("k", anything) as stored:
+        async with asyncio.timeout(1), store.get_or_lock("k", anything) as stored:
             assert stored is None
 
 
@@ -282,7 +282,7 @@ async def test_neither_names_nor_tokens_can_be_read_in_redis(replicas: StartRepl
         lambda value: value[:20] + bytes([value[20] ^ 1]) + value[21:],
         lambda value: b"\x02" + value[1:],
         lambda value: value[:1] + b"\0\0\0\0" + value[5:],
-        lambda value: value + b"\0" * seal_module.MOST_BYTES,
+        lambda value: value + b"\0" * seal_module.MAX_BYTES,
         lambda _: b"\x80\x04cposix\nsystem\n(X\x04\0\0\0trueR.",
     ],
 )
@@ -294,11 +294,11 @@ async def test_a_value_that_was_spoilt_is_ignored_counted_and_written_anew(
         await store.put("k", a_token(), 3600)
         (name,) = await client.keys("*")
         await client.set(name, spoil(await client.get(name)))
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is None
             await store.put("k", a_token("Atza|2"), 3600)
         assert sample(metrics, "store_values_ignored_total") == 1
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is not None
             assert stored.value == Secret("Atza|2")
 
@@ -307,8 +307,8 @@ async def test_a_token_of_another_account_is_ignored(redis: RedisServer, client:
     async with opened_store(redis) as (store, metrics):
         await store.put("one", a_token(), 3600)
         (name,) = await client.keys("*")
-        await client.rename(name, store._seal.name("token", "another"))
-        async with store.turn("another", anything) as stored:
+        await client.rename(name, store._cipher.name("token", "another"))
+        async with store.get_or_lock("another", anything) as stored:
             assert stored is None
         assert sample(metrics, "store_values_ignored_total") == 1
 
@@ -316,11 +316,11 @@ async def test_a_token_of_another_account_is_ignored(redis: RedisServer, client:
 async def test_names_of_another_type_are_overcome(redis: RedisServer, client: Redis) -> None:
     async with opened_store(redis) as (store, metrics):
         for purpose in ("token", "lock"):
-            await client.lpush(store._seal.name(purpose, "k"), b"x")
-        async with asyncio.timeout(1), store.turn("k", anything) as stored:
+            await client.lpush(store._cipher.name(purpose, "k"), b"x")
+        async with asyncio.timeout(1), store.get_or_lock("k", anything) as stored:
             assert stored is None
             await store.put("k", a_token(), 3600)
-        async with store.turn("k", anything) as stored:
+        async with store.get_or_lock("k", anything) as stored:
             assert stored is not None
         assert sample(metrics, "store_values_ignored_total") == 1
         assert sample(metrics, "store_up") == 1
@@ -329,22 +329,22 @@ async def test_names_of_another_type_are_overcome(redis: RedisServer, client: Re
 async def test_a_new_key_in_front_of_the_old_one_unseals_what_the_old_one_sealed(redis: RedisServer) -> None:
     async with opened_store(redis, OTHER_KEY) as (old, _), opened_store(redis, KEY, OTHER_KEY) as (new, _):
         await old.put("k", a_token(), 3600)
-        async with new.turn("k", anything) as stored:
+        async with new.get_or_lock("k", anything) as stored:
             assert stored is not None
         await new.put("k", a_token("Atza|2"), 3600)
-        async with old.turn("k", anything) as stored:
+        async with old.get_or_lock("k", anything) as stored:
             assert stored is None  # it is ignored, and fetched again
 
 
 def test_a_seal_tells_purposes_keys_and_places_apart() -> None:
-    one, other = Seal((Secret(KEY),)), Seal((Secret(OTHER_KEY),))
-    sealed = one.seal("k", a_token())
-    assert one.unseal("k", sealed) == a_token()
-    assert one.seal("k", a_token()) != sealed
+    one, other = TokenCipher((Secret(KEY),)), TokenCipher((Secret(OTHER_KEY),))
+    sealed = one.encrypt("k", a_token())
+    assert one.decrypt("k", sealed) == a_token()
+    assert one.encrypt("k", a_token()) != sealed
     assert len({one.name("token", "k"), one.name("lock", "k"), one.name("token", "l"), other.name("token", "k")}) == 4
     for seal, key in ((one, "l"), (other, "k")):
-        with pytest.raises(NotSealed):
-            seal.unseal(key, sealed)
+        with pytest.raises(DecryptionFailed):
+            seal.decrypt(key, sealed)
 
 
 # How it is reached.
@@ -383,7 +383,7 @@ async def test_tls_is_checked_against_the_ca_that_is_named(tmp_path: Path) -> No
             ("127.0.0.1", f"?ssl_ca_certs={authority.certificate}", False),  # another name than the certificate's
             ("localhost", "", False),
         ):
-            link = Link(parse_store(f"rediss://{host}:{port}/0{query}"), Metrics(), patience=5)
+            link = RedisClient(parse_store(f"rediss://{host}:{port}/0{query}"), Metrics(), patience=5)
             await link.start()
             assert link.is_up is is_good
             await link.close()

@@ -8,7 +8,7 @@ from typing import Any
 import promql_parser as promql
 from prometheus_client.metrics import MetricWrapperBase
 
-from proxy.observability.collectors import Tallied
+from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 
 TARGET = {"job", "instance"}  # what Prometheus adds to every series that it scrapes
@@ -29,7 +29,7 @@ def exported() -> dict[str, set[str]]:
     for one in registry._collector_to_names:
         if isinstance(one, MetricWrapperBase):
             found |= _names(one._name, str(one._type), set(one._labelnames))
-        elif isinstance(one, Tallied):
+        elif isinstance(one, CallbackCollector):
             found |= _names(one.name.removesuffix("_total"), one.kind, set(one.labels))
     for family in registry.collect():
         if not family.name.startswith("spapi_proxy_"):

@@ -6,11 +6,11 @@ import random
 
 from playwright.async_api import Route, async_playwright
 
-from proxy.observability.request_history import EVERY, MOST_SAMPLES, Finished, Sample
+from proxy.observability.request_history import MAX_SAMPLES, SAMPLE_INTERVAL, RequestRecord, Sample
 from proxy.request.forbidden_hints import HINTS
 from proxy.server.admin import status_page
-from proxy.server.admin.diagnosis import judge
-from proxy.server.admin.snapshot import ErrorRow, Overview, PlanRow, TokenRow
+from proxy.server.admin.diagnosis import diagnose
+from proxy.server.admin.snapshot import ErrorRow, PlanRow, Snapshot, TokenRow
 from tests.server.admin.test_diagnosis import CONFIGURATION, NOW, seen
 from tests.server.admin.test_status_page_in_browser import CHROMIUM, FLAGS
 from tests.support.paths import ROOT
@@ -48,7 +48,7 @@ def tokens() -> list[TokenRow]:
     return [refused, *good]
 
 
-def requests() -> list[Finished]:
+def requests() -> list[RequestRecord]:
     """Return the last requests, few of which went wrong."""
     found = []
     for number in range(1, 200):
@@ -61,24 +61,24 @@ def requests() -> list[Finished]:
         labels = (account, "eu", operation, "GET", status, "lwa", "proxy" if error else "amazon")
         took = waited + upstream + 0.001
         spent = None if error else upstream
-        found.append(Finished(number, labels, "", NOW - ago - took, took, waited, 0.0, spent, 1, error, ""))
+        found.append(RequestRecord(number, labels, "", NOW - ago - took, took, waited, 0.0, spent, 1, error, ""))
     return found
 
 
 def samples() -> list[Sample]:
     """Return ten minutes with a busy while in them, in which Amazon throttled."""
     found = []
-    for place in range(MOST_SAMPLES):
+    for place in range(MAX_SAMPLES):
         busy = math.exp(-(((place - 130) / 30) ** 2))
         rate = 9 + 14 * busy + random.gauss(0, 1.2)
         median = 0.24 + 0.15 * busy + random.gauss(0, 0.01)
         throttled = max(0.0, random.gauss(3 * busy - 1, 0.5))
-        at = NOW - (MOST_SAMPLES - 1 - place) * EVERY
-        found.append(Sample(at, EVERY, round(rate * EVERY), throttled, median, median * 2.2))
+        at = NOW - (MAX_SAMPLES - 1 - place) * SAMPLE_INTERVAL
+        found.append(Sample(at, SAMPLE_INTERVAL, round(rate * SAMPLE_INTERVAL), throttled, median, median * 2.2))
     return found
 
 
-def made_up() -> Overview:
+def made_up() -> Snapshot:
     """Return all there is to see."""
     role: str = HINTS["role"]
     return seen(
@@ -109,7 +109,7 @@ def made_up() -> Overview:
 async def picture() -> None:
     """Have a browser draw the page, and write what it shows."""
     given = made_up()
-    text = status_page.render(given, judge(given), every=3600)
+    text = status_page.render(given, diagnose(given), every=3600)
 
     async def answer(route: Route) -> None:
         name = route.request.url.removeprefix(URL)

@@ -53,7 +53,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-class Facts:
+class Overrides:
     """Names that the rule for file names gets wrong, and facts by operation."""
 
     def __init__(self, names: Mapping[str, str], operations: Mapping[Key, Mapping[str, Any]]) -> None:
@@ -95,19 +95,19 @@ class Facts:
             yield f"the facts call an API {name}, which the table does not have"
 
 
-def load_facts(path: Path) -> Facts:
+def load_overrides(path: Path) -> Overrides:
     """Return the Facts of a file; raise BadInput naming the entry that is not of its form."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
         raise BadInput(f"{path}: not readable as YAML: {exc}") from exc
     try:
-        return _facts(_mapping(tree, "the file"))
+        return _overrides_in(_mapping(tree, "the file"))
     except BadInput as exc:
         raise BadInput(f"{path}: {exc}") from exc
 
 
-def _facts(tree: Mapping[Any, Any]) -> Facts:
+def _overrides_in(tree: Mapping[Any, Any]) -> Overrides:
     for section in tree.keys() - {"names", "operations"}:
         raise BadInput(f"{section} is neither names nor operations")
     names = _mapping(tree.get("names"), "names")
@@ -116,7 +116,7 @@ def _facts(tree: Mapping[Any, Any]) -> Facts:
         name, _, version = str(api).partition(" ")
         for operation, facts in _mapping(entries, str(api)).items():
             operations[name, version, str(operation)] = _checked(facts, f"{api}: {operation}")
-    return Facts({str(rule): str(name) for rule, name in names.items()}, operations)
+    return Overrides({str(rule): str(name) for rule, name in names.items()}, operations)
 
 
 def _checked(entry: object, where: str) -> Mapping[str, Any]:

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from proxy.amazon.catalog.overrides import BadInput, Facts, load_facts
+from proxy.amazon.catalog.overrides import BadInput, Overrides, load_overrides
 from proxy.amazon.catalog.swagger import Row, model_of, rows_of_model
 from proxy.amazon.operations import COLUMNS, read_rows
 
-HERE = Path(__file__).parent
-TABLE = HERE.parent / "operations.csv"
-FACTS = HERE / "overrides.yaml"
+_PACKAGE = Path(__file__).parent
+TABLE = _PACKAGE.parent / "operations.csv"
+OVERRIDES = _PACKAGE / "overrides.yaml"
 
-_NEEDED = {"api", "version", "operationId", "method", "path"}
+_REQUIRED_COLUMNS = {"api", "version", "operationId", "method", "path"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", type=Path, metavar="MODELS_DIR", help="searched for *.json, subfolders included")
     parser.add_argument(
-        "--facts", type=Path, default=FACTS, metavar="FILE", help="what the models do not say; default: the package's"
+        "--facts",
+        type=Path,
+        default=OVERRIDES,
+        metavar="FILE",
+        help="what the models do not say; default: the package's",
     )
     parser.add_argument(
         "--table",
@@ -64,27 +68,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rebuild(options: argparse.Namespace) -> int:
-    facts = load_facts(options.facts)
+    facts = load_overrides(options.facts)
     text = _read_table(options.table)
     before = _rows_of_table(text, options.table)
     warnings: list[str] = []
     skipped: list[str] = []
     fresh = list(_rows_of_folder(options.models, facts, warnings, skipped))
     if not fresh:
-        _complain([*skipped, *warnings])
+        _warn([*skipped, *warnings])
         raise BadInput(f"{options.models}: no operation could be read from it, so nothing is written")
     if options.prune and skipped:
         warnings.append("--prune drops nothing while files are skipped: their APIs would be lost")
     after = merged([] if options.prune and not skipped else before, fresh, facts, warnings)
     would_change = as_csv(after) != text
     _report(before, after, would_change=would_change)
-    _complain([*skipped, *warnings])
+    _warn([*skipped, *warnings])
     if not options.check:
         _write(options.output or options.table, as_csv(after))
     return 1 if skipped or (options.check and would_change) else 0
 
 
-def _complain(warnings: Iterable[str]) -> None:
+def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
 
@@ -105,8 +109,12 @@ def _rows_of_table(text: str, path: Path) -> list[Row]:
     except csv.Error as exc:
         raise BadInput(f"{path}: not readable as CSV: {exc}") from exc
     header = text.partition("\n")[0].split(",")
-    if text.strip() and not (set(header) >= _NEEDED and all(row[column] for row in rows for column in _NEEDED)):
-        raise BadInput(f"{path}: no operation table: its head or a row lacks one of {', '.join(sorted(_NEEDED))}")
+    if text.strip() and not (
+        set(header) >= _REQUIRED_COLUMNS and all(row[column] for row in rows for column in _REQUIRED_COLUMNS)
+    ):
+        raise BadInput(
+            f"{path}: no operation table: its head or a row lacks one of {', '.join(sorted(_REQUIRED_COLUMNS))}"
+        )
     return rows
 
 
@@ -117,7 +125,7 @@ def _write(path: Path, text: str) -> None:
         raise BadInput(f"{path}: cannot be written: {exc}") from exc
 
 
-def _rows_of_folder(folder: Path, facts: Facts, warnings: list[str], skipped: list[str]) -> Iterator[Row]:
+def _rows_of_folder(folder: Path, facts: Overrides, warnings: list[str], skipped: list[str]) -> Iterator[Row]:
     for path in sorted(folder.rglob("*.json")):
         file = path.relative_to(folder).as_posix()
         try:
@@ -134,29 +142,29 @@ def _rows_of_folder(folder: Path, facts: Facts, warnings: list[str], skipped: li
 # The table.
 
 
-def merged(before: Iterable[Row], fresh: Iterable[Row], facts: Facts, warnings: list[str]) -> list[Row]:
+def merged(before: Iterable[Row], fresh: Iterable[Row], facts: Overrides, warnings: list[str]) -> list[Row]:
     """Return the rows of the models, those kept of other APIs, and every fact, in the table's order."""
-    fresh = list(_without_doubles(fresh, warnings))
+    fresh = list(_deduplicated(fresh, warnings))
     modelled = {(row["api"], row["version"]) for row in fresh}
     kept = [row for row in before if (row["api"], row["version"]) not in modelled]
-    rows = sorted((facts.apply(row) for row in [*kept, *fresh]), key=_order)
+    rows = sorted((facts.apply(row) for row in [*kept, *fresh]), key=_sort_key)
     warnings.extend(_shadowed(rows))
     warnings.extend(facts.unmatched(rows))
     return rows
 
 
-def _order(row: Row) -> tuple[str, ...]:
+def _sort_key(row: Row) -> tuple[str, ...]:
     return (row["api"], row["version"], row["path"], row["method"])
 
 
-def _without_doubles(rows: Iterable[Row], warnings: list[str]) -> Iterator[Row]:
+def _deduplicated(rows: Iterable[Row], warnings: list[str]) -> Iterator[Row]:
     """Yield the rows, of several for one operation of one API the first."""
     seen: set[tuple[str, ...]] = set()
     for row in rows:
-        if _order(row) in seen:
+        if _sort_key(row) in seen:
             warnings.append(f"{_name(row)} {row['method']} {row['path']} is in two models; the first in order counts")
             continue
-        seen.add(_order(row))
+        seen.add(_sort_key(row))
         yield row
 
 
@@ -189,7 +197,7 @@ def _report(before: list[Row], after: list[Row], *, would_change: bool) -> None:
 
 def changes(before: Iterable[Row], after: Iterable[Row]) -> Iterator[str]:
     """Yield a line for each operation that is new or gone, and for each column that differs."""
-    old, new = ({_order(row): row for row in rows} for rows in (before, after))
+    old, new = ({_sort_key(row): row for row in rows} for rows in (before, after))
     for key in sorted(old.keys() | new.keys()):
         if key not in old:
             yield f"+ {_title(new[key])}"

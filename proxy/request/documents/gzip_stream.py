@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from proxy.errors import BadGzip, GzipBomb
 
 MAGIC = b"\x1f\x8b"
-PIECE = 64 * 1024  # bytes of the largest piece that is given
-MOST_RATIO = 200  # bytes out for one in; tables of numbers come to 20, and deflate ends at a thousand
-ALWAYS_FINE = 64 * 1024 * 1024  # bytes out that nobody minds, whatever the ratio
+CHUNK = 64 * 1024  # bytes of the largest piece that is given
+MAX_RATIO = 200  # bytes out for one in; tables of numbers come to 20, and deflate ends at a thousand
+BOMB_THRESHOLD = 64 * 1024 * 1024  # bytes out that nobody minds, whatever the ratio
 
 _SLICE = 16 * 1024  # bytes that are unpacked at a time: each member's end copies what is behind it
 
@@ -31,14 +31,14 @@ class Gunzip:
             self._taken += len(rest)
             for piece in self._unpacked(rest):
                 self._given += len(piece)
-                if self._given > max(ALWAYS_FINE, self._taken * MOST_RATIO):
+                if self._given > max(BOMB_THRESHOLD, self._taken * MAX_RATIO):
                     raise GzipBomb("the document unpacks to far too much", "Fetch it packed, and look at it with care.")
                 yield piece
 
     def end(self) -> None:
         """Raise BadGzip where the document is not at its end."""
         if not self._member.eof:
-            raise _bad("ends too early")
+            raise _invalid_gzip("ends too early")
 
     def _unpacked(self, data: bytes) -> Iterator[bytes]:
         while True:
@@ -48,9 +48,9 @@ class Gunzip:
                     return
                 self._member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # another member follows
             try:
-                piece = self._member.decompress(data, PIECE)
+                piece = self._member.decompress(data, CHUNK)
             except zlib.error as exc:
-                raise _bad("is damaged") from exc
+                raise _invalid_gzip("is damaged") from exc
             if piece:
                 yield piece
             if self._member.eof:
@@ -61,5 +61,5 @@ class Gunzip:
                     return  # what may be left inside comes out with the trailer, which is still to be read
 
 
-def _bad(what: str) -> BadGzip:
+def _invalid_gzip(what: str) -> BadGzip:
     return BadGzip(f"the document {what}", "Fetch it without decompress=1, or ask Amazon for it again.")

@@ -20,12 +20,12 @@ from aiohttp import web
 from proxy.amazon.operations import Operation, OperationTable
 from proxy.amazon.personal_data import ALL_ELEMENTS
 from proxy.amazon.presigned_urls import (
-    PLACES,
+    URL_LOCATIONS,
     is_storage,
-    life_of,
+    lifetime,
     literals_in,
+    parse,
     signed_headers,
-    taken_apart,
     urls_in,
 )
 from proxy.config import REGIONS, Config, Listener
@@ -38,24 +38,24 @@ from proxy.errors import (
     UnknownAccount,
     UpstreamBroken,
 )
-from proxy.observability.logging import LOGGER, fields
+from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.authorization import Permit
+from proxy.request.authorization import AccessPolicy
 from proxy.request.documents.gzip_stream import MAGIC, Gunzip
-from proxy.request.header_cache import Head
-from proxy.request.routing import ONE_OFF, Target, TokenKind, account_of, ordinary_credential
-from proxy.request.tokens.report_documents import unpacked
-from proxy.request.upstream.forward import Call, Upstream, cleaned
-from proxy.request.upstream.http1 import Answer, Broken
-from proxy.request.upstream.pool import Pool, field_lines
-from proxy.request.upstream.response import AmazonsAnswer, ChangedHead
-from proxy.request.validation import Admitted
-from proxy.store.encryption import DocumentSeal, NotSealed
+from proxy.request.header_cache import HeaderBlock
+from proxy.request.routing import UNCACHED, Route, TokenKind, access_token_key_of, account_of
+from proxy.request.tokens.report_documents import decompress
+from proxy.request.upstream.forward import Forwarder, UpstreamCall, end_to_end_headers
+from proxy.request.upstream.http1 import RemoteProtocolError, Response
+from proxy.request.upstream.pool import ConnectionPool, field_lines
+from proxy.request.upstream.response import RewrittenHead, UpstreamResponse
+from proxy.request.validation import ValidatedTarget
+from proxy.store.encryption import DecryptionFailed, DocumentCipher
 
-MOST_REWRITTEN = 1024 * 1024  # bytes of an answer in which URLs are looked for; the largest have a few KiB
-MOST_URLS = 500  # in one answer; a bulk of labels or an order of many packages names some dozens
-LONGEST_LIFE = 3600.0  # seconds of an address, however long Amazon's URL behind it lasts
-LONGEST_ADDRESS = 12 * 1024  # characters of its path: a request line may have 16 KiB, and apps less
+MAX_REWRITTEN = 1024 * 1024  # bytes of an answer in which URLs are looked for; the largest have a few KiB
+MAX_URLS = 500  # in one answer; a bulk of labels or an order of many packages names some dozens
+MAX_LIFETIME = 3600.0  # seconds of an address, however long Amazon's URL behind it lasts
+MAX_ADDRESS = 12 * 1024  # characters of its path: a request line may have 16 KiB, and apps less
 
 # What is sent to the storage of an app's fields, besides those that the URL's signature covers.
 _FIELDS = frozenset(
@@ -109,8 +109,8 @@ RELAYED = Operation(
     only_reads=False,
 )
 
-_NOT_OURS = "the document's address is none that this proxy gave for this account, or it was changed"
-_ASK_AGAIN = "Ask Amazon for the document again, and use the address in that answer whole and unchanged."
+_INVALID_ADDRESS = "the document's address is none that this proxy gave for this account, or it was changed"
+_REQUEST_AGAIN = "Ask Amazon for the document again, and use the address in that answer whole and unchanged."
 
 
 class Document(NamedTuple):
@@ -129,15 +129,15 @@ class Document(NamedTuple):
     expires_at: float
 
 
-class Opened(NamedTuple):
+class OpenedDocument(NamedTuple):
     """What is behind the address that a request is for."""
 
-    target: Target
+    target: Route
     unpack: bool
     elements: tuple[str, ...]  # the personal data that may be in it
 
 
-class Relay:
+class DocumentRelay:
     """Gives addresses for presigned URLs, and serves them; `wall` is Unix time in seconds."""
 
     def __init__(
@@ -145,9 +145,9 @@ class Relay:
         config: Config,
         table: OperationTable,
         *,
-        seal: DocumentSeal,
-        upstream: Upstream,
-        pool: Pool,
+        seal: DocumentCipher,
+        upstream: Forwarder,
+        pool: ConnectionPool,
         metrics: Metrics,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -158,87 +158,87 @@ class Relay:
         self._pool = pool
         self._metrics = metrics
         self._wall = wall
-        self._under_way = 0
-        self._told: set[str] = set()
+        self._in_progress = 0
+        self._logged_hosts: set[str] = set()
         endpoint = config.endpoints.documents
         self._own = (urlsplit(endpoint).scheme, urlsplit(endpoint).netloc.lower()) if endpoint else None
 
     # Answers that name documents.
 
-    def concerns(self, target: Target, answer: Answer) -> bool:
+    def should_rewrite(self, target: Route, answer: Response) -> bool:
         """Return whether an answer may hold presigned URLs."""
-        return target.operation_name in PLACES and answer.status in {200, 201}
+        return target.operation_name in URL_LOCATIONS and answer.status in {200, 201}
 
-    async def pass_on(self, call: Call, answer: Answer, listener: Listener) -> AmazonsAnswer:
+    async def rewrite(self, call: UpstreamCall, answer: Response, listener: Listener) -> UpstreamResponse:
         """Pass an answer on to the app, the URLs in it replaced; as it is where it cannot be read, which is told."""
         read = await self._read(call, answer)
-        if not answer.at_end or len(read) > MOST_REWRITTEN:
-            if len(read) > MOST_REWRITTEN:
-                self._left("too_large", call.target)
-            return await self._upstream.relay(call, answer, beginning=read)
+        if not answer.at_end or len(read) > MAX_REWRITTEN:
+            if len(read) > MAX_REWRITTEN:
+                self.keep_original("too_large", call.route)
+            return await self._upstream.stream(call, answer, beginning=read)
         body = self._rewritten(call, listener, read, answer.first(b"content-encoding") or "")
         if body is None:
-            return await self._upstream.relay(call, answer, beginning=read)
-        return await self._upstream.relay_changed(call, answer, ChangedHead.of(answer, len(body)), body)
+            return await self._upstream.stream(call, answer, beginning=read)
+        return await self._upstream.stream_rewritten(call, answer, RewrittenHead.of(answer, len(body)), body)
 
-    async def _read(self, call: Call, answer: Answer) -> bytes:
+    async def _read(self, call: UpstreamCall, answer: Response) -> bytes:
         """Return all of an answer, or its beginning where it is too large or breaks off."""
         read = b""
         try:
-            while len(read) <= MOST_REWRITTEN:
-                call.patience.for_amazon()
+            while len(read) <= MAX_REWRITTEN:
+                call.deadline.wait_for_upstream()
                 if not (chunk := await answer.read()):
                     break
                 read += chunk
-        except Broken:
+        except RemoteProtocolError:
             pass  # who passes it on meets the same end, and knows what to do
         except BaseException:
             await answer.end()
             raise
         return read
 
-    def _rewritten(self, call: Call, listener: Listener, read: bytes, coding: str) -> bytes | None:
+    def _rewritten(self, call: UpstreamCall, listener: Listener, read: bytes, coding: str) -> bytes | None:
         """Return an answer's body with addresses in place of URLs, and not another byte changed; None for no change."""
-        body = unpacked(read, coding, MOST_REWRITTEN + 1)
-        if len(body) > MOST_REWRITTEN:
-            self._left("too_large", call.target)
+        body = decompress(read, coding, MAX_REWRITTEN + 1)
+        if len(body) > MAX_REWRITTEN:
+            self.keep_original("too_large", call.route)
             return None
-        place = PLACES[call.target.operation_name]
+        place = URL_LOCATIONS[call.route.operation_name]
         try:
             urls = set(urls_in(json.loads(body), place.keys))
         except (ValueError, RecursionError):
-            self._left("unreadable", call.target)
+            self.keep_original("unreadable", call.route)
             return None
-        if len(urls) > MOST_URLS:
-            self._left("too_large", call.target)
+        if len(urls) > MAX_URLS:
+            self.keep_original("too_large", call.route)
             return None
         found = {url: address for url in urls if (address := self._address(call, listener, url)) is not None}
         return _replaced(body, found) if found else None
 
-    def _address(self, call: Call, listener: Listener, url: str) -> str | None:
+    def _address(self, call: UpstreamCall, listener: Listener, url: str) -> str | None:
         """Return the address on the proxy that stands for a URL, None where it is to stay as it is."""
-        parts = taken_apart(url)
-        if parts is None or not self._may_be_sent_to(parts.scheme, parts.netloc):
-            self._left("foreign_host", call.target)
+        parts = parse(url)
+        if parts is None or not self._is_allowed_host(parts.scheme, parts.netloc):
+            self.keep_original("foreign_host", call.route)
             return None
-        target, exchange, now = call.target, call.exchange, self._wall()
+        target, exchange, now = call.route, call.context, self._wall()
         operation = target.operation
         if operation is None:
             return None
         document = Document(
             url,
-            is_upload=PLACES[operation.name].is_upload,
+            is_upload=URL_LOCATIONS[operation.name].is_upload,
             caller=exchange.caller,
             region=target.region,
             method=operation.method,
             template=operation.template,
             # It is the document that the token was for: what is personal in it cannot be told apart.
             elements=ALL_ELEMENTS if exchange.token == _RESTRICTED else (),
-            expires_at=now + min(life_of(parts.query, now), LONGEST_LIFE),
+            expires_at=now + min(lifetime(parts.query, now), MAX_LIFETIME),
         )
-        path = f"/@{target.account}/-/documents/{self._seal.seal(target.account, json.dumps(document).encode())}"
-        if len(path) > LONGEST_ADDRESS:
-            self._left("too_large", call.target)
+        path = f"/@{target.account}/-/documents/{self._seal.encrypt(target.account, json.dumps(document).encode())}"
+        if len(path) > MAX_ADDRESS:
+            self.keep_original("too_large", call.route)
             return None
         self._metrics.document_urls.labels("relayed").inc()
         return self._base(call.request, listener) + path
@@ -251,33 +251,39 @@ class Relay:
         authority = absolute[1] if absolute is not None else request.headers["Host"]
         return f"{'http' if listener.tls is None else 'https'}://{authority}"
 
-    def _may_be_sent_to(self, scheme: str, netloc: str) -> bool:
+    def _is_allowed_host(self, scheme: str, netloc: str) -> bool:
         """Return whether documents may come from there: Amazon's storage, or what the settings say."""
         host, colon, port = netloc.lower().partition(":")
         return (scheme, netloc.lower()) == self._own or (
             scheme == "https" and is_storage(host) and (not colon or port == "443")
         )
 
-    def _left(self, why: str, target: Target) -> None:
+    def keep_original(self, why: str, target: Route) -> None:
         """Note that a URL stays as it is; the log says it once."""
         self._metrics.document_urls.labels(why).inc()
-        if why not in self._told:
-            self._told.add(why)
+        if why not in self._logged_hosts:
+            self._logged_hosts.add(why)
             LOGGER.warning(
                 "a document's URL is left as Amazon gave it",
-                extra=fields(reason=why, operation=target.operation_name, account=target.account),
+                extra=extra(reason=why, operation=target.operation_name, account=target.account),
             )
 
     # Requests for documents.
 
     @staticmethod
-    def is_for(target: str) -> bool:
+    def matches(target: str) -> bool:
         """Return whether a request is for a document."""
         return target.startswith("/@") and _BEGINNING.match(target) is not None
 
-    def opened(
-        self, method: str, admitted: Admitted, head: Head, listener: Listener, caller: str, permit: Permit
-    ) -> Opened:
+    def open(
+        self,
+        method: str,
+        admitted: ValidatedTarget,
+        head: HeaderBlock,
+        listener: Listener,
+        caller: str,
+        permit: AccessPolicy,
+    ) -> OpenedDocument:
         """Return what a request is for; raise the error that says why it may not have it."""
         found = _PATH.fullmatch(admitted.target)
         if found is None or found[3] not in _UNPACK:
@@ -287,7 +293,7 @@ class Relay:
         account, source = account_of(found[1], head.headers, listener, self._config, permit)
         document = self._unsealed(account, found[2])
         if document.caller != caller:
-            raise DocumentRefused("the document's address was given to another caller", _ASK_AGAIN)
+            raise DocumentRefused("the document's address was given to another caller", _REQUEST_AGAIN)
         if method not in (_UPLOADS if document.is_upload else _DOWNLOADS):
             raise DocumentRefused(
                 f"the document's address is for {'an upload' if document.is_upload else 'a download'}",
@@ -295,38 +301,38 @@ class Relay:
             )
         self._check_policy(document, listener, permit)
         if self._wall() >= document.expires_at:
-            raise DocumentExpired("the document's address has expired", _ASK_AGAIN)
+            raise DocumentExpired("the document's address has expired", _REQUEST_AGAIN)
         unpack = _UNPACK[found[3]]
         if unpack and (document.is_upload or "range" in head.names):
             raise BadOption(
                 "decompress=1 is for whole downloads", "Leave decompress=1 out, or Range, of which it makes no sense."
             )
-        return Opened(self._target(document, account, source), unpack, document.elements)
+        return OpenedDocument(self._target(document, account, source), unpack, document.elements)
 
     def _unsealed(self, account: str, sealed: str) -> Document:
         try:
-            document = Document(*json.loads(self._seal.unseal(account, sealed)))
-        except (NotSealed, ValueError, TypeError):
-            raise DocumentRefused(_NOT_OURS, _ASK_AGAIN) from None
+            document = Document(*json.loads(self._seal.decrypt(account, sealed)))
+        except (DecryptionFailed, ValueError, TypeError):
+            raise DocumentRefused(_INVALID_ADDRESS, _REQUEST_AGAIN) from None
         return document
 
-    def _check_policy(self, document: Document, listener: Listener, permit: Permit) -> None:
+    def _check_policy(self, document: Document, listener: Listener, permit: AccessPolicy) -> None:
         """Raise NotAllowed where the call that brought the address would not be allowed here and now."""
         if listener.region not in {None, document.region}:
-            raise DocumentRefused("the document's address is of another region than this listener's", _ASK_AGAIN)
+            raise DocumentRefused("the document's address is of another region than this listener's", _REQUEST_AGAIN)
         permit.check_operation(document.method, self._table.match(document.method, document.template), "")
         permit.check_elements(set(document.elements))
 
-    def _target(self, document: Document, account: str, source: str) -> Target:
-        parts = taken_apart(document.url)
+    def _target(self, document: Document, account: str, source: str) -> Route:
+        parts = parse(document.url)
         region = next((region for region in REGIONS if region == document.region), None)
-        if parts is None or region is None or not self._may_be_sent_to(parts.scheme, parts.netloc):
-            raise DocumentRefused(_NOT_OURS, _ASK_AGAIN)
+        if parts is None or region is None or not self._is_allowed_host(parts.scheme, parts.netloc):
+            raise DocumentRefused(_INVALID_ADDRESS, _REQUEST_AGAIN)
         if account not in self._config.accounts:
-            raise UnknownAccount("the document's account is not configured", _ASK_AGAIN)
+            raise UnknownAccount("the document's account is not configured", _REQUEST_AGAIN)
         settings = self._config.accounts[account]
         environment, (application, _) = self._config.environment_of(settings), self._config.application_of(settings)
-        return Target(
+        return Route(
             account=account,
             account_source=source,
             region=region,
@@ -336,67 +342,67 @@ class Relay:
             operation=RELAYED,
             operation_name=RELAYED.name,
             endpoint=f"{parts.scheme}://{parts.netloc}",
-            credential=ordinary_credential(application, account, environment, region),
+            credential=access_token_key_of(application, account, environment, region),
             elements_source="",
-            kind=ONE_OFF,
+            key=UNCACHED,
             path_and_query=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
         )
 
-    async def fetched(self, call: Call, *, unpack: bool) -> AmazonsAnswer:
+    async def fetch(self, call: UpstreamCall, *, unpack: bool) -> UpstreamResponse:
         """Send a request to the storage, and stream the answer back, whatever it says."""
-        with self._place():
-            answer = await self._sent(call)
+        with self._acquire_slot():
+            answer = await self._send(call)
             if not unpack or answer.status != 200:
-                return await self._upstream.relay(call, answer)
+                return await self._upstream.stream(call, answer)
             return await self._unpacked(call, answer)
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
+    def _acquire_slot(self) -> Iterator[None]:
         """Take one of the places that documents have among the connections."""
-        if self._under_way >= max(1, self._pool.limit // 2):
+        if self._in_progress >= max(1, self._pool.limit // 2):
             raise DocumentsBusy(
                 "too many documents are under way", "Fetch fewer at once, or raise pool.max_connections.", retry_after=1
             )
-        self._under_way += 1
+        self._in_progress += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._in_progress -= 1
 
-    async def _sent(self, call: Call) -> Answer:
-        lines, says_length = _lines_for_storage(call)
-        began = call.patience.now()
-        call.exchange.attempts += 1
+    async def _send(self, call: UpstreamCall) -> Response:
+        lines, says_length = _storage_header_lines(call)
+        began = call.deadline.now()
+        call.context.attempts += 1
         try:
             answer = await self._upstream.send_with(call, lines, says_length=says_length)
         except UpstreamBroken:
             # An idle connection that was closed just now. A document got or put twice is the same as once.
-            if not (call.wants_new_connection and call.can_be_sent_again and call.request.method != "POST"):
+            if not (call.needs_fresh_connection and call.is_replayable and call.request.method != "POST"):
                 raise
-            call.exchange.attempts += 1
+            call.context.attempts += 1
             answer = await self._upstream.send_with(call, lines, says_length=says_length)
-        call.exchange.status = answer.status
-        call.exchange.upstream_duration = call.patience.now() - began
-        call.exchange.amazon_request_id = answer.value(b"x-amz-request-id")
+        call.context.status = answer.status
+        call.context.upstream_duration = call.deadline.now() - began
+        call.context.amazon_request_id = answer.value(b"x-amz-request-id")
         return answer
 
-    async def _unpacked(self, call: Call, answer: Answer) -> AmazonsAnswer:
+    async def _unpacked(self, call: UpstreamCall, answer: Response) -> UpstreamResponse:
         """Stream a document without its gzip; one that has none, as it is."""
         try:
-            begun = await _beginning_of(call, answer)
+            begun = await _prefix_of(call, answer)
             coding = (answer.first(b"content-encoding") or "identity").lower()
             is_packed = coding in _GZIP or (coding == "identity" and begun.startswith(MAGIC))
-            pieces = _pieces(call, answer, begun)
+            pieces = _chunks(call, answer, begun)
             # What is no gzip at all can still be said in an answer.
             first = await anext(pieces, b"") if is_packed else b""
-        except Broken as exc:
+        except RemoteProtocolError as exc:
             raise UpstreamBroken("the document broke off", "Fetch it again.") from exc
         except BaseException:
             await answer.end()
             raise
         if not is_packed:
-            return await self._upstream.relay(call, answer, beginning=begun)
-        return await self._upstream.relay_changed(call, answer, ChangedHead.of(answer, None), first, pieces)
+            return await self._upstream.stream(call, answer, beginning=begun)
+        return await self._upstream.stream_rewritten(call, answer, RewrittenHead.of(answer, None), first, pieces)
 
 
 def _replaced(body: bytes, found: Mapping[str, str]) -> bytes:
@@ -413,35 +419,35 @@ def _replaced(body: bytes, found: Mapping[str, str]) -> bytes:
     return b"".join([*pieces, body[done:]])
 
 
-async def _beginning_of(call: Call, answer: Answer) -> bytes:
+async def _prefix_of(call: UpstreamCall, answer: Response) -> bytes:
     """Return as much of a document as tells whether it is packed; raise Broken."""
     begun = b""
     while len(begun) < len(MAGIC):
-        call.patience.for_amazon()
+        call.deadline.wait_for_upstream()
         if not (chunk := await answer.read()):
             break
         begun += chunk
     return begun
 
 
-async def _pieces(call: Call, answer: Answer, chunk: bytes) -> AsyncGenerator[bytes, None]:
+async def _chunks(call: UpstreamCall, answer: Response, chunk: bytes) -> AsyncGenerator[bytes, None]:
     """Yield what a packed document unpacks to; raise BadGzip, GzipBomb, Broken."""
     gunzip = Gunzip()
     while chunk:
         for piece in gunzip.feed(chunk):
             yield piece
             await asyncio.sleep(0)  # a small chunk may be a large piece of work: the others get their turn
-        call.patience.for_amazon()
+        call.deadline.wait_for_upstream()
         chunk = await answer.read()
     gunzip.end()
 
 
-def _lines_for_storage(call: Call) -> tuple[bytes, bool]:
+def _storage_header_lines(call: UpstreamCall) -> tuple[bytes, bool]:
     """Return the lines of an app's fields that go to the storage, and whether the body's length is among them."""
-    signed = signed_headers(call.target.path_and_query.partition("?")[2])
+    signed = signed_headers(call.route.path_and_query.partition("?")[2])
     kept = [
         (name, value)
-        for name, value in cleaned(call.request.method, call.head.headers).items()
+        for name, value in end_to_end_headers(call.request.method, call.headers.headers).items()
         if (lower := name.lower()) in _FIELDS or lower in signed or lower.startswith(_FIELD_PREFIXES)
     ]
     return field_lines(kept), any(name.lower() == "content-length" for name, _ in kept)

@@ -17,12 +17,12 @@ Waiter = TypeVar("Waiter")
 MARGIN, MARGIN_SHARE = 0.05, 0.02
 _ROUNDING = 1e-9
 
-BACKGROUND_ROUNDS = 20  # how many rounds of ordinary callers a background call lets pass
+BACKGROUND_PENALTY = 20  # how many rounds of ordinary callers a background call lets pass
 
 LOWER, RAISE = 0.8, 1.1  # what a 429 and a time without one do to a rate that is only guessed
 RAISE_AFTER = 20  # calls let through without a 429 until a lowered rate is raised
 PROBE_AFTER = 100  # calls until a rate above the published one is tried, which may cost a 429
-LONGEST_PATIENCE = 10_000
+MAX_PROBE_AFTER = 10_000
 
 
 @dataclass(slots=True)
@@ -55,11 +55,11 @@ class Bucket:
         """The seconds behind a token's exact moment at which a call that waited for it goes."""
         return min(MARGIN, max(MARGIN_SHARE, (self.burst - 1) / 2) / self.rate)
 
-    def take(self) -> None:
+    def consume(self) -> None:
         """Take the token whose moment has come."""
         self.tokens -= 1
 
-    def give_back(self) -> None:
+    def refund(self) -> None:
         """Return a token that was taken and not used."""
         self.tokens = min(self.burst, self.tokens + 1)
 
@@ -81,7 +81,7 @@ class Bucket:
 
 
 @dataclass(slots=True)
-class Estimate:
+class RateEstimator:
     """What a plan's rate is thought to be, in calls per second.
 
     `known` is what Amazon published or announced, None where it said nothing. An announced rate is believed. Otherwise
@@ -92,47 +92,47 @@ class Estimate:
 
     rate: float
     known: float | None
-    slowest: float
+    min_rate: float
     announced: bool = False
-    untroubled: int = 0  # calls let through since the last change
-    patience: int = PROBE_AFTER  # how many it takes until the next raise
-    before_raise: float | None = None  # the rate before the last raise, while that is on trial
+    successes: int = 0  # calls let through since the last change
+    probe_after: int = PROBE_AFTER  # how many it takes until the next raise
+    rate_before_probe: float | None = None  # the rate before the last raise, while that is on trial
     changed: float = float("-inf")  # when it was lowered last
 
     def announce(self, rate: float) -> None:
         """Believe what `x-amzn-RateLimit-Limit` says, within reason."""
-        self.known = self.rate = max(rate, self.slowest)
+        self.known = self.rate = max(rate, self.min_rate)
         self.announced = True
 
-    def throttled(self, now: float) -> None:
+    def on_429(self, now: float) -> None:
         """Learn from a 429; from several at once, as from one."""
         if self.announced or now - self.changed < 1 / self.rate:
             return  # of an announced rate: a burst that somebody else has spent
-        if self.before_raise is not None:
-            self.rate, self.before_raise = self.before_raise, None
-            self.patience = min(LONGEST_PATIENCE, self.patience * 2)
+        if self.rate_before_probe is not None:
+            self.rate, self.rate_before_probe = self.rate_before_probe, None
+            self.probe_after = min(MAX_PROBE_AFTER, self.probe_after * 2)
         else:
-            self.rate = max(self.slowest, self.rate * LOWER)
-            self.patience = RAISE_AFTER
-        self.untroubled, self.changed = 0, now
+            self.rate = max(self.min_rate, self.rate * LOWER)
+            self.probe_after = RAISE_AFTER
+        self.successes, self.changed = 0, now
 
-    def passed(self) -> None:
+    def on_success(self) -> None:
         """Learn from a call that had waited for its token, and was let through."""
         if self.announced:
             return
-        self.untroubled += 1
-        if self.untroubled < (self.patience if self.before_raise is None else RAISE_AFTER):
+        self.successes += 1
+        if self.successes < (self.probe_after if self.rate_before_probe is None else RAISE_AFTER):
             return
-        self.untroubled = 0
+        self.successes = 0
         if self.known is not None and self.rate < self.known <= self.rate * RAISE:
-            self.rate, self.before_raise = self.known, None
-            self.patience = max(self.patience, PROBE_AFTER)
+            self.rate, self.rate_before_probe = self.known, None
+            self.probe_after = max(self.probe_after, PROBE_AFTER)
         else:
-            self.rate, self.before_raise = self.rate * RAISE, self.rate
+            self.rate, self.rate_before_probe = self.rate * RAISE, self.rate
 
 
 @dataclass(slots=True)
-class Queue(Generic[Waiter]):
+class FairQueue(Generic[Waiter]):
     """Who waits for one bucket, and in which order they go.
 
     First come, first served for each caller; callers take turns, so that nobody's crowd is before everybody else
@@ -141,20 +141,20 @@ class Queue(Generic[Waiter]):
 
     _order: list[tuple[float, int, Waiter]] = field(default_factory=list)
     _last: dict[Hashable, tuple[float, int]] = field(default_factory=dict)  # the last round of a caller; how many wait
-    _round: float = 0.0
+    _virtual_time: float = 0.0
     _count: int = 0
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def round_of_next(self, caller: Hashable, *, background: bool = False, first: bool = False) -> float:
+    def next_virtual_time(self, caller: Hashable, *, background: bool = False, first: bool = False) -> float:
         """Return the round in which the caller's next call goes; `first` is before everybody."""
         if first:
-            return self._round - 1
-        last, _ = self._last.get(caller, (self._round, 0))
-        return max(last, self._round) + (BACKGROUND_ROUNDS if background else 1)
+            return self._virtual_time - 1
+        last, _ = self._last.get(caller, (self._virtual_time, 0))
+        return max(last, self._virtual_time) + (BACKGROUND_PENALTY if background else 1)
 
-    def ahead_of(self, its_round: float) -> int:
+    def position(self, its_round: float) -> int:
         """Return how many go before a call of that round that comes now."""
         return bisect_left(self._order, (its_round, self._count))
 
@@ -167,7 +167,7 @@ class Queue(Generic[Waiter]):
         self._last[caller] = max(last, its_round), waiting + 1
         return entry
 
-    def leave(self, caller: Hashable, entry: tuple[float, int, Waiter]) -> None:
+    def remove(self, caller: Hashable, entry: tuple[float, int, Waiter]) -> None:
         """Take an entry out, wherever it stands."""
         index = bisect_left(self._order, entry[:2])
         del self._order[index]
@@ -181,9 +181,9 @@ class Queue(Generic[Waiter]):
         """Return the entry that goes next; there must be one."""
         return self._order[0]
 
-    def next_round(self, caller: Hashable) -> None:
+    def pop(self, caller: Hashable) -> None:
         """Take the first entry, which is the caller's, out: its turn has come."""
-        self._round = max(self._round, self._order.pop(0)[0])
+        self._virtual_time = max(self._virtual_time, self._order.pop(0)[0])
         self._gone(caller)
 
     def _gone(self, caller: Hashable) -> None:

@@ -18,17 +18,17 @@ from proxy.amazon.headers import credential_headers, user_agent_of
 from proxy.amazon.operations import Operation
 from proxy.config import Config, Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
-from proxy.observability.logging import LOGGER, fields
+from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.limiter import Claim, Limits
-from proxy.request.routing import ONE_OFF, Credential, Target, endpoint_of, ordinary_credential, ordinary_of
-from proxy.request.upstream.http1 import Broken
-from proxy.request.upstream.pool import Pool
+from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter
+from proxy.request.routing import UNCACHED, Route, TokenKey, access_token_key, access_token_key_of, endpoint_of
+from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.request.upstream.pool import ConnectionPool
 
 TRIES = 3  # of one exchange, within timeouts.token
-FIRST_WAIT = 0.2  # seconds between the first two tries, doubled for the next
+FIRST_PAUSE = 0.2  # seconds between the first two tries, doubled for the next
 
-_WHAT_TO_DO = {
+_REMEDIES = {
     "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
     "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
     "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
@@ -38,11 +38,11 @@ _WHAT_TO_DO = {
 _ABOUT_THE_ACCOUNT = frozenset({"invalid_grant", "unauthorized_client"})
 
 
-class NotRestricted(Exception):
+class ReportUnrestricted(Exception):
     """Amazon gives no Restricted Data Token for this document, because it needs none."""
 
 
-class ElementsRefused(Exception):
+class DataElementsDenied(Exception):
     """The application has no role for some of the data elements asked for; `elements` are those."""
 
     def __init__(self, elements: frozenset[str]) -> None:
@@ -50,7 +50,7 @@ class ElementsRefused(Exception):
         self.elements = elements
 
 
-class OrdinaryTokenRefused(Exception):
+class AccessTokenRejected(Exception):
     """Amazon refuses the ordinary token with which a Restricted Data Token was asked for; `error` says so."""
 
     def __init__(self, error: ProxyError) -> None:
@@ -59,31 +59,31 @@ class OrdinaryTokenRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class FetchedToken:
     """A token as it was granted; `asked` and `came` are moments of the monotonic clock, in seconds."""
 
-    grant: lwa.Grant
-    asked: float
-    came: float
+    response: lwa.TokenResponse
+    requested_at: float
+    received_at: float
 
 
-class _By(NamedTuple):
+class ClientSettings(NamedTuple):
     """What exchanges are made by: a configuration, and the connections that belong to it."""
 
     config: Config
-    lwa_session: Pool
-    amazon_session: Pool
+    lwa_session: ConnectionPool
+    amazon_session: ConnectionPool
 
 
-def ordinary_credentials(config: Config) -> Iterator[Credential]:
+def access_token_keys(config: Config) -> Iterator[TokenKey]:
     """Return what the ordinary token of every account and region is asked for by."""
     for name, account in config.accounts.items():
         application, _ = config.application_of(account)
         for region in account.refresh_tokens:
-            yield ordinary_credential(application, name, config.environment_of(account), region)
+            yield access_token_key_of(application, name, config.environment_of(account), region)
 
 
-def source_of(config: Config, credential: Credential) -> tuple[object, ...] | None:
+def token_source(config: Config, credential: TokenKey) -> tuple[object, ...] | None:
     """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
 
     A client secret is not part of it: the tokens that were got with an old one are as good (F25).
@@ -109,7 +109,7 @@ def source_of(config: Config, credential: Credential) -> tuple[object, ...] | No
     )
 
 
-def _digest(config: Config | None, credential: Credential, refresh_token: Secret | None) -> str:
+def _digest(config: Config | None, credential: TokenKey, refresh_token: Secret | None) -> str:
     source = ""
     if config is not None:
         source = config.applications[credential.application].client_id
@@ -119,52 +119,52 @@ def _digest(config: Config | None, credential: Credential, refresh_token: Secret
     return sha256(source.encode()).hexdigest()
 
 
-class Grants:
+class TokenClient:
     """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
 
     def __init__(
         self,
         config: Config,
         *,
-        lwa_session: Pool,
-        amazon_session: Pool,
-        limits: Limits,
+        lwa_session: ConnectionPool,
+        amazon_session: ConnectionPool,
+        limits: RateLimiter,
         mint: Operation | None,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.by = _By(config, lwa_session, amazon_session)
+        self.settings = ClientSettings(config, lwa_session, amazon_session)
         # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
         self._earlier: list[weakref.ref[Config]] = []
         self._limits = limits
-        self._mint = mint
+        self._rdt_operation = mint
         self._metrics = metrics
         self._now = now
         self._sleep = sleep
 
-    def take_up(self, config: Config, lwa_session: Pool, amazon_session: Pool) -> None:
+    def activate(self, config: Config, lwa_session: ConnectionPool, amazon_session: ConnectionPool) -> None:
         """Make exchanges by another configuration from now on, but for whom only an earlier one knows."""
         self._earlier = [known for known in self._earlier if known() is not None]
-        self._earlier.insert(0, weakref.ref(self.by.config))
-        self.by = _By(config, lwa_session, amazon_session)
+        self._earlier.insert(0, weakref.ref(self.settings.config))
+        self.settings = ClientSettings(config, lwa_session, amazon_session)
 
-    def _config_of(self, credential: Credential) -> Config | None:
+    def _config_of(self, credential: TokenKey) -> Config | None:
         """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
-        known = (self.by.config, *(earlier() for earlier in self._earlier))
-        return next((one for one in known if one is not None and source_of(one, credential) is not None), None)
+        known = (self.settings.config, *(earlier() for earlier in self._earlier))
+        return next((one for one in known if one is not None and token_source(one, credential) is not None), None)
 
-    def secrets(self, credential: Credential) -> tuple[Secret, ...]:
+    def secrets(self, credential: TokenKey) -> tuple[Secret, ...]:
         """Return the secrets that an exchange would send now: those of files and variables may have changed."""
         config = self._config_of(credential)
         if credential.kind == "rdt" or config is None:
             return ()
-        secret = config.applications[credential.application].client_secret.current()
+        secret = config.applications[credential.application].client_secret.refreshed()
         if credential.kind == "grantless":
             return (secret,)
-        return secret, config.accounts[credential.account].refresh_tokens[credential.region].current()
+        return secret, config.accounts[credential.account].refresh_tokens[credential.region].refreshed()
 
-    def fingerprint(self, credential: Credential, sent: tuple[Secret, ...] = ()) -> str:
+    def fingerprint(self, credential: TokenKey, sent: tuple[Secret, ...] = ()) -> str:
         """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
 
         Or, where `sent` are the `secrets` of one, as that one did.
@@ -173,9 +173,9 @@ class Grants:
         if config is None or credential.kind == "grantless":
             return _digest(config, credential, None)
         held = config.accounts[credential.account].refresh_tokens[credential.region]
-        return _digest(config, credential, sent[1] if len(sent) > 1 else held.current())
+        return _digest(config, credential, sent[1] if len(sent) > 1 else held.refreshed())
 
-    def is_in_force(self, credential: Credential, fingerprint: str) -> bool:
+    def matches_config(self, credential: TokenKey, fingerprint: str) -> bool:
         """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
         config = self._config_of(credential)
         if config is None or credential.kind == "grantless":
@@ -183,22 +183,22 @@ class Grants:
         held = config.accounts[credential.account].refresh_tokens[credential.region]
         return fingerprint == _digest(config, credential, held)
 
-    async def ask_lwa(self, credential: Credential, secrets: tuple[Secret, ...]) -> Granted:
+    async def fetch_access_token(self, credential: TokenKey, secrets: tuple[Secret, ...]) -> FetchedToken:
         """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
         config = self._config_of(credential)
         if config is None:
-            raise _gone(credential)
+            raise not_configured(credential)
         client = (config.applications[credential.application].client_id, secrets[0])
-        url, session = config.endpoints.lwa, self.by.lwa_session
+        url, session = config.endpoints.lwa, self.settings.lwa_session
 
-        def call() -> Awaitable[lwa.Grant]:
+        def call() -> Awaitable[lwa.TokenResponse]:
             if credential.kind == "grantless":
                 return lwa.client_credentials_grant(session.post, url, *client, credential.scope)
             return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
 
-        return await self._tried(credential, url, call)
+        return await self.with_retries(credential, url, call)
 
-    async def mint(self, credential: Credential, ordinary: Secret) -> Granted:
+    async def create_rdt(self, credential: TokenKey, ordinary: Secret) -> FetchedToken:
         """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
 
         Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
@@ -206,13 +206,13 @@ class Grants:
         """
         config = self._config_of(credential)
         if config is None:
-            raise _gone(credential)
-        session, agent = self.by.amazon_session, user_agent_of(config.applications[credential.application])
+            raise not_configured(credential)
+        session, agent = self.settings.amazon_session, user_agent_of(config.applications[credential.application])
         endpoint = endpoint_of(config, credential.environment, credential.region)
-        target = self._target_of_mint(credential, endpoint)
+        target = self._rdt_route(credential, endpoint)
         account = config.accounts[credential.account]
 
-        async def call() -> lwa.Grant:
+        async def call() -> lwa.TokenResponse:
             headers = credential_headers(ordinary, agent, time.time())
             try:
                 return await rdt.create_restricted_data_token(
@@ -224,32 +224,34 @@ class Grants:
                     credential.data_elements,
                     account.target_application,
                 )
-            except lwa.ExchangeFailed as exc:
+            except lwa.TokenRequestFailed as exc:
                 if exc.reason == "http_429":
-                    self._limits.learn(target, 429, None)
+                    self._limits.observe_response(target, 429, None)
                 raise
 
-        await self._limits.admit(target, Claim(config.limits.max_wait))
-        return await self._tried(credential, endpoint, call)
+        await self._limits.acquire(target, AdmissionRequest(config.limits.max_wait))
+        return await self.with_retries(credential, endpoint, call)
 
-    def _target_of_mint(self, credential: Credential, endpoint: str) -> Target:
-        return Target(
+    def _rdt_route(self, credential: TokenKey, endpoint: str) -> Route:
+        return Route(
             account=credential.account,
             account_source="",
             region=credential.region,
             region_source="",
             environment=credential.environment,
             application=credential.application,
-            operation=self._mint,
-            operation_name=self._mint.name if self._mint is not None else "unknown",
+            operation=self._rdt_operation,
+            operation_name=self._rdt_operation.name if self._rdt_operation is not None else "unknown",
             endpoint=endpoint,
-            credential=ordinary_of(credential),
+            credential=access_token_key(credential),
             elements_source="",
-            kind=ONE_OFF,
+            key=UNCACHED,
             path_and_query=rdt.PATH,
         )
 
-    async def _tried(self, credential: Credential, url: str, call: Callable[[], Awaitable[lwa.Grant]]) -> Granted:
+    async def with_retries(
+        self, credential: TokenKey, url: str, call: Callable[[], Awaitable[lwa.TokenResponse]]
+    ) -> FetchedToken:
         """Make one exchange with the host of `url`, a few times where that may help.
 
         Whatever goes wrong is translated into an error of ours.
@@ -257,25 +259,25 @@ class Grants:
         asked = self._now()
         reason = "timeout"
         try:
-            async with asyncio.timeout(self.by.config.timeouts.token):
+            async with asyncio.timeout(self.settings.config.timeouts.token):
                 for attempt in range(TRIES):
                     if attempt:
-                        pause = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                        pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                         await self._sleep(pause)
                     asked, reason = self._now(), "timeout"
                     try:
                         grant = await call()
-                    except lwa.ExchangeFailed as exc:
+                    except lwa.TokenRequestFailed as exc:
                         reason = exc.reason
-                    except (Broken, OSError) as exc:
+                    except (RemoteProtocolError, OSError) as exc:
                         reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
                     else:
                         self._count(credential, "ok", "", asked)
-                        return Granted(grant, asked, self._now())
+                        return FetchedToken(grant, asked, self._now())
                     self._count(credential, "failed", reason, asked)
-        except lwa.ExchangeRefused as exc:
+        except lwa.OAuthError as exc:
             config = self._config_of(credential)
-            keys, source = ("", "") if config is None else place_of(config, credential, exc.reason)
+            keys, source = ("", "") if config is None else config_keys(config, credential, exc.reason)
             self._count(credential, "refused", exc.reason, asked, keys + source)
             raise _refused(credential, exc, keys, has_source=bool(source)) from exc
         except rdt.RdtRefused as exc:
@@ -285,28 +287,28 @@ class Grants:
             raise _unavailable(credential, url, "timeout") from exc
         raise _unavailable(credential, url, reason)
 
-    def _rdt_refused(self, credential: Credential, exc: rdt.RdtRefused, asked: float) -> Exception:
+    def _rdt_refused(self, credential: TokenKey, exc: rdt.RdtRefused, asked: float) -> Exception:
         """Return what a refusal of the mint means."""
         reason, error = f"http_{exc.status}", _rdt_error(credential, exc)
         meaning: Exception = error
-        if exc.means_unrestricted and not credential.reusable:
-            reason, meaning = "not_restricted", NotRestricted()
+        if exc.means_unrestricted and not credential.is_shared:
+            reason, meaning = "not_restricted", ReportUnrestricted()
         elif exc.refused_elements & set(credential.data_elements):
-            reason, meaning = "elements", ElementsRefused(exc.refused_elements)
-        elif exc.refusal.blames_token:
-            reason, meaning = "token", OrdinaryTokenRefused(error)
+            reason, meaning = "elements", DataElementsDenied(exc.refused_elements)
+        elif exc.refusal.is_token_error:
+            reason, meaning = "token", AccessTokenRejected(error)
         self._count(credential, "refused", reason, asked)
         return meaning
 
-    def _count(self, credential: Credential, result: str, reason: str, asked: float, look_at: str = "") -> None:
+    def _count(self, credential: TokenKey, result: str, reason: str, asked: float, look_at: str = "") -> None:
         seconds = self._now() - asked
         labels = (credential.kind, credential.account, credential.region, result, reason)
         self._metrics.token_refreshes.labels(*labels).inc()
         self._metrics.token_refresh_duration.labels(credential.kind).observe(seconds)
         LOGGER.log(
-            20 if reason in _EXPECTED else _LEVELS[result],
+            20 if reason in _EXPECTED_ERRORS else _LEVELS[result],
             "token exchange",
-            extra=fields(
+            extra=extra(
                 result=result,
                 reason=reason,
                 kind=credential.kind,
@@ -320,36 +322,36 @@ class Grants:
 
 
 _LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
-_EXPECTED = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
+_EXPECTED_ERRORS = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
 
 
-def _whose(credential: Credential) -> str:
+def _owner(credential: TokenKey) -> str:
     if credential.kind == "grantless":
         return f"application {credential.application}"
     return f"account {credential.account} in {credential.region}"
 
 
-def _gone(credential: Credential) -> TokenRefused:
+def not_configured(credential: TokenKey) -> TokenRefused:
     return TokenRefused(
-        f"{_whose(credential)} is not configured any more", "Put it back into the configuration, or call another one."
+        f"{_owner(credential)} is not configured any more", "Put it back into the configuration, or call another one."
     )
 
 
-_OUT_OF_REACH = {"connection": "could not be reached", "timeout": "did not answer in time"}
+_UNREACHABLE = {"connection": "could not be reached", "timeout": "did not answer in time"}
 
 
-def _unavailable(credential: Credential, url: str, reason: str) -> TokenUnavailable:
+def _unavailable(credential: TokenKey, url: str, reason: str) -> TokenUnavailable:
     who, state = "Amazon" if credential.kind == "rdt" else "Login with Amazon", "did not give one"
     hint = "Nothing was sent to Amazon's API; try again after Retry-After."
-    if reason in _OUT_OF_REACH:
-        who, state = f"{who} at {urlsplit(url).hostname}", _OUT_OF_REACH[reason]
+    if reason in _UNREACHABLE:
+        who, state = f"{who} at {urlsplit(url).hostname}", _UNREACHABLE[reason]
         hint += " `sp-api-proxy check --live` says why."
     return TokenUnavailable(
-        f"no {credential.kind} token for {_whose(credential)}: {who} {state} ({reason})", hint, reason=reason
+        f"no {credential.kind} token for {_owner(credential)}: {who} {state} ({reason})", hint, reason=reason
     )
 
 
-def place_of(config: Config, credential: Credential, reason: str) -> tuple[str, str]:
+def config_keys(config: Config, credential: TokenKey, reason: str) -> tuple[str, str]:
     """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
 
     The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
@@ -360,32 +362,32 @@ def place_of(config: Config, credential: Credential, reason: str) -> tuple[str, 
         keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}"
         if reason == "unauthorized_client":
             keys = f"accounts.{credential.account}.application and {keys}"
-        return keys, source_in_words(token)
+        return keys, describe_source(token)
     if reason == "invalid_client" and application is not None:
         keys = f"applications.{credential.application}.client_id and client_secret"
-        return keys, source_in_words(application.client_secret)
+        return keys, describe_source(application.client_secret)
     return "", ""
 
 
-def source_in_words(secret: Secret | None) -> str:
+def describe_source(secret: Secret | None) -> str:
     """Return ` (from file /run/secrets/x)` for a secret that does not stand in the configuration itself."""
     return f" (from {secret.source})" if secret is not None and secret.source else ""
 
 
-def _refused(credential: Credential, exc: lwa.ExchangeRefused, keys: str, *, has_source: bool) -> TokenRefused:
+def _refused(credential: TokenKey, exc: lwa.OAuthError, keys: str, *, has_source: bool) -> TokenRefused:
     where = f" Look at {keys}{', in the place that the log names' if has_source else ''}." if keys else ""
     request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
     return TokenRefused(
-        f"Login with Amazon refuses {_whose(credential)}: {exc.reason}{request_id}",
-        _WHAT_TO_DO.get(exc.reason, "Check the application's and the account's credentials.") + where,
+        f"Login with Amazon refuses {_owner(credential)}: {exc.reason}{request_id}",
+        _REMEDIES.get(exc.reason, "Check the application's and the account's credentials.") + where,
         reason=exc.reason,
     )
 
 
-def _rdt_error(credential: Credential, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+def _rdt_error(credential: TokenKey, exc: rdt.RdtRefused) -> RestrictedDataRefused:
     said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
     return RestrictedDataRefused(
-        f"Amazon gives {_whose(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
+        f"Amazon gives {_owner(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
         f"{exc.status} {said}",
         "Check that the application has the restricted role, and had it when the seller authorised it; "
         "x-sp-data-elements: none asks without personal data where that is possible.",

@@ -13,73 +13,74 @@ from proxy.amazon.placeholder_tokens import (
     LIFETIME,
     BadTokenRequest,
     Resource,
-    access_token_answer,
+    access_token_response,
     placeholder_for,
-    resources_asked_for,
+    requested_resources,
 )
 from proxy.amazon.rdt import METHODS, PATH
 from proxy.errors import BadTarget, MalformedRequest, RestrictedDataTokenInvalid, TokenRequestRefused
-from proxy.request.authorization import Permit
-from proxy.request.context import Exchange
+from proxy.request.authorization import AccessPolicy
+from proxy.request.context import RequestContext
 from proxy.request.routing import split_prefix
-from proxy.request.upstream.deadlines import Deadlines, Patience
-from proxy.request.upstream.forward import say_continue
-from proxy.request.upstream.response import PlaceholderAnswer
-from proxy.request.validation import asks_for_token
+from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
+from proxy.request.upstream.forward import send_100_continue
+from proxy.request.upstream.response import PlaceholderResponse
+from proxy.request.validation import is_token_request
 
-ACCESS = "lwa.token"  # what the request for an access token is called in logs and metrics: the table has no such
-RESTRICTED = "tokens.2021-03-01.createRestrictedDataToken"
+# Operation names of the two token requests in logs and metrics; the operation table does not have the first one.
+LWA_TOKEN = "lwa.token"  # noqa: S105 - a name, no secret
+RDT = "tokens.2021-03-01.createRestrictedDataToken"
 
-MOST_BODY = 64 * 1024  # bytes of a request for a token
+MAX_BODY = 64 * 1024  # bytes of a request for a token
 _ENDS = (PATH, "/auth/o2/token")
 
 
-class Placeholders:
+class TokenEndpoint:
     """Answers the two calls by which apps get tokens: the second one only where `local_rdt` says so."""
 
     def __init__(self, table: OperationTable, *, answers_rdt: bool) -> None:
         self._table = table
         self._answers_rdt = answers_rdt
 
-    def answered(self, target: str) -> str:
+    def match(self, target: str) -> str:
         """Return the name of what is answered here of a POST, nothing for what goes to Amazon."""
         path = target.partition("?")[0]
         if path.endswith(_ENDS):
-            if asks_for_token("POST", target):
-                return ACCESS
+            if is_token_request("POST", target):
+                return LWA_TOKEN
         elif "%" not in path:
             return ""
         # By the table, as everything else: Amazon takes a path with its letters encoded for the same.
         operation = self._table.match("POST", split_prefix(path)[2]) if self._answers_rdt else None
-        return RESTRICTED if operation is not None and operation.name == RESTRICTED else ""
+        return RDT if operation is not None and operation.name == RDT else ""
 
-    async def answer(
-        self, request: web.BaseRequest, exchange: Exchange, permit: Permit, deadlines: Deadlines
-    ) -> PlaceholderAnswer:
+    async def respond(
+        self, request: web.BaseRequest, exchange: RequestContext, permit: AccessPolicy, deadlines: DeadlineTimer
+    ) -> PlaceholderResponse:
         """Return the answer; raise the error that stands in for one."""
-        with Patience(deadlines) as patience:
+        with RequestDeadline(deadlines) as patience:
             body = await _body(request, exchange, patience)
-        if exchange.own == ACCESS:
+        if exchange.local_operation == LWA_TOKEN:
             content = _access_token(request.headers.get("Content-Type", ""), body)
         else:
             content = self._restricted_data_token(body, permit)
         exchange.status = 200
-        return PlaceholderAnswer(content, exchange.summary())
+        return PlaceholderResponse(content, exchange.summary())
 
-    def _restricted_data_token(self, body: bytes, permit: Permit) -> Mapping[str, object]:
+    def _restricted_data_token(self, body: bytes, permit: AccessPolicy) -> Mapping[str, object]:
         """Return what createRestrictedDataToken would answer (model tokens_2021-03-01).
 
         What it asks for must be allowed now, and is looked at again when the token is used.
         """
         try:
-            asked = [self._checked(index, resource, permit) for index, resource in enumerate(resources_asked_for(body))]
+            asked = [self._checked(index, resource, permit) for index, resource in enumerate(requested_resources(body))]
             return {"restrictedDataToken": placeholder_for(asked), "expiresIn": LIFETIME}
         except ValueError as exc:
             raise RestrictedDataTokenInvalid(
                 str(exc), "Ask as Amazon's Tokens API 2021-03-01 wants to be asked."
             ) from exc
 
-    def _checked(self, index: int, resource: Resource, permit: Permit) -> Resource:
+    def _checked(self, index: int, resource: Resource, permit: AccessPolicy) -> Resource:
         """Return a resource with the path by which it will be called; raise ValueError, or NotAllowed."""
         try:
             path = split_prefix(resource.path)[2]  # some libraries take it from the address that they call
@@ -96,19 +97,19 @@ class Placeholders:
 
 def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
     try:
-        return access_token_answer(content_type, body)
+        return access_token_response(content_type, body)
     except BadTokenRequest as exc:
         raise TokenRequestRefused(str(exc), "Ask Login with Amazon itself for anything else.", error=exc.code) from exc
 
 
-async def _body(request: web.BaseRequest, exchange: Exchange, patience: Patience) -> bytes:
+async def _body(request: web.BaseRequest, exchange: RequestContext, patience: RequestDeadline) -> bytes:
     """Return the whole body; raise for one that is larger than any such request, or not well-formed."""
     chunks: list[bytes] = []
     if not request.body_exists:
         return b""
-    say_continue(request)
+    send_100_continue(request)
     while True:
-        patience.for_app(exchange.request_bytes)
+        patience.wait_for_client(exchange.request_bytes)
         try:
             chunk = await request.content.readany()
         except (web.RequestPayloadError, ClientError, ValueError) as exc:
@@ -117,20 +118,20 @@ async def _body(request: web.BaseRequest, exchange: Exchange, patience: Patience
             return b"".join(chunks)
         chunks.append(chunk)
         exchange.request_bytes += len(chunk)
-        if exchange.request_bytes > MOST_BODY:
+        if exchange.request_bytes > MAX_BODY:
             raise _too_large(exchange)
 
 
-def _too_large(exchange: Exchange) -> TokenRequestRefused | RestrictedDataTokenInvalid:
-    message = f"the body is larger than {MOST_BODY} bytes"
-    if exchange.own == ACCESS:
+def _too_large(exchange: RequestContext) -> TokenRequestRefused | RestrictedDataTokenInvalid:
+    message = f"the body is larger than {MAX_BODY} bytes"
+    if exchange.local_operation == LWA_TOKEN:
         return TokenRequestRefused(message)
     return RestrictedDataTokenInvalid(message, "Name fewer resources.")
 
 
-def describe(own: str, target: str) -> dict[str, str]:
+def describe_token_request(own: str, target: str) -> dict[str, str]:
     """Return what happens with a request that is answered here, in words for a person (`sp-api-proxy explain`)."""
-    if own == ACCESS:
+    if own == LWA_TOKEN:
         what = "a placeholder: whatever the app sends as its token, the proxy puts the real one in its place"
         secrets = "not looked at, not kept, not passed on"
     else:

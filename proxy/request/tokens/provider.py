@@ -15,35 +15,41 @@ from typing import Any, NamedTuple
 
 from proxy.config import Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
-from proxy.observability.logging import LOGGER, fields
+from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.routing import Credential, TokenKind, ordinary_of
-from proxy.request.tokens.client import ElementsRefused, Granted, Grants, NotRestricted, OrdinaryTokenRefused
-from proxy.request.tokens.refresh_backoff import Doubts
-from proxy.request.tokens.report_documents import Documents
-from proxy.request.upstream.token_redaction import telling_part
+from proxy.request.routing import TokenKey, TokenKind, access_token_key
+from proxy.request.tokens.client import (
+    AccessTokenRejected,
+    DataElementsDenied,
+    FetchedToken,
+    ReportUnrestricted,
+    TokenClient,
+)
+from proxy.request.tokens.refresh_backoff import RefreshBackoff
+from proxy.request.tokens.report_documents import UnrestrictedReports
+from proxy.request.upstream.token_redaction import secret_suffix
 from proxy.store import Store, StoredToken
 
 RENEW_AT = 0.85  # of a token's life
 RENEW_JITTER = 0.05  # so that tokens fetched together are not renewed together
 RENEW_LEAD = 1.5  # times what its exchange took: a slow token host is asked earlier
 SAFETY_MARGIN = 2.0  # seconds before its expiry in which a token is not sent any more; for short lives a twentieth
-IN_USE = 0.5  # of its life: a token that nobody asked for in that time is left to expire
-LOOK_AGAIN = 5.0  # seconds after which a renewal that failed is tried again
+IN_USE_WITHIN = 0.5  # of its life: a token that nobody asked for in that time is left to expire
+CHECK_INTERVAL = 5.0  # seconds after which a renewal that failed is tried again
 
 FIRST_PAUSE = 0.5  # seconds after a failed exchange; doubled with each further one
-LONGEST_PAUSE = 5.0  # so that service is back within seconds of the token host's return
-LONGEST_REFUSED_PAUSE = 300.0  # for refusals that only a person can mend
-RECENT = 30.0  # seconds after a pause in which the trouble is taken to go on
-PROBE_PATIENCE = 1.0  # seconds that a caller waits for an exchange when the last one failed
+MAX_PAUSE = 5.0  # so that service is back within seconds of the token host's return
+MAX_REJECTED_PAUSE = 300.0  # for refusals that only a person can mend
+RECENT_FAILURE = 30.0  # seconds after a pause in which the trouble is taken to go on
+PROBE_TIMEOUT = 1.0  # seconds that a caller waits for an exchange when the last one failed
 
 SETTLED_AFTER = 3.0  # seconds after which a file that has changed is in force, or has changed back
 
-MOST_HELD = 50_000  # tokens; a report document's token has a key of its own
+MAX_CACHED = 50_000  # tokens; a report document's token has a key of its own
 WARM_UP_PARALLEL = 20
 REPLACED_PARALLEL = 20
 ELEMENTS_REFUSED_FOR = 3600.0  # seconds for which an element is not asked for again
-MOST_REFUSED_ELEMENTS = 10_000
+MAX_REFUSED_ELEMENTS = 10_000
 
 
 @dataclass(slots=True, eq=False)
@@ -52,20 +58,20 @@ class Token:
 
     value: Secret
     kind: TokenKind
-    since: float
+    issued_at: float
     renew_at: float
     expires_at: float  # with a margin
-    dies_at: float  # without one: when there is no other
+    expires_hard: float  # without one: when there is no other
     used_at: float
     data_elements: tuple[str, ...] = ()
     # The lines of a request's head that it stands in, and the second of the wall clock that they name.
     lines: bytes = field(default=b"", repr=False)
-    lines_of: int = -1
+    header_lines: int = -1
     source: str = ""  # the fingerprint of what it was fetched by; nothing where that is not certain
-    telling_part: bytes = field(init=False, repr=False)
+    secret_suffix: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.telling_part = telling_part(self.value.reveal())
+        self.secret_suffix = secret_suffix(self.value.reveal())
 
 
 @dataclass(slots=True)
@@ -79,13 +85,13 @@ class _Failure:
 
     def is_recent(self, now: float) -> bool:
         """Whether the trouble probably goes on."""
-        return self.error.retryable and now - self.until < RECENT
+        return self.error.retryable and now - self.until < RECENT_FAILURE
 
 
-class Standing(NamedTuple):
+class TokenStatus(NamedTuple):
     """How the token of one credential stands; seconds from now."""
 
-    credential: Credential
+    key: TokenKey
     left: float | None  # for which the token that is held is good; None where none is
     age: float | None  # since it was asked for
     error: ProxyError | None  # why the last exchange failed, if it did
@@ -93,120 +99,120 @@ class Standing(NamedTuple):
     pause: float  # until an exchange is tried again
 
 
-class Tokens:
+class TokenProvider:
     """The tokens of every credential that was asked for."""
 
     def __init__(
         self,
         *,
-        grants: Grants,
-        documents: Documents,
+        grants: TokenClient,
+        documents: UnrestrictedReports,
         store: Store,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
-        self._grants = grants
+        self._client = grants
         self._documents = documents
         self._store = store
         self._metrics = metrics
         self._now = now
         self._wall = wall
         self._call_later = call_later or asyncio.get_running_loop().call_later
-        self._held: dict[Credential, Token] = {}
-        self._pending: dict[Credential, asyncio.Task[Token]] = {}
-        self._overtaken: set[asyncio.Task[Token]] = set()  # exchanges whose token nobody else is to get
-        self._failed: dict[Credential, _Failure] = {}
-        self._refused_elements: dict[tuple[Credential, str], float] = {}
-        self._doubts = Doubts(now)
+        self._tokens: dict[TokenKey, Token] = {}
+        self._pending: dict[TokenKey, asyncio.Task[Token]] = {}
+        self.superseded: set[asyncio.Task[Token]] = set()  # exchanges whose token nobody else is to get
+        self._failed: dict[TokenKey, _Failure] = {}
+        self._refused_elements: dict[tuple[TokenKey, str], float] = {}
+        self._backoff = RefreshBackoff(now)
         self._replacing = asyncio.Semaphore(REPLACED_PARALLEL)
         self._closed = False
 
-    async def get(self, credential: Credential, *, rejected: Token | None = None) -> Token:
+    async def get(self, credential: TokenKey, *, rejected: Token | None = None) -> Token:
         """Return a token that is good now; `rejected` is one that Amazon has just refused.
 
         Where Amazon gives less than was asked for, the token's `kind` and `data_elements` say what it is good for.
         Raises TokenUnavailable, TokenRefused, RestrictedDataRefused or UsagePlanExhausted.
         """
-        held = self.at_hand(credential, rejected=rejected)
-        return held if held is not None else await self._fetched(self._to_be_had(credential), rejected)
+        held = self.cached(credential, rejected=rejected)
+        return held if held is not None else await self.wait_for_token(self.effective_key(credential), rejected)
 
-    def at_hand(self, credential: Credential, *, rejected: Token | None = None) -> Token | None:
+    def cached(self, credential: TokenKey, *, rejected: Token | None = None) -> Token | None:
         """Return the token that `get` would return without waiting, None where it would wait."""
         if credential.kind == "rdt":
-            credential = self._to_be_had(credential)
-        held, clock = self._held.get(credential), self._now
+            credential = self.effective_key(credential)
+        held, clock = self._tokens.get(credential), self._now
         now = clock()
         if held is None or held is rejected or now >= held.expires_at:
             return None
         held.used_at = now
         if now >= held.renew_at and credential not in self._pending and self._pause(credential, now) <= 0:
-            self._exchange(credential, rejected)
+            self.ensure_refresh(credential, rejected)
         return held
 
-    async def _fetched(self, credential: Credential, rejected: Token | None) -> Token:
+    async def wait_for_token(self, credential: TokenKey, rejected: Token | None) -> Token:
         """Wait for the exchange, or for several where the first one teaches what is to be asked for."""
         while True:
             pause, failure = self._pause(credential, self._now()), self._failed.get(credential)
             if failure is not None and pause > 0:
-                return self._last_resort(credential, rejected, _again(failure.error, pause))
-            task = self._exchange(credential, rejected)
+                return self.stale_token(credential, rejected, _recur(failure.error, pause))
+            task = self.ensure_refresh(credential, rejected)
             # Who comes after a failure learns soon that it goes on, and is not kept for a timeout each.
-            patience = PROBE_PATIENCE if failure is not None and failure.is_recent(self._now()) else None
+            patience = PROBE_TIMEOUT if failure is not None and failure.is_recent(self._now()) else None
             try:
                 async with asyncio.timeout(patience) as waited:
                     return await asyncio.shield(task)
             except TimeoutError:
                 if not waited.expired() or failure is None:
                     raise
-                return self._last_resort(credential, rejected, _again(failure.error, FIRST_PAUSE))
+                return self.stale_token(credential, rejected, _recur(failure.error, FIRST_PAUSE))
             except TokenUnavailable as error:
-                return self._last_resort(credential, rejected, error)
-            except (NotRestricted, ElementsRefused):
-                less = self._to_be_had(credential)
+                return self.stale_token(credential, rejected, error)
+            except (ReportUnrestricted, DataElementsDenied):
+                less = self.effective_key(credential)
                 if less == credential:
                     raise
                 credential, rejected = less, None
-                held = self._held.get(credential)
+                held = self._tokens.get(credential)
                 if held is not None and self._now() < held.expires_at:
                     return held
 
-    def _last_resort(self, credential: Credential, rejected: Token | None, error: ProxyError) -> Token:
+    def stale_token(self, credential: TokenKey, rejected: Token | None, error: ProxyError) -> Token:
         """Return the token that is in its last seconds, where no other is to be had; raise `error` without one."""
-        held = self._held.get(credential)
-        if held is None or held is rejected or self._now() >= held.dies_at:
+        held = self._tokens.get(credential)
+        if held is None or held is rejected or self._now() >= held.expires_hard:
             raise error
         return held
 
-    async def replacement(self, credential: Credential, rejected: Token) -> Token | None:
+    async def refresh_rejected(self, credential: TokenKey, rejected: Token) -> Token | None:
         """Return another token for one that Amazon refused; None where there is none, or it is not worth fetching.
 
         Whoever gets one says by `judge` whether Amazon took it.
         """
         async with self._replacing:
-            return await self._replaced(self._to_be_had(credential), rejected)
+            return await self._refresh_rejected(self.effective_key(credential), rejected)
 
-    async def _replaced(self, credential: Credential, rejected: Token) -> Token | None:
-        held = self._held.get(credential)
+    async def _refresh_rejected(self, credential: TokenKey, rejected: Token) -> Token | None:
+        held = self._tokens.get(credential)
         if held is not None and held is not rejected and self._now() < held.expires_at:
-            return None if self._doubts.is_refused(credential, held) else held
-        if not self._doubts.permits(credential):
+            return None if self._backoff.was_rejected(credential, held) else held
+        if not self._backoff.allows(credential):
             return None
         try:
             return await self.get(credential, rejected=rejected)
         except ProxyError:
             return None  # logged and counted where it arose; Amazon's own refusal is passed on
 
-    def judge(self, credential: Credential, token: Token, *, accepted: bool) -> None:
+    def report_result(self, credential: TokenKey, token: Token, *, accepted: bool) -> None:
         """Learn whether Amazon took a `token` that `replacement` gave."""
-        self._doubts.judge(self._to_be_had(credential), token, accepted=accepted)
+        self._backoff.record_result(self.effective_key(credential), token, accepted=accepted)
 
-    async def warm_up(self, credentials: Iterable[Credential]) -> None:
+    async def warm_up(self, credentials: Iterable[TokenKey]) -> None:
         """Fetch these tokens, a bounded number at a time; failures are logged, not raised."""
         places = asyncio.Semaphore(WARM_UP_PARALLEL)
 
-        async def fetch(credential: Credential) -> None:
+        async def fetch(credential: TokenKey) -> None:
             async with places:
                 try:
                     await self.get(credential)
@@ -215,13 +221,13 @@ class Tokens:
 
         await asyncio.gather(*(fetch(credential) for credential in credentials))
 
-    def forget(self, is_outdated: Callable[[Credential], bool]) -> None:
+    def invalidate(self, is_outdated: Callable[[TokenKey], bool]) -> None:
         """Use no token any more, held or on its way, whose credential is outdated; the next one is fetched anew."""
-        known = {*self._held, *self._pending, *self._failed}
+        known = {*self._tokens, *self._pending, *self._failed}
         for credential in filter(is_outdated, known):
-            self._held.pop(credential, None)
+            self._tokens.pop(credential, None)
             if task := self._pending.pop(credential, None):
-                self._overtaken.add(task)  # for those who wait for it: they began before
+                self.superseded.add(task)  # for those who wait for it: they began before
             self._failed.pop(credential, None)
             # Of one that goes on to be used, it comes back with the next token.
             self._metrics.token_expiry.remove(credential.account, credential.region, credential.kind)
@@ -229,17 +235,17 @@ class Tokens:
         kept = {key: until for key, until in self._refused_elements.items() if not is_outdated(key[0])}
         self._refused_elements = kept
 
-    def standing(self) -> Iterator[Standing]:
+    def statuses(self) -> Iterator[TokenStatus]:
         """Yield how each token stands that was asked for; without a change, and from any thread."""
-        held, failed, pending = self._held.copy(), self._failed.copy(), self._pending.copy()
+        held, failed, pending = self._tokens.copy(), self._failed.copy(), self._pending.copy()
         now = self._now()
         for credential in dict.fromkeys((*held, *failed, *pending)):
             token, failure = held.get(credential), failed.get(credential)
-            is_good = token is not None and now < token.dies_at
-            yield Standing(
+            is_good = token is not None and now < token.expires_hard
+            yield TokenStatus(
                 credential,
                 token.expires_at - now if token is not None and is_good else None,
-                now - token.since if token is not None and is_good else None,
+                now - token.issued_at if token is not None and is_good else None,
                 failure.error if failure is not None else None,
                 failure.count if failure is not None else 0,
                 max(0.0, failure.until - now) if failure is not None else 0.0,
@@ -248,21 +254,21 @@ class Tokens:
     async def close(self) -> None:
         """Cancel exchanges that are under way, and begin none."""
         self._closed = True
-        tasks = [*self._pending.values(), *self._overtaken]
+        tasks = [*self._pending.values(), *self.superseded]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # What Amazon gives: less than was asked for, where it said so before.
 
-    def _to_be_had(self, credential: Credential) -> Credential:
+    def effective_key(self, credential: TokenKey) -> TokenKey:
         """Return what is worth asking for in place of `credential`, by what Amazon's answers taught."""
         if credential.kind != "rdt":
             return credential
-        if not credential.reusable and self._documents.is_unrestricted(credential):
-            return ordinary_of(credential)
+        if not credential.is_shared and self._documents.is_unrestricted(credential):
+            return access_token_key(credential)
         if credential.data_elements and self._refused_elements:
-            ordinary, now = ordinary_of(credential), self._now()
+            ordinary, now = access_token_key(credential), self._now()
             left = tuple(
                 element
                 for element in credential.data_elements
@@ -274,149 +280,149 @@ class Tokens:
                 return credential._replace(data_elements=left)
         return credential
 
-    def _note_refused_elements(self, credential: Credential, elements: frozenset[str]) -> None:
+    def _record_refused_elements(self, credential: TokenKey, elements: frozenset[str]) -> None:
         """Ask for these elements no more for a while: one of them fails every request that names it."""
-        ordinary, now = ordinary_of(credential), self._now()
+        ordinary, now = access_token_key(credential), self._now()
         for element in sorted(elements & set(credential.data_elements)):
             if self._refused_elements.get((ordinary, element), 0.0) <= now:
                 LOGGER.warning(
                     "data element not granted: left out for an hour; the application lacks its role",
-                    extra=fields(account=credential.account, region=credential.region, element=element),
+                    extra=extra(account=credential.account, region=credential.region, element=element),
                 )
-            if len(self._refused_elements) >= MOST_REFUSED_ELEMENTS:
+            if len(self._refused_elements) >= MAX_REFUSED_ELEMENTS:
                 del self._refused_elements[next(iter(self._refused_elements))]
             self._refused_elements[ordinary, element] = now + ELEMENTS_REFUSED_FOR
             self._metrics.refused_elements.labels(credential.account, credential.region, element).inc()
 
     # One exchange for everybody.
 
-    def _pause(self, credential: Credential, now: float) -> float:
+    def _pause(self, credential: TokenKey, now: float) -> float:
         """Return for how many seconds no exchange is made, because the last one failed."""
         failure = self._failed.get(credential)
         if failure is None or now >= failure.until:
             return 0.0
-        if not failure.error.retryable and failure.secrets != self._grants.secrets(credential):
+        if not failure.error.retryable and failure.secrets != self._client.secrets(credential):
             return 0.0  # somebody mended it: a file or a variable holds another secret now
         return failure.until - now
 
-    def _exchange(self, credential: Credential, rejected: Token | None) -> asyncio.Task[Token]:
+    def ensure_refresh(self, credential: TokenKey, rejected: Token | None) -> asyncio.Task[Token]:
         """Return the exchange that is under way for `credential`, starting it where there is none."""
         task = self._pending.get(credential)
         if task is None:
-            task = asyncio.create_task(self._renew(credential, rejected), name=f"token {credential.kind}")
+            task = asyncio.create_task(self.refresh(credential, rejected), name=f"token {credential.kind}")
             self._pending[credential] = task
-            task.add_done_callback(lambda done: self._finished(credential, done))
+            task.add_done_callback(lambda done: self._on_refreshed(credential, done))
         return task
 
-    def _finished(self, credential: Credential, task: asyncio.Task[Token]) -> None:
-        self._overtaken.discard(task)
+    def _on_refreshed(self, credential: TokenKey, task: asyncio.Task[Token]) -> None:
+        self.superseded.discard(task)
         if self._pending.get(credential) is task:
             del self._pending[credential]
         if not task.cancelled():
             task.exception()  # everybody who waited may have left; the failure was logged where it arose
 
-    async def _renew(self, credential: Credential, rejected: Token | None) -> Token:
-        source = self._grants.fingerprint(credential)
-        if not credential.reusable:
-            token = await self._exchanged(credential, source)
+    async def refresh(self, credential: TokenKey, rejected: Token | None) -> Token:
+        source = self._client.fingerprint(credential)
+        if not credential.is_shared:
+            token = await self.fetch(credential, source)
         else:
             key = self._key(credential, source)
             fits = partial(self._fits, credential)
             refused = rejected.value if rejected is not None else None
-            async with self._store.turn(key, fits, refused) as stored:
+            async with self._store.get_or_lock(key, fits, refused) as stored:
                 if stored is not None:
-                    token = self._of_store(credential, stored)
+                    token = self._from_store(credential, stored)
                     token.source = source
                 else:
-                    token = await self._exchanged(credential, source)
-        if not self._is_current_exchange(credential):
+                    token = await self.fetch(credential, source)
+        if not self._is_current_refresh(credential):
             return token
         self._failed.pop(credential, None)
         if token.expires_at > self._now():
-            self._hold(credential, token)
+            self._cache(credential, token)
         return token
 
-    async def _exchanged(self, credential: Credential, source: str) -> Token:
+    async def fetch(self, credential: TokenKey, source: str) -> Token:
         """Return a token that was fetched now, and kept for others where it certainly is of `source`."""
-        ordinary = await self.get(ordinary_of(credential)) if credential.kind == "rdt" else None
-        secrets = self._grants.secrets(credential)
+        ordinary = await self.get(access_token_key(credential)) if credential.kind == "rdt" else None
+        secrets = self._client.secrets(credential)
         try:
-            granted = await self._granted(credential, ordinary, secrets)
+            granted = await self._accept(credential, ordinary, secrets)
         except ProxyError as error:
-            if self._is_current_exchange(credential):
-                self._note_failure(credential, error, secrets)
+            if self._is_current_refresh(credential):
+                self._record_failure(credential, error, secrets)
             raise
-        except NotRestricted:
-            self._documents.note_unrestricted(credential)
+        except ReportUnrestricted:
+            self._documents.add_unrestricted(credential)
             raise
-        except ElementsRefused as exc:
-            self._note_refused_elements(credential, exc.elements)
+        except DataElementsDenied as exc:
+            self._record_refused_elements(credential, exc.elements)
             if not credential.optional and exc.elements >= set(credential.data_elements):
-                nothing_left = _nothing_left(credential)
-                self._note_failure(credential, nothing_left, secrets)
+                nothing_left = _no_token_left(credential)
+                self._record_failure(credential, nothing_left, secrets)
                 raise nothing_left from exc
             raise
         token = self._fresh(credential, granted)
         # Files may have changed since, or between the ordinary token and the one that was minted with it.
-        of_sent = ordinary.source if ordinary is not None else self._grants.fingerprint(credential, secrets)
-        is_certain = source == of_sent == self._grants.fingerprint(credential)
+        of_sent = ordinary.source if ordinary is not None else self._client.fingerprint(credential, secrets)
+        is_certain = source == of_sent == self._client.fingerprint(credential)
         token.source = source if is_certain else ""
-        if credential.reusable and is_certain and self._is_current_exchange(credential):
+        if credential.is_shared and is_certain and self._is_current_refresh(credential):
             life = token.expires_at - self._now()
             if life > 0:
                 stored = StoredToken(token.value, self._wall() + life)
                 await self._store.put(self._key(credential, source), stored, life)
         return token
 
-    def _is_current_exchange(self, credential: Credential) -> bool:
+    def _is_current_refresh(self, credential: TokenKey) -> bool:
         """Return whether what the running task fetches is still wanted: nobody has forgotten the credential since."""
         return self._pending.get(credential) is asyncio.current_task()
 
-    async def _granted(self, credential: Credential, ordinary: Token | None, secrets: tuple[Secret, ...]) -> Granted:
+    async def _accept(self, credential: TokenKey, ordinary: Token | None, secrets: tuple[Secret, ...]) -> FetchedToken:
         if ordinary is None:
-            return await self._grants.ask_lwa(credential, secrets)
+            return await self._client.fetch_access_token(credential, secrets)
         try:
-            return await self._grants.mint(credential, ordinary.value)
-        except OrdinaryTokenRefused as exc:
-            another = await self._replaced(ordinary_of(credential), ordinary)
+            return await self._client.create_rdt(credential, ordinary.value)
+        except AccessTokenRejected as exc:
+            another = await self._refresh_rejected(access_token_key(credential), ordinary)
             if another is None:
                 raise exc.error from exc
         try:
-            granted = await self._grants.mint(credential, another.value)
-        except OrdinaryTokenRefused as exc:
-            self.judge(ordinary_of(credential), another, accepted=False)
+            granted = await self._client.create_rdt(credential, another.value)
+        except AccessTokenRejected as exc:
+            self.report_result(access_token_key(credential), another, accepted=False)
             raise exc.error from exc
-        self.judge(ordinary_of(credential), another, accepted=True)
+        self.report_result(access_token_key(credential), another, accepted=True)
         return granted
 
-    def _note_failure(self, credential: Credential, error: ProxyError, secrets: tuple[Secret, ...]) -> None:
+    def _record_failure(self, credential: TokenKey, error: ProxyError, secrets: tuple[Secret, ...]) -> None:
         before = self._failed.pop(credential, None)
         count = before.count + 1 if before is not None and before.secrets == secrets else 1
-        longest = LONGEST_PAUSE if error.retryable else LONGEST_REFUSED_PAUSE
+        longest = MAX_PAUSE if error.retryable else MAX_REJECTED_PAUSE
         pause = min(longest, FIRST_PAUSE * 2 ** min(count, 20)) * random.uniform(0.75, 1.0)  # noqa: S311 - jitter
         error.retry_after = pause if error.retryable else None
-        if len(self._failed) >= MOST_HELD:
+        if len(self._failed) >= MAX_CACHED:
             del self._failed[next(iter(self._failed))]
         now = self._now()
         until = now + pause
-        held = self._held.get(credential)
-        if held is not None and now < held.dies_at:
+        held = self._tokens.get(credential)
+        if held is not None and now < held.expires_hard:
             # The moment it is needed, one more try: the token host may be back.
-            until = min(until, held.expires_at if now < held.expires_at else held.dies_at)
+            until = min(until, held.expires_at if now < held.expires_at else held.expires_hard)
         self._failed[credential] = _Failure(error, count, until, secrets)
 
     # Keeping.
 
-    def _fits(self, credential: Credential, stored: StoredToken) -> bool:
+    def _fits(self, credential: TokenKey, stored: StoredToken) -> bool:
         """Return whether a token that was kept is worth having."""
-        held = self._held.get(credential)
+        held = self._tokens.get(credential)
         # Only what is fresher than what is held: a token that is due for renewal was kept here as well.
         return stored.expires_at - self._wall() > SAFETY_MARGIN and (held is None or held.value != stored.value)
 
-    def _of_store(self, credential: Credential, stored: StoredToken) -> Token:
+    def _from_store(self, credential: TokenKey, stored: StoredToken) -> Token:
         return self._token(credential, stored.value, self._now(), stored.expires_at - self._wall(), took=0.0)
 
-    def _key(self, credential: Credential, source: str) -> str:
+    def _key(self, credential: TokenKey, source: str) -> str:
         """Return what the credential's token is kept by: it differs wherever another secret would give another token.
 
         So two fleets on one Redis that call different sellers by one name do not meet, nor does a new configuration
@@ -424,12 +430,12 @@ class Tokens:
         """
         return f"{_key(credential)}\x1f{source}"
 
-    def _fresh(self, credential: Credential, granted: Granted) -> Token:
+    def _fresh(self, credential: TokenKey, granted: FetchedToken) -> Token:
         # Counted from before the exchange: the token host's clock started no earlier than that.
-        took = granted.came - granted.asked
-        return self._token(credential, granted.grant.value, granted.asked, granted.grant.expires_in, took)
+        took = granted.received_at - granted.requested_at
+        return self._token(credential, granted.response.value, granted.requested_at, granted.response.expires_in, took)
 
-    def _token(self, credential: Credential, value: Secret, since: float, life: float, took: float) -> Token:
+    def _token(self, credential: TokenKey, value: Secret, since: float, life: float, took: float) -> Token:
         expires_at = since + life - min(SAFETY_MARGIN, life / 20)
         share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311 - spreads load, hides nothing
         renew_at = min(since + life * share, expires_at - RENEW_LEAD * took)
@@ -437,47 +443,47 @@ class Tokens:
             value, credential.kind, since, renew_at, expires_at, since + life, self._now(), credential.data_elements
         )
 
-    def _hold(self, credential: Credential, token: Token) -> None:
-        self._held.pop(credential, None)
-        if len(self._held) >= MOST_HELD:
-            del self._held[next(iter(self._held))]  # the one that was fetched longest ago
-        self._held[credential] = token
+    def _cache(self, credential: TokenKey, token: Token) -> None:
+        self._tokens.pop(credential, None)
+        if len(self._tokens) >= MAX_CACHED:
+            del self._tokens[next(iter(self._tokens))]  # the one that was fetched longest ago
+        self._tokens[credential] = token
         expires_at = self._wall() + token.expires_at - self._now()
         self._metrics.token_expiry.labels(credential.account, credential.region, credential.kind).set(expires_at)
-        self._look(credential, token, at=token.renew_at)
+        self.schedule(credential, token, at=token.renew_at)
 
-        if not self._grants.is_in_force(credential, token.source):
-            self._call_later(SETTLED_AFTER, self._settle, credential, token)
+        if not self._client.matches_config(credential, token.source):
+            self._call_later(SETTLED_AFTER, self.verify_source, credential, token)
 
-    def _settle(self, credential: Credential, token: Token) -> None:
+    def verify_source(self, credential: TokenKey, token: Token) -> None:
         """Forget a token that was got by what a file held for a moment: it may be another seller's."""
-        if self._held.get(credential) is token and token.source != self._grants.fingerprint(credential):
-            self.forget(lambda one: one == credential)
+        if self._tokens.get(credential) is token and token.source != self._client.fingerprint(credential):
+            self.invalidate(lambda one: one == credential)
 
-    def _look(self, credential: Credential, token: Token, at: float) -> None:
-        self._call_later(max(0.0, at - self._now()), self._due, credential, token)
+    def schedule(self, credential: TokenKey, token: Token, at: float) -> None:
+        self._call_later(max(0.0, at - self._now()), self.refresh_if_due, credential, token)
 
-    def _due(self, credential: Credential, token: Token) -> None:
+    def refresh_if_due(self, credential: TokenKey, token: Token) -> None:
         """Renew a token that is in use, before anybody has to wait for it."""
-        if self._closed or self._held.get(credential) is not token:
+        if self._closed or self._tokens.get(credential) is not token:
             return
         now = self._now()
         if now >= token.expires_at:
-            if not credential.reusable:
-                del self._held[credential]  # nobody will ask for that document's token again
+            if not credential.is_shared:
+                del self._tokens[credential]  # nobody will ask for that document's token again
             # Others stay: so the store's copy is known for the same one, whatever the wall clock says by then.
             return
-        in_use = now - token.used_at <= IN_USE * (token.expires_at - token.since)
-        if not credential.reusable or not in_use:
-            self._look(credential, token, at=token.expires_at)
+        in_use = now - token.used_at <= IN_USE_WITHIN * (token.expires_at - token.issued_at)
+        if not credential.is_shared or not in_use:
+            self.schedule(credential, token, at=token.expires_at)
             return
         pause = self._pause(credential, now)
         if pause <= 0:
-            self._exchange(credential, None)
-        self._look(credential, token, at=min(token.expires_at, now + max(pause, LOOK_AGAIN)))
+            self.ensure_refresh(credential, None)
+        self.schedule(credential, token, at=min(token.expires_at, now + max(pause, CHECK_INTERVAL)))
 
 
-def _key(credential: Credential) -> str:
+def _key(credential: TokenKey) -> str:
     """Return a text that differs wherever two tokens do; no part of it can contain the separator's neighbours."""
     return "\x1f".join(
         (
@@ -494,7 +500,7 @@ def _key(credential: Credential) -> str:
     )
 
 
-def _nothing_left(credential: Credential) -> RestrictedDataRefused:
+def _no_token_left(credential: TokenKey) -> RestrictedDataRefused:
     return RestrictedDataRefused(
         f"the application has no role for any of the data elements asked for account {credential.account} in "
         f"{credential.region}: {', '.join(credential.data_elements)}",
@@ -502,7 +508,7 @@ def _nothing_left(credential: Credential) -> RestrictedDataRefused:
     )
 
 
-def _again(error: ProxyError, remaining: float) -> ProxyError:
+def _recur(error: ProxyError, remaining: float) -> ProxyError:
     """Return the remembered error anew: one instance raised by many would grow a traceback for each."""
     return type(error)(
         error.message, error.hint, retry_after=remaining if error.retryable else None, reason=error.reason

@@ -9,63 +9,63 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 FIRST_PAUSE = 30.0  # seconds until the token of one credential may be replaced again; doubled each time
-LONGEST_PAUSE = 900.0
+MAX_PAUSE = 900.0
 STORM = 5  # tokens in a row whose successors were refused
 STORM_PAUSE = 15.0  # seconds between two probes, doubled each time
-LONGEST_STORM_PAUSE = 300.0
-MOST_KEPT = 10_000
+MAX_STORM_PAUSE = 300.0
+MAX_TRACKED = 10_000
 
 
 @dataclass(slots=True)
-class _Doubt:
+class _Rejection:
     token: object
     count: int
     until: float
 
 
-class Doubts:
+class RefreshBackoff:
     """What became of the tokens that were fetched in place of refused ones; `now` is a monotonic clock in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._doubts: dict[Hashable, _Doubt] = {}
-        self._in_a_row = 0
+        self._rejections: dict[Hashable, _Rejection] = {}
+        self._consecutive = 0
         self._storm_pause = STORM_PAUSE
         self._probe_at = 0.0
 
-    def is_refused(self, credential: Hashable, token: object) -> bool:
+    def was_rejected(self, credential: Hashable, token: object) -> bool:
         """Return whether `token` was fetched in place of another, and refused as well."""
-        doubt = self._doubts.get(credential)
+        doubt = self._rejections.get(credential)
         return doubt is not None and doubt.token is token
 
-    def permits(self, credential: Hashable) -> bool:
+    def allows(self, credential: Hashable) -> bool:
         """Return whether a new token may be fetched for `credential` now."""
-        doubt, now = self._doubts.get(credential), self._now()
+        doubt, now = self._rejections.get(credential), self._now()
         if doubt is not None and now < doubt.until:
             return False
-        if self._in_a_row < STORM:
+        if self._consecutive < STORM:
             return True
         if now < self._probe_at:
             return False
         self._probe_at = now + self._storm_pause
         return True
 
-    def judge(self, credential: Hashable, token: object, *, accepted: bool) -> None:
+    def record_result(self, credential: Hashable, token: object, *, accepted: bool) -> None:
         """Learn whether Amazon took `token`, which was fetched in place of a refused one."""
         if accepted:
-            self._doubts.pop(credential, None)
-            self._in_a_row, self._storm_pause = 0, STORM_PAUSE
+            self._rejections.pop(credential, None)
+            self._consecutive, self._storm_pause = 0, STORM_PAUSE
             return
-        before = self._doubts.pop(credential, None)
+        before = self._rejections.pop(credential, None)
         if before is not None and before.token is token:
-            self._doubts[credential] = before
+            self._rejections[credential] = before
             return  # others were refused with it too, which tells nothing new
         count = before.count + 1 if before else 1
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(count - 1, 20))
-        if len(self._doubts) >= MOST_KEPT:
-            del self._doubts[next(iter(self._doubts))]
-        self._doubts[credential] = _Doubt(token, count, self._now() + pause)
-        self._in_a_row += 1
-        if self._in_a_row >= STORM:
+        pause = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(count - 1, 20))
+        if len(self._rejections) >= MAX_TRACKED:
+            del self._rejections[next(iter(self._rejections))]
+        self._rejections[credential] = _Rejection(token, count, self._now() + pause)
+        self._consecutive += 1
+        if self._consecutive >= STORM:
             self._probe_at = self._now() + self._storm_pause
-            self._storm_pause = min(LONGEST_STORM_PAUSE, self._storm_pause * 2)
+            self._storm_pause = min(MAX_STORM_PAUSE, self._storm_pause * 2)

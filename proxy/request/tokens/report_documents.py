@@ -7,54 +7,54 @@ What is not known is asked with a Restricted Data Token first.
 import zlib
 from collections import OrderedDict
 
-from proxy.amazon.report_types import OPERATIONS_THAT_TELL, RESTRICTED_TYPES, documents_in
-from proxy.request.routing import Credential, Target
-from proxy.request.upstream.http1 import Answer
+from proxy.amazon.report_types import REPORT_OPERATIONS, RESTRICTED_TYPES, documents_in
+from proxy.request.routing import Route, TokenKey
+from proxy.request.upstream.http1 import Response
 
-MOST_READ = 256 * 1024  # bytes of an answer that are looked at; getReports names a hundred reports in a fifth of that
-MOST_KNOWN = 2_000  # documents of one account and region: the newest
-MOST_ACCOUNTS = 500  # those that asked last
+MAX_READ = 256 * 1024  # bytes of an answer that are looked at; getReports names a hundred reports in a fifth of that
+MAX_KNOWN = 2_000  # documents of one account and region: the newest
+MAX_ACCOUNTS = 500  # those that asked last
 
 # Document ids are unique only together with the seller (model reports_2021-06-30).
 Owner = tuple[str, str, str]
 
 
-class Documents:
+class UnrestrictedReports:
     """What is known of each account's report documents."""
 
     def __init__(self) -> None:
         self._unrestricted: OrderedDict[Owner, OrderedDict[str, None]] = OrderedDict()
 
-    def is_unrestricted(self, credential: Credential) -> bool:
+    def is_unrestricted(self, credential: TokenKey) -> bool:
         """Return whether the document that `credential` is for is known to need no Restricted Data Token."""
         known = self._unrestricted.get(_owner(credential))
         return known is not None and _document(credential) in known
 
-    def note_unrestricted(self, credential: Credential) -> None:
+    def add_unrestricted(self, credential: TokenKey) -> None:
         """Learn that Amazon gives no Restricted Data Token for this document, because it needs none."""
         self._add(_owner(credential), _document(credential))
 
-    def forget(self, credential: Credential) -> None:
+    def forget(self, credential: TokenKey) -> None:
         """Unlearn a document that Amazon refused without a Restricted Data Token."""
         self._unrestricted.get(_owner(credential), OrderedDict()).pop(_document(credential), None)
 
-    def reader(self, target: Target, answer: Answer) -> "Reader | None":
+    def tap(self, target: Route, answer: Response) -> "BodyTap | None":
         """Return what reads along with an answer that may name documents; None for every other answer."""
-        if target.operation_name not in OPERATIONS_THAT_TELL or answer.status != 200:
+        if target.operation_name not in REPORT_OPERATIONS or answer.status != 200:
             return None
         length = answer.first(b"content-length") or "0"
-        if not length.isdigit() or int(length) > MOST_READ:
+        if not length.isdigit() or int(length) > MAX_READ:
             return None
-        return Reader(self, _owner(target.credential), answer.first(b"content-encoding") or "")
+        return BodyTap(self, _owner(target.credential), answer.first(b"content-encoding") or "")
 
     def _add(self, owner: Owner, document: str) -> None:
         known = self._unrestricted.setdefault(owner, OrderedDict())
         self._unrestricted.move_to_end(owner)
-        if len(self._unrestricted) > MOST_ACCOUNTS:
+        if len(self._unrestricted) > MAX_ACCOUNTS:
             self._unrestricted.popitem(last=False)
         known[document] = None
         known.move_to_end(document)
-        if len(known) > MOST_KNOWN:
+        if len(known) > MAX_KNOWN:
             known.popitem(last=False)
 
     def learn(self, owner: Owner, body: bytes) -> None:
@@ -64,10 +64,10 @@ class Documents:
                 self._add(owner, document)
 
 
-class Reader:
+class BodyTap:
     """Reads along with one answer, up to a bound, and changes nothing of it."""
 
-    def __init__(self, documents: Documents, owner: Owner, coding: str) -> None:
+    def __init__(self, documents: UnrestrictedReports, owner: Owner, coding: str) -> None:
         self._documents = documents
         self._owner = owner
         self._coding = coding
@@ -75,7 +75,7 @@ class Reader:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes; of an answer that grows past the bound, nothing is learnt."""
-        if self._read is not None and len(self._read) + len(chunk) <= MOST_READ:
+        if self._read is not None and len(self._read) + len(chunk) <= MAX_READ:
             self._read += chunk
         else:
             self._read = None
@@ -83,10 +83,10 @@ class Reader:
     def end(self) -> None:
         """Learn from the answer, now that it is whole."""
         if self._read is not None:
-            self._documents.learn(self._owner, unpacked(bytes(self._read), self._coding, MOST_READ * 4))
+            self._documents.learn(self._owner, decompress(bytes(self._read), self._coding, MAX_READ * 4))
 
 
-def unpacked(body: bytes, coding: str, most: int) -> bytes:
+def decompress(body: bytes, coding: str, most: int) -> bytes:
     """Return a copy of `body` without its content coding, at most `most` bytes of it; empty where it cannot be read."""
     if not coding or coding.lower() == "identity":
         return body
@@ -96,9 +96,9 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
         return b""
 
 
-def _owner(credential: Credential) -> Owner:
+def _owner(credential: TokenKey) -> Owner:
     return credential.environment, credential.account, credential.region
 
 
-def _document(credential: Credential) -> str:
+def _document(credential: TokenKey) -> str:
     return credential.path.rpartition("/")[2]

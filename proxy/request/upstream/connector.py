@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import aiohappyeyeballs
 
 from proxy.config import LOOPBACK_NAMES, Config, Problem
-from proxy.request.upstream.http1 import Wire
+from proxy.request.upstream.http1 import ClientConnection
 
 ADDRESSES_LAST = 30.0  # seconds
 NEXT_ADDRESS = 0.25  # seconds before the next address is tried beside the one that has not answered
@@ -52,7 +52,7 @@ class Origin(NamedTuple):
         return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
 
 
-class Tls(ssl.SSLContext):
+class ResumingContext(ssl.SSLContext):
     """Verifies hosts, and resumes its last session with each (RFC 8446 section 2.2): a handshake without certificates.
 
     asyncio has no way to hand a session over, so it is put in where the connection's TLS object is made.
@@ -79,12 +79,12 @@ class Tls(ssl.SSLContext):
             self.sessions[host] = session
 
 
-def tls_context(config: Config) -> Tls:
+def tls_context(config: Config) -> ResumingContext:
     """Return what verifies Amazon's hosts: TLS 1.2 and up, the system's certificates or those of `pool.ca_file`.
 
     As `ssl.create_default_context` makes it, but for the log of keys that a variable could switch on there.
     """
-    context = Tls(ssl.PROTOCOL_TLS_CLIENT)  # which verifies certificates and names
+    context = ResumingContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies certificates and names
     context.sessions = {}
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if sys.version_info >= (3, 13):
@@ -96,7 +96,7 @@ def tls_context(config: Config) -> Tls:
     return context
 
 
-def mistakes(config: Config) -> Iterator[Problem]:
+def validate(config: Config) -> Iterator[Problem]:
     """Yield a problem where `pool.ca_file` cannot be used."""
     if config.pool.ca_file is None:
         return
@@ -107,7 +107,7 @@ def mistakes(config: Config) -> Iterator[Problem]:
         yield Problem("pool.ca_file", f"cannot be used: {reason}")
 
 
-class Addresses:
+class DnsCache:
     """The addresses of hosts: looked up once for everybody who waits, kept for half a minute.
 
     Where a later look-up fails, the ones known before serve on: they are more likely right than none.
@@ -117,7 +117,7 @@ class Addresses:
         self._known: dict[tuple[str, int], tuple[float, AddressList]] = {}
         self._pending: dict[tuple[str, int], asyncio.Task[AddressList]] = {}
 
-    async def of(self, host: str, port: int) -> AddressList:
+    async def resolve(self, host: str, port: int) -> AddressList:
         """Return the addresses of a host; raise OSError where there are none."""
         key = host, port
         until, known = self._known.get(key, (0.0, []))
@@ -125,8 +125,8 @@ class Addresses:
             return known
         task = self._pending.get(key)
         if task is None:
-            task = self._pending[key] = asyncio.create_task(self._look_up(host, port), name="addresses")
-            task.add_done_callback(lambda done: self._looked_up(key, done))
+            task = self._pending[key] = asyncio.create_task(self._query(host, port), name="addresses")
+            task.add_done_callback(lambda done: self._on_resolved(key, done))
         try:
             return await asyncio.shield(task)
         except OSError:
@@ -134,34 +134,34 @@ class Addresses:
                 return known
             raise
 
-    def doubt(self, host: str, port: int) -> None:
+    def invalidate(self, host: str, port: int) -> None:
         """Look up anew next time: none of the addresses answered."""
         _, known = self._known.get((host, port), (0.0, []))
         if known:
             self._known[host, port] = 0.0, known
 
-    async def _look_up(self, host: str, port: int) -> AddressList:
+    async def _query(self, host: str, port: int) -> AddressList:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         self._known[host, port] = loop.time() + ADDRESSES_LAST, list(found)
         return list(found)
 
-    def _looked_up(self, key: tuple[str, int], task: "asyncio.Task[AddressList]") -> None:
+    def _on_resolved(self, key: tuple[str, int], task: "asyncio.Task[AddressList]") -> None:
         self._pending.pop(key, None)
         if not task.cancelled():
             task.exception()  # whoever waited may have left
 
 
-class Dialler:
+class Connector:
     """Makes connections. Those to hosts of this machine are direct, the others go by `pool.proxy` where it is set."""
 
-    def __init__(self, config: Config, tls: Tls) -> None:
+    def __init__(self, config: Config, tls: ResumingContext) -> None:
         self._tls = tls
-        self._addresses = Addresses()
+        self._addresses = DnsCache()
         self._proxy = config.pool.proxy
         self._no_proxy = tuple(name.lower().lstrip("*").lstrip(".") for name in config.pool.no_proxy)
 
-    async def connect(self, origin: Origin, make: Callable[[socket.socket], Wire]) -> Wire:
+    async def connect(self, origin: Origin, make: Callable[[socket.socket], ClientConnection]) -> ClientConnection:
         """Return a new connection to `origin`, ready for a request; raise OSError, of which `ssl.SSLError` is one."""
         sock = await self._socket(origin)
         try:
@@ -194,11 +194,11 @@ class Dialler:
         )
 
     async def _reach(self, host: str, port: int) -> socket.socket:
-        addresses = await self._addresses.of(host, port)
+        addresses = await self._addresses.resolve(host, port)
         try:
             return await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS, interleave=1)
         except OSError:
-            self._addresses.doubt(host, port)
+            self._addresses.invalidate(host, port)
             raise
 
 

@@ -12,22 +12,22 @@ from typing import Self
 from proxy.config import Config
 from proxy.errors import BodyTimeout, CallTimeout, ProxyError, TotalTimeout, UpstreamTimeout
 
-_APP_STALLED = BodyTimeout(
+_CLIENT_STALLED = BodyTimeout(
     "the app stopped sending its body, or reading the answer", "Send or read without long pauses (timeouts.body_idle)."
 )
-_AMAZON_SILENT = UpstreamTimeout(
+_UPSTREAM_SILENT = UpstreamTimeout(
     "Amazon was silent for too long", "A write may or may not have been done: look before you repeat it."
 )
 _CALL_OVER = CallTimeout(
     "the time that the call had (x-sp-timeout) is over",
     "A write may or may not have been done: look before you repeat it.",
 )
-_TOO_LONG = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
+_TOTAL_EXCEEDED = TotalTimeout("the whole exchange took too long", "Raise timeouts.total for very large bodies.")
 
 _NEVER = float("inf")
 
 
-class Deadlines:
+class DeadlineTimer:
     """The deadlines of all exchanges under way, and the one timer that looks after them."""
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
@@ -36,24 +36,24 @@ class Deadlines:
         timeouts = config.timeouts
         self.total, self.upstream_idle, self.body_idle = timeouts.total, timeouts.upstream_idle, timeouts.body_idle
         self.body_rate = config.bounds.body_rate
-        self.waiting: set[Patience] = set()
+        self.waiting: set[RequestDeadline] = set()
         self.next = _NEVER
         self._timer: asyncio.TimerHandle | None = None
 
-    def be_there(self, moment: float) -> None:
+    def schedule(self, moment: float) -> None:
         """Be there at this moment, which is earlier than any other."""
         if self._timer is not None:
             self._timer.cancel()
         self.next = moment
-        self._timer = self.loop.call_at(moment, self._look)
+        self._timer = self.loop.call_at(moment, self._expire_due)
 
-    def break_off(self, error: ProxyError) -> None:
+    def cancel_all(self, error: ProxyError) -> None:
         """Break the waits of all exchanges under way off, each with this error."""
         breaking, self.waiting = self.waiting, set()
         for patience in breaking:
-            patience.break_off(error)
+            patience.cancel(error)
 
-    def _look(self) -> None:
+    def _expire_due(self) -> None:
         self._timer, self.next = None, _NEVER
         now = self.loop.time()
         for patience in [one for one in self.waiting if one.deadline <= now]:
@@ -61,10 +61,10 @@ class Deadlines:
             patience.expire()
         earliest = min((one.deadline for one in self.waiting), default=_NEVER)
         if earliest < _NEVER:
-            self.be_there(earliest)
+            self.schedule(earliest)
 
 
-class Patience:
+class RequestDeadline:
     """One bound for all the waits of one exchange: each phase sets how long it may take and what its end is called.
 
     Use it as a context manager around the waits of one task; a phase that outlasts its time raises its error there.
@@ -73,8 +73,6 @@ class Patience:
 
     __slots__ = (
         "_amazon_idle",
-        "_app_since",
-        "_app_time",
         "_cancelling",
         "_deadlines",
         "_ends_at",
@@ -84,51 +82,53 @@ class Patience:
         "_reason",
         "_task",
         "_too_long",
+        "client_since",
+        "client_time",
         "deadline",
     )
 
-    def __init__(self, deadlines: Deadlines, timeout: float | None = None) -> None:
+    def __init__(self, deadlines: DeadlineTimer, timeout: float | None = None) -> None:
         total = deadlines.total
-        self._too_long: ProxyError = _TOO_LONG
+        self._too_long: ProxyError = _TOTAL_EXCEEDED
         if timeout is not None and timeout < total:
             total, self._too_long = timeout, _CALL_OVER
         self._deadlines = deadlines
         self._amazon_idle = deadlines.upstream_idle
         self._now = now = deadlines.now
-        self._app_time, self._app_since = 0.0, None  # type: float, float | None
+        self.client_time, self.client_since = 0.0, None  # type: float, float | None
         self._error: ProxyError = self._too_long
         self.deadline = self._ends_at = now() + total
         self._has_expired = False
         self._reason: ProxyError = self._too_long  # why it was broken off, once that has happened
 
-    def for_app(self, moved: int = 0) -> None:
+    def wait_for_client(self, moved: int = 0) -> None:
         """Wait for the app: to send more of its body, or to take more of the answer, of which it has `moved` bytes.
 
         It may pause for `timeouts.body_idle`, but all its pauses together may not be longer than that and what
         `bounds.body_rate` gives it for what it has moved: one byte every few seconds would never end.
         """
-        self._app_since = now = self._end_phase()
+        self.client_since = now = self._end_phase()
         idle, rate = self._deadlines.body_idle, self._deadlines.body_rate
-        left = min(idle, idle + moved / rate - self._app_time) if rate else idle
-        self._wait_until(now + left, _APP_STALLED)
+        left = min(idle, idle + moved / rate - self.client_time) if rate else idle
+        self._wait_until(now + left, _CLIENT_STALLED)
 
-    def for_proxy(self) -> None:
+    def wait_for_proxy(self) -> None:
         """Wait for what the proxy itself does, each part of which has a bound of its own."""
         self._end_phase()
         self.deadline, self._error = self._ends_at, self._too_long
 
-    def for_amazon(self) -> None:
+    def wait_for_upstream(self) -> None:
         """Wait for Amazon: to take more of the body, to answer, or to send more of its answer."""
-        if self._app_since is not None:
+        if self.client_since is not None:
             self._end_phase()
         now = self._now
         end = now() + self._amazon_idle
         if end >= self._ends_at:
-            self._wait_until(end, _AMAZON_SILENT)
+            self._wait_until(end, _UPSTREAM_SILENT)
             return
-        self.deadline, self._error = end, _AMAZON_SILENT
+        self.deadline, self._error = end, _UPSTREAM_SILENT
         if end < self._deadlines.next:
-            self._deadlines.be_there(end)
+            self._deadlines.schedule(end)
 
     @property
     def now(self) -> Callable[[], float]:
@@ -136,16 +136,16 @@ class Patience:
         return self._now
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """The seconds that the whole exchange still has."""
         return max(0.0, self._ends_at - self._now())
 
     @property
-    def amazon_was_silent(self) -> bool:
+    def upstream_timed_out(self) -> bool:
         """Whether time ran out while it was Amazon's turn."""
         return self._has_expired and isinstance(self._reason, UpstreamTimeout)
 
-    def break_off(self, error: ProxyError) -> None:
+    def cancel(self, error: ProxyError) -> None:
         """Break the wait off for another reason than time."""
         self._error = error
         self.expire()
@@ -159,9 +159,9 @@ class Patience:
     def _end_phase(self) -> float:
         """Note how long the app took, where it was waited for; return the moment."""
         now = self._now()
-        if self._app_since is not None:
-            self._app_time += now - self._app_since
-            self._app_since = None
+        if self.client_since is not None:
+            self.client_time += now - self.client_since
+            self.client_since = None
         return now
 
     def _wait_until(self, end: float, error: ProxyError) -> None:
@@ -169,7 +169,7 @@ class Patience:
             end, error = self._ends_at, self._too_long
         self.deadline, self._error = end, error
         if end < self._deadlines.next:
-            self._deadlines.be_there(end)
+            self._deadlines.schedule(end)
 
     def __enter__(self) -> Self:
         task = asyncio.current_task(self._deadlines.loop)
@@ -178,7 +178,7 @@ class Patience:
         self._task, self._cancelling = task, task.cancelling()
         self._deadlines.waiting.add(self)
         if self.deadline < self._deadlines.next:
-            self._deadlines.be_there(self.deadline)
+            self._deadlines.schedule(self.deadline)
         return self
 
     def __exit__(

@@ -19,22 +19,28 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy.amazon.headers import credential_headers
 from proxy.config import Config
 from proxy.errors import ConnectTimeout, MalformedRequest, ProxyError, UpstreamBroken, UpstreamUnreachable
-from proxy.request.context import Exchange
-from proxy.request.header_cache import Head
-from proxy.request.routing import Target
+from proxy.request.context import RequestContext
+from proxy.request.header_cache import HeaderBlock
+from proxy.request.routing import Route
 from proxy.request.tokens.provider import Token
-from proxy.request.tokens.report_documents import Reader
-from proxy.request.upstream.connector import Origin, Tls
-from proxy.request.upstream.deadlines import Patience
-from proxy.request.upstream.http1 import Answer, Broken, Wire
-from proxy.request.upstream.pool import Pool, field_lines
-from proxy.request.upstream.response import HOP_BY_HOP, AmazonsAnswer, AnswerHead, break_off, named_in_connection
-from proxy.request.upstream.token_redaction import Mask, NoMask
+from proxy.request.tokens.report_documents import BodyTap
+from proxy.request.upstream.connector import Origin, ResumingContext
+from proxy.request.upstream.deadlines import RequestDeadline
+from proxy.request.upstream.http1 import ClientConnection, RemoteProtocolError, Response
+from proxy.request.upstream.pool import ConnectionPool, field_lines
+from proxy.request.upstream.response import (
+    HOP_BY_HOP,
+    ResponseHead,
+    UpstreamResponse,
+    abort_connection,
+    named_in_connection,
+)
+from proxy.request.upstream.token_redaction import NullRedactor, TokenRedactor
 
 # What an app sends that is not for Amazon: its own credentials and those of AWS signatures, what the proxy sets
 # itself, what names the hops and traces inside the user's network, and what would have some servers take the request
 # for another method or path than was judged.
-PRIVATE = frozenset(
+STRIPPED_HEADERS = frozenset(
     {
         "authorization",
         "baggage",
@@ -66,7 +72,7 @@ PRIVATE = frozenset(
         "x-rewrite-url",
     }
 )
-PRIVATE_PREFIXES = ("x-sp-", "x-forwarded-")
+STRIPPED_PREFIXES = ("x-sp-", "x-forwarded-")
 
 # Amazon's front end refuses these on GET and HEAD (DOC "API request validation for 400 errors with HTML response").
 BODY_FIELDS = frozenset({"content-length", "content-type", "content-encoding"})
@@ -76,14 +82,14 @@ _BODY_LENGTH = frozenset({"content-length", "transfer-encoding"})
 # Written with `_`, they are others than these, but not for everybody.
 LOOKALIKES = BODY_FIELDS
 
-MOST_KEPT = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
-MOST_OF_REFUSAL = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
+MAX_BUFFERED = 128 * 1024  # bytes of an app's body that are kept until Amazon has answered
+MAX_ERROR_BODY = 16 * 1024  # bytes of a refusal of Amazon's that are looked at
 
 _VALUE = itemgetter(1)
-_MOST_ORIGINS = 64  # addresses that are kept taken apart
+_MAX_ORIGINS = 64  # addresses that are kept taken apart
 
 
-def check_body(method: str, head: Head) -> None:
+def check_body(method: str, head: HeaderBlock) -> None:
     """Raise MalformedRequest for a body on GET or HEAD: Amazon answers that with a page of HTML."""
     if method not in BODILESS or _BODY_LENGTH.isdisjoint(head.names):
         return
@@ -91,7 +97,7 @@ def check_body(method: str, head: Head) -> None:
         raise MalformedRequest(f"a {method} request has a body", "Send it without a body, or use POST.")
 
 
-def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+def end_to_end_headers(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """Return what of an app's headers goes to Amazon, in order, repeated fields kept apart."""
     fits = _fits_bodiless if method in BODILESS else _fits
     kept = [field for field in headers.items() if fits(field[0])]
@@ -103,15 +109,15 @@ def cleaned(method: str, headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict(kept)
 
 
-def lines_for_amazon(method: str, head: Head) -> bytes:
+def upstream_header_lines(method: str, head: HeaderBlock) -> bytes:
     """Return the lines of an app's fields that go to Amazon; raise MalformedRequest as `cleaned` does."""
     if method in BODILESS:
-        if head.lines_of_bodiless is None:
-            head.lines_of_bodiless = field_lines(list(cleaned(method, head.headers).items()))
-        return head.lines_of_bodiless
+        if head.bodiless_lines is None:
+            head.bodiless_lines = field_lines(list(end_to_end_headers(method, head.headers).items()))
+        return head.bodiless_lines
     if head.lines is None:
-        kept = cleaned(method, head.headers)
-        head.says_length = "Content-Length" in kept  # a Connection may have named the one that came
+        kept = end_to_end_headers(method, head.headers)
+        head.has_content_length = "Content-Length" in kept  # a Connection may have named the one that came
         head.lines = field_lines(list(kept.items()))
     return head.lines
 
@@ -132,7 +138,7 @@ def _is_for_amazon(name: str, *, is_bodiless: bool) -> bool:
     lower = name.lower().replace("_", "-")
     if ("_" in name and lower in LOOKALIKES) or (is_bodiless and lower in BODY_FIELDS):
         return False
-    return lower not in HOP_BY_HOP and lower not in PRIVATE and not lower.startswith(PRIVATE_PREFIXES)
+    return lower not in HOP_BY_HOP and lower not in STRIPPED_HEADERS and not lower.startswith(STRIPPED_PREFIXES)
 
 
 def _is_utf8(value: str) -> bool:
@@ -144,32 +150,37 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-_NO_MASK = NoMask()
+_NO_REDACTION = NullRedactor()
 
 
-class Call:
+class UpstreamCall:
     """One request on its way: what was decided, how patient to be, and its body.
 
     The body is streamed as it comes, and kept up to a bound, so that it can be sent again.
     """
 
     def __init__(
-        self, request: web.BaseRequest, head: Head, target: Target, exchange: Exchange, patience: Patience
+        self,
+        request: web.BaseRequest,
+        head: HeaderBlock,
+        target: Route,
+        exchange: RequestContext,
+        patience: RequestDeadline,
     ) -> None:
         self.request = request
-        self.head = head
-        self.target = target
-        self.exchange = exchange
-        self.patience = patience
-        self.has_place = False  # among the account's requests at Amazon
-        self.wants_new_connection = False  # the last attempt broke on one that had been idle
-        self.mask: Mask = _NO_MASK  # for the token that went with it
+        self.headers = head
+        self.route = target
+        self.context = exchange
+        self.deadline = patience
+        self.has_account_slot = False  # among the account's requests at Amazon
+        self.needs_fresh_connection = False  # the last attempt broke on one that had been idle
+        self.redactor: TokenRedactor = _NO_REDACTION  # for the token that went with it
         self._kept: list[bytes] | None = []
         self._kept_size = 0
         self._is_read = not request.body_exists
 
     @property
-    def can_be_sent_again(self) -> bool:
+    def is_replayable(self) -> bool:
         """Whether all of it is at hand."""
         return self._is_read and self._kept is not None
 
@@ -179,101 +190,103 @@ class Call:
             for chunk in self._kept or ():
                 yield chunk
             return
-        say_continue(self.request)
+        send_100_continue(self.request)
         while chunk := await self._next():
             self._keep(chunk)
-            self.exchange.request_bytes += len(chunk)
+            self.context.request_bytes += len(chunk)
             yield chunk
         self._is_read = True
 
-    def at_hand(self) -> bytes | None:
+    def buffered_body(self) -> bytes | None:
         """Return the body where all of it has come already; None where it is still to be waited for."""
         content = self.request.content
         if not self._is_read and content.is_eof() and content.exception() is None:
             self._is_read = True
             data = content.read_nowait()
             self._keep(data)
-            self.exchange.request_bytes += len(data)
+            self.context.request_bytes += len(data)
             return data
         return b"".join(self._kept) if self._is_read and self._kept is not None else None
 
     async def _next(self) -> bytes:
-        self.patience.for_app(self.exchange.request_bytes)
+        self.deadline.wait_for_client(self.context.request_bytes)
         try:
             chunk = await self.request.content.readany()
         except (web.RequestPayloadError, ClientError, ValueError) as exc:
             error = MalformedRequest("the request's body is not well-formed", "Check its framing.")
-            self.exchange.upload_error = error
+            self.context.upload_error = error
             raise error from exc
-        self.patience.for_amazon()
+        self.deadline.wait_for_upstream()
         return chunk
 
     def _keep(self, chunk: bytes) -> None:
         self._kept_size += len(chunk)
-        if self._kept is not None and self._kept_size <= MOST_KEPT:
+        if self._kept is not None and self._kept_size <= MAX_BUFFERED:
             self._kept.append(chunk)
         else:
             self._kept = None
 
 
-def say_continue(request: web.BaseRequest) -> None:
+def send_100_continue(request: web.BaseRequest) -> None:
     """Tell an app that waits for it to send its body (RFC 9110 section 10.1.1); everything is checked by now."""
     expects = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
     if expects and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def open_session(config: Config, limit: int, tls: Tls | None = None) -> Pool:
+def amazon_pool(config: Config, limit: int, tls: ResumingContext | None = None) -> ConnectionPool:
     """Return the connections to Amazon, `limit` of them at most; `tls` as in Pool."""
-    return Pool(config, limit, tls=tls)
+    return ConnectionPool(config, limit, tls=tls)
 
 
-@lru_cache(maxsize=_MOST_ORIGINS)
+@lru_cache(maxsize=_MAX_ORIGINS)
 def _origin_of(endpoint: str) -> tuple[Origin, bytes]:
     """Return whom an endpoint is to connect to, and the line that says so."""
     origin = Origin.of(endpoint)
     return origin, field_lines([("Host", origin.authority)])
 
 
-class Upstream:
+class Forwarder:
     """Sends requests to Amazon and streams the answers back."""
 
-    def __init__(self, *, session: Pool, user_agents: Mapping[str, str], wall: Callable[[], float] = time.time) -> None:
-        self._session = session
+    def __init__(
+        self, *, session: ConnectionPool, user_agents: Mapping[str, str], wall: Callable[[], float] = time.time
+    ) -> None:
+        self._pool = session
         self._user_agents = user_agents
         self._wall = wall
 
-    def send(self, call: Call, token: Token) -> Coroutine[Any, Any, Answer]:
+    def send(self, call: UpstreamCall, token: Token) -> Coroutine[Any, Any, Response]:
         """Send the request and return Amazon's answer as soon as its head is there; its body is still to be read.
 
         Raises an error of ours for everything that keeps an answer from coming.
         """
-        call.exchange.attempts += 1
-        call.mask = Mask(token.telling_part)
-        own = lines_for_amazon(call.request.method, call.head)
-        credentials = self._credentials(call.target.application, token)
-        return self.send_with(call, own + credentials, says_length=call.head.says_length)
+        call.context.attempts += 1
+        call.redactor = TokenRedactor(token.secret_suffix)
+        own = upstream_header_lines(call.request.method, call.headers)
+        credentials = self._credentials(call.route.application, token)
+        return self.send_with(call, own + credentials, says_length=call.headers.has_content_length)
 
-    async def send_with(self, call: Call, lines: bytes, *, says_length: bool) -> Answer:
+    async def send_with(self, call: UpstreamCall, lines: bytes, *, says_length: bool) -> Response:
         """Do what `send` does with these lines of fields and no other; they say the body's length, or do not.
 
         The request goes to the target's endpoint, whatever that is.
         """
-        call.patience.for_amazon()
-        origin, host = _origin_of(call.target.endpoint)
+        call.deadline.wait_for_upstream()
+        origin, host = _origin_of(call.route.endpoint)
         head, is_chunked = _head(call, host + lines, says_length=says_length)
-        wire = await self._connection(origin, fresh=call.wants_new_connection)
+        wire = await self._connection(origin, fresh=call.needs_fresh_connection)
         was_used = wire.served > 0
         answer = _begin(wire, call, head, is_chunked=is_chunked)
         try:
             await answer.head()
-        except Broken as exc:
-            error = call.exchange.upload_error or UpstreamBroken(
+        except RemoteProtocolError as exc:
+            error = call.context.upload_error or UpstreamBroken(
                 f"Amazon gave no proper answer: {exc}",
                 "A write may or may not have been done: look before you repeat it.",
             )
             # An idle connection that Amazon closed just now, perhaps.
-            call.wants_new_connection = was_used and isinstance(error, UpstreamBroken)
+            call.needs_fresh_connection = was_used and isinstance(error, UpstreamBroken)
             raise error from exc
         except BaseException:
             await answer.end()
@@ -284,119 +297,121 @@ class Upstream:
         """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
         wall = self._wall
         now = wall()
-        if token.lines_of != int(now):
+        if token.header_lines != int(now):
             headers = credential_headers(token.value, self._user_agents[application], now)
-            token.lines, token.lines_of = field_lines(list(headers.items())), int(now)
+            token.lines, token.header_lines = field_lines(list(headers.items())), int(now)
         return token.lines
 
-    async def _connection(self, origin: Origin, *, fresh: bool) -> Wire:
-        wire = None if fresh else self._session.free(origin)
+    async def _connection(self, origin: Origin, *, fresh: bool) -> ClientConnection:
+        wire = None if fresh else self._pool.pop_idle(origin)
         if wire is not None:
             return wire
         try:
-            return await self._session.take(origin, fresh=fresh)
+            return await self._pool.acquire(origin, fresh=fresh)
         except OSError as exc:
-            raise _unreachable(exc) from exc
+            raise _connection_error(exc) from exc
 
-    async def relay(
-        self, call: Call, answer: Answer, *, beginning: bytes = b"", reader: Reader | None = None
-    ) -> AmazonsAnswer:
+    async def stream(
+        self, call: UpstreamCall, answer: Response, *, beginning: bytes = b"", reader: BodyTap | None = None
+    ) -> UpstreamResponse:
         """Stream the answer to the app; break its connection where Amazon's answer breaks off.
 
         A client must never take half an answer for a whole one. `beginning` is what was read of it before; `reader`
         reads along.
         """
-        request, exchange = call.request, call.exchange
+        request, exchange = call.request, call.context
         # Where it came before the upload ended, what still comes is not a request.
         is_early = request.body_exists and not request.content.at_eof()
-        passed = AmazonsAnswer(answer, request, exchange, call.mask, is_last=is_early)
+        passed = UpstreamResponse(answer, request, exchange, call.redactor, is_last=is_early)
         try:
-            exchange.begun = True
+            exchange.response_started = True
             if answer.is_complete and reader is None:
-                data = call.mask.whole(beginning + answer.taken())
+                data = call.redactor.redact(beginning + answer.read_buffered())
                 exchange.response_bytes += len(data)
-                framed = passed.framed(data) + passed.end if passed.is_chunked else data
-                if _written(call, passed.head + framed):
-                    await _drained(call)
+                framed = passed.encode_chunk(data) + passed.end if passed.is_chunked else data
+                if _write(call, passed.head + framed):
+                    await _drain(call)
             else:
                 await _stream(call, answer, passed, beginning, reader)
-        except (Broken, ConnectionError):
-            exchange.broken = True
-            break_off(request)
+        except (RemoteProtocolError, ConnectionError):
+            exchange.truncated = True
+            abort_connection(request)
         except asyncio.CancelledError:
-            break_off(request)
+            abort_connection(request)
             raise
         finally:
-            if answer.upload is not None or exchange.broken or not answer.at_end:
+            if answer.upload is not None or exchange.truncated or not answer.at_end:
                 await answer.end()
         return passed
 
-    async def relay_changed(
+    async def stream_rewritten(
         self,
-        call: Call,
-        answer: Answer,
-        head: AnswerHead,
+        call: UpstreamCall,
+        answer: Response,
+        head: ResponseHead,
         piece: bytes,
         pieces: AsyncGenerator[bytes, None] | None = None,
-    ) -> AmazonsAnswer:
+    ) -> UpstreamResponse:
         """Stream what was made of an answer, a first piece and all `pieces`, behind a head of its own.
 
         Where it breaks off, so does the app's connection, if anything went out on it. Raises UpstreamBroken before
         that, and what `pieces` raise.
         """
-        request, exchange = call.request, call.exchange
+        request, exchange = call.request, call.context
         is_early = request.body_exists and not request.content.at_eof()
-        passed = AmazonsAnswer(head, request, exchange, call.mask, is_last=is_early)
+        passed = UpstreamResponse(head, request, exchange, call.redactor, is_last=is_early)
         try:
-            await _stream_changed(call, passed, piece, pieces)
+            await _stream_rewritten(call, passed, piece, pieces)
         except BaseException as exc:
-            if not exchange.begun:
-                if isinstance(exc, Broken):
+            if not exchange.response_started:
+                if isinstance(exc, RemoteProtocolError):
                     raise UpstreamBroken("Amazon's answer broke off", "Try again.") from exc
                 raise
-            exchange.broken = True
-            break_off(request)
-            if not isinstance(exc, (Broken, ConnectionError)):
+            exchange.truncated = True
+            abort_connection(request)
+            if not isinstance(exc, (RemoteProtocolError, ConnectionError)):
                 raise
         finally:
             if pieces is not None:
                 await pieces.aclose()
-            if answer.upload is not None or exchange.broken or not answer.at_end:
+            if answer.upload is not None or exchange.truncated or not answer.at_end:
                 await answer.end()
         return passed
 
 
-def _head(call: Call, lines: bytes, *, says_length: bool) -> tuple[bytes, bool]:
+def _head(call: UpstreamCall, lines: bytes, *, says_length: bool) -> tuple[bytes, bool]:
     """Return the request's head, and whether its body goes in chunks."""
     method, is_chunked, framing = call.request.method, False, b"\r\n"
     if method not in BODILESS and not says_length:
         is_chunked = call.request.body_exists
         framing = b"Transfer-Encoding: chunked\r\n\r\n" if is_chunked else b"Content-Length: 0\r\n\r\n"
     # The path that Amazon sees is the one that was decided on, byte for byte; the guard let no line break in.
-    line = f"{method} {call.target.path_and_query} HTTP/1.1\r\n".encode("ascii")
+    line = f"{method} {call.route.path_and_query} HTTP/1.1\r\n".encode("ascii")
     return b"".join((line, lines, framing)), is_chunked
 
 
-def _begin(wire: Wire, call: Call, head: bytes, *, is_chunked: bool) -> Answer:
+def _begin(wire: ClientConnection, call: UpstreamCall, head: bytes, *, is_chunked: bool) -> Response:
     """Send what is there of a request; where more of its body is to come, that goes on beside the answer."""
     if not call.request.body_exists:
         return wire.send(call.request.method, head)
-    body = call.at_hand()
+    body = call.buffered_body()
     if body is not None:
-        return wire.send(call.request.method, head + _framed(body, is_chunked=is_chunked) + _end(is_chunked=is_chunked))
+        return wire.send(
+            call.request.method, head + _encode_chunk(body, is_chunked=is_chunked) + _end(is_chunked=is_chunked)
+        )
     answer = wire.send(call.request.method, head)
     answer.upload = asyncio.create_task(_upload(wire, call, is_chunked=is_chunked), name="upload")
     return answer
 
 
-async def _upload(wire: Wire, call: Call, *, is_chunked: bool) -> None:
+async def _upload(wire: ClientConnection, call: UpstreamCall, *, is_chunked: bool) -> None:
     """Send the body as it comes. Where it does not come whole, the request must not seem to."""
     try:
         async for chunk in call.body():
-            await wire.write(_framed(chunk, is_chunked=is_chunked))
+            await wire.write(_encode_chunk(chunk, is_chunked=is_chunked))
         if is_chunked:
             await wire.write(_end(is_chunked=True))
-    except Broken:
+    except RemoteProtocolError:
         pass  # whoever waits for the answer learns of it
     except BaseException as exc:
         wire.abort()
@@ -404,7 +419,7 @@ async def _upload(wire: Wire, call: Call, *, is_chunked: bool) -> None:
             raise
 
 
-def _framed(data: bytes, *, is_chunked: bool) -> bytes:
+def _encode_chunk(data: bytes, *, is_chunked: bool) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if is_chunked and data else data
 
 
@@ -412,67 +427,69 @@ def _end(*, is_chunked: bool) -> bytes:
     return b"0\r\n\r\n" if is_chunked else b""
 
 
-async def beginning_of(call: Call, answer: Answer) -> bytes:
+async def peek(call: UpstreamCall, answer: Response) -> bytes:
     """Read the beginning of a refusal: all of it, as a rule; `relay` passes it on before the rest."""
     read = b""
-    call.patience.for_amazon()
+    call.deadline.wait_for_upstream()
     try:
-        while len(read) < MOST_OF_REFUSAL and (chunk := await answer.read()):
+        while len(read) < MAX_ERROR_BODY and (chunk := await answer.read()):
             read += chunk
-    except Broken:
+    except RemoteProtocolError:
         pass  # relay meets the same end, and knows what to do
     return read
 
 
-async def _stream(call: Call, answer: Answer, passed: AmazonsAnswer, chunk: bytes, reader: Reader | None) -> None:
+async def _stream(
+    call: UpstreamCall, answer: Response, passed: UpstreamResponse, chunk: bytes, reader: BodyTap | None
+) -> None:
     """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
     out = passed.head
     while True:
         if chunk:
             if reader is not None:
                 reader.feed(chunk)
-            data = call.mask.feed(chunk)
-            call.exchange.response_bytes += len(data)
-            out += passed.framed(data)
+            data = call.redactor.feed(chunk)
+            call.context.response_bytes += len(data)
+            out += passed.encode_chunk(data)
         if answer.at_end:
             break
         if out and not answer.is_waiting:
-            if _written(call, out):
-                await _drained(call)
+            if _write(call, out):
+                await _drain(call)
             out = b""
-        call.patience.for_amazon()
+        call.deadline.wait_for_upstream()
         chunk = await answer.read()
     if reader is not None:
         reader.end()
-    data = call.mask.end()
-    call.exchange.response_bytes += len(data)
-    if _written(call, out + passed.framed(data) + passed.end):
-        await _drained(call)
+    data = call.redactor.end()
+    call.context.response_bytes += len(data)
+    if _write(call, out + passed.encode_chunk(data) + passed.end):
+        await _drain(call)
 
 
-async def _stream_changed(
-    call: Call, passed: AmazonsAnswer, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
+async def _stream_rewritten(
+    call: UpstreamCall, passed: UpstreamResponse, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
 ) -> None:
     """Write what was made of an answer; nothing goes out before there is a second piece, or no more of them."""
-    exchange, out = call.exchange, passed.head
+    exchange, out = call.context, passed.head
     while True:
-        data = call.mask.feed(piece)
+        data = call.redactor.feed(piece)
         exchange.response_bytes += len(data)
-        out += passed.framed(data)
+        out += passed.encode_chunk(data)
         piece = await anext(pieces, b"") if pieces is not None else b""
         if not piece:
             break
-        exchange.begun = True
-        if _written(call, out):
-            await _drained(call)
+        exchange.response_started = True
+        if _write(call, out):
+            await _drain(call)
         out = b""
-    exchange.begun, data = True, call.mask.end()
+    exchange.response_started, data = True, call.redactor.end()
     exchange.response_bytes += len(data)
-    if _written(call, out + passed.framed(data) + passed.end):
-        await _drained(call)
+    if _write(call, out + passed.encode_chunk(data) + passed.end):
+        await _drain(call)
 
 
-def _written(call: Call, data: bytes) -> bool:
+def _write(call: UpstreamCall, data: bytes) -> bool:
     """Write to the app; return whether to wait until it has taken more of it."""
     protocol = call.request.protocol
     transport = protocol.transport
@@ -483,12 +500,12 @@ def _written(call: Call, data: bytes) -> bool:
     return protocol.writing_paused
 
 
-async def _drained(call: Call) -> None:
-    call.patience.for_app(call.exchange.response_bytes)
+async def _drain(call: UpstreamCall) -> None:
+    call.deadline.wait_for_client(call.context.response_bytes)
     await call.request.writer.drain()
 
 
-def _unreachable(exc: OSError) -> ProxyError:
+def _connection_error(exc: OSError) -> ProxyError:
     """Return the error of ours for what kept a connection from coming about."""
     if isinstance(exc, TimeoutError):
         return ConnectTimeout("no connection to Amazon in time", "Try again; check the network if it goes on.")

@@ -20,25 +20,27 @@ import httptools
 MAX_REASON = 16 * 1024
 MAX_FIELD = 64 * 1024
 MAX_FIELDS = 256
-MAX_BETWEEN = 256 * 1024  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
+MAX_HEAD_BYTES = (
+    256 * 1024
+)  # bytes in a row that are no body: a head with the interim ones before it, a trailer section
 HIGH_WATER = 64 * 1024  # bytes of body that wait to be read before the server is made to wait
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-_SPOKEN = ("1.1", "1.0")
+_SUPPORTED_VERSIONS = ("1.1", "1.0")
 _NO_BODY = frozenset({204, 304})
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
-MOST_ORDERS, LONGEST_ORDER = 256, 8192  # sequences of field names that are remembered; bytes of the longest of them
+MAX_ORDERS, MAX_ORDER_LENGTH = 256, 8192  # sequences of field names that are remembered; bytes of the longest of them
 
 
-class Names:
+class HeaderNames:
     """The names of an answer's fields in their order, and what follows from them; a server sends the same few."""
 
-    __slots__ = ("at", "in_order", "line_beginnings", "lines")
+    __slots__ = ("in_order", "index", "line_beginnings", "lines")
 
     def __init__(self, in_order: tuple[bytes, ...]) -> None:
         self.in_order = in_order
         # Where the first field of each name, in lower case, stands.
-        self.at: Mapping[bytes, int] = {
+        self.index: Mapping[bytes, int] = {
             name.lower(): len(in_order) - 1 - index for index, name in enumerate(reversed(in_order))
         }
         # On the way to the app, and all their lines with a place for each value; None until that is worked out.
@@ -46,11 +48,11 @@ class Names:
         self.lines: bytes | None = None
 
 
-_known_names = lru_cache(maxsize=MOST_ORDERS)(Names)
-_NO_NAMES = Names(())
+_known_names = lru_cache(maxsize=MAX_ORDERS)(HeaderNames)
+_NO_NAMES = HeaderNames(())
 
 
-class Broken(Exception):
+class RemoteProtocolError(Exception):
     """The server gave no proper answer, or only part of one; the text says what is wrong, and nothing of it."""
 
 
@@ -58,7 +60,7 @@ class _Malformed(Exception):
     """What came is no answer to be passed on."""
 
 
-class Answer:
+class Response:
     """One answer: its head once `head` has returned, its body by `read`.
 
     `names` and `values` are those of its fields as they came, in order. An answer that is not wanted to its end must
@@ -70,9 +72,9 @@ class Answer:
         "_loop",
         "_waiter",
         "_wire",
+        "buffered",
         "chunks",
         "has_head",
-        "held",
         "is_complete",
         "method",
         "names",
@@ -83,7 +85,7 @@ class Answer:
         "version",
     )
 
-    def __init__(self, wire: "Wire", method: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, wire: "ClientConnection", method: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.method = method
         self.status = 0
@@ -92,22 +94,22 @@ class Answer:
         self.has_head = False
         self.is_complete = False  # all of it is here, though perhaps not read yet
         self.upload: asyncio.Task[None] | None = None  # of the request's body, where that goes on
-        self._wire: Wire | None = wire
+        self._wire: ClientConnection | None = wire
         self._error: Exception | None = None
         self.chunks: list[bytes] = []  # of the body, that wait to be read, and how many bytes they are
-        self.held = 0
+        self.buffered = 0
         self._waiter: asyncio.Future[None] | None = None
         self.names = _NO_NAMES
         self.values: list[bytes] = []
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
-        index = self.names.at.get(name)
+        index = self.names.index.get(name)
         return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
 
     def value(self, name: bytes) -> bytes | None:
         """Return what `first` returns, as it came."""
-        index = self.names.at.get(name)
+        index = self.names.index.get(name)
         return self.values[index] if index is not None else None
 
     @property
@@ -121,10 +123,13 @@ class Answer:
         return self.is_complete and not self.chunks
 
     @property
-    def waits_for_close(self) -> bool:
+    def is_close_delimited(self) -> bool:
         """Whether only the end of the connection says where the body ends (RFC 9112 section 6.3)."""
         return not (
-            self.method == "HEAD" or self.status in _NO_BODY or _LENGTH in self.names.at or _CODING in self.names.at
+            self.method == "HEAD"
+            or self.status in _NO_BODY
+            or _LENGTH in self.names.index
+            or _CODING in self.names.index
         )
 
     async def head(self) -> None:
@@ -142,16 +147,16 @@ class Answer:
             if self._error is not None:
                 raise self._error
             await self._wait()
-        data = self.taken()
+        data = self.read_buffered()
         if self._wire is not None:
             self._wire.resume()
         return data
 
-    def taken(self) -> bytes:
+    def read_buffered(self) -> bytes:
         """Return what waits to be read, without waiting for more."""
         chunks = self.chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self.chunks, self.held = [], 0
+        self.chunks, self.buffered = [], 0
         return data
 
     def close(self) -> None:
@@ -193,7 +198,7 @@ class Answer:
             self._waiter.set_result(None)
 
 
-class Wire(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One connection: idle, or with one request whose answer is not complete.
 
     `sock` is what the transport uses. `on_idle` is called when another request may be sent, `on_lost` once, when the
@@ -203,19 +208,19 @@ class Wire(asyncio.Protocol):
     def __init__(
         self,
         sock: socket.socket,
-        on_idle: Callable[["Wire"], None],
-        on_lost: Callable[["Wire"], None],
+        on_idle: Callable[["ClientConnection"], None],
+        on_lost: Callable[["ClientConnection"], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._loop = loop
         self.served = 0  # requests that were sent
         self.made_at = self.idle_since = 0.0
-        self._looks = select.poll()
-        self._looks.register(sock, select.POLLIN)
+        self._poll_before_use = select.poll()
+        self._poll_before_use.register(sock, select.POLLIN)
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
-        self._answer: Answer | None = None
+        self._response: Response | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._between = 0
         self._fields: list[bytes] = []  # names and values by turns, of those that come
@@ -230,25 +235,25 @@ class Wire(asyncio.Protocol):
 
     def is_usable(self) -> bool:
         """Return whether an idle connection is still one: nothing has arrived, not even an end not known yet."""
-        if self._transport is None or self._answer is not None or self._transport.is_closing():
+        if self._transport is None or self._response is not None or self._transport.is_closing():
             return False
-        return not self._looks.poll(0)
+        return not self._poll_before_use.poll(0)
 
     @property
     def tls(self) -> ssl.SSLObject | None:
         """The TLS of this connection, None where there is none."""
         return self._transport.get_extra_info("ssl_object") if self._transport is not None else None
 
-    def send(self, method: str, message: bytes) -> Answer:
+    def send(self, method: str, message: bytes) -> Response:
         """Send a request's head and what of its body is at hand; return its answer, of which nothing is there yet."""
-        if self._transport is None or self._answer is not None:
-            raise Broken("the connection is not free")
+        if self._transport is None or self._response is not None:
+            raise RemoteProtocolError("the connection is not free")
         self.served += 1
         self._between = 0
         self._may_be_kept = False
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
-        self._answer = answer = Answer(self, method, self._loop)
+        self._response = answer = Response(self, method, self._loop)
         self._fields = []
         self._transport.write(message)
         return answer
@@ -256,7 +261,7 @@ class Wire(asyncio.Protocol):
     async def write(self, data: bytes) -> None:
         """Send more of the request's body, as fast as the server takes it."""
         if self._transport is None:
-            raise Broken("the connection ended")
+            raise RemoteProtocolError("the connection ended")
         self._transport.write(data)
         if self._can_write is not None:
             await self._can_write
@@ -271,7 +276,7 @@ class Wire(asyncio.Protocol):
         """End the connection at once."""
         if self._transport is not None:
             self._transport.abort()
-        self._gone(Broken("the connection was given up"))
+        self._gone(RemoteProtocolError("the connection was given up"))
 
     def close(self) -> None:
         """End an idle connection in order."""
@@ -287,7 +292,7 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read what came, for the answer that is waited for."""
-        answer, parser = self._answer, self._parser
+        answer, parser = self._response, self._parser
         if answer is None or parser is None:
             self.abort()  # nobody asked for this: it must not become the answer to the next request
             return
@@ -300,7 +305,7 @@ class Wire(asyncio.Protocol):
                 self._give_up(exc)
         if answer.is_complete:
             self._end_of(answer)
-        elif self._between > MAX_BETWEEN:
+        elif self._between > MAX_HEAD_BYTES:
             self._give_up(None)
         answer.wake()  # once for all that came together
 
@@ -309,12 +314,12 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End what is under way; an answer that only this could end is complete."""
-        answer = self._answer
-        if answer is not None and exc is None and answer.has_head and answer.waits_for_close:
-            self._answer = None
+        answer = self._response
+        if answer is not None and exc is None and answer.has_head and answer.is_close_delimited:
+            self._response = None
             answer.completed()
             answer.wake()
-        self._gone(Broken("the connection ended"))
+        self._gone(RemoteProtocolError("the connection ended"))
 
     def pause_writing(self) -> None:
         """Make writers wait."""
@@ -332,11 +337,11 @@ class Wire(asyncio.Protocol):
         text = str(context) if isinstance(context, _Malformed) else "is not well-formed"
         if self._transport is not None:
             self._transport.abort()
-        self._gone(Broken(f"it {text}"))
+        self._gone(RemoteProtocolError(f"it {text}"))
 
-    def _end_of(self, answer: Answer) -> None:
+    def _end_of(self, answer: Response) -> None:
         """Keep the connection for another request, where the server lets us and all of this one was sent."""
-        self._answer = None
+        self._response = None
         all_sent = answer.upload is None or answer.upload.done()
         if not all_sent and answer.upload is not None:
             answer.upload.cancel()
@@ -346,13 +351,13 @@ class Wire(asyncio.Protocol):
         self.resume()
         self._on_idle(self)
 
-    def _gone(self, error: Broken) -> None:
+    def _gone(self, error: RemoteProtocolError) -> None:
         """Forget the connection, once."""
         if self._transport is None:
             return
         self._transport = self._parser = None
         self.resume_writing()
-        answer, self._answer = self._answer, None
+        answer, self._response = self._response, None
         if answer is not None:
             answer.failed(error)
         self._on_lost(self)
@@ -361,7 +366,7 @@ class Wire(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """Refuse an answer behind the one that was asked for; forget what an interim one brought."""
-        answer = self._answer
+        answer = self._response
         if answer is None or answer.is_complete:
             raise _Malformed("is followed by another one")
         self._fields = []
@@ -369,9 +374,9 @@ class Wire(asyncio.Protocol):
 
     def on_status(self, reason: bytes) -> None:
         """Take the reason phrase, or a part of it."""
-        if self._answer is not None:
-            self._answer.reason += reason
-            if len(self._answer.reason) > MAX_REASON:
+        if self._response is not None:
+            self._response.reason += reason
+            if len(self._response.reason) > MAX_REASON:
                 raise _Malformed("has a status line that is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -380,7 +385,7 @@ class Wire(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
-        answer, parser = self._answer, self._parser
+        answer, parser = self._response, self._parser
         if answer is None or parser is None:
             raise _Malformed("was not asked for")
         answer.status = status = parser.get_status_code()
@@ -389,7 +394,7 @@ class Wire(asyncio.Protocol):
         answer.version = parser.get_http_version()
         answer.names = self._known(tuple(self._fields[::2]))
         answer.values = self._fields[1::2]
-        wrong = _what_is_wrong_with(answer, self._between)
+        wrong = validation_error(answer, self._between)
         if wrong:
             raise _Malformed(wrong)
         self._fields = []  # what still comes is no part of the head
@@ -400,49 +405,51 @@ class Wire(asyncio.Protocol):
             self._parser = None
             answer.completed()
 
-    def _known(self, names: tuple[bytes, ...]) -> Names:
-        is_long = self._between > LONGEST_ORDER and (len(names) > MAX_FIELDS or sum(map(len, names)) > LONGEST_ORDER)
-        return Names(names) if is_long else _known_names(names)
+    def _known(self, names: tuple[bytes, ...]) -> HeaderNames:
+        is_long = self._between > MAX_ORDER_LENGTH and (
+            len(names) > MAX_FIELDS or sum(map(len, names)) > MAX_ORDER_LENGTH
+        )
+        return HeaderNames(names) if is_long else _known_names(names)
 
     def on_body(self, chunk: bytes) -> None:
         """Pass a piece of the body on."""
-        answer = self._answer
+        answer = self._response
         if answer is None or answer.is_complete:
             raise _Malformed("has a body that it may not have")
         self._between = 0
         answer.chunks.append(chunk)
-        answer.held += len(chunk)
-        if answer.held > HIGH_WATER and not self._is_paused and self._transport is not None:
+        answer.buffered += len(chunk)
+        if answer.buffered > HIGH_WATER and not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
         """Note the end of an answer; of an interim one, nothing is kept."""
-        answer, parser = self._answer, self._parser
+        answer, parser = self._response, self._parser
         if answer is None or parser is None or not answer.has_head:
             return
         if len(self._fields) > 2 * MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
-        if _CODING in answer.names.at:
+        if _CODING in answer.names.index:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
         answer.completed()
 
 
-def _what_is_wrong_with(answer: Answer, came: int) -> str:
+def validation_error(answer: Response, came: int) -> str:
     """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit.
 
     `came` is of how many bytes the head is at most.
     """
-    if answer.version not in _SPOKEN:
+    if answer.version not in _SUPPORTED_VERSIONS:
         return "is of an HTTP version that was not asked for"
     is_too_long = came > MAX_FIELD and max(map(len, chain(answer.names.in_order, answer.values)), default=0) > MAX_FIELD
     if is_too_long or len(answer.values) > MAX_FIELDS:
         return "has fields that are too many or too long"
     if answer.status < 200:
         return "has no status that ends a request"
-    if _CODING in answer.names.at:
+    if _CODING in answer.names.index:
         codings = [
             value for name, value in zip(answer.names.in_order, answer.values, strict=True) if name.lower() == _CODING
         ]

@@ -11,13 +11,13 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from proxy.config import Config
-from proxy.request.upstream.connector import Dialler, Origin, Tls, tls_context
-from proxy.request.upstream.http1 import Answer, Wire
+from proxy.request.upstream.connector import Connector, Origin, ResumingContext, tls_context
+from proxy.request.upstream.http1 import ClientConnection, Response
 
-LONGEST_LIFE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
+MAX_AGE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
 
 
-class Pool:
+class ConnectionPool:
     """Connections by origin, `limit` of them at most; use it as an asynchronous context manager.
 
     `headers` go with every `post`. `tls` is that of a pool before this one, where it is to trust the same: the system's
@@ -25,17 +25,17 @@ class Pool:
     """
 
     def __init__(
-        self, config: Config, limit: int, headers: Mapping[str, str] | None = None, tls: Tls | None = None
+        self, config: Config, limit: int, headers: Mapping[str, str] | None = None, tls: ResumingContext | None = None
     ) -> None:
         self.tls = tls or tls_context(config)
-        self._dialler = Dialler(config, self.tls)
+        self._connector = Connector(config, self.tls)
         self.limit = limit
         self._headers = dict(headers or {})
         self._idle = config.pool.idle
         self._connect = config.timeouts.connect
-        self._free: dict[Origin, list[Wire]] = {}  # the one used last is the last
-        self._open: dict[Wire, Origin] = {}
-        self._dialling = 0
+        self._free: dict[Origin, list[ClientConnection]] = {}  # the one used last is the last
+        self._open: dict[ClientConnection, Origin] = {}
+        self._connecting = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._sweeping: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -52,7 +52,7 @@ class Pool:
             wire.abort()
         await asyncio.sleep(0)  # in which the transports end
 
-    def retire(self) -> None:
+    def drain(self) -> None:
         """Keep no connection any more: those in use end with their request. Requests that go on may still take some."""
         self._is_closed = True
         for free in self._free.values():
@@ -62,9 +62,9 @@ class Pool:
     @property
     def is_in_use(self) -> bool:
         """Whether there is any connection."""
-        return bool(self._open or self._dialling)
+        return bool(self._open or self._connecting)
 
-    def free(self, origin: Origin) -> Wire | None:
+    def pop_idle(self, origin: Origin) -> ClientConnection | None:
         """Return an idle connection, None where there is none."""
         free = self._free.get(origin)
         while free:
@@ -74,37 +74,37 @@ class Pool:
             wire.abort()
         return None
 
-    async def take(self, origin: Origin, *, fresh: bool = False) -> Wire:
+    async def acquire(self, origin: Origin, *, fresh: bool = False) -> ClientConnection:
         """Return a connection: an idle one, or a new one; where there are too many, the next that comes free.
 
         `fresh` takes no idle one. Raises TimeoutError after `timeouts.connect`, and OSError for what goes wrong on the
         way, of which `ssl.SSLError` is one.
         """
-        wire = None if fresh else self.free(origin)
+        wire = None if fresh else self.pop_idle(origin)
         if wire is not None:
             return wire
         async with asyncio.timeout(self._connect):
-            while len(self._open) + self._dialling >= self.limit and not self._give_up_an_idle_one():
-                await self._turn()
-                wire = None if fresh else self.free(origin)
+            while len(self._open) + self._connecting >= self.limit and not self._close_one_idle():
+                await self._wait_for_connection()
+                wire = None if fresh else self.pop_idle(origin)
                 if wire is not None:
                     return wire
-            return await self._new(origin)
+            return await self._connect_new(origin)
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
         """Send one request on a connection of its own; return the answer's status and up to `most` + 1 bytes of it.
 
         No redirect is followed: it would carry the secrets to another address. Raises as `take`, and Broken.
         """
-        answer, read = await self.ask("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
+        answer, read = await self.request("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
         return answer.status, read
 
-    async def ask(
+    async def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes, most: int
-    ) -> tuple[Answer, bytes]:
+    ) -> tuple[Response, bytes]:
         """Do what `post` does with any method; return the answer, for its head, and up to `most` + 1 bytes of it."""
         origin = Origin.of(url)
-        wire = await self.take(origin, fresh=True)
+        wire = await self.acquire(origin, fresh=True)
         parts = urlsplit(url)
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
         own = {"Host": origin.authority, "Connection": "close", **self._headers}
@@ -118,14 +118,14 @@ class Pool:
             answer.close()
         return answer, read[: most + 1]
 
-    async def _new(self, origin: Origin) -> Wire:
-        self._dialling += 1
+    async def _connect_new(self, origin: Origin) -> ClientConnection:
+        self._connecting += 1
         try:
-            wire = await self._dialler.connect(
-                origin, lambda sock: Wire(sock, self._on_idle, self._on_lost, self._loop)
+            wire = await self._connector.connect(
+                origin, lambda sock: ClientConnection(sock, self._on_idle, self._on_lost, self._loop)
             )
         finally:
-            self._dialling -= 1
+            self._connecting -= 1
             self._wake()
         if not wire.is_open:
             raise ConnectionResetError("the connection ended at once")
@@ -133,7 +133,7 @@ class Pool:
         self._open[wire] = origin
         return wire
 
-    def _give_up_an_idle_one(self) -> bool:
+    def _close_one_idle(self) -> bool:
         """Close an idle connection, which is to another host, or was not wanted; return whether there was one."""
         for free in self._free.values():
             if free:
@@ -141,7 +141,7 @@ class Pool:
                 return True
         return False
 
-    async def _turn(self) -> None:
+    async def _wait_for_connection(self) -> None:
         """Wait until a connection comes free, or ends."""
         turn: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append(turn)
@@ -159,10 +159,10 @@ class Pool:
                 turn.set_result(None)
                 return
 
-    def _on_idle(self, wire: Wire) -> None:
+    def _on_idle(self, wire: ClientConnection) -> None:
         origin = self._open.get(wire)
         now = self._loop.time()
-        if origin is None or self._is_closed or now - wire.made_at > LONGEST_LIFE:
+        if origin is None or self._is_closed or now - wire.made_at > MAX_AGE:
             wire.abort()
             return
         if wire.served == 1 and origin.is_tls:
@@ -174,7 +174,7 @@ class Pool:
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(self._idle, self._sweep)
 
-    def _on_lost(self, wire: Wire) -> None:
+    def _on_lost(self, wire: ClientConnection) -> None:
         origin = self._open.pop(wire, None)
         free = self._free.get(origin) if origin is not None else None
         if free is not None and wire in free:

@@ -14,9 +14,9 @@ from aiohttp.http import HttpVersion11
 from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
-from proxy.request.context import Exchange
-from proxy.request.upstream.http1 import Names
-from proxy.request.upstream.token_redaction import Mask
+from proxy.request.context import RequestContext
+from proxy.request.upstream.http1 import HeaderNames
+from proxy.request.upstream.token_redaction import TokenRedactor
 
 # Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
 HOP_BY_HOP = frozenset(
@@ -36,14 +36,14 @@ HOP_BY_HOP = frozenset(
 
 BODILESS_STATUSES = frozenset({204, 304})
 
-_LONGEST_REASON = 64  # bytes of a reason phrase that is remembered
+_MAX_REASON = 64  # bytes of a reason phrase that is remembered
 
 # Only the proxy may say these: an answer that brings them is not to be taken for the proxy's own.
-OURS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
+PROXY_HEADERS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
 
 
 # What is true of the bytes of a body alone, and no longer where it was unpacked or written anew.
-_OF_THE_BYTES = frozenset(
+_BODY_HEADERS = frozenset(
     {
         "accept-ranges",
         "content-digest",
@@ -69,12 +69,12 @@ def _named(values: list[str]) -> frozenset[str]:
 
 
 # Set on a request whose connection ends with its answer, because the proxy is about to stop.
-LAST_ON_CONNECTION = web.RequestKey("last_on_connection", bool)
+CLOSE_AFTER = web.RequestKey("last_on_connection", bool)
 
 _RESET = struct.pack("ii", 1, 0)  # linger for no time: what is unsent is dropped, and the peer sees a reset
 
 
-def break_off(request: web.BaseRequest) -> None:
+def abort_connection(request: web.BaseRequest) -> None:
     """End the app's connection so that it cannot take what came for a whole answer."""
     transport = request.transport
     if transport is None:
@@ -93,7 +93,7 @@ class _Plain(web.StreamResponse):
     async def _prepare_headers(self) -> None:
         # Not public, but the only place between aiohttp's defaults and the wire; the tests of both answers hold it.
         given = {name.lower() for name in self.headers}
-        if self._req is not None and LAST_ON_CONNECTION in self._req:
+        if self._req is not None and CLOSE_AFTER in self._req:
             self.force_close()
         await super()._prepare_headers()
         for name in ("Content-Type", "Date", "Server"):
@@ -101,7 +101,7 @@ class _Plain(web.StreamResponse):
                 self.headers.popall(name, None)
 
 
-class AnswerHead(Protocol):
+class ResponseHead(Protocol):
     """What there is to know of an answer before its body: Amazon's own, or one that was made of it."""
 
     @property
@@ -113,7 +113,7 @@ class AnswerHead(Protocol):
         """The reason phrase."""
 
     @property
-    def names(self) -> Names:
+    def names(self) -> HeaderNames:
         """The names of its fields."""
 
     @property
@@ -124,23 +124,23 @@ class AnswerHead(Protocol):
         """Return the first value of the field with this name in lower case, None where there is none."""
 
 
-class ChangedHead:
+class RewrittenHead:
     """The head of an answer whose body is not the one it came with; what tells of the bytes of that one is left out."""
 
     def __init__(self, status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes]]) -> None:
         kept = list(fields)
         self.status = status
         self.reason = reason
-        self.names = Names(tuple(name for name, _ in kept))
+        self.names = HeaderNames(tuple(name for name, _ in kept))
         self.values = [value for _, value in kept]
 
     @classmethod
-    def of(cls, head: AnswerHead, length: int | None) -> Self:
+    def of(cls, head: ResponseHead, length: int | None) -> Self:
         """Return the head for another body, of `length` bytes where that is known."""
         fields = [
             (name, value)
             for name, value in zip(head.names.in_order, head.values, strict=True)
-            if _plain(name.decode("latin-1")) not in _OF_THE_BYTES
+            if _plain(name.decode("latin-1")) not in _BODY_HEADERS
             and not _plain(name.decode("latin-1")).startswith(_CHECKSUM)
         ]
         if length is not None:
@@ -149,11 +149,11 @@ class ChangedHead:
 
     def first(self, name: bytes) -> str | None:
         """Return the first value of the field with this name in lower case, None where there is none."""
-        index = self.names.at.get(name)
+        index = self.names.index.get(name)
         return self.values[index].decode("latin-1").rstrip(" \t") if index is not None else None
 
 
-class AmazonsAnswer:
+class UpstreamResponse:
     """How Amazon's answer is written to the app: with one field more, what the proxy decided and did.
 
     The rest of a field line is passed on byte for byte. `is_last` ends the app's connection with it.
@@ -162,21 +162,27 @@ class AmazonsAnswer:
     __slots__ = ("head", "is_chunked", "keep_alive")
 
     def __init__(
-        self, answer: AnswerHead, request: web.BaseRequest, exchange: Exchange, mask: Mask, *, is_last: bool
+        self,
+        answer: ResponseHead,
+        request: web.BaseRequest,
+        exchange: RequestContext,
+        mask: TokenRedactor,
+        *,
+        is_last: bool,
     ) -> None:
         is_1_0 = request.version != HttpVersion11
-        self.keep_alive = request.keep_alive and not is_last and LAST_ON_CONNECTION not in request
+        self.keep_alive = request.keep_alive and not is_last and CLOSE_AFTER not in request
         self.is_chunked = False
         names, status = answer.names, answer.status
-        line = _status_line if len(answer.reason) <= _LONGEST_REASON else _status_line.__wrapped__
+        line = _status_line if len(answer.reason) <= _MAX_REASON else _status_line.__wrapped__
         parts = [line(not is_1_0, status, answer.reason)]
         if names.lines is None or names.line_beginnings is None:
             _work_out_lines(names)
-        if status == 204 or b"connection" in names.at:
-            _add_some(parts, answer)
+        if status == 204 or b"connection" in names.index:
+            _add_headers(parts, answer)
         else:
             parts.append((names.lines or b"") % tuple(compress(answer.values, names.line_beginnings or ())))
-        if b"content-length" not in names.at and status not in BODILESS_STATUSES and request.method != "HEAD":
+        if b"content-length" not in names.index and status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
                 self.keep_alive = False  # the end of the connection is the end of the answer
@@ -185,12 +191,12 @@ class AmazonsAnswer:
         if is_1_0 is self.keep_alive:
             parts.append(b"\r\nConnection: keep-alive" if is_1_0 else b"\r\nConnection: close")
         parts.append(b"\r\nx-sp-proxy: " + exchange.summary().encode())
-        if exchange.retry_after is not None and b"retry-after" not in names.at:
+        if exchange.retry_after is not None and b"retry-after" not in names.index:
             parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(exchange.retry_after)))
         parts.append(b"\r\n\r\n")
-        self.head = mask.whole(b"".join(parts))
+        self.head = mask.redact(b"".join(parts))
 
-    def framed(self, data: bytes) -> bytes:
+    def encode_chunk(self, data: bytes) -> bytes:
         """Return a piece of the body as it is written."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked and data else data
 
@@ -205,7 +211,7 @@ def _status_line(minor: int, status: int, reason: bytes) -> bytes:
     return b"HTTP/1.%d %d %b" % (minor, status, reason)
 
 
-def _add_some(parts: list[bytes], answer: AnswerHead) -> None:
+def _add_headers(parts: list[bytes], answer: ResponseHead) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [
@@ -223,22 +229,22 @@ def _add_some(parts: list[bytes], answer: AnswerHead) -> None:
             parts += (beginning, value)
 
 
-def _work_out_lines(names: Names) -> None:
+def _work_out_lines(names: HeaderNames) -> None:
     """Note each field line up to its value, with the line end before it, and nothing for one that goes no further."""
-    names.line_beginnings = tuple(_beginning_of(name) for name in names.in_order)
+    names.line_beginnings = tuple(_head_prefix(name) for name in names.in_order)
     names.lines = b"".join(beginning.replace(b"%", b"%%") + b"%b" for beginning in names.line_beginnings if beginning)
 
 
-def _beginning_of(name: bytes) -> bytes:
+def _head_prefix(name: bytes) -> bytes:
     plain = _plain(name.decode("latin-1"))
-    return b"" if plain in HOP_BY_HOP or plain in OURS else b"\r\n" + name + b": "
+    return b"" if plain in HOP_BY_HOP or plain in PROXY_HEADERS else b"\r\n" + name + b": "
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-class PlaceholderAnswer(_Plain, web.Response):
+class PlaceholderResponse(_Plain, web.Response):
     """The answer to an app that asks for a token: as Amazon's, with a placeholder, which nobody is to keep."""
 
     def __init__(self, content: Mapping[str, object], summary: str) -> None:
@@ -246,7 +252,7 @@ class PlaceholderAnswer(_Plain, web.Response):
         super().__init__(body=json.dumps(content).encode(), headers={**headers, "x-sp-proxy": summary})
 
 
-class OwnAnswer(_Plain, web.Response):
+class ErrorResponse(_Plain, web.Response):
     """The answer for an error of the proxy's own: Amazon's envelope, and the mark that it is not Amazon's."""
 
     def __init__(self, error: ProxyError, summary: str, *, with_body: bool = True) -> None:

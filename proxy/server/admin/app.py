@@ -16,17 +16,17 @@ from prometheus_client.exposition import choose_encoder
 from proxy import __version__
 from proxy.config import LOOPBACK_NAMES, Address, Config
 from proxy.observability.metrics import Metrics
-from proxy.observability.request_history import EVERY, MOST_RECENT, Finished, History, Recent
-from proxy.request.tokens.provider import Tokens
-from proxy.request.validation import VERSION_REFUSED, host_in, is_of_web_page
+from proxy.observability.request_history import MAX_REQUESTS, SAMPLE_INTERVAL, RequestHistory, RequestRecord, Sampler
+from proxy.request.tokens.provider import TokenProvider
+from proxy.request.validation import VERSION_REFUSED, host_in, is_cross_site
 from proxy.server.admin import snapshot, status_page
-from proxy.server.admin.diagnosis import judge
-from proxy.server.admin.snapshot import Overview, as_moment
+from proxy.server.admin.diagnosis import diagnose
+from proxy.server.admin.snapshot import Snapshot, iso_timestamp
 
 State = Literal["starting", "ready", "stopping"]
 
-MOST_OF_TIME = 0.02  # of one processor, that those who watch may take up
-CHEAP = 0.02  # seconds of a processor: a look that takes no longer is made for everybody who asks
+MAX_CPU_SHARE = 0.02  # of one processor, that those who watch may take up
+CACHE_BELOW = 0.02  # seconds of a processor: a look that takes no longer is made for everybody who asks
 
 
 _NO_QUIT = "switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
@@ -47,7 +47,7 @@ class Readiness:
 
 
 @dataclass(slots=True)
-class Reloading:
+class ReloadStatus:
     """How the configuration in force came to be; moments in seconds of the Unix epoch.
 
     `problems` are those of the newest configuration, where it was refused: keys and places, never a value.
@@ -63,24 +63,26 @@ class Reloading:
     def as_json(self) -> dict[str, Any]:
         """Return what `/status` says of it."""
         return {
-            "good_since": as_moment(self.good_since),
-            "last_reload": None if self.looked_at is None else {"at": as_moment(self.looked_at), "result": self.result},
+            "good_since": iso_timestamp(self.good_since),
+            "last_reload": None
+            if self.looked_at is None
+            else {"at": iso_timestamp(self.looked_at), "result": self.result},
             "problems": list(self.problems),
             "needs_restart": list(self.needs_restart),
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Admin:
+class AdminContext:
     """What the admin address is about; `quit` is set when it was told to end the proxy."""
 
     readiness: Readiness
-    reloading: Reloading
+    reloading: ReloadStatus
     current: Callable[[], Config]
     quit: asyncio.Event
-    tokens: Tokens
-    recent: Recent
-    history: History
+    tokens: TokenProvider
+    recent: RequestHistory
+    history: Sampler
 
 
 def health_app(readiness: Readiness, metrics: Metrics, current: Callable[[], Config]) -> web.Application:
@@ -92,12 +94,12 @@ def health_app(readiness: Readiness, metrics: Metrics, current: Callable[[], Con
     def is_ours(host: str) -> bool:
         return host in current().allowed_hosts or _is_address(host) or (host != "" and "." not in host)
 
-    app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
+    app = web.Application(middlewares=[_guard(is_ours), plain_errors])
     _add_health(app, readiness, metrics)
     return app
 
 
-def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Application:
+def admin_app(about: AdminContext, metrics: Metrics, address: Address) -> web.Application:
     """Return everything for this machine's eyes; answers only to loopback names, as the proxied port does."""
     hosts = {*LOOPBACK_NAMES, address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
 
@@ -105,7 +107,7 @@ def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Applicati
         return host in hosts or host in current().allowed_hosts
 
     current = about.current
-    app = web.Application(middlewares=[_guard(is_ours), _plain_answers])
+    app = web.Application(middlewares=[_guard(is_ours), plain_errors])
     _add_health(app, about.readiness, metrics)
 
     async def end(_: web.Request) -> web.Response:
@@ -120,31 +122,33 @@ def admin_app(about: Admin, metrics: Metrics, address: Address) -> web.Applicati
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class TimedSnapshot:
     """What was to be seen at a moment of the monotonic clock, and the seconds of a processor that it took to find."""
 
-    seen: Overview
+    seen: Snapshot
     at: float
     took: float
 
 
-def _add_page(app: web.Application, about: Admin, metrics: Metrics) -> None:
+def _add_page(app: web.Application, about: AdminContext, metrics: Metrics) -> None:
     """Add the status page, and the same for programs."""
     turns = asyncio.Lock()
-    last: list[_Look] = []
+    last: list[TimedSnapshot] = []
 
-    async def look() -> _Look:
+    async def look() -> TimedSnapshot:
         """Look, or return what somebody else has just seen: many who watch are not many looks."""
         async with turns:
             now = time.monotonic()
-            if not last or last[0].took < CHEAP or now - last[0].at > last[0].took / MOST_OF_TIME:
-                gather = partial(_gathered, about, metrics, about.current(), about.recent.after(), now, time.time())
+            if not last or last[0].took < CACHE_BELOW or now - last[0].at > last[0].took / MAX_CPU_SHARE:
+                gather = partial(
+                    _take_snapshot, about, metrics, about.current(), about.recent.after(), now, time.time()
+                )
                 last[:] = [await asyncio.to_thread(gather)]
             return last[0]
 
     async def first_page(request: web.Request) -> web.Response:
         found, account = await look(), request.query.get("account")
-        every = max(EVERY, found.took / MOST_OF_TIME)
+        every = max(SAMPLE_INTERVAL, found.took / MAX_CPU_SHARE)
         body = await asyncio.to_thread(_page_of, found.seen, account, every)
         return web.Response(body=body, content_type="text/html", charset="utf-8", headers=status_page.HEADERS)
 
@@ -162,7 +166,7 @@ def _add_page(app: web.Application, about: Admin, metrics: Metrics) -> None:
 
     async def requests(request: web.Request) -> web.Response:
         try:
-            limit = _number(request.query.get("limit", str(MOST_RECENT)))
+            limit = _number(request.query.get("limit", str(MAX_REQUESTS)))
             instance, _, text = request.query.get("after", "").partition(":")
             given = min(_number(text or "0"), about.recent.last_number)
         except ValueError:
@@ -180,11 +184,13 @@ def _add_page(app: web.Application, about: Admin, metrics: Metrics) -> None:
     app.router.add_get("/requests", requests)
 
 
-def _gathered(about: Admin, metrics: Metrics, config: Config, recent: list[Finished], now: float, wall: float) -> _Look:
+def _take_snapshot(
+    about: AdminContext, metrics: Metrics, config: Config, recent: list[RequestRecord], now: float, wall: float
+) -> TimedSnapshot:
     """Look at everything. Many accounts take a while: this is on a thread, so that the requests of the apps go on."""
     began = time.thread_time()
-    lately = [request for request in recent if now - request.ended <= snapshot.LATELY]
-    seen = Overview(
+    lately = [request for request in recent if now - request.ended <= snapshot.RECENT_WINDOW]
+    seen = Snapshot(
         version=__version__,
         state=about.readiness.state,
         waiting_for=about.readiness.waiting_for,
@@ -203,20 +209,20 @@ def _gathered(about: Admin, metrics: Metrics, config: Config, recent: list[Finis
         now=now,
         wall=wall,
     )
-    return _Look(seen, now, time.thread_time() - began)
+    return TimedSnapshot(seen, now, time.thread_time() - began)
 
 
-def _page_of(seen: Overview, account: str | None, every: float) -> bytes:
-    shown = seen if account is None else seen.only(account)
-    return status_page.render(shown, judge(seen), every=every, account=account).encode()
+def _page_of(seen: Snapshot, account: str | None, every: float) -> bytes:
+    shown = seen if account is None else seen.for_account(account)
+    return status_page.render(shown, diagnose(seen), every=every, account=account).encode()
 
 
-def _status_of(seen: Overview, account: str | None) -> str:
-    shown = seen if account is None else seen.only(account)
-    return json.dumps({**shown.as_json(), "verdict": judge(seen).as_json()})
+def _status_of(seen: Snapshot, account: str | None) -> str:
+    shown = seen if account is None else seen.for_account(account)
+    return json.dumps({**shown.as_json(), "verdict": diagnose(seen).as_json()})
 
 
-def _requests_of(recent: Recent, found: list[Finished], number: int | None, limit: int) -> str:
+def _requests_of(recent: RequestHistory, found: list[RequestRecord], number: int | None, limit: int) -> str:
     """Return the requests found after a number (None: of another start); `missed` are remembered no more."""
     now, wall = time.monotonic(), time.time()
     cursor = found[-1].number if found else number or 0
@@ -225,7 +231,7 @@ def _requests_of(recent: Recent, found: list[Finished], number: int | None, limi
         "cursor": f"{recent.instance}:{cursor}",
         "missed": found[0].number - number - 1 if number is not None and found else 0,
         "requests": [
-            snapshot.request_as_json(request, as_moment(wall - (now - request.ended)))
+            snapshot.request_as_json(request, iso_timestamp(wall - (now - request.ended)))
             for request in found[max(0, len(found) - limit) :]
         ],
     }
@@ -254,7 +260,7 @@ def _guard(is_ours: Callable[[str], bool]) -> Middleware:
         host = host_in(given[0]) if len(given) == 1 else None
         if host is None or not is_ours(host):
             return web.Response(status=421, text="call this address as 127.0.0.1 or localhost\n")
-        if is_of_web_page(request.headers):
+        if is_cross_site(request.headers):
             return web.Response(
                 status=403, text="not for web pages, nor links on them: type this address in yourself\n"
             )
@@ -275,7 +281,7 @@ def _is_address(host: str) -> bool:
 
 
 @web.middleware
-async def _plain_answers(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         answer = await handler(request)
     except web.HTTPException as exc:
@@ -302,7 +308,7 @@ def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) ->
     async def scrape(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         # Many accounts are many series: the requests of the apps must not wait until all are written down.
-        async with metrics.exporting:
+        async with metrics.scrape_lock:
             body = await asyncio.to_thread(encode, metrics.registry)
         return web.Response(body=body, headers={"Content-Type": content_type})
 

@@ -17,15 +17,15 @@ from prometheus_client import Metric
 from proxy.config import Config
 from proxy.errors import TokenUnavailable, all_errors
 from proxy.observability.metrics import Metrics
-from proxy.observability.request_history import Finished, Sample
+from proxy.observability.request_history import RequestRecord, Sample
 from proxy.request.forbidden_hints import HINTS
-from proxy.request.routing import ordinary_credential
-from proxy.request.tokens.provider import Standing, Tokens
+from proxy.request.routing import access_token_key_of
+from proxy.request.tokens.provider import TokenProvider, TokenStatus
 
-LATELY = 300.0  # seconds: what is older says nothing about now
-MOST_ROWS = 200  # accounts and regions that are shown
-MOST_PLANS = 50
-MOST_SHOWN = 50  # requests on the page
+RECENT_WINDOW = 300.0  # seconds: what is older says nothing about now
+MAX_ROWS = 200  # accounts and regions that are shown
+MAX_PLANS = 50
+MAX_SHOWN = 50  # requests on the page
 
 TokenState = Literal["failed", "failing", "fetching", "good", "unused"]
 # In the order in which they are shown: what needs somebody first.
@@ -39,7 +39,7 @@ TOKEN_STATES: dict[TokenState, str] = {
 _ORDER = {state: place for place, state in enumerate(TOKEN_STATES)}
 
 MEANINGS = {error.code: (error.__doc__ or "").splitlines()[0] for error in all_errors()}
-AMAZONS_429 = "429"
+AMAZON_429 = "429"
 
 
 class TokenRow(NamedTuple):
@@ -99,12 +99,16 @@ class ErrorRow(NamedTuple):
 
     name: str
     times: int
-    lately: int
+    recent: int
     meaning: str
+
+    def as_json(self) -> dict[str, object]:
+        """Return the row as `/status` shows it."""
+        return {"name": self.name, "times": self.times, "lately": self.recent, "meaning": self.meaning}
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class Snapshot:
     """All there is to see; `now` is the monotonic clock of the requests, `wall` the same moment in Unix time."""
 
     version: str
@@ -116,7 +120,7 @@ class Overview:
     tokens: Sequence[TokenRow]
     plans: Sequence[PlanRow]
     errors: Sequence[ErrorRow]
-    requests: Sequence[Finished]
+    requests: Sequence[RequestRecord]
     samples: Sequence[Sample]
     store_is_up: bool | None  # None: this process shares nothing
     store_failures: Mapping[str, int]
@@ -126,11 +130,11 @@ class Overview:
     wall: float
 
     @property
-    def lately(self) -> list[Finished]:
+    def recent(self) -> list[RequestRecord]:
         """The requests of the last LATELY seconds that are remembered."""
-        return [request for request in self.requests if self.now - request.ended <= LATELY]
+        return [request for request in self.requests if self.now - request.ended <= RECENT_WINDOW]
 
-    def only(self, account: str) -> "Overview":
+    def for_account(self, account: str) -> "Snapshot":
         """Return what is to be seen of one account; the rest stays as it is."""
         return replace(
             self,
@@ -141,7 +145,7 @@ class Overview:
 
     def moment(self, monotonic: float) -> str:
         """Return a moment of the monotonic clock as ISO 8601 has it, in UTC."""
-        return as_moment(self.wall - (self.now - monotonic))
+        return iso_timestamp(self.wall - (self.now - monotonic))
 
     def as_json(self) -> dict[str, Any]:
         """Return what `/status` says, bounded as the page is."""
@@ -154,9 +158,9 @@ class Overview:
             "requests_in_flight": self.in_flight,
             "configuration": self.configuration,
             "tokens_by_state": {state: states[state] for state in TOKEN_STATES},
-            "tokens": [row.as_json() for row in self.tokens[:MOST_ROWS]],
-            "usage_plans": [row._asdict() for row in self.plans[:MOST_PLANS]],
-            "errors": [row._asdict() for row in self.errors],
+            "tokens": [row.as_json() for row in self.tokens[:MAX_ROWS]],
+            "usage_plans": [row._asdict() for row in self.plans[:MAX_PLANS]],
+            "errors": [row.as_json() for row in self.errors],
             "store": None
             if self.store_is_up is None
             else {"is_up": self.store_is_up, "failures": dict(self.store_failures)},
@@ -166,7 +170,7 @@ class Overview:
                     "at": self.moment(sample.at),
                     "requests_per_second": round(sample.requests / sample.seconds, 3) if sample.seconds else 0.0,
                     "median_seconds": _rounded(sample.median, 4),
-                    "p95_seconds": _rounded(sample.slow, 4),
+                    "p95_seconds": _rounded(sample.p95, 4),
                     "throttled_per_second": round(sample.throttled / sample.seconds, 3) if sample.seconds else 0.0,
                 }
                 for sample in self.samples
@@ -174,12 +178,12 @@ class Overview:
         }
 
 
-def as_moment(epoch: float) -> str:
+def iso_timestamp(epoch: float) -> str:
     """Return seconds of the Unix epoch as ISO 8601 has them, in UTC."""
     return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="milliseconds")
 
 
-def request_as_json(request: Finished, moment: str) -> dict[str, Any]:
+def request_as_json(request: RequestRecord, moment: str) -> dict[str, Any]:
     """Return what `/requests` says of one request."""
     account, region, operation, method, code, token, source = request.labels
     return {
@@ -194,7 +198,7 @@ def request_as_json(request: Finished, moment: str) -> dict[str, Any]:
         "token": token,
         "caller": request.caller or None,
         "duration": round(request.duration, 4),
-        "wait": round(request.waited, 4),
+        "wait": round(request.rate_limit_wait, 4),
         "token_wait": round(request.token_wait, 4),
         "upstream": _rounded(request.upstream, 4),
         "attempts": request.attempts,
@@ -210,12 +214,12 @@ def _rounded(seconds: float | None, digits: int = 1) -> float | None:
 # Tokens.
 
 
-def token_rows(config: Config, tokens: Tokens) -> list[TokenRow]:
+def token_rows(config: Config, tokens: TokenProvider) -> list[TokenRow]:
     """Return how the token of every account and region stands, those first that need somebody."""
-    standing, restricted, failed = dict[Any, Standing](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    grantless: dict[tuple[str, str], Standing] = {}
-    for one in tokens.standing():
-        credential = one.credential
+    standing, restricted, failed = dict[Any, TokenStatus](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    grantless: dict[tuple[str, str], TokenStatus] = {}
+    for one in tokens.statuses():
+        credential = one.key
         if credential.kind == "lwa":
             standing[credential] = one
         elif credential.kind == "grantless":
@@ -231,19 +235,19 @@ def token_rows(config: Config, tokens: Tokens) -> list[TokenRow]:
         for place in account.refresh_tokens:
             row = _row(
                 TokenRow(name, application, environment, place, "unused"),
-                standing.get(ordinary_credential(application, name, environment, place)),
+                standing.get(access_token_key_of(application, name, environment, place)),
             )
             where = (name, place)
             if restricted[where] or failed[where]:
                 row = row._replace(restricted=restricted[where], restricted_failed=failed[where])
             rows.append(row)
     for (application, region), one in grantless.items():
-        rows.append(_row(TokenRow("", application, one.credential.environment, region, "unused"), one))
+        rows.append(_row(TokenRow("", application, one.key.environment, region, "unused"), one))
     rows.sort(key=lambda row: (_ORDER[row.state], -row.restricted_failed))
     return rows
 
 
-def _row(row: TokenRow, standing: Standing | None) -> TokenRow:
+def _row(row: TokenRow, standing: TokenStatus | None) -> TokenRow:
     if standing is None:
         return row
     error = standing.error
@@ -268,7 +272,7 @@ def _counts(series: CounterSeries | GaugeSeries) -> Iterator[tuple[Mapping[str, 
             yield sample.labels, sample.value
 
 
-def plan_rows(metrics: Metrics, lately: Iterable[Finished]) -> list[PlanRow]:
+def plan_rows(metrics: Metrics, lately: Iterable[RequestRecord]) -> list[PlanRow]:
     """Return the usage plans that are short now, or were: the shortest first."""
     refused, throttled = (
         {(labels["account"], labels["region"], labels["operation"]): round(count) for labels, count in _counts(series)}
@@ -284,7 +288,7 @@ def plan_rows(metrics: Metrics, lately: Iterable[Finished]) -> list[PlanRow]:
     return rows
 
 
-def error_rows(metrics: Metrics, lately: Iterable[Finished]) -> list[ErrorRow]:
+def error_rows(metrics: Metrics, lately: Iterable[RequestRecord]) -> list[ErrorRow]:
     """Return what went wrong since the start, most frequent first: the proxy's own errors, and Amazon's refusals."""
     seen = Counter(request.hint or request.error for request in lately)
     rows = [
@@ -299,8 +303,8 @@ def error_rows(metrics: Metrics, lately: Iterable[Finished]) -> list[ErrorRow]:
     throttled = round(sum(count for _, count in _counts(metrics.throttled)))
     if throttled:
         now = sum(request.status == 429 and request.labels[6] == "amazon" for request in lately)
-        rows.append(ErrorRow(AMAZONS_429, throttled, now, "Amazon had no room for it in a usage plan."))
-    rows.sort(key=lambda row: (-row.lately, -row.times))
+        rows.append(ErrorRow(AMAZON_429, throttled, now, "Amazon had no room for it in a usage plan."))
+    rows.sort(key=lambda row: (-row.recent, -row.times))
     return rows
 
 

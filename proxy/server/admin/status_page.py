@@ -10,11 +10,11 @@ from functools import cache
 from html import escape
 from importlib import resources
 
-from proxy.observability.request_history import EVERY, MOST_SAMPLES, Finished, Sample
-from proxy.server.admin.diagnosis import Verdict, name_of, whose_is
-from proxy.server.admin.snapshot import MOST_PLANS, MOST_ROWS, MOST_SHOWN, TOKEN_STATES, Overview, TokenRow
+from proxy.observability.request_history import MAX_SAMPLES, SAMPLE_INTERVAL, RequestRecord, Sample
+from proxy.server.admin.diagnosis import Diagnosis, name_of, responsible_for
+from proxy.server.admin.snapshot import MAX_PLANS, MAX_ROWS, MAX_SHOWN, TOKEN_STATES, Snapshot, TokenRow
 
-FEW = 12  # accounts and regions: so many are shown without being asked for
+FEW_ROWS = 12  # accounts and regions: so many are shown without being asked for
 WITHOUT_SCRIPT = 10  # seconds after which the page comes anew where there is no script
 
 # Nothing but what comes from this address, and no place where a page could be put into another (CSP Level 3).
@@ -47,11 +47,11 @@ def file_of(name: str) -> bytes:
     return resources.files("proxy.server.admin").joinpath(f"status_{name}").read_bytes()
 
 
-def render(seen: Overview, verdict: Verdict, *, every: float = EVERY, account: str | None = None) -> str:
+def render(seen: Snapshot, verdict: Diagnosis, *, every: float = SAMPLE_INTERVAL, account: str | None = None) -> str:
     """Return the page; its script brings it up to date every so many seconds. `account`: it is about this one alone."""
     title = _TITLES[verdict.state]
     sections = (
-        _verdict(verdict),
+        _diagnosis(verdict),
         _chart(seen),
         _accounts(seen, account),
         _plans(seen),
@@ -100,31 +100,32 @@ def _cell(text: str, kind: str = "") -> str:
 # The sections.
 
 
-def _verdict(verdict: Verdict) -> str:
+def _diagnosis(verdict: Diagnosis) -> str:
     kind = verdict.state.replace(" ", "-")
-    whose = f" The cause is <strong>{escape(verdict.whose)}</strong>." if verdict.whose else ""
-    do = f"<p>What to do: {_prose(verdict.do)}</p>\n" if verdict.do else ""
+    whose = f" The cause is <strong>{escape(verdict.responsible)}</strong>." if verdict.responsible else ""
+    do = f"<p>What to do: {_prose(verdict.remedy)}</p>\n" if verdict.remedy else ""
     others = "".join(
-        f"<li>{_prose(one.says)} <em>({escape(one.whose)})</em> {_prose(one.do)}</li>\n" for one in verdict.others[:20]
+        f"<li>{_prose(one.summary)} <em>({escape(one.responsible)})</em> {_prose(one.remedy)}</li>\n"
+        for one in verdict.others[:20]
     )
     more = f'<p class="more">To know as well:</p><ul>\n{others}</ul>\n' if others else ""
-    says = f'<p role="status">{_prose(verdict.says)}{whose}</p>\n'
+    says = f'<p role="status">{_prose(verdict.summary)}{whose}</p>\n'
     return _section("verdict", _TITLES[verdict.state], says, do, more, kind=kind)
 
 
 _Line = tuple[str, Callable[[float], str], Sequence[float | None], Sequence[float | None], str]
 
 
-def _chart(seen: Overview) -> str:
+def _chart(seen: Snapshot) -> str:
     samples = list(seen.samples)
-    minutes = MOST_SAMPLES * EVERY / 60
+    minutes = MAX_SAMPLES * SAMPLE_INTERVAL / 60
     lines: Sequence[_Line] = (
         ("Requests per second", _number, [_per_second(sample.requests, sample) for sample in samples], (), ""),
         (
             "Time a request takes: median, 95 % (paler)",
             _seconds,
             [sample.median for sample in samples],
-            [sample.slow for sample in samples],
+            [sample.p95 for sample in samples],
             "",
         ),
         ("Throttled per second", _number, [_per_second(sample.throttled, sample) for sample in samples], (), "alert"),
@@ -135,7 +136,7 @@ def _chart(seen: Overview) -> str:
             f'<th scope="row">{escape(_clock(seen, first.at)[:5])}</th>',
             _cell(f"{_per_minute(group, 'requests') / 60:.2f}", "number"),
             _cell(_seconds(_middle(group, "median")), "number"),
-            _cell(_seconds(_middle(group, "slow")), "number"),
+            _cell(_seconds(_middle(group, "p95")), "number"),
             _cell(f"{_per_minute(group, 'throttled') / 60:.2f}", "number"),
         )
         for first, group in _by_minute(samples)
@@ -167,7 +168,7 @@ def _figure(
     paths += f'<path class="first {kind}" d="{_path(values, top)}"/>'
     return (
         f"<figure><figcaption>{escape(title)} <b>{escape(says)}</b></figcaption>"
-        f'<svg viewBox="0 0 {MOST_SAMPLES} 60" preserveAspectRatio="none" role="img" '
+        f'<svg viewBox="0 0 {MAX_SAMPLES} 60" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(f"{title}: {says}")}">{paths}</svg></figure>\n'
     )
 
@@ -175,7 +176,7 @@ def _figure(
 def _path(values: Sequence[float | None], top: float) -> str:
     """Return a line through the values, the newest at the right end; it has a gap where there was nothing."""
     steps, is_down = [], False
-    for place, value in enumerate(values, MOST_SAMPLES - len(values)):
+    for place, value in enumerate(values, MAX_SAMPLES - len(values)):
         if value is not None:
             steps.append(f"{'L' if is_down else 'M'}{place} {58 - value / top * 56:.1f}h1")
         is_down = value is not None
@@ -184,7 +185,7 @@ def _path(values: Sequence[float | None], top: float) -> str:
 
 def _by_minute(samples: Sequence[Sample]) -> Iterator[tuple[Sample, list[Sample]]]:
     """Yield the samples of each full minute back from now, the oldest first, with the last of them."""
-    each = round(60 / EVERY)
+    each = round(60 / SAMPLE_INTERVAL)
     for end in range(len(samples) % each or each, len(samples) + 1, each):
         group = list(samples[max(0, end - each) : end])
         if group:
@@ -201,7 +202,7 @@ def _middle(group: Sequence[Sample], name: str) -> float | None:
     return found[len(found) // 2] if found else None
 
 
-def _accounts(seen: Overview, account: str | None) -> str:
+def _accounts(seen: Snapshot, account: str | None) -> str:
     rows, states = seen.tokens, Counter(row.state for row in seen.tokens)
     counted = ", ".join(f"{states[state]} {text}" for state, text in TOKEN_STATES.items() if states[state])
     about = f"<p>{escape(counted) or 'None is configured.'}</p>\n"
@@ -210,18 +211,18 @@ def _accounts(seen: Overview, account: str | None) -> str:
         about = f'<p>Of {escape(account)} alone.{known} <a href="/">Show all</a></p>\n' + about
     needy = [row for row in rows if row.error or row.restricted_failed]
     calm = [row for row in rows if not (row.error or row.restricted_failed)]
-    if len(rows) <= FEW:
+    if len(rows) <= FEW_ROWS:
         return _section("accounts", "Accounts and regions", about, _token_table("tokens", "Accounts", rows))
     parts = [about]
     if needy:
-        parts += [_token_table("needy", "Accounts that need somebody", needy[: MOST_ROWS // 2])]
-        parts += [_left_out(len(needy) - MOST_ROWS // 2)]
+        parts += [_token_table("needy", "Accounts that need somebody", needy[: MAX_ROWS // 2])]
+        parts += [_left_out(len(needy) - MAX_ROWS // 2)]
     if calm:
-        table = _token_table("calm", "Accounts without trouble", calm[: MOST_ROWS // 2])
+        table = _token_table("calm", "Accounts without trouble", calm[: MAX_ROWS // 2])
         summary = (
             f"<summary>{_count(len(calm), 'account and region', 'accounts and regions')} without trouble</summary>"
         )
-        parts += [f'<details id="rest">{summary}{table}{_left_out(len(calm) - MOST_ROWS // 2)}</details>\n']
+        parts += [f'<details id="rest">{summary}{table}{_left_out(len(calm) - MAX_ROWS // 2)}</details>\n']
     return _section("accounts", "Accounts and regions", *parts)
 
 
@@ -262,7 +263,7 @@ def _token_cells(row: TokenRow) -> tuple[str, ...]:
     )
 
 
-def _plans(seen: Overview) -> str:
+def _plans(seen: Snapshot) -> str:
     if not seen.plans:
         return _section("plans", "Usage plans under pressure", "<p>None: no call had to wait for long.</p>\n")
     rows = (
@@ -276,15 +277,15 @@ def _plans(seen: Overview) -> str:
             _cell(str(row.refused), "number"),
             _cell(str(row.throttled), "number"),
         )
-        for row in seen.plans[:MOST_PLANS]
+        for row in seen.plans[:MAX_PLANS]
     )
     head = ("operation", "account", "region", "rate", "room for", "waiting", "refused", "429 from Amazon")
     table = _table("plan-rows", "Usage plans under pressure", head, rows)
-    return _section("plans", "Usage plans under pressure", table, _left_out(len(seen.plans) - MOST_PLANS))
+    return _section("plans", "Usage plans under pressure", table, _left_out(len(seen.plans) - MAX_PLANS))
 
 
-def _requests(seen: Overview) -> str:
-    newest = list(reversed(seen.requests))[:MOST_SHOWN]
+def _requests(seen: Snapshot) -> str:
+    newest = list(reversed(seen.requests))[:MAX_SHOWN]
     if not newest:
         return _section("requests", "Recent requests", "<p>None yet.</p>\n")
     head = (
@@ -298,7 +299,7 @@ def _requests(seen: Overview) -> str:
     return _section("requests", "Recent requests", says, _table("request-rows", "Recent requests", head, rows))
 
 
-def _request_cells(seen: Overview, request: Finished) -> tuple[str, ...]:
+def _request_cells(seen: Snapshot, request: RequestRecord) -> tuple[str, ...]:
     kind = "bad" if name_of(request) else "other" if request.status >= 400 else "fine"
     sent_again = f"{request.attempts} attempts" if request.attempts > 1 else ""
     notes = (request.error, request.hint, sent_again, request.caller and f"by {request.caller}")
@@ -308,21 +309,21 @@ def _request_cells(seen: Overview, request: Finished) -> tuple[str, ...]:
         f'<th scope="row">{escape(request.method)} {escape(request.operation)}</th>',
         _cell(f"{request.account} {request.region}" if request.account != "-" else "–"),
         _cell(_seconds(request.duration), "number"),
-        _cell(_seconds(request.waited), "number"),
+        _cell(_seconds(request.rate_limit_wait), "number"),
         _cell(_seconds(request.token_wait), "number"),
         _cell(_seconds(request.upstream), "number"),
         _cell(", ".join(filter(None, notes)) or "–"),
     )
 
 
-def _errors(seen: Overview) -> str:
+def _errors(seen: Snapshot) -> str:
     if not seen.errors:
         return _section("errors", "Errors by hint", "<p>None since the start.</p>\n")
     rows = (
         (
             f'<th scope="row">{escape(row.name)}</th>',
-            _cell(whose_is(row.name)),
-            _cell(str(row.lately), "number"),
+            _cell(responsible_for(row.name)),
+            _cell(str(row.recent), "number"),
             _cell(str(row.times), "number"),
             f"<td>{_prose(row.meaning)}</td>",
         )
@@ -332,7 +333,7 @@ def _errors(seen: Overview) -> str:
     return _section("errors", "Errors by hint", _table("error-rows", "Errors by hint", head, rows))
 
 
-def _configuration(seen: Overview) -> str:
+def _configuration(seen: Snapshot) -> str:
     configuration = seen.configuration
     last = configuration["last_reload"]
     reload = f"{last['result']}, {last['at']}" if last else "none since the start"
@@ -349,9 +350,7 @@ def _configuration(seen: Overview) -> str:
         facts += [
             ("regions that fail throughout", ", ".join(f"{region} ({where})" for where, region in seen.regions_down))
         ]
-    facts += [
-        (f"client secret of {name}", _secret(left)) for name, left in list(seen.secrets_left.items())[:MOST_PLANS]
-    ]
+    facts += [(f"client secret of {name}", _secret(left)) for name, left in list(seen.secrets_left.items())[:MAX_PLANS]]
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
     problems = "".join(f"<li>{escape(problem)}</li>\n" for problem in configuration["problems"])
     mistakes = f"<p>The newest one was refused:</p><ul>\n{problems}</ul>\n" if problems else ""
@@ -374,7 +373,7 @@ def _prose(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _clock(seen: Overview, monotonic: float) -> str:
+def _clock(seen: Snapshot, monotonic: float) -> str:
     return seen.moment(monotonic)[11:19]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.amazon.catalog import rebuild
-from proxy.amazon.catalog.overrides import BadInput, load_facts
+from proxy.amazon.catalog.overrides import BadInput, load_overrides
 from proxy.amazon.catalog.swagger import model_of, rows_of_model
 from proxy.amazon.catalog.usage_plan_tables import UsagePlan, parse_usage_plan
 from proxy.amazon.operations import read_rows, shipped_table
@@ -468,7 +468,7 @@ def test_a_mistake_in_the_facts_is_named_and_nothing_is_written(
     else:
         shop.facts.write_text(text, encoding="utf-8")
     with pytest.raises(BadInput):
-        load_facts(shop.facts)
+        load_overrides(shop.facts)
     said = shop.run()
     assert said.code == 1
     assert said.err.startswith(f"error: {shop.facts}: ")

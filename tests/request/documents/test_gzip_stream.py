@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BadGzip, GzipBomb
-from proxy.request.documents.gzip_stream import ALWAYS_FINE, MOST_RATIO, PIECE, Gunzip
+from proxy.request.documents.gzip_stream import BOMB_THRESHOLD, CHUNK, MAX_RATIO, Gunzip
 
 
 def unpack(*chunks: bytes) -> bytes:
@@ -29,7 +29,7 @@ def test_any_document_in_any_chunks_comes_out_whole(members: list[bytes], data: 
     assert unpack(*chunks) == b"".join(members)
 
 
-@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 257])
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 257])
 def test_nothing_stays_behind_at_the_edge_of_a_piece(size: int) -> None:
     assert unpack(gzip.compress(b"a" * size, mtime=0)) == b"a" * size
 
@@ -63,21 +63,21 @@ def _bomb(size: int) -> Iterator[bytes]:
 
 
 def test_a_bomb_is_given_up_and_never_held() -> None:
-    bomb = b"".join(_bomb(4 * ALWAYS_FINE))
+    bomb = b"".join(_bomb(4 * BOMB_THRESHOLD))
     pieces: list[int] = []
     tracemalloc.start()
     with pytest.raises(GzipBomb):
         pieces.extend(map(len, Gunzip().feed(bomb)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(pieces) <= PIECE
-    assert ALWAYS_FINE - PIECE <= sum(pieces) <= ALWAYS_FINE
+    assert max(pieces) <= CHUNK
+    assert BOMB_THRESHOLD - CHUNK <= sum(pieces) <= BOMB_THRESHOLD
     assert peak < 2 * 1024 * 1024
 
 
 def test_a_large_report_is_no_bomb() -> None:
     row = b"".join(b"sku-%d\t%d\n" % (number, number * 7919) for number in range(20_000))
-    rounds = ALWAYS_FINE // len(row) + 2
+    rounds = BOMB_THRESHOLD // len(row) + 2
     packer, gunzip, size, taken = zlib.compressobj(1, wbits=31), Gunzip(), 0, 0
     for _ in range(rounds):
         chunk = packer.compress(row)
@@ -86,8 +86,8 @@ def test_a_large_report_is_no_bomb() -> None:
     chunk = packer.flush()
     size += sum(map(len, gunzip.feed(chunk)))
     gunzip.end()
-    assert size == rounds * len(row) > ALWAYS_FINE
-    assert size / (taken + len(chunk)) < MOST_RATIO
+    assert size == rounds * len(row) > BOMB_THRESHOLD
+    assert size / (taken + len(chunk)) < MAX_RATIO
 
 
 def test_many_empty_members_cost_no_more_than_their_bytes() -> None:

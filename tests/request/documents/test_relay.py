@@ -17,8 +17,8 @@ import pytest
 from proxy.config import Secret
 from proxy.observability.logging import AUDIT
 from proxy.request.documents import relay as relay_module
-from proxy.server.runtime import Running
-from proxy.store.encryption import DocumentSeal, NotSealed
+from proxy.server.runtime import RunningProxy
+from proxy.store.encryption import DecryptionFailed, DocumentCipher
 from tests.conftest import StartProxy, config_from, needs, settings_for
 from tests.support.certificates import Authority
 from tests.support.fake_upstream import FarSide, RawServer, Received, TokenHost, answer
@@ -61,7 +61,7 @@ def named(far_side: FarSide, url: str, field: str = "url", status: str = "200 OK
 class Started:
     """A proxy that relays, with what is behind it."""
 
-    def __init__(self, proxy: Running, far_side: FarSide, storage: RawServer) -> None:
+    def __init__(self, proxy: RunningProxy, far_side: FarSide, storage: RawServer) -> None:
         self.proxy = proxy
         self.address = proxy.addresses[0]
         self.far_side = far_side
@@ -113,7 +113,7 @@ async def relayed(start: Start) -> Started:
 # Without the setting.
 
 
-async def test_without_the_setting_no_byte_is_another(proxy: Running, far_side: FarSide) -> None:
+async def test_without_the_setting_no_byte_is_another(proxy: RunningProxy, far_side: FarSide) -> None:
     body = named(far_side, f"https://tortuga-prod-eu.s3.amazonaws.com/a?{SIGNED}")
     got = await call(proxy.addresses[0], "GET", REPORT)
     assert got.body == body
@@ -211,7 +211,7 @@ async def test_what_leads_elsewhere_stays_as_it_is_and_is_told_once(
 async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
     relayed: Started, *, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "MOST_REWRITTEN", 1000)
+    monkeypatch.setattr(relay_module, "MAX_REWRITTEN", 1000)
     body = json.dumps({"url": f"{relayed.storage.url}/1", "more": "a" * 200_000}).encode()
     sent = gzip.compress(body, mtime=0) if is_packed else body
     serve(relayed.far_side, answer("200 OK", sent, **({"content_encoding": "gzip"} if is_packed else {})))
@@ -220,7 +220,7 @@ async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
 
 
 async def test_an_answer_of_very_many_urls_passes_as_it_is(relayed: Started, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "MOST_URLS", 2)
+    monkeypatch.setattr(relay_module, "MAX_URLS", 2)
     for count in (2, 3):
         urls = [{"uri": f"{relayed.storage.url}/{number}"} for number in range(count)]
         body = json.dumps({"documentDownloads": urls}).encode()
@@ -573,7 +573,7 @@ async def test_it_lasts_no_longer_than_the_url(relayed: Started) -> None:
 
 
 async def test_it_lasts_no_longer_than_an_hour(relayed: Started, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "LONGEST_LIFE", 0.0)
+    monkeypatch.setattr(relay_module, "MAX_LIFETIME", 0.0)
     target = await relayed.document(query="X-Amz-Expires=604800")
     assert await refused(relayed.address, "GET", target) == (403, "DocumentExpired")
 
@@ -657,14 +657,18 @@ def test_a_new_key_opens_what_the_old_one_sealed() -> None:
     def keys(*texts: str) -> tuple[Secret, ...]:
         return tuple(map(Secret, texts))
 
-    old, both, new = DocumentSeal(keys("o" * 32)), DocumentSeal(keys("n" * 32, "o" * 32)), DocumentSeal(keys("n" * 32))
-    sealed = old.seal("acme", b"text")
-    assert both.unseal("acme", sealed) == b"text"
-    assert new.unseal("acme", both.seal("acme", b"text")) == b"text"
-    assert old.seal("acme", b"text") != sealed
-    for seal, account in ((new, "acme"), (both, "zeta"), (DocumentSeal(()), "acme")):
-        with pytest.raises(NotSealed):
-            seal.unseal(account, sealed)
+    old, both, new = (
+        DocumentCipher(keys("o" * 32)),
+        DocumentCipher(keys("n" * 32, "o" * 32)),
+        DocumentCipher(keys("n" * 32)),
+    )
+    sealed = old.encrypt("acme", b"text")
+    assert both.decrypt("acme", sealed) == b"text"
+    assert new.decrypt("acme", both.encrypt("acme", b"text")) == b"text"
+    assert old.encrypt("acme", b"text") != sealed
+    for seal, account in ((new, "acme"), (both, "zeta"), (DocumentCipher(()), "acme")):
+        with pytest.raises(DecryptionFailed):
+            seal.decrypt(account, sealed)
 
 
 async def test_an_address_outlives_a_reload(
@@ -674,14 +678,14 @@ async def test_an_address_outlives_a_reload(
     target = await started.document()
     settings = settings_for(far_side, token_host, documents="relay", warm_up=True)
     settings["endpoints"]["documents"] = storage.url
-    assert (await started.proxy.hand_over(config_from(settings, tmp_path))).has_changed
+    assert (await started.proxy.apply_config(config_from(settings, tmp_path))).has_changed
     assert (await call(started.address, "GET", target)).body == CONTENT
     settings["documents"] = "direct"
-    await started.proxy.hand_over(config_from(settings, tmp_path))
+    await started.proxy.apply_config(config_from(settings, tmp_path))
     serve(far_side, answer("404 Not Found"))
     assert (await call(started.address, "GET", target)).status == 404
     settings["documents"] = "relay"
-    await started.proxy.hand_over(config_from(settings, tmp_path))
+    await started.proxy.apply_config(config_from(settings, tmp_path))
     assert (await call(started.address, "GET", target)).body == CONTENT
 
 
@@ -776,7 +780,7 @@ async def test_a_packed_document_that_is_cut_off_looks_cut_off(relayed: Started)
 
 
 async def test_a_bomb_is_given_up(relayed: Started, log: StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.request.documents.gzip_stream.ALWAYS_FINE", 1024 * 1024)
+    monkeypatch.setattr("proxy.request.documents.gzip_stream.BOMB_THRESHOLD", 1024 * 1024)
     got = await unpacked(relayed, answer("200 OK", gzip.compress(bytes(20 * 1024 * 1024))))
     assert got.status == 200
     assert not got.complete

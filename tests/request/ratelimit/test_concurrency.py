@@ -8,7 +8,7 @@ import pytest
 from proxy.config import Bounds
 from proxy.errors import AccountBusy, CallerBusy
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.concurrency import Crowd
+from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 
 LONG = 60.0  # seconds that no test waits for
 
@@ -19,8 +19,8 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def crowd(metrics: Metrics) -> Crowd:
-    return Crowd(Bounds(requests=2, account_requests=2), metrics)
+def crowd(metrics: Metrics) -> ConcurrencyLimiter:
+    return ConcurrencyLimiter(Bounds(requests=2, account_requests=2), metrics)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -28,72 +28,74 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_a_caller_has_its_own_number(crowd: Crowd) -> None:
-    crowd.enter("one")
-    crowd.enter("one")
+def test_a_caller_has_its_own_number(crowd: ConcurrencyLimiter) -> None:
+    crowd.acquire_caller("one")
+    crowd.acquire_caller("one")
     with pytest.raises(CallerBusy) as caught:
-        crowd.enter("one")
+        crowd.acquire_caller("one")
     assert caught.value.headers()["Retry-After"] == "1"
-    crowd.enter("two")
-    crowd.leave("one")
-    crowd.enter("one")
+    crowd.acquire_caller("two")
+    crowd.release_caller("one")
+    crowd.acquire_caller("one")
 
 
-async def test_an_account_waits_in_turn(crowd: Crowd) -> None:
+async def test_an_account_waits_in_turn(crowd: ConcurrencyLimiter) -> None:
     came: list[int] = []
 
     async def go(number: int) -> None:
-        await crowd.go("acme", LONG)
+        await crowd.acquire_account("acme", LONG)
         came.append(number)
 
     tasks = [asyncio.create_task(go(number)) for number in range(6)]
     await until(lambda: len(came) == 2)
-    await crowd.go("other", LONG)
+    await crowd.acquire_account("other", LONG)
     for count in range(3, 7):
-        crowd.come_back("acme")
+        crowd.release_account("acme")
         await until(lambda expected=count: len(came) == expected)  # type: ignore[misc]  # a default is a binding
     assert came == list(range(6))
     await asyncio.gather(*tasks)
 
 
-async def test_who_waits_too_long_is_told_so_and_takes_no_place(crowd: Crowd) -> None:
+async def test_who_waits_too_long_is_told_so_and_takes_no_place(crowd: ConcurrencyLimiter) -> None:
     for _ in range(2):
-        await crowd.go("acme", LONG)
+        await crowd.acquire_account("acme", LONG)
     with pytest.raises(AccountBusy):
-        await crowd.go("acme", 0)
-    crowd.come_back("acme")
-    await crowd.go("acme", 0)
+        await crowd.acquire_account("acme", 0)
+    crowd.release_account("acme")
+    await crowd.acquire_account("acme", 0)
 
 
-async def test_a_newcomer_does_not_pass_those_who_wait(crowd: Crowd) -> None:
+async def test_a_newcomer_does_not_pass_those_who_wait(crowd: ConcurrencyLimiter) -> None:
     for _ in range(2):
-        await crowd.go("acme", LONG)
-    waiting = asyncio.create_task(crowd.go("acme", LONG))
+        await crowd.acquire_account("acme", LONG)
+    waiting = asyncio.create_task(crowd.acquire_account("acme", LONG))
     await asyncio.sleep(0)
-    crowd.come_back("acme")  # to the one who waits, though it has not noticed yet
+    crowd.release_account("acme")  # to the one who waits, though it has not noticed yet
     with pytest.raises(AccountBusy):
-        await crowd.go("acme", 0)
+        await crowd.acquire_account("acme", 0)
     await waiting
 
 
 @pytest.mark.parametrize("place_came", ["never", "before", "in the very moment"])
-async def test_who_leaves_while_waiting_leaves_nothing_behind(crowd: Crowd, metrics: Metrics, place_came: str) -> None:
+async def test_who_leaves_while_waiting_leaves_nothing_behind(
+    crowd: ConcurrencyLimiter, metrics: Metrics, place_came: str
+) -> None:
     for _ in range(2):
-        await crowd.go("acme", LONG)
-    leaving, staying = (asyncio.create_task(crowd.go("acme", LONG)) for _ in range(2))
+        await crowd.acquire_account("acme", LONG)
+    leaving, staying = (asyncio.create_task(crowd.acquire_account("acme", LONG)) for _ in range(2))
     await asyncio.sleep(0)
     if place_came == "before":
-        crowd.come_back("acme")
+        crowd.release_account("acme")
     leaving.cancel()
     if place_came == "in the very moment":
-        crowd.come_back("acme")
+        crowd.release_account("acme")
     with pytest.raises(asyncio.CancelledError):
         await leaving
     if place_came == "never":
-        crowd.come_back("acme")
+        crowd.release_account("acme")
     await staying
     for _ in range(2):
-        crowd.come_back("acme")
+        crowd.release_account("acme")
     samples = {
         sample.labels["account"]: sample.value
         for family in metrics.registry.collect()

@@ -18,10 +18,10 @@ from proxy.config import Config
 from proxy.errors import BadOption, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
 from proxy.request.ratelimit import limiter as limits_module
-from proxy.request.ratelimit.limiter import Claim, Limits, parse_rate
+from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter, parse_rate
 from proxy.request.request_options import parse_max_wait
-from proxy.request.routing import Target, identify
-from proxy.request.validation import Doorway, admit
+from proxy.request.routing import Route, resolve
+from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
 from tests.support.clock import FakeClock
 
@@ -127,12 +127,10 @@ def config(folder: Path, **changed: Any) -> Config:
     return config_from(settings, folder)
 
 
-def target(
-    config: Config, path: str = ORDERS, account: str = "acme", region: str = "eu", method: str = "GET"
-) -> Target:
+def target(config: Config, path: str = ORDERS, account: str = "acme", region: str = "eu", method: str = "GET") -> Route:
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "x-sp-account": account, "x-sp-region": region}))
-    admitted = admit(method, path, headers, Doorway.of(config.listen[0], config))
-    return identify(method, admitted, headers, config.listen[0], config, TABLE)
+    admitted = validate(method, path, headers, AllowedHosts.from_config(config.listen[0], config))
+    return resolve(method, admitted, headers, config.listen[0], config, TABLE)
 
 
 @pytest.fixture
@@ -141,38 +139,38 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def limits(clock: FakeClock) -> Limits:
-    return Limits(Metrics(), pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
+def limits(clock: FakeClock) -> RateLimiter:
+    return RateLimiter(Metrics(), pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
 
 
-async def drain(limits: Limits, target: Target) -> int:
+async def drain(limits: RateLimiter, target: Route) -> int:
     """Take every place that is there without waiting; return how many there were."""
     for taken in range(1000):
         try:
-            await limits.admit(target, Claim(0))
+            await limits.acquire(target, AdmissionRequest(0))
         except UsagePlanExhausted:
             return taken
     raise AssertionError("the plan has no end")
 
 
 async def test_a_call_over_the_plan_is_refused_at_once_with_the_time_to_come_back(
-    tmp_path: Path, limits: Limits, clock: FakeClock
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     orders = target(config(tmp_path))
     assert orders.operation is not None
     assert orders.operation.rate is not None
     assert await drain(limits, orders) == orders.operation.burst == 20
     with pytest.raises(UsagePlanExhausted) as caught:
-        await limits.admit(orders, Claim(10))
+        await limits.acquire(orders, AdmissionRequest(10))
     error = caught.value
     assert (error.status, error.headers()["Retry-After"]) == (429, str(math.ceil(1 / orders.operation.rate)))
     assert "this call may wait 10 s" in error.message
     assert "x-sp-max-wait: " in error.hint
     clock.advance(1.01 / orders.operation.rate)
-    assert await limits.admit(orders, Claim(0)) == 0
+    assert await limits.acquire(orders, AdmissionRequest(0)) == 0
 
 
-async def test_plans_are_apart_by_account_region_operation_and_environment(tmp_path: Path, limits: Limits) -> None:
+async def test_plans_are_apart_by_account_region_operation_and_environment(tmp_path: Path, limits: RateLimiter) -> None:
     settings = config(tmp_path)
     acme = target(settings)
     await drain(limits, acme)
@@ -184,34 +182,34 @@ async def test_plans_are_apart_by_account_region_operation_and_environment(tmp_p
         target(settings, path=FEEDS),
         target(settings, account="test"),
     ):
-        assert await limits.admit(other, Claim(0)) == 0
+        assert await limits.acquire(other, AdmissionRequest(0)) == 0
     for same in (target(settings, path=f"{ORDERS}?MarketplaceIds=A1PA6795UKMFR9"), acme):
         with pytest.raises(UsagePlanExhausted):
-            await limits.admit(same, Claim(0))
+            await limits.acquire(same, AdmissionRequest(0))
 
 
-async def test_the_sandbox_has_one_plan_for_everything(tmp_path: Path, limits: Limits) -> None:
+async def test_the_sandbox_has_one_plan_for_everything(tmp_path: Path, limits: RateLimiter) -> None:
     settings = config(tmp_path)
     assert await drain(limits, target(settings, account="test")) == 15
     for path in (FEEDS, "/unknown/v1/path"):
         with pytest.raises(UsagePlanExhausted):
-            await limits.admit(target(settings, path=path, account="test"), Claim(0))
+            await limits.acquire(target(settings, path=path, account="test"), AdmissionRequest(0))
 
 
 async def test_without_pace_nothing_waits_and_rates_are_learnt_all_the_same(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=False, now=clock)
+    limits = RateLimiter(metrics, pace=False, now=clock)
     orders = target(config(tmp_path))
-    assert [await limits.admit(orders, Claim(0)) for _ in range(100)] == [0.0] * 100
-    limits.learn(orders, 200, "0.25")
+    assert [await limits.acquire(orders, AdmissionRequest(0)) for _ in range(100)] == [0.0] * 100
+    limits.observe_response(orders, 200, "0.25")
     where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
     assert metrics.registry.get_sample_value("spapi_proxy_usage_plan_rate", where) == 0.25
 
 
-async def test_a_caller_who_leaves_gives_its_place_back(tmp_path: Path, limits: Limits, clock: FakeClock) -> None:
+async def test_a_caller_who_leaves_gives_its_place_back(tmp_path: Path, limits: RateLimiter, clock: FakeClock) -> None:
     orders = target(config(tmp_path))
     await drain(limits, orders)
-    waiting = asyncio.create_task(limits.admit(orders, Claim(3600)))
+    waiting = asyncio.create_task(limits.acquire(orders, AdmissionRequest(3600)))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -219,27 +217,27 @@ async def test_a_caller_who_leaves_gives_its_place_back(tmp_path: Path, limits: 
     assert orders.operation is not None
     assert orders.operation.rate is not None
     clock.advance(1.01 / orders.operation.rate)
-    assert await limits.admit(orders, Claim(0)) == 0
+    assert await limits.acquire(orders, AdmissionRequest(0)) == 0
 
 
-async def test_a_refused_call_takes_no_place(tmp_path: Path, limits: Limits) -> None:
+async def test_a_refused_call_takes_no_place(tmp_path: Path, limits: RateLimiter) -> None:
     orders = target(config(tmp_path))
     await drain(limits, orders)
     retries = set()
     for _ in range(50):
         with pytest.raises(UsagePlanExhausted) as caught:
-            await limits.admit(orders, Claim(1))
+            await limits.acquire(orders, AdmissionRequest(1))
         retries.add(caught.value.headers()["Retry-After"])
     assert len(retries) == 1
 
 
 async def test_a_429_empties_the_bucket_and_is_counted(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
+    limits = RateLimiter(metrics, pace=True, max_queue=1_000_000, now=clock, call_later=clock.call_later)
     orders = target(config(tmp_path))
-    limits.learn(orders, 429, None)
+    limits.observe_response(orders, 429, None)
     with pytest.raises(UsagePlanExhausted):
-        await limits.admit(orders, Claim(0))
+        await limits.acquire(orders, AdmissionRequest(0))
     where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
     assert metrics.registry.get_sample_value("spapi_proxy_upstream_throttled_total", where) == 1
     assert metrics.registry.get_sample_value("spapi_proxy_limit_refused_total", where) == 1
@@ -247,10 +245,10 @@ async def test_a_429_empties_the_bucket_and_is_counted(tmp_path: Path, clock: Fa
 
 @pytest.mark.parametrize("header", [None, "", "n", "NaN", "-1", "0", "1e309", "9" * 10_000])
 async def test_an_answer_without_a_usable_rate_changes_nothing(
-    tmp_path: Path, limits: Limits, clock: FakeClock, header: str | None
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock, header: str | None
 ) -> None:
     orders = target(config(tmp_path))
-    limits.learn(orders, 200, header)
+    limits.observe_response(orders, 200, header)
     assert await drain(limits, orders) == 20
     assert orders.operation is not None
     assert orders.operation.rate is not None
@@ -258,11 +256,13 @@ async def test_an_answer_without_a_usable_rate_changes_nothing(
     assert await drain(limits, orders) == 1
 
 
-async def test_the_rate_that_amazon_names_counts_from_then_on(tmp_path: Path, limits: Limits, clock: FakeClock) -> None:
+async def test_the_rate_that_amazon_names_counts_from_then_on(
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
+) -> None:
     settings = config(tmp_path)
     orders = target(settings)
     await drain(limits, orders)
-    limits.learn(orders, 200, "2.0")
+    limits.observe_response(orders, 200, "2.0")
     clock.advance(1)
     assert await drain(limits, orders) == 2
     other = target(settings, account="zeta")
@@ -272,22 +272,22 @@ async def test_the_rate_that_amazon_names_counts_from_then_on(tmp_path: Path, li
 
 
 async def test_what_came_before_a_new_rate_came_at_the_old_one(
-    tmp_path: Path, limits: Limits, clock: FakeClock
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     orders = target(config(tmp_path))
-    limits.learn(orders, 200, "1")
+    limits.observe_response(orders, 200, "1")
     await drain(limits, orders)
     clock.advance(2.5)
-    limits.learn(orders, 200, "100")
+    limits.observe_response(orders, 200, "100")
     assert await drain(limits, orders) == 2
 
 
 async def test_one_tiny_rate_does_not_stop_an_operation_for_a_day(
-    tmp_path: Path, limits: Limits, clock: FakeClock
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     orders = target(config(tmp_path))
     await drain(limits, orders)
-    limits.learn(orders, 200, "0.00001")
+    limits.observe_response(orders, 200, "0.00001")
     assert orders.operation is not None
     assert orders.operation.rate is not None
     clock.advance(100.1 / orders.operation.rate)
@@ -295,11 +295,11 @@ async def test_one_tiny_rate_does_not_stop_an_operation_for_a_day(
 
 
 async def test_a_rate_named_in_the_sandbox_leaves_its_plan_alone(
-    tmp_path: Path, limits: Limits, clock: FakeClock
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     sandbox = target(config(tmp_path), account="test")
     await drain(limits, sandbox)
-    limits.learn(sandbox, 200, "0.001")
+    limits.observe_response(sandbox, 200, "0.001")
     clock.advance(1)
     assert await drain(limits, sandbox) == 5
 
@@ -316,14 +316,14 @@ async def settle() -> None:
 class Crowd:
     """Calls that wait, and the order in which they went."""
 
-    def __init__(self, limits: Limits, target: Target) -> None:
+    def __init__(self, limits: RateLimiter, target: Route) -> None:
         self.limits = limits
         self.target = target
         self.went: list[str] = []
         self.refused: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def comes(self, name: str, claim: Claim) -> None:
+    async def comes(self, name: str, claim: AdmissionRequest) -> None:
         self.tasks[name] = asyncio.create_task(self._wait(name, claim))
         await settle()
 
@@ -331,9 +331,9 @@ class Crowd:
         self.tasks.pop(name).cancel()
         await settle()
 
-    async def _wait(self, name: str, claim: Claim) -> None:
+    async def _wait(self, name: str, claim: AdmissionRequest) -> None:
         try:
-            await self.limits.admit(self.target, claim)
+            await self.limits.acquire(self.target, claim)
         except UsagePlanExhausted:
             self.refused.append(name)
         else:
@@ -346,10 +346,10 @@ class Crowd:
 
 
 @pytest.fixture
-async def crowd(tmp_path: Path, limits: Limits) -> AsyncIterator[Crowd]:
+async def crowd(tmp_path: Path, limits: RateLimiter) -> AsyncIterator[Crowd]:
     """A crowd before getOrders with one place a second, and none left."""
     orders = target(config(tmp_path))
-    limits.learn(orders, 200, "1")
+    limits.observe_response(orders, 200, "1")
     await drain(limits, orders)
     waiting = Crowd(limits, orders)
     yield waiting
@@ -358,7 +358,7 @@ async def crowd(tmp_path: Path, limits: Limits) -> AsyncIterator[Crowd]:
 
 async def test_who_comes_first_goes_first(crowd: Crowd, clock: FakeClock) -> None:
     for number in range(5):
-        await crowd.comes(str(number), Claim(10))
+        await crowd.comes(str(number), AdmissionRequest(10))
     for passed in range(5):
         clock.advance(1.06 if passed == 0 else 1)
         await settle()
@@ -367,9 +367,9 @@ async def test_who_comes_first_goes_first(crowd: Crowd, clock: FakeClock) -> Non
 
 async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(crowd: Crowd, clock: FakeClock) -> None:
     for name in ("first", "second", "third"):
-        await crowd.comes(name, Claim(10))
+        await crowd.comes(name, AdmissionRequest(10))
     await crowd.leaves("first")
-    await crowd.comes("last", Claim(10))
+    await crowd.comes("last", AdmissionRequest(10))
     clock.advance(1.06)
     await settle()
     assert crowd.went == ["second"]
@@ -380,7 +380,7 @@ async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(cr
 
 async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(crowd: Crowd, clock: FakeClock) -> None:
     for name in ("leaver", "second", "third", "fourth"):
-        await crowd.comes(name, Claim(10))
+        await crowd.comes(name, AdmissionRequest(10))
     crowd.tasks["leaver"].cancel()
     clock.advance(1.06)  # its turn comes before it has noticed
     await settle()
@@ -388,35 +388,35 @@ async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(crowd: 
     clock.advance(2)
     await settle()
     assert crowd.went == ["second", "third", "fourth"]
-    await crowd.comes("fifth", Claim(10))
+    await crowd.comes("fifth", AdmissionRequest(10))
     clock.advance(0.5)
     crowd.tasks["fifth"].cancel()
     clock.advance(0.5)
     await settle()
     assert crowd.went == ["second", "third", "fourth"]
-    assert await crowd.limits.admit(crowd.target, Claim(0)) == 0, "the place that it did not take is there"
-    await crowd.comes("sixth", Claim(10))
+    assert await crowd.limits.acquire(crowd.target, AdmissionRequest(0)) == 0, "the place that it did not take is there"
+    await crowd.comes("sixth", AdmissionRequest(10))
     clock.advance(1.06)
     crowd.tasks["sixth"].cancel()  # its turn has come, but it has not gone yet
     await settle()
     assert "sixth" not in crowd.went
-    assert await crowd.limits.admit(crowd.target, Claim(0)) == 0, "the place that it gave back is there"
+    assert await crowd.limits.acquire(crowd.target, AdmissionRequest(0)) == 0, "the place that it gave back is there"
 
 
 async def test_whose_turn_cannot_come_in_time_is_refused_at_once(crowd: Crowd) -> None:
     for number in range(12):
-        await crowd.comes(str(number), Claim(10))
+        await crowd.comes(str(number), AdmissionRequest(10))
     assert crowd.refused == ["9", "10", "11"]
     with pytest.raises(UsagePlanExhausted) as caught:
-        await crowd.limits.admit(crowd.target, Claim(0))
+        await crowd.limits.acquire(crowd.target, AdmissionRequest(0))
     assert caught.value.headers()["Retry-After"] == "10"
 
 
 async def test_callers_take_turns(crowd: Crowd, clock: FakeClock) -> None:
     for number in range(5):
-        await crowd.comes(f"noisy {number}", Claim(100, caller="noisy"))
-    await crowd.comes("quiet 0", Claim(100, caller="quiet"))
-    await crowd.comes("quiet 1", Claim(100, caller="quiet"))
+        await crowd.comes(f"noisy {number}", AdmissionRequest(100, caller="noisy"))
+    await crowd.comes("quiet 0", AdmissionRequest(100, caller="quiet"))
+    await crowd.comes("quiet 1", AdmissionRequest(100, caller="quiet"))
     clock.advance(7.1)
     await settle()
     assert crowd.went == ["noisy 0", "quiet 0", "noisy 1", "quiet 1", "noisy 2", "noisy 3", "noisy 4"]
@@ -424,23 +424,23 @@ async def test_callers_take_turns(crowd: Crowd, clock: FakeClock) -> None:
 
 async def test_a_noisy_caller_does_not_make_a_quiet_one_wait_too_long(crowd: Crowd) -> None:
     for number in range(500):
-        await crowd.comes(f"noisy {number}", Claim(1000, caller="noisy"))
-    await crowd.comes("quiet", Claim(3, caller="quiet"))
+        await crowd.comes(f"noisy {number}", AdmissionRequest(1000, caller="noisy"))
+    await crowd.comes("quiet", AdmissionRequest(3, caller="quiet"))
     assert not crowd.refused
 
 
 async def test_who_is_overtaken_past_its_time_is_refused_then(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits_module, "_GRACE", -1.95)  # two seconds are over in a twentieth
-    await crowd.comes("overtaken", Claim(2, background=True))
+    await crowd.comes("overtaken", AdmissionRequest(2, background=True))
     assert not crowd.refused
     await crowd.tasks["overtaken"]
     assert crowd.refused == ["overtaken"]
 
 
 async def test_background_calls_wait_behind_but_not_for_ever(crowd: Crowd, clock: FakeClock) -> None:
-    await crowd.comes("background", Claim(1000, background=True))
+    await crowd.comes("background", AdmissionRequest(1000, background=True))
     for number in range(40):
-        await crowd.comes(f"normal {number}", Claim(1000))
+        await crowd.comes(f"normal {number}", AdmissionRequest(1000))
     clock.advance(41.1)
     await settle()
     place = crowd.went.index("background")
@@ -448,16 +448,16 @@ async def test_background_calls_wait_behind_but_not_for_ever(crowd: Crowd, clock
 
 
 async def test_a_call_that_amazon_throttled_goes_before_everybody(crowd: Crowd, clock: FakeClock) -> None:
-    await crowd.comes("first", Claim(10))
-    await crowd.comes("again", Claim(10, first=True))
+    await crowd.comes("first", AdmissionRequest(10))
+    await crowd.comes("again", AdmissionRequest(10, is_retry=True))
     clock.advance(2.1)
     await settle()
     assert crowd.went == ["again", "first"]
 
 
 async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock) -> None:
-    claims = [Claim(1e6, caller=number % 7, background=number % 5 == 0) for number in range(100_000)]
-    tasks = [asyncio.create_task(crowd.limits.admit(crowd.target, claim)) for claim in claims]
+    claims = [AdmissionRequest(1e6, caller=number % 7, background=number % 5 == 0) for number in range(100_000)]
+    tasks = [asyncio.create_task(crowd.limits.acquire(crowd.target, claim)) for claim in claims]
     await settle()
     for task in tasks[::2]:
         task.cancel()
@@ -468,7 +468,7 @@ async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    (plan,) = [plan for plan in crowd.limits._plans.values() if plan.where[2] == crowd.target.operation_name]
+    (plan,) = [plan for plan in crowd.limits._plans.values() if plan.labels[2] == crowd.target.operation_name]
     assert len(plan.queue) == 0
     assert not plan.queue._last
 
@@ -488,21 +488,21 @@ async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock)
 def test_no_place_is_lost_or_doubled_whoever_comes_and_leaves(actions: list[tuple[str, int, float, bool]]) -> None:
     async def play() -> None:
         clock = FakeClock()
-        limits = Limits(Metrics(), pace=True, now=clock, call_later=clock.call_later)
+        limits = RateLimiter(Metrics(), pace=True, now=clock, call_later=clock.call_later)
         with tempfile.TemporaryDirectory() as folder:
             orders = target(config(Path(folder)))
-        limits.learn(orders, 200, "1")
+        limits.observe_response(orders, 200, "1")
         went: list[float] = []
 
-        async def call(claim: Claim) -> None:
-            await limits.admit(orders, claim)
+        async def call(claim: AdmissionRequest) -> None:
+            await limits.acquire(orders, claim)
             went.append(clock())
 
         tasks: list[asyncio.Task[None]] = []
         throttled = 0
         for action, number, seconds, flag in actions:
             if action == "come":
-                claim = Claim(1000, caller=number % 3, background=flag)
+                claim = AdmissionRequest(1000, caller=number % 3, background=flag)
                 tasks += [asyncio.create_task(call(claim)) for _ in range(number)]
             elif action == "leave" and tasks:
                 tasks[number % len(tasks)].cancel()
@@ -510,7 +510,7 @@ def test_no_place_is_lost_or_doubled_whoever_comes_and_leaves(actions: list[tupl
                 clock.advance(seconds)
             elif action == "throttled":
                 throttled += 1
-                limits.learn(orders, 429, None)
+                limits.observe_response(orders, 429, None)
             await settle()
         assert_within_plan(went, rate=1.0, burst=20.0)
         waiting = [task for task in tasks if not task.done()]
@@ -533,30 +533,32 @@ def assert_within_plan(starts: list[float], rate: float, burst: float) -> None:
 
 
 async def test_an_operation_without_a_plan_is_paced_once_a_429_says_that_there_is_one(
-    tmp_path: Path, limits: Limits
+    tmp_path: Path, limits: RateLimiter
 ) -> None:
     settings = config(tmp_path)
     unknown = target(settings, path="/unknown/v1/path/1")
-    assert [await limits.admit(unknown, Claim(0)) for _ in range(100)] == [0.0] * 100
-    limits.learn(unknown, 429, None)
+    assert [await limits.acquire(unknown, AdmissionRequest(0)) for _ in range(100)] == [0.0] * 100
+    limits.observe_response(unknown, 429, None)
     for same in (unknown, target(settings, path="/unknown/v1/path/2")):
         with pytest.raises(UsagePlanExhausted):
-            await limits.admit(same, Claim(0))
+            await limits.acquire(same, AdmissionRequest(0))
     other = target(settings, path="/unknown/v2/path")
-    assert [await limits.admit(other, Claim(0)) for _ in range(10)] == [0.0] * 10
+    assert [await limits.acquire(other, AdmissionRequest(0)) for _ in range(10)] == [0.0] * 10
 
 
-async def test_a_known_operation_without_a_plan_is_paced_from_its_first_429_on(tmp_path: Path, limits: Limits) -> None:
+async def test_a_known_operation_without_a_plan_is_paced_from_its_first_429_on(
+    tmp_path: Path, limits: RateLimiter
+) -> None:
     nameless = target(config(tmp_path), path="/awd/2024-05-09/replenishmentOrders")
     assert nameless.operation is not None
     assert nameless.operation.rate is None
-    assert [await limits.admit(nameless, Claim(0)) for _ in range(10)] == [0.0] * 10
-    limits.learn(nameless, 429, None)
+    assert [await limits.acquire(nameless, AdmissionRequest(0)) for _ in range(10)] == [0.0] * 10
+    limits.observe_response(nameless, 429, None)
     with pytest.raises(UsagePlanExhausted):
-        await limits.admit(nameless, Claim(0))
+        await limits.acquire(nameless, AdmissionRequest(0))
 
 
-async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, limits: Limits) -> None:
+async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, limits: RateLimiter) -> None:
     settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
     path = "/catalog/2022-04-01/items/B000000000"  # 2 per second and account, 250 over all
     taken = 0
@@ -565,14 +567,16 @@ async def test_the_application_has_a_plan_over_all_its_accounts(tmp_path: Path, 
     assert taken == 25, "a tenth of a second's worth"
 
 
-async def test_the_wait_for_both_plans_together_is_bounded(tmp_path: Path, limits: Limits, clock: FakeClock) -> None:
+async def test_the_wait_for_both_plans_together_is_bounded(
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
+) -> None:
     settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
     path = "/catalog/2022-04-01/items/B000000000"
     mine = target(settings, path=path, account="a0")
     await drain(limits, mine)
-    (for_all,) = [plan for plan in limits._plans.values() if plan.where[0] == "*"]
+    (for_all,) = [plan for plan in limits._plans.values() if plan.labels[0] == "*"]
     for_all.bucket.tokens = -150.0  # more than half a second of 250 a second
-    call = asyncio.create_task(limits.admit(mine, Claim(0.6)))
+    call = asyncio.create_task(limits.acquire(mine, AdmissionRequest(0.6)))
     await settle()
     clock.advance(0.56)  # its turn in the account's plan
     await settle()
@@ -580,7 +584,7 @@ async def test_the_wait_for_both_plans_together_is_bounded(tmp_path: Path, limit
 
 
 async def test_a_place_of_the_account_is_given_back_where_the_application_has_none(
-    tmp_path: Path, limits: Limits, clock: FakeClock
+    tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     settings = config(tmp_path, accounts={f"a{n}": {"refresh_tokens": {"eu": f"t{n}"}} for n in range(40)})
     path = "/catalog/2022-04-01/items/B000000000"
@@ -594,17 +598,17 @@ async def test_a_place_of_the_account_is_given_back_where_the_application_has_no
 
 async def test_what_is_known_of_plans_is_exported(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=True, now=clock, call_later=clock.call_later)
+    limits = RateLimiter(metrics, pace=True, now=clock, call_later=clock.call_later)
     orders = target(config(tmp_path))
     where = {"account": "acme", "region": "eu", "operation": orders.operation_name}
-    await limits.admit(orders, Claim(0))
+    await limits.acquire(orders, AdmissionRequest(0))
 
     def value(name: str) -> float | None:
         return metrics.registry.get_sample_value(f"spapi_proxy_{name}", where)
 
     assert (value("usage_plan_tokens"), value("usage_plan_rate"), value("limit_queue_length")) == (19, 0.0167, 0)
     await drain(limits, orders)
-    waiting = asyncio.create_task(limits.admit(orders, Claim(1000)))
+    waiting = asyncio.create_task(limits.acquire(orders, AdmissionRequest(1000)))
     await settle()
     assert (value("usage_plan_tokens"), value("limit_queue_length")) == (0, 1)
     waiting.cancel()
@@ -614,18 +618,18 @@ async def test_what_is_known_of_plans_is_exported(tmp_path: Path, clock: FakeClo
 
 async def test_a_queue_takes_no_more_than_its_bound(tmp_path: Path, clock: FakeClock) -> None:
     metrics = Metrics()
-    limits = Limits(metrics, pace=True, max_queue=3, now=clock, call_later=clock.call_later)
+    limits = RateLimiter(metrics, pace=True, max_queue=3, now=clock, call_later=clock.call_later)
     orders = target(config(tmp_path))
-    limits.learn(orders, 200, "1")
+    limits.observe_response(orders, 200, "1")
     await drain(limits, orders)
-    tasks = [asyncio.create_task(limits.admit(orders, Claim(1000))) for _ in range(3)]
+    tasks = [asyncio.create_task(limits.acquire(orders, AdmissionRequest(1000))) for _ in range(3)]
     await settle()
     with pytest.raises(UsagePlanExhausted, match="3 calls wait for the usage plan of") as caught:
-        await limits.admit(orders, Claim(1000))
+        await limits.acquire(orders, AdmissionRequest(1000))
     assert caught.value.headers()["Retry-After"] == "4"
     clock.advance(1.1)
     await settle()
-    tasks.append(asyncio.create_task(limits.admit(orders, Claim(1000))))
+    tasks.append(asyncio.create_task(limits.acquire(orders, AdmissionRequest(1000))))
     await settle()
     assert sum(task.done() for task in tasks) == 1
     for task in tasks:

@@ -7,14 +7,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.request.ratelimit.token_bucket import (
-    BACKGROUND_ROUNDS,
+    BACKGROUND_PENALTY,
     LOWER,
     PROBE_AFTER,
     RAISE,
     RAISE_AFTER,
     Bucket,
-    Estimate,
-    Queue,
+    FairQueue,
+    RateEstimator,
 )
 
 RATES = st.floats(1e-3, 1e3)
@@ -26,14 +26,14 @@ def test_a_full_bucket_lets_its_burst_go_at_once_and_then_one_at_a_time() -> Non
     bucket = Bucket.full(rate=0.5, burst=3, now=0)
     for _ in range(3):
         assert bucket.wait(0) == 0
-        bucket.take()
+        bucket.consume()
     assert [bucket.wait(0, ahead) for ahead in range(3)] == pytest.approx([2.05, 4.05, 6.05])
     assert bucket.wait(2) == 0
 
 
 def test_a_bucket_fills_up_to_its_burst_and_no_further() -> None:
     bucket = Bucket.full(rate=1, burst=2, now=0)
-    bucket.take()
+    bucket.consume()
     assert bucket.wait(1000) == 0
     assert bucket.tokens == 2
 
@@ -43,7 +43,7 @@ def test_the_margin_is_paid_once_and_not_for_each_call() -> None:
     bucket.tokens, now, moments = 0.0, 0.0, []
     for _ in range(50):
         now += bucket.wait(now)
-        bucket.take()
+        bucket.consume()
         moments.append(now)
     assert moments[-1] - moments[0] == pytest.approx(49 / 5)
 
@@ -59,9 +59,9 @@ def test_the_margin_is_small_and_smaller_where_it_is_paid_for_each_call(
 
 def test_a_place_that_is_given_back_is_there_for_the_next_and_no_more() -> None:
     bucket = Bucket.full(rate=1, burst=1, now=0)
-    bucket.take()
-    bucket.give_back()
-    bucket.give_back()
+    bucket.consume()
+    bucket.refund()
+    bucket.refund()
     assert bucket.tokens == 1
 
 
@@ -83,7 +83,7 @@ def test_no_window_ever_sees_more_than_rate_times_its_length_plus_the_burst(
     for moment in accumulate(steps):
         now = max(now, moment)
         now += bucket.wait(now)
-        bucket.take()
+        bucket.consume()
         starts.append(now)
     for first, begin in enumerate(starts):
         for last in range(first, len(starts)):
@@ -102,12 +102,12 @@ def test_a_clock_that_jumps_back_adds_nothing_and_never_more_than_the_burst_is_t
     bucket, latest = Bucket.full(rate, burst, 0), 0.0
     for action, now in actions:
         if action == "give_back":
-            bucket.give_back()
+            bucket.refund()
         elif action == "empty":
             bucket.empty(now)
             assert bucket.tokens <= 0
         elif bucket.wait(now) == 0:
-            bucket.take()
+            bucket.consume()
         latest = latest if action == "give_back" else max(latest, now)
         assert bucket.tokens <= burst
         assert bucket.updated == latest
@@ -116,25 +116,25 @@ def test_a_clock_that_jumps_back_adds_nothing_and_never_more_than_the_burst_is_t
 # Who is next.
 
 
-def order_of(queue: Queue[str]) -> list[str]:
+def order_of(queue: FairQueue[str]) -> list[str]:
     went = []
     while len(queue):
         name = queue.first()[2]
-        queue.next_round(name.split()[0])
+        queue.pop(name.split()[0])
         went.append(name)
     return went
 
 
-def add(queue: Queue[str], caller: str, name: str, *, background: bool = False) -> tuple[float, int, str]:
-    return queue.add(caller, queue.round_of_next(caller, background=background), f"{caller} {name}")
+def add(queue: FairQueue[str], caller: str, name: str, *, background: bool = False) -> tuple[float, int, str]:
+    return queue.add(caller, queue.next_virtual_time(caller, background=background), f"{caller} {name}")
 
 
 @given(st.lists(st.sampled_from("abcd"), max_size=60))
 def test_each_caller_is_first_come_first_served_and_callers_take_turns(callers: list[str]) -> None:
-    queue: Queue[str] = Queue()
+    queue: FairQueue[str] = FairQueue()
     for number, caller in enumerate(callers):
-        its_round = queue.round_of_next(caller)
-        ahead = queue.ahead_of(its_round)
+        its_round = queue.next_virtual_time(caller)
+        ahead = queue.position(its_round)
         queue.add(caller, its_round, f"{caller} {number}")
         assert queue._order[ahead][2] == f"{caller} {number}", "it is known how many go before"
     went = order_of(queue)
@@ -153,102 +153,102 @@ def test_each_caller_is_first_come_first_served_and_callers_take_turns(callers: 
     st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40), st.lists(st.integers(0, 100), max_size=40)
 )
 def test_who_leaves_is_gone_and_the_others_stay(calls: list[tuple[str, bool]], leavers: list[int]) -> None:
-    queue: Queue[str] = Queue()
+    queue: FairQueue[str] = FairQueue()
     entries = [(caller, add(queue, caller, str(number))) for number, (caller, _) in enumerate(calls)]
     for leaver in leavers:
         if entries:
             caller, entry = entries.pop(leaver % len(entries))
-            queue.leave(caller, entry)
+            queue.remove(caller, entry)
     assert sorted(order_of(queue)) == sorted(entry[2] for _, entry in entries)
     assert not queue._last, "nothing is remembered of callers who do not wait"
 
 
 def test_a_background_call_lets_some_rounds_pass_and_then_goes() -> None:
-    queue: Queue[str] = Queue()
+    queue: FairQueue[str] = FairQueue()
     add(queue, "late", "0", background=True)
     served = []
-    for number in range(BACKGROUND_ROUNDS * 2):
+    for number in range(BACKGROUND_PENALTY * 2):
         add(queue, "busy", str(number))
         name = queue.first()[2]
-        queue.next_round(name.split()[0])
+        queue.pop(name.split()[0])
         served.append(name)
-    assert served.index("late 0") == pytest.approx(BACKGROUND_ROUNDS, abs=1)
+    assert served.index("late 0") == pytest.approx(BACKGROUND_PENALTY, abs=1)
 
 
 # What the rate is thought to be.
 
 
 def test_an_announced_rate_is_believed_and_429s_do_not_change_it() -> None:
-    estimate = Estimate(rate=5, known=5, slowest=0.05)
+    estimate = RateEstimator(rate=5, known=5, min_rate=0.05)
     estimate.announce(2)
-    estimate.throttled(0)
+    estimate.on_429(0)
     for _ in range(1000):
-        estimate.passed()
+        estimate.on_success()
     assert (estimate.rate, estimate.known) == (2, 2)
     estimate.announce(0.0001)
     assert estimate.rate == 0.05, "within reason"
 
 
 def test_a_429_lowers_a_guess_once_for_all_that_come_together() -> None:
-    estimate = Estimate(rate=5, known=5, slowest=0.05)
+    estimate = RateEstimator(rate=5, known=5, min_rate=0.05)
     for _ in range(10):
-        estimate.throttled(100)
+        estimate.on_429(100)
     assert estimate.rate == 5 * LOWER
-    estimate.throttled(101)
+    estimate.on_429(101)
     assert estimate.rate == pytest.approx(5 * LOWER * LOWER)
 
 
 def test_no_number_of_429s_stops_a_plan() -> None:
-    estimate = Estimate(rate=5, known=5, slowest=0.05)
+    estimate = RateEstimator(rate=5, known=5, min_rate=0.05)
     for number in range(1000):
-        estimate.throttled(number * 1000)
+        estimate.on_429(number * 1000)
     assert estimate.rate == 0.05
 
 
 def test_a_lowered_rate_comes_back_to_what_is_known() -> None:
-    estimate = Estimate(rate=5, known=5, slowest=0.05)
-    estimate.throttled(0)
+    estimate = RateEstimator(rate=5, known=5, min_rate=0.05)
+    estimate.on_429(0)
     rates = []
     for _ in range(RAISE_AFTER * 4):
-        estimate.passed()
+        estimate.on_success()
         rates.append(estimate.rate)
     assert max(rates) == 5
     assert rates == sorted(rates)
 
 
 def test_more_than_is_known_is_tried_rarely_and_taken_back_where_it_brings_a_429() -> None:
-    estimate = Estimate(rate=5, known=5, slowest=0.05)
+    estimate = RateEstimator(rate=5, known=5, min_rate=0.05)
     for _ in range(PROBE_AFTER):
         assert estimate.rate == 5
-        estimate.passed()
+        estimate.on_success()
     assert estimate.rate == 5 * RAISE
-    estimate.throttled(0)
+    estimate.on_429(0)
     assert estimate.rate == 5
     for _ in range(PROBE_AFTER * 2):
         assert estimate.rate == 5
-        estimate.passed()
+        estimate.on_success()
     assert estimate.rate == 5 * RAISE
 
 
 def test_where_there_is_more_it_is_found() -> None:
-    estimate, now = Estimate(rate=5, known=5, slowest=0.05), 0.0
+    estimate, now = RateEstimator(rate=5, known=5, min_rate=0.05), 0.0
     for _ in range(2000):
         now += 1
         if estimate.rate > 10:
-            estimate.throttled(now)
+            estimate.on_429(now)
         else:
-            estimate.passed()
+            estimate.on_success()
     assert estimate.rate == pytest.approx(10, rel=0.1)
 
 
 def test_where_there_is_less_that_is_found_too() -> None:
-    estimate, now, throttled = Estimate(rate=5, known=5, slowest=0.05), 0.0, 0
+    estimate, now, throttled = RateEstimator(rate=5, known=5, min_rate=0.05), 0.0, 0
     for _ in range(2000):
         now += 1
         if estimate.rate > 2.5:
-            estimate.throttled(now)
+            estimate.on_429(now)
             throttled += 1
         else:
-            estimate.passed()
+            estimate.on_success()
     assert estimate.rate == pytest.approx(2.5, rel=0.15)
     assert throttled < 20

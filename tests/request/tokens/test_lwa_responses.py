@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from proxy.amazon.lwa import (
     MAX_TOKEN,
-    REFUSALS,
-    ExchangeFailed,
-    ExchangeRefused,
-    Grant,
+    OAUTH_ERRORS,
+    OAuthError,
+    TokenRequestFailed,
+    TokenResponse,
     authorization_code_grant,
-    parse_answer,
     parse_lifetime,
+    parse_response,
 )
 from proxy.config import Secret
 
@@ -51,22 +51,22 @@ def body(**changed: Any) -> bytes:
 
 
 def test_an_answer_holds_the_token_and_its_life() -> None:
-    assert parse_answer(200, body()) == Grant(Secret(TOKEN), 3600.0)
+    assert parse_response(200, body()) == TokenResponse(Secret(TOKEN), 3600.0)
 
 
 @pytest.mark.parametrize("token", ["Atza|x", "Atc|" + "x" * 400, "x", "a" * MAX_TOKEN, "Atza|+/=_-.~"])
 def test_a_token_is_taken_as_it_is(token: str) -> None:
-    assert parse_answer(200, body(access_token=token)).value.reveal() == token
+    assert parse_response(200, body(access_token=token)).value.reveal() == token
 
 
 def test_an_answer_without_the_refresh_token_and_with_unknown_fields_is_fine() -> None:
     text = json.dumps({"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer", "new": [1, {"a": None}]})
-    assert parse_answer(200, text.encode()).expires_in == 3600
+    assert parse_response(200, text.encode()).expires_in == 3600
 
 
 def test_a_byte_order_mark_or_utf_16_is_read_as_json_allows() -> None:
-    assert parse_answer(200, body().decode().encode("utf-16")).value.reveal() == TOKEN
-    assert parse_answer(200, b"\xef\xbb\xbf" + body()).value.reveal() == TOKEN
+    assert parse_response(200, body().decode().encode("utf-16")).value.reveal() == TOKEN
+    assert parse_response(200, b"\xef\xbb\xbf" + body()).value.reveal() == TOKEN
 
 
 # FACTS of the token host: status, error, whether it is for good.
@@ -84,8 +84,8 @@ def test_a_byte_order_mark_or_utf_16_is_read_as_json_allows() -> None:
 )
 def test_a_refusal_is_for_good_and_keeps_reason_and_request_id(status: int, error: str) -> None:
     answer = {"error": error, "error_description": "The request has an invalid grant parameter", "request_id": "r-1"}
-    with pytest.raises(ExchangeRefused) as caught:
-        parse_answer(status, json.dumps(answer).encode())
+    with pytest.raises(OAuthError) as caught:
+        parse_response(status, json.dumps(answer).encode())
     assert (caught.value.reason, caught.value.request_id) == (error, "r-1")
     assert "parameter" not in repr(caught.value)
 
@@ -93,8 +93,8 @@ def test_a_refusal_is_for_good_and_keeps_reason_and_request_id(status: int, erro
 @pytest.mark.parametrize("request_id", [None, 7, ["r"], {"a": "b"}])
 def test_a_request_id_that_is_no_text_is_left_out(request_id: object) -> None:
     answer = {"error": "invalid_grant", "error_index": "x", "request_id": request_id}
-    with pytest.raises(ExchangeRefused) as caught:
-        parse_answer(400, json.dumps(answer).encode())
+    with pytest.raises(OAuthError) as caught:
+        parse_response(400, json.dumps(answer).encode())
     assert caught.value.request_id == ""
 
 
@@ -124,23 +124,23 @@ def test_a_request_id_that_is_no_text_is_left_out(request_id: object) -> None:
     ],
 )
 def test_anything_else_may_succeed_later(status: int, answer: dict[str, Any]) -> None:
-    with pytest.raises(ExchangeFailed) as caught:
-        parse_answer(status, json.dumps(answer).encode())
+    with pytest.raises(TokenRequestFailed) as caught:
+        parse_response(status, json.dumps(answer).encode())
     assert caught.value.reason == f"http_{status}"
 
 
 @pytest.mark.parametrize("text", NONSENSE, ids=range(len(NONSENSE)))
 def test_nonsense_is_a_failure_that_may_pass(text: bytes) -> None:
     for status, reason in ((200, "no_token"), (400, "http_400"), (500, "http_500")):
-        with pytest.raises(ExchangeFailed) as caught:
-            parse_answer(status, text)
+        with pytest.raises(TokenRequestFailed) as caught:
+            parse_response(status, text)
         assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("token", [None, "", 7, True, [TOKEN], {"value": TOKEN}, "x" * (MAX_TOKEN + 1)])
 def test_an_answer_without_a_token_is_a_failure(token: object) -> None:
-    with pytest.raises(ExchangeFailed, match="no_token"):
-        parse_answer(200, body(access_token=token))
+    with pytest.raises(TokenRequestFailed, match="no_token"):
+        parse_response(200, body(access_token=token))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_an_answer_without_a_token_is_a_failure(token: object) -> None:
      "Atza|\x7f", "Atza|\u2028", "Atza|\u00a0", "Atza|\ud800"],
 )  # fmt: skip
 def test_a_token_that_no_header_may_hold_is_a_failure_that_does_not_quote_it(token: str) -> None:
-    with pytest.raises(ExchangeFailed) as caught:
-        parse_answer(200, body(access_token=token))
+    with pytest.raises(TokenRequestFailed) as caught:
+        parse_response(200, body(access_token=token))
     assert caught.value.reason == "malformed_token"
     assert "Atza" not in repr(caught.value)
 
@@ -189,11 +189,11 @@ def test_a_life_that_makes_no_sense_means_use_once_and_none_is_longer_than_an_ho
     written: str, seconds: float
 ) -> None:
     text = f'{{"access_token": "Atza|x", "expires_in": {written}}}'.encode()
-    assert parse_answer(200, text).expires_in == seconds
+    assert parse_response(200, text).expires_in == seconds
 
 
 def test_an_answer_without_a_life_means_use_once() -> None:
-    assert parse_answer(200, b'{"access_token": "Atza|x"}').expires_in == 0
+    assert parse_response(200, b'{"access_token": "Atza|x"}').expires_in == 0
 
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
@@ -203,31 +203,31 @@ def test_every_life_is_between_nothing_and_an_hour(value: object) -> None:
 
 @given(status=st.integers(100, 599), text=st.binary())
 def test_no_answer_whatever_raises_anything_else(status: int, text: bytes) -> None:
-    with pytest.raises((ExchangeFailed, ExchangeRefused)):
-        parse_answer(status, text)
+    with pytest.raises((TokenRequestFailed, OAuthError)):
+        parse_response(status, text)
 
 
 @given(
     status=st.integers(100, 599),
-    error=st.sampled_from(sorted(REFUSALS)) | st.text(),
+    error=st.sampled_from(sorted(OAUTH_ERRORS)) | st.text(),
     token=st.text() | st.none() | st.just(TOKEN),
 )
 def test_a_token_comes_with_200_alone_and_a_refusal_with_4xx_alone(status: int, error: str, token: str | None) -> None:
     text = json.dumps({"error": error, "access_token": token, "expires_in": 60}).encode()
     try:
-        grant = parse_answer(status, text)
-    except ExchangeRefused:
+        grant = parse_response(status, text)
+    except OAuthError:
         assert 400 <= status < 500
         assert status != 429
-        assert error in REFUSALS
-    except ExchangeFailed:
+        assert error in OAUTH_ERRORS
+    except TokenRequestFailed:
         pass
     else:
         assert (status, grant.value.reveal()) == (200, token)
 
 
 def test_a_grant_does_not_show_its_token() -> None:
-    assert TOKEN not in repr(parse_answer(200, body()))
+    assert TOKEN not in repr(parse_response(200, body()))
 
 
 # The exchange of a code: one more text comes back.
@@ -267,16 +267,16 @@ async def test_a_code_is_exchanged_for_a_refresh_token() -> None:
 
 @pytest.mark.parametrize("refresh_token", [None, "", 1, ["Atzr|x"], "Atzr|x\ny", "Atzr|x y", "a" * (MAX_TOKEN + 1)])
 async def test_an_answer_without_a_usable_refresh_token_is_a_failure(refresh_token: Any) -> None:
-    with pytest.raises(ExchangeFailed):
+    with pytest.raises(TokenRequestFailed):
         await _Host(200, body(refresh_token=refresh_token)).asked()
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
 async def test_nonsense_is_no_refresh_token(nonsense: bytes) -> None:
-    with pytest.raises(ExchangeFailed):
+    with pytest.raises(TokenRequestFailed):
         await _Host(200, nonsense).asked()
 
 
 async def test_a_refused_code_is_a_refusal() -> None:
-    with pytest.raises(ExchangeRefused, match="invalid_grant"):
+    with pytest.raises(OAuthError, match="invalid_grant"):
         await _Host(400, json.dumps({"error": "invalid_grant"}).encode()).asked()

@@ -14,15 +14,15 @@ from proxy.amazon.personal_data import ALL_ELEMENTS
 from proxy.amazon.placeholder_tokens import (
     ACCESS_TOKEN,
     GRANTLESS_TOKEN,
-    LONGEST,
+    MAX_TOKEN,
     RDT_PREFIX,
     REFRESH_TOKEN,
     Resource,
     placeholder_for,
     resources_in,
 )
-from proxy.request.tokens.placeholder_endpoint import MOST_BODY
-from proxy.server.runtime import Running
+from proxy.request.tokens.placeholder_endpoint import MAX_BODY
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, TokenHost
 from tests.support.raw_client import Answer, call, connect
@@ -72,7 +72,7 @@ async def asked_of_amazon(far_side: FarSide, at: str, target: str, token: str, *
 
 
 @pytest.mark.parametrize("target", [TOKEN, "/@acme/auth/o2/token", "/@acme/EU/auth/o2/token", f"{TOKEN}?client=x"])
-async def test_a_token_is_answered_as_login_with_amazon_would(proxy: Running, target: str) -> None:
+async def test_a_token_is_answered_as_login_with_amazon_would(proxy: RunningProxy, target: str) -> None:
     got = await call(proxy.addresses[0], "POST", target, REFRESH, **FORM)
     assert got.status == 200
     assert json.loads(got.body) == {
@@ -95,13 +95,13 @@ async def test_a_token_is_answered_as_login_with_amazon_would(proxy: Running, ta
         (GRANTLESS, ""),
     ],
 )
-async def test_a_grantless_token_brings_no_refresh_token(proxy: Running, body: bytes, kind: str) -> None:
+async def test_a_grantless_token_brings_no_refresh_token(proxy: RunningProxy, body: bytes, kind: str) -> None:
     got = await call(proxy.addresses[0], "POST", TOKEN, body, **({"content_type": kind} if kind else {}))
     assert json.loads(got.body) == {"access_token": GRANTLESS_TOKEN, "token_type": "bearer", "expires_in": 3600}
 
 
 async def test_neither_amazon_nor_the_log_hears_of_it(
-    proxy: Running, far_side: FarSide, token_host: TokenHost, log: StringIO
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost, log: StringIO
 ) -> None:
     await call(proxy.addresses[0], "POST", TOKEN, REFRESH, **FORM)
     await call(proxy.addresses[0], "POST", TOKEN, b"grant_type=distinctive-grant", **FORM)
@@ -125,11 +125,11 @@ async def test_neither_amazon_nor_the_log_hears_of_it(
         (b'{"grant_type": 1}', "application/json", "invalid_request"),
         (b"&".join([b"a=b"] * 200) + b"&grant_type=refresh_token", "", "invalid_request"),
         (b"grant_type=authorization_code&code=distinctive-code", "", "unsupported_grant_type"),
-        (b"grant_type=refresh_token&x=" + b"x" * MOST_BODY, "", "invalid_request"),
+        (b"grant_type=refresh_token&x=" + b"x" * MAX_BODY, "", "invalid_request"),
     ],
 )
 async def test_what_cannot_be_answered_is_refused_as_oauth_does(
-    proxy: Running, far_side: FarSide, body: bytes, kind: str, error: str
+    proxy: RunningProxy, far_side: FarSide, body: bytes, kind: str, error: str
 ) -> None:
     got = await call(proxy.addresses[0], "POST", TOKEN, body, **({"content_type": kind} if kind else {}))
     assert (got.status, got.error) == (400, "TokenRequestRefused")
@@ -140,7 +140,7 @@ async def test_what_cannot_be_answered_is_refused_as_oauth_does(
     assert not far_side.received
 
 
-async def test_a_connection_goes_on_behind_a_token(proxy: Running) -> None:
+async def test_a_connection_goes_on_behind_a_token(proxy: RunningProxy) -> None:
     async with connect(proxy.addresses[0]) as client:
         assert (await client.request("POST", TOKEN, REFRESH, **FORM)).status == 200
         assert (await client.request("GET", ORDERS)).status == 200
@@ -156,7 +156,7 @@ async def test_a_connection_goes_on_behind_a_token(proxy: Running) -> None:
         ("POST", "/orders/v0/orders?next=/auth/o2/token"),
     ],
 )
-async def test_nothing_else_is_taken_for_it(proxy: Running, far_side: FarSide, method: str, target: str) -> None:
+async def test_nothing_else_is_taken_for_it(proxy: RunningProxy, far_side: FarSide, method: str, target: str) -> None:
     await call(proxy.addresses[0], method, target)
     assert [request.target for request in far_side.received] == [target]
 
@@ -185,13 +185,13 @@ async def test_a_token_needs_no_key_and_a_call_with_it_does(
         ({"sec_fetch_site": "cross-site"}, "BrowserRefused"),
     ],
 )
-async def test_the_guard_stands_before_tokens_too(proxy: Running, fields: dict[str, str], error: str) -> None:
+async def test_the_guard_stands_before_tokens_too(proxy: RunningProxy, fields: dict[str, str], error: str) -> None:
     got = await call(proxy.addresses[0], "POST", TOKEN, REFRESH, **fields)
     assert got.error == error
 
 
 @pytest.mark.parametrize("port", ["", ":443"])
-async def test_amazons_token_host_is_good_for_tokens_alone(proxy: Running, far_side: FarSide, port: str) -> None:
+async def test_amazons_token_host_is_good_for_tokens_alone(proxy: RunningProxy, far_side: FarSide, port: str) -> None:
     at, fields = proxy.addresses[0], {"host": AMAZONS_LWA + port}
     assert (await call(at, "POST", TOKEN, REFRESH, **FORM, **fields)).status == 200
     for method, target in (("GET", TOKEN), ("POST", ORDERS), ("GET", ORDERS), ("POST", f"{ORDERS}?x={TOKEN}")):
@@ -292,7 +292,7 @@ async def test_a_placeholder_of_one_replica_is_good_at_another(start_proxy: Star
     assert await asked_of_amazon(far_side, second.addresses[0], ORDERS, token) == [ORDERS, ["buyerInfo"]]
 
 
-async def test_a_placeholder_means_nothing_where_there_are_none(proxy: Running, far_side: FarSide) -> None:
+async def test_a_placeholder_means_nothing_where_there_are_none(proxy: RunningProxy, far_side: FarSide) -> None:
     token = placeholder_for([Resource("GET", ORDERS, ("buyerInfo",))])
     assert await asked_of_amazon(far_side, proxy.addresses[0], ORDERS, token) is None
 
@@ -320,7 +320,7 @@ async def test_a_placeholder_means_nothing_where_there_are_none(proxy: Running, 
         asking_for({"method": "GET", "path": ORDERS, "dataElements": [["buyerInfo"]]}),
         asking_for(resource(), targetApplication="amzn1.sp.solution.other"),
         asking_for(*[resource(f"{ORDERS}/{'9' * 500}{number}") for number in range(40)]),
-        b" " * (MOST_BODY + 1),
+        b" " * (MAX_BODY + 1),
     ],
 )
 async def test_a_malformed_request_for_a_restricted_token_is_amazons_400(
@@ -338,7 +338,7 @@ async def test_a_malformed_request_for_a_restricted_token_is_amazons_400(
 
 
 @pytest.mark.parametrize(
-    "text", ["!", "W10", "e30", "WzFd", "W1sxLDIsM11d", "x" * LONGEST, "W1siR0VUIiwiL3giLFsieCJdXV0"]
+    "text", ["!", "W10", "e30", "WzFd", "W1sxLDIsM11d", "x" * MAX_TOKEN, "W1siR0VUIiwiL3giLFsieCJdXV0"]
 )
 async def test_a_placeholder_that_is_not_whole_is_refused(
     start_proxy: StartProxy, far_side: FarSide, text: str
@@ -423,9 +423,9 @@ def test_a_placeholder_says_what_it_was_asked_for_and_fits_a_header(resources: l
     try:
         text = placeholder_for(resources)
     except ValueError:
-        assert len(json.dumps(resources)) > LONGEST // 2
+        assert len(json.dumps(resources)) > MAX_TOKEN // 2
         return
-    assert len(text) <= LONGEST
+    assert len(text) <= MAX_TOKEN
     assert text.isascii()
     assert text.isprintable()
     assert list(resources_in(text)) == resources
@@ -438,7 +438,7 @@ def test_any_text_behind_the_prefix_is_read_or_refused(text: str) -> None:
         assert all(isinstance(one, Resource) for one in resources_in(RDT_PREFIX + text))
 
 
-async def test_expect_is_answered_before_the_body_comes(proxy: Running) -> None:
+async def test_expect_is_answered_before_the_body_comes(proxy: RunningProxy) -> None:
     fields = f"Host: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(GRANTLESS)}"
     head = f"POST {TOKEN} HTTP/1.1\r\n{fields}\r\n\r\n"
     async with connect(proxy.addresses[0]) as client:
@@ -449,7 +449,7 @@ async def test_expect_is_answered_before_the_body_comes(proxy: Running) -> None:
     assert got.status == 200
 
 
-async def test_placeholders_are_counted_as_the_proxys_own(proxy: Running) -> None:
+async def test_placeholders_are_counted_as_the_proxys_own(proxy: RunningProxy) -> None:
     assert proxy.admin is not None
     await call(proxy.addresses[0], "POST", TOKEN, REFRESH, **FORM)
     text = (await call(proxy.admin, "GET", "/metrics")).body.decode()

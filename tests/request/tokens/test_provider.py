@@ -15,35 +15,35 @@ from proxy.amazon.operations import load_table
 from proxy.config import Secret
 from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.limiter import Limits
-from proxy.request.routing import Credential
+from proxy.request.ratelimit.limiter import RateLimiter
+from proxy.request.routing import TokenKey
 from proxy.request.tokens import provider as tokens_module
-from proxy.request.tokens.client import TRIES, Grants, ordinary_credentials
-from proxy.request.tokens.provider import SETTLED_AFTER, Token, Tokens
-from proxy.request.tokens.report_documents import Documents
-from proxy.request.upstream.forward import open_session
-from proxy.server.runtime import open_lwa_session
+from proxy.request.tokens.client import TRIES, TokenClient, access_token_keys
+from proxy.request.tokens.provider import SETTLED_AFTER, Token, TokenProvider
+from proxy.request.tokens.report_documents import UnrestrictedReports
+from proxy.request.upstream.forward import amazon_pool
+from proxy.server.runtime import lwa_pool
 from proxy.store import MemoryStore, StoredToken
 from tests.conftest import config_from, settings_for
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
 
 TABLE = load_table()
-ACME = Credential("lwa", "main", "acme", "production", "eu")
-GRANTLESS = Credential("grantless", "main", "", "production", "eu", scope="sellingpartnerapi::notifications")
-RDT = Credential("rdt", "main", "acme", "production", "eu", method="GET", path="/orders/v0/orders/{orderId}/address")
-DOCUMENT = RDT._replace(path="/reports/2021-06-30/documents/d1", reusable=False)
+ACME = TokenKey("lwa", "main", "acme", "production", "eu")
+GRANTLESS = TokenKey("grantless", "main", "", "production", "eu", scope="sellingpartnerapi::notifications")
+RDT = TokenKey("rdt", "main", "acme", "production", "eu", method="GET", path="/orders/v0/orders/{orderId}/address")
+DOCUMENT = RDT._replace(path="/reports/2021-06-30/documents/d1", is_shared=False)
 
 
 @asynccontextmanager
 async def open_tokens(
     far_side: FarSide, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
-) -> AsyncIterator[tuple[Tokens, Metrics]]:
+) -> AsyncIterator[tuple[TokenProvider, Metrics]]:
     config = config_from(settings_for(far_side, token_host, **{"limits": {"pace": False}, **settings}), folder)
     metrics, store = Metrics(), MemoryStore()
-    async with open_lwa_session(config) as lwa_session, open_session(config, 10) as amazon_session:
-        limits = Limits(metrics, pace=config.limits.pace, now=clock)
-        grants = Grants(
+    async with lwa_pool(config) as lwa_session, amazon_pool(config, 10) as amazon_session:
+        limits = RateLimiter(metrics, pace=config.limits.pace, now=clock)
+        grants = TokenClient(
             config,
             lwa_session=lwa_session,
             amazon_session=amazon_session,
@@ -53,9 +53,9 @@ async def open_tokens(
             now=clock,
             sleep=clock.sleep,
         )
-        tokens = Tokens(
+        tokens = TokenProvider(
             grants=grants,
-            documents=Documents(),
+            documents=UnrestrictedReports(),
             store=store,
             metrics=metrics,
             now=clock,
@@ -73,12 +73,14 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-async def tokens(far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Tokens]:
+async def tokens(
+    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+) -> AsyncIterator[TokenProvider]:
     async with open_tokens(far_side, token_host, tmp_path, clock) as (opened, _):
         yield opened
 
 
-async def settle(tokens: Tokens) -> None:
+async def settle(tokens: TokenProvider) -> None:
     """Wait until no exchange is under way."""
     while tokens._pending:
         await asyncio.gather(*tokens._pending.values(), return_exceptions=True)
@@ -89,7 +91,9 @@ def form(body: bytes) -> dict[str, str]:
     return dict(parse_qsl(body.decode()))
 
 
-async def test_an_exchange_says_exactly_what_login_with_amazon_asks_for(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_an_exchange_says_exactly_what_login_with_amazon_asks_for(
+    tokens: TokenProvider, token_host: TokenHost
+) -> None:
     token = await tokens.get(ACME)
     assert token.value.reveal() == "Atza|1"
     (received,) = token_host.received
@@ -103,7 +107,7 @@ async def test_an_exchange_says_exactly_what_login_with_amazon_asks_for(tokens: 
     }
 
 
-async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: TokenProvider, token_host: TokenHost) -> None:
     await tokens.get(GRANTLESS)
     assert form(token_host.received[0].body) == {
         "grant_type": "client_credentials",
@@ -113,7 +117,7 @@ async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: Tokens
     }
 
 
-async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: Tokens, far_side: FarSide) -> None:
+async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: TokenProvider, far_side: FarSide) -> None:
     token = await tokens.get(RDT._replace(data_elements=("buyerInfo",)))
     assert (token.kind, token.value.reveal()) == ("rdt", "Atz.sprdt|1")
     (minted,) = far_side.minted
@@ -124,7 +128,7 @@ async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: Toke
     assert json.loads(minted.body) == {"restrictedResources": [resource]}
 
 
-async def test_a_burst_on_a_cold_cache_makes_one_exchange(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_a_burst_on_a_cold_cache_makes_one_exchange(tokens: TokenProvider, token_host: TokenHost) -> None:
     token_host.held = asyncio.Event()
     waiting = [asyncio.create_task(tokens.get(ACME)) for _ in range(100)]
     await token_host.arrived.wait()
@@ -135,7 +139,7 @@ async def test_a_burst_on_a_cold_cache_makes_one_exchange(tokens: Tokens, token_
     assert len(token_host.received) == 1
 
 
-async def test_an_exchange_outlives_everybody_who_waited_for_it(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_an_exchange_outlives_everybody_who_waited_for_it(tokens: TokenProvider, token_host: TokenHost) -> None:
     token_host.held = asyncio.Event()
     waiting = [asyncio.create_task(tokens.get(ACME)) for _ in range(3)]
     await token_host.arrived.wait()
@@ -147,7 +151,9 @@ async def test_an_exchange_outlives_everybody_who_waited_for_it(tokens: Tokens, 
     assert (await tokens.get(ACME)).value.reveal() == "Atza|1"
 
 
-async def test_a_held_token_serves_until_it_is_due(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_a_held_token_serves_until_it_is_due(
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
+) -> None:
     first = await tokens.get(ACME)
     clock.advance(3600 * 0.79)
     assert await tokens.get(ACME) is first
@@ -156,7 +162,7 @@ async def test_a_held_token_serves_until_it_is_due(tokens: Tokens, token_host: T
 
 
 async def test_a_token_that_is_due_is_renewed_behind_the_callers_back(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
     clock.advance(3600 * 0.91)
@@ -167,14 +173,18 @@ async def test_a_token_that_is_due_is_renewed_behind_the_callers_back(
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
 
 
-async def test_a_token_is_not_sent_in_its_last_seconds(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_a_token_is_not_sent_in_its_last_seconds(
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
+) -> None:
     await tokens.get(ACME)
     clock.advance(3599)
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
     assert len(token_host.received) == 2
 
 
-async def test_the_life_that_amazon_names_is_believed(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_the_life_that_amazon_names_is_believed(
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
+) -> None:
     token_host.expires_in = 60
     await tokens.get(ACME)
     clock.advance(59)
@@ -183,7 +193,7 @@ async def test_the_life_that_amazon_names_is_believed(tokens: Tokens, token_host
 
 @pytest.mark.parametrize("expires_in", [0, -5, "soon", None, True])
 async def test_a_life_that_makes_no_sense_serves_once(
-    tokens: Tokens, token_host: TokenHost, expires_in: object
+    tokens: TokenProvider, token_host: TokenHost, expires_in: object
 ) -> None:
     token_host.expires_in = expires_in
     assert (await tokens.get(ACME)).value.reveal() == "Atza|1"
@@ -191,7 +201,7 @@ async def test_a_life_that_makes_no_sense_serves_once(
 
 
 async def test_a_valid_token_serves_while_login_with_amazon_is_down(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
     token_host.answers = [answer("500 Internal Server Error")] * 100
@@ -205,16 +215,16 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
 
 
 async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     token_host.answers = [answer("503 Service Unavailable")] * TRIES
     for _ in range(10):
         with pytest.raises(TokenUnavailable) as caught:
             await tokens.get(ACME)
         assert caught.value.retry_after is not None
-        assert 0 < caught.value.retry_after <= tokens_module.LONGEST_PAUSE
+        assert 0 < caught.value.retry_after <= tokens_module.MAX_PAUSE
     assert len(token_host.received) == TRIES
-    clock.advance(tokens_module.LONGEST_PAUSE)
+    clock.advance(tokens_module.MAX_PAUSE)
     assert (await tokens.get(ACME)).value.reveal() == f"Atza|{TRIES + 1}"
 
 
@@ -238,7 +248,13 @@ async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
     ],
 )
 async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock, status: str, body: dict[str, str], reason: str, place: str
+    tokens: TokenProvider,
+    token_host: TokenHost,
+    clock: FakeClock,
+    status: str,
+    body: dict[str, str],
+    reason: str,
+    place: str,
 ) -> None:
     refused = answer(status, json.dumps(body).encode(), content_type="application/json")
     token_host.answers = [refused] * 100
@@ -272,7 +288,7 @@ async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_it
                 await tokens.get(ACME)
             assert caught.value.hint.endswith(f" Look at {keys}, in the place that the log names.")
             assert f'"look_at": "{keys} (from file {file})"' in log.getvalue()
-            clock.advance(tokens_module.LONGEST_PAUSE)
+            clock.advance(tokens_module.MAX_PAUSE)
 
 
 async def test_one_accounts_trouble_is_not_anothers(
@@ -303,7 +319,9 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("case", NONSENSE)
-async def test_nonsense_from_the_token_host_is_no_token(tokens: Tokens, token_host: TokenHost, case: str) -> None:
+async def test_nonsense_from_the_token_host_is_no_token(
+    tokens: TokenProvider, token_host: TokenHost, case: str
+) -> None:
     token_host.answers = [NONSENSE[case]] * TRIES
     with pytest.raises(TokenUnavailable) as caught:
         await tokens.get(ACME)
@@ -313,7 +331,7 @@ async def test_nonsense_from_the_token_host_is_no_token(tokens: Tokens, token_ho
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
 async def test_a_redirect_of_the_token_host_is_no_way_to_the_secret(
-    tokens: Tokens, token_host: TokenHost, status: str
+    tokens: TokenProvider, token_host: TokenHost, status: str
 ) -> None:
     async with TokenHost() as elsewhere:
         token_host.answers = [answer(status, location=elsewhere.url)] * TRIES
@@ -350,7 +368,7 @@ async def test_a_token_host_that_is_out_of_reach_is_named_with_what_finds_out_wh
     assert "`sp-api-proxy check --live` says why" in caught.value.hint
 
 
-async def test_a_refused_token_is_told_apart_from_its_successor(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_a_refused_token_is_told_apart_from_its_successor(tokens: TokenProvider, token_host: TokenHost) -> None:
     first = await tokens.get(ACME)
     second = await tokens.get(ACME, rejected=first)
     assert second.value.reveal() == "Atza|2"
@@ -358,7 +376,7 @@ async def test_a_refused_token_is_told_apart_from_its_successor(tokens: Tokens, 
     assert len(token_host.received) == 2
 
 
-async def test_tokens_of_different_credentials_are_kept_apart(tokens: Tokens) -> None:
+async def test_tokens_of_different_credentials_are_kept_apart(tokens: TokenProvider) -> None:
     credentials = [ACME, GRANTLESS, RDT, RDT._replace(data_elements=("buyerInfo",)), RDT._replace(method="DELETE")]
     values = [(await tokens.get(credential)).value.reveal() for credential in credentials]
     assert len(set(values)) == len(credentials)
@@ -370,19 +388,19 @@ async def test_a_store_that_still_has_a_token_saves_an_exchange(
 ) -> None:
     async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
         first = await tokens.get(ACME)
-        tokens._held.clear()
+        tokens._tokens.clear()
         assert (await tokens.get(ACME)).value == first.value
         assert len(token_host.received) == 1
 
 
-async def test_an_unrestricted_document_gets_the_ordinary_token(tokens: Tokens, far_side: FarSide) -> None:
+async def test_an_unrestricted_document_gets_the_ordinary_token(tokens: TokenProvider, far_side: FarSide) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
     far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
     token = await tokens.get(DOCUMENT)
     assert (token.kind, token.value.reveal()) == ("lwa", "Atza|1")
 
 
-async def test_a_refused_rdt_says_why_and_what_to_do(tokens: Tokens, far_side: FarSide) -> None:
+async def test_a_refused_rdt_says_why_and_what_to_do(tokens: TokenProvider, far_side: FarSide) -> None:
     message = "Application does not have access to one or more requested data elements: [shippingAddress]"
     body = json.dumps({"errors": [{"code": "InvalidInput", "message": message}]}).encode()
     far_side.rdt_answer = answer("400 Bad Request", body)
@@ -392,11 +410,11 @@ async def test_a_refused_rdt_says_why_and_what_to_do(tokens: Tokens, far_side: F
     assert "restricted role" in caught.value.hint
 
 
-async def test_what_is_held_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "MOST_HELD", 10)
+async def test_what_is_held_is_bounded(tokens: TokenProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "MAX_CACHED", 10)
     for number in range(30):
         await tokens.get(DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}"))
-    assert len(tokens._held) <= 10
+    assert len(tokens._tokens) <= 10
 
 
 async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
@@ -405,9 +423,9 @@ async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"t{number}", "na": f"u{number}"}} for number in range(30)}
     token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
     async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        await tokens.warm_up(ordinary_credentials(tokens._grants.by.config))
+        await tokens.warm_up(access_token_keys(tokens._client.settings.config))
         assert len(token_host.received) == 60
-        assert len(tokens._held) == 59
+        assert len(tokens._tokens) == 59
 
 
 async def test_exchanges_are_counted_by_kind_result_and_reason(
@@ -441,7 +459,7 @@ def test_neither_a_token_nor_its_keeper_shows_its_text() -> None:
 
 
 async def test_a_token_in_use_is_renewed_without_anybody_asking(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     await tokens.get(ACME)
     clock.advance(3600 * 0.7)
@@ -454,7 +472,7 @@ async def test_a_token_in_use_is_renewed_without_anybody_asking(
     assert len(token_host.received) == 2
 
 
-async def test_an_idle_token_is_left_to_expire(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_an_idle_token_is_left_to_expire(tokens: TokenProvider, token_host: TokenHost, clock: FakeClock) -> None:
     await tokens.get(ACME)
     clock.advance(3600 * 3)
     await settle(tokens)
@@ -462,7 +480,9 @@ async def test_an_idle_token_is_left_to_expire(tokens: Tokens, token_host: Token
     assert (await tokens.get(ACME)).value.reveal() == "Atza|2"
 
 
-async def test_a_slow_token_host_is_asked_early_enough(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_a_slow_token_host_is_asked_early_enough(
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
+) -> None:
     token_host.expires_in, token_host.held = 3, asyncio.Event()
     first = asyncio.create_task(tokens.get(ACME))
     await token_host.arrived.wait()
@@ -474,7 +494,7 @@ async def test_a_slow_token_host_is_asked_early_enough(tokens: Tokens, token_hos
 
 
 async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     await tokens.get(ACME)
     clock.advance(3600 * 0.7)
@@ -483,19 +503,19 @@ async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
     clock.advance(3600 * 0.21)
     await settle(tokens)
     assert len(token_host.received) == 1 + TRIES
-    clock.advance(tokens_module.LOOK_AGAIN + tokens_module.LONGEST_PAUSE)
+    clock.advance(tokens_module.CHECK_INTERVAL + tokens_module.MAX_PAUSE)
     await settle(tokens)
     assert (await tokens.get(ACME)).value.reveal() == f"Atza|{TRIES + 2}"
 
 
-async def test_expired_tokens_of_documents_are_let_go_of(tokens: Tokens, clock: FakeClock) -> None:
+async def test_expired_tokens_of_documents_are_let_go_of(tokens: TokenProvider, clock: FakeClock) -> None:
     for number in range(5):
         await tokens.get(DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}"))
     clock.advance(3600)
-    assert [credential.kind for credential in tokens._held] == ["lwa"]
+    assert [credential.kind for credential in tokens._tokens] == ["lwa"]
 
 
-async def test_a_passing_fault_is_nobodys_business(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_a_passing_fault_is_nobodys_business(tokens: TokenProvider, token_host: TokenHost) -> None:
     token_host.answers = [answer("503 Service Unavailable"), answer("200 OK", b"<html>")]
     assert (await tokens.get(ACME)).value.reveal() == "Atza|3"
 
@@ -521,12 +541,12 @@ async def test_a_wall_clock_that_jumps_changes_nothing(
 async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_timeout_each(
     far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens_module, "PROBE_PATIENCE", 0.05)
+    monkeypatch.setattr(tokens_module, "PROBE_TIMEOUT", 0.05)
     async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
         token_host.answers = [answer("503 Service Unavailable")] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
-        clock.advance(tokens_module.LONGEST_PAUSE)
+        clock.advance(tokens_module.MAX_PAUSE)
         token_host.held = asyncio.Event()
         with pytest.raises(TokenUnavailable) as caught:
             await asyncio.wait_for(tokens.get(ACME), 5)
@@ -537,16 +557,16 @@ async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_time
 
 
 async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
     clock.advance(3590)
     token_host.answers = [answer("503 Service Unavailable")] * 1000
     moments = []
-    while clock() < first.dies_at - 0.7:
+    while clock() < first.expires_hard - 0.7:
         assert await tokens.get(ACME) is first
         await settle(tokens)
-        moments.append(first.dies_at - clock())
+        moments.append(first.expires_hard - clock())
         clock.advance(0.1)
     assert min(moments) < 1, "to its last second"
     clock.advance(0.7)
@@ -554,18 +574,18 @@ async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
         await tokens.get(ACME)
 
 
-async def test_a_pause_ends_when_the_token_does(tokens: Tokens, token_host: TokenHost, clock: FakeClock) -> None:
+async def test_a_pause_ends_when_the_token_does(tokens: TokenProvider, token_host: TokenHost, clock: FakeClock) -> None:
     first = await tokens.get(ACME)
     token_host.answers = [answer("503 Service Unavailable")] * TRIES * 4
     for _ in range(4):
-        clock.advance(max(0.0, first.renew_at - clock()) + tokens_module.LONGEST_PAUSE)
+        clock.advance(max(0.0, first.renew_at - clock()) + tokens_module.MAX_PAUSE)
         await tokens.get(ACME)
         await settle(tokens)
     clock.advance(first.expires_at - clock() - 0.5)
     token_host.answers = [answer("503 Service Unavailable")] * TRIES
     await tokens.get(ACME)
     await settle(tokens)
-    clock.advance(first.dies_at - clock())
+    clock.advance(first.expires_hard - clock())
     assert (await tokens.get(ACME)) is not first, "the token host is back, and asked at once"
 
 
@@ -618,7 +638,7 @@ async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
 
 
 async def test_refusals_are_asked_about_ever_more_rarely(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
     for _ in range(3600):
@@ -631,9 +651,9 @@ async def test_refusals_are_asked_about_ever_more_rarely(
 # Tokens that Amazon refuses.
 
 
-async def test_a_replacement_is_fetched_once_for_a_crowd(tokens: Tokens, token_host: TokenHost) -> None:
+async def test_a_replacement_is_fetched_once_for_a_crowd(tokens: TokenProvider, token_host: TokenHost) -> None:
     first = await tokens.get(ACME)
-    got = await asyncio.gather(*(tokens.replacement(ACME, first) for _ in range(100)))
+    got = await asyncio.gather(*(tokens.refresh_rejected(ACME, first) for _ in range(100)))
     assert len(set(map(id, got))) == 1
     assert got[0] is not None
     assert got[0].value.reveal() == "Atza|2"
@@ -641,20 +661,20 @@ async def test_a_replacement_is_fetched_once_for_a_crowd(tokens: Tokens, token_h
 
 
 async def test_a_successor_that_is_refused_too_is_not_replaced_for_a_while(
-    tokens: Tokens, token_host: TokenHost, clock: FakeClock
+    tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
-    second = await tokens.replacement(ACME, first)
+    second = await tokens.refresh_rejected(ACME, first)
     assert second is not None
-    tokens.judge(ACME, second, accepted=False)
-    assert await tokens.replacement(ACME, first) is None
-    assert await tokens.replacement(ACME, second) is None
+    tokens.report_result(ACME, second, accepted=False)
+    assert await tokens.refresh_rejected(ACME, first) is None
+    assert await tokens.refresh_rejected(ACME, second) is None
     assert len(token_host.received) == 2
     clock.advance(31)
-    third = await tokens.replacement(ACME, second)
+    third = await tokens.refresh_rejected(ACME, second)
     assert third is not None
-    tokens.judge(ACME, third, accepted=True)
-    assert await tokens.replacement(ACME, third) is not None, "a token that worked may be replaced again"
+    tokens.report_result(ACME, third, accepted=True)
+    assert await tokens.refresh_rejected(ACME, third) is not None, "a token that worked may be replaced again"
 
 
 async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
@@ -666,10 +686,10 @@ async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
         held = {credential: await tokens.get(credential) for credential in credentials}
         before = len(token_host.received)
 
-        async def refused(credential: Credential) -> None:
-            another = await tokens.replacement(credential, held[credential])
+        async def refused(credential: TokenKey) -> None:
+            another = await tokens.refresh_rejected(credential, held[credential])
             if another is not None:
-                tokens.judge(credential, another, accepted=False)
+                tokens.report_result(credential, another, accepted=False)
 
         await asyncio.gather(*map(refused, credentials))
         assert len(token_host.received) - before < 50
@@ -681,7 +701,7 @@ async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
 
 
 async def test_an_rdt_is_minted_although_the_ordinary_token_was_taken_back(
-    tokens: Tokens, far_side: FarSide, token_host: TokenHost
+    tokens: TokenProvider, far_side: FarSide, token_host: TokenHost
 ) -> None:
     await tokens.get(ACME)
     message = {"code": "Unauthorized", "message": "Access to requested resource is denied.",
@@ -743,7 +763,9 @@ async def test_an_element_without_a_role_is_left_out_for_an_hour(
         assert asked(far_side.minted[4]) == both, "the role may have been granted meanwhile"
 
 
-async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(tokens: Tokens, far_side: FarSide) -> None:
+async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(
+    tokens: TokenProvider, far_side: FarSide
+) -> None:
     far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
     token = await tokens.get(ORDERS)
     assert (token.kind, token.value.reveal(), token.data_elements) == ("lwa", "Atza|1", ())
@@ -751,7 +773,9 @@ async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(token
     assert len(far_side.minted) == 1
 
 
-async def test_with_no_element_left_other_operations_are_refused_clearly(tokens: Tokens, far_side: FarSide) -> None:
+async def test_with_no_element_left_other_operations_are_refused_clearly(
+    tokens: TokenProvider, far_side: FarSide
+) -> None:
     far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
     for _ in range(3):
         with pytest.raises(RestrictedDataRefused, match="no role for any") as caught:
@@ -771,7 +795,7 @@ async def test_elements_refused_for_one_account_are_asked_for_another(
         assert (await tokens.get(ORDERS._replace(account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
 
 
-async def test_a_refusal_that_names_other_elements_is_no_endless_loop(tokens: Tokens, far_side: FarSide) -> None:
+async def test_a_refusal_that_names_other_elements_is_no_endless_loop(tokens: TokenProvider, far_side: FarSide) -> None:
     far_side.rdt_answer = elements_refused("buyerTaxInformation")
     with pytest.raises(RestrictedDataRefused):
         await tokens.get(ORDERS)
@@ -805,7 +829,7 @@ async def test_a_429_of_the_mint_teaches_its_plan(
             await tokens.get(DOCUMENT)
 
 
-async def test_a_document_that_is_not_restricted_is_asked_about_once(tokens: Tokens, far_side: FarSide) -> None:
+async def test_a_document_that_is_not_restricted_is_asked_about_once(tokens: TokenProvider, far_side: FarSide) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
     far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
     for _ in range(3):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.amazon.lwa import ExchangeFailed
-from proxy.amazon.rdt import RdtRefused, parse_answer
+from proxy.amazon.lwa import TokenRequestFailed
+from proxy.amazon.rdt import RdtRefused, parse_response
 
 TOKEN = "Atz.sprdt|" + "x" * 400
 NO_ELEMENT = "Application does not have access to one or more requested data elements: [shippingAddress]"
@@ -30,7 +30,7 @@ def envelope(message: object, code: str = "InvalidInput") -> bytes:
     ],
 )
 def test_an_answer_holds_the_token_and_its_life(answer: dict[str, Any]) -> None:
-    grant = parse_answer(200, json.dumps(answer).encode())
+    grant = parse_response(200, json.dumps(answer).encode())
     assert (grant.value.reveal(), grant.expires_in) == (TOKEN, 3600)
     assert TOKEN not in repr(grant)
 
@@ -41,7 +41,7 @@ def test_an_answer_holds_the_token_and_its_life(answer: dict[str, Any]) -> None:
 )
 def test_a_life_that_makes_no_sense_means_use_once(life: object, seconds: float) -> None:
     text = json.dumps({"restrictedDataToken": TOKEN, "expiresIn": life}).encode()
-    assert parse_answer(200, text).expires_in == seconds
+    assert parse_response(200, text).expires_in == seconds
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_refusal_keeps_status_and_the_reason_of_amazon(
     status: int, code: str, message: str, means_unrestricted: bool
 ) -> None:
     with pytest.raises(RdtRefused) as caught:
-        parse_answer(status, envelope(message, code))
+        parse_response(status, envelope(message, code))
     assert (caught.value.status, caught.value.refusal.message) == (status, message)
     assert caught.value.means_unrestricted is means_unrestricted
     assert str(caught.value) == f"{status} {message}"
@@ -82,7 +82,7 @@ def test_a_refusal_keeps_status_and_the_reason_of_amazon(
 )
 def test_a_reason_is_printable_and_short(message: object, kept: str) -> None:
     with pytest.raises(RdtRefused) as caught:
-        parse_answer(400, envelope(message))
+        parse_response(400, envelope(message))
     assert caught.value.refusal.message == kept
 
 
@@ -96,7 +96,7 @@ def test_a_reason_is_printable_and_short(message: object, kept: str) -> None:
 def test_a_refusal_without_a_reason_is_a_refusal_all_the_same(text: bytes) -> None:
     for status in (400, 401, 403, 404):
         with pytest.raises(RdtRefused) as caught:
-            parse_answer(status, text)
+            parse_response(status, text)
         assert (caught.value.status, caught.value.refusal.message) == (status, "")
         assert not caught.value.means_unrestricted
 
@@ -104,8 +104,8 @@ def test_a_refusal_without_a_reason_is_a_refusal_all_the_same(text: bytes) -> No
 @pytest.mark.parametrize("status", [201, 204, 301, 302, 405, 408, 413, 415, 429, 500, 502, 503, 504])
 def test_any_other_status_may_succeed_later(status: int) -> None:
     for text in (envelope(DENIED), json.dumps({"restrictedDataToken": TOKEN, "expiresIn": 3600}).encode(), b""):
-        with pytest.raises(ExchangeFailed) as caught:
-            parse_answer(status, text)
+        with pytest.raises(TokenRequestFailed) as caught:
+            parse_response(status, text)
         assert caught.value.reason == f"http_{status}"
 
 
@@ -130,12 +130,12 @@ def test_any_other_status_may_succeed_later(status: int) -> None:
     ids=range(14),
 )
 def test_nonsense_is_a_failure_that_may_pass(text: bytes, reason: str) -> None:
-    with pytest.raises(ExchangeFailed) as caught:
-        parse_answer(200, text)
+    with pytest.raises(TokenRequestFailed) as caught:
+        parse_response(200, text)
     assert caught.value.reason == reason
 
 
 @given(status=st.integers(100, 599), text=st.binary())
 def test_no_answer_whatever_raises_anything_else(status: int, text: bytes) -> None:
-    with pytest.raises((ExchangeFailed, RdtRefused)):
-        parse_answer(status, text)
+    with pytest.raises((TokenRequestFailed, RdtRefused)):
+        parse_response(status, text)

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from proxy.request.routing import Credential
+from proxy.request.routing import TokenKey
 from proxy.request.tokens import report_documents as documents_module
-from proxy.request.tokens.report_documents import MOST_READ, Documents, unpacked
-from proxy.server.runtime import Running
+from proxy.request.tokens.report_documents import MAX_READ, UnrestrictedReports, decompress
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, Received, answer
 from tests.support.raw_client import call
@@ -43,7 +43,7 @@ def answers(far_side: FarSide, body: bytes, **fields: str) -> None:
 
 @pytest.mark.parametrize(("target", "body"), [(REPORTS, LIST), (f"{REPORTS}/1", ONE)])
 async def test_a_type_that_passed_through_decides_about_its_document(
-    proxy: Running, far_side: FarSide, target: str, body: bytes
+    proxy: RunningProxy, far_side: FarSide, target: str, body: bytes
 ) -> None:
     answers(far_side, body)
     assert (await call(proxy.addresses[0], "GET", target)).body == body
@@ -54,14 +54,14 @@ async def test_a_type_that_passed_through_decides_about_its_document(
     assert (got.status, got.decided["token"]) == (200, "rdt")
 
 
-async def test_a_packed_answer_is_learnt_from_and_passed_on_packed(proxy: Running, far_side: FarSide) -> None:
+async def test_a_packed_answer_is_learnt_from_and_passed_on_packed(proxy: RunningProxy, far_side: FarSide) -> None:
     packed = gzip.compress(LIST, mtime=0)
     answers(far_side, packed, content_encoding="gzip")
     assert (await call(proxy.addresses[0], "GET", REPORTS)).body == packed
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "lwa"
 
 
-async def test_a_chunked_answer_is_learnt_from(proxy: Running, far_side: FarSide) -> None:
+async def test_a_chunked_answer_is_learnt_from(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         if received.target.startswith(REPORTS):
             half = len(ONE) // 2
@@ -94,21 +94,21 @@ async def test_one_accounts_documents_are_not_anothers(start_proxy: StartProxy, 
     [b"", b"[]", b'{"reports": 5}', b'{"reports": [5, null]}', b'{"reportDocumentId": 5, "reportType": "x"}',
      b"[" * 9999, gzip.compress(LIST, mtime=0)[:40]],
 )  # fmt: skip
-async def test_nonsense_teaches_nothing_and_passes(proxy: Running, far_side: FarSide, body: bytes) -> None:
+async def test_nonsense_teaches_nothing_and_passes(proxy: RunningProxy, far_side: FarSide, body: bytes) -> None:
     answers(far_side, body, content_encoding="gzip" if body[:2] == b"\x1f\x8b" else "identity")
     assert (await call(proxy.addresses[0], "GET", REPORTS)).body == body
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
 
 
-async def test_a_large_answer_passes_unread(proxy: Running, far_side: FarSide) -> None:
-    body = ONE[:-1] + b" " * MOST_READ + b"}"
+async def test_a_large_answer_passes_unread(proxy: RunningProxy, far_side: FarSide) -> None:
+    body = ONE[:-1] + b" " * MAX_READ + b"}"
     answers(far_side, body)
     assert (await call(proxy.addresses[0], "GET", f"{REPORTS}/1")).body == body
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
 
 
-async def test_a_large_answer_in_chunks_passes_unread_too(proxy: Running, far_side: FarSide) -> None:
-    body = ONE[:-1] + b" " * MOST_READ + b"}"
+async def test_a_large_answer_in_chunks_passes_unread_too(proxy: RunningProxy, far_side: FarSide) -> None:
+    body = ONE[:-1] + b" " * MAX_READ + b"}"
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         if received.target.startswith(REPORTS):
@@ -124,7 +124,7 @@ async def test_a_large_answer_in_chunks_passes_unread_too(proxy: Running, far_si
 
 
 async def test_a_document_that_amazon_refuses_without_a_restricted_token_brings_one_the_next_time(
-    proxy: Running, far_side: FarSide
+    proxy: RunningProxy, far_side: FarSide
 ) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         if received.target.startswith(REPORTS):
@@ -142,17 +142,17 @@ async def test_a_document_that_amazon_refuses_without_a_restricted_token_brings_
     assert (second.status, second.decided["token"]) == (200, "rdt")
 
 
-def credential(account: str, document: str) -> Credential:
-    return Credential("rdt", "main", account, "production", "eu", method="GET", path=f"{DOCUMENTS}/{document}")
+def credential(account: str, document: str) -> TokenKey:
+    return TokenKey("rdt", "main", account, "production", "eu", method="GET", path=f"{DOCUMENTS}/{document}")
 
 
 def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "MOST_KNOWN", 5)
-    monkeypatch.setattr(documents_module, "MOST_ACCOUNTS", 3)
-    documents = Documents()
+    monkeypatch.setattr(documents_module, "MAX_KNOWN", 5)
+    monkeypatch.setattr(documents_module, "MAX_ACCOUNTS", 3)
+    documents = UnrestrictedReports()
     for account in range(10):
         for number in range(20):
-            documents.note_unrestricted(credential(f"a{account}", str(number)))
+            documents.add_unrestricted(credential(f"a{account}", str(number)))
     known = [
         (account, number)
         for account in range(10)
@@ -163,5 +163,5 @@ def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bomb_unpacks_to_a_bound() -> None:
-    assert len(unpacked(gzip.compress(b"0" * 50_000_000, mtime=0), "gzip", 1000)) == 1000
-    assert unpacked(b"text", "br", 1000) == b""
+    assert len(decompress(gzip.compress(b"0" * 50_000_000, mtime=0), "gzip", 1000)) == 1000
+    assert decompress(b"text", "br", 1000) == b""

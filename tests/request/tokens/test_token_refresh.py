@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from proxy.request.upstream.forward import MOST_KEPT
-from proxy.server.runtime import Running
+from proxy.request.upstream.forward import MAX_BUFFERED
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer, read_body
 from tests.support.raw_client import call, connect, request
@@ -36,7 +36,7 @@ def takes(far_side: FarSide, *tokens: str, refused: bytes, status: str = "403 Fo
     far_side.script = script
 
 
-def retried(proxy: Running) -> float | None:
+def retried(proxy: RunningProxy) -> float | None:
     return proxy.metrics.registry.get_sample_value("spapi_proxy_upstream_retries_total", {"reason": "token"})
 
 
@@ -51,7 +51,7 @@ def retried(proxy: Running) -> float | None:
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 async def test_a_refused_token_is_replaced_and_the_call_sent_once_more(
-    proxy: Running, far_side: FarSide, token_host: TokenHost, method: str, status: str, refused: bytes
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost, method: str, status: str, refused: bytes
 ) -> None:
     takes(far_side, "Atza|2", refused=refused, status=status)
     body = None if method == "GET" else b"0123456789" * 1000
@@ -67,7 +67,7 @@ async def test_a_refused_token_is_replaced_and_the_call_sent_once_more(
 
 
 async def test_a_packed_refusal_is_read_and_passed_on_packed(
-    proxy: Running, far_side: FarSide, token_host: TokenHost
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
 ) -> None:
     packed = gzip.compress(refusal(details=EXPIRED))
 
@@ -81,7 +81,7 @@ async def test_a_packed_refusal_is_read_and_passed_on_packed(
     assert len(token_host.received) == 2
 
 
-async def test_a_chunked_upload_is_sent_again_whole(proxy: Running, far_side: FarSide) -> None:
+async def test_a_chunked_upload_is_sent_again_whole(proxy: RunningProxy, far_side: FarSide) -> None:
     takes(far_side, "Atza|2", refused=refusal(details=EXPIRED))
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("POST", FEEDS, transfer_encoding="chunked") + b"4\r\nhalf\r\n")
@@ -90,9 +90,9 @@ async def test_a_chunked_upload_is_sent_again_whole(proxy: Running, far_side: Fa
     assert (got.status, got.body) == (200, b"taken: halfrest")
 
 
-@pytest.mark.parametrize(("size", "attempts"), [(MOST_KEPT, "2"), (MOST_KEPT + 1, "1"), (3_000_000, "1")])
+@pytest.mark.parametrize(("size", "attempts"), [(MAX_BUFFERED, "2"), (MAX_BUFFERED + 1, "1"), (3_000_000, "1")])
 async def test_bodies_up_to_a_bound_are_kept_for_it(
-    proxy: Running, far_side: FarSide, size: int, attempts: str
+    proxy: RunningProxy, far_side: FarSide, size: int, attempts: str
 ) -> None:
     takes(far_side, "Atza|2", refused=refusal(details=EXPIRED))
     got = await call(proxy.addresses[0], "POST", FEEDS, b"x" * size)
@@ -102,7 +102,9 @@ async def test_bodies_up_to_a_bound_are_kept_for_it(
         assert got.decided["hint"] == "token_refused"
 
 
-async def test_an_upload_that_was_refused_before_it_ended_is_not_sent_again(proxy: Running, far_side: FarSide) -> None:
+async def test_an_upload_that_was_refused_before_it_ended_is_not_sent_again(
+    proxy: RunningProxy, far_side: FarSide
+) -> None:
     far_side.reads_bodies = False
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -122,7 +124,7 @@ async def test_an_upload_that_was_refused_before_it_ended_is_not_sent_again(prox
     "refused", [refusal(), b"", b"<html>", refusal(details="Access token is missing in the request header.")]
 )
 async def test_what_another_token_would_not_mend_is_passed_on_at_once(
-    proxy: Running, far_side: FarSide, token_host: TokenHost, refused: bytes
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost, refused: bytes
 ) -> None:
     takes(far_side, refused=refused)
     got = await call(proxy.addresses[0], "GET", SELLERS)
@@ -131,7 +133,7 @@ async def test_what_another_token_would_not_mend_is_passed_on_at_once(
 
 
 async def test_a_token_whose_successor_is_refused_too_is_left_alone(
-    proxy: Running, far_side: FarSide, token_host: TokenHost
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
 ) -> None:
     takes(far_side, refused=refusal(details=REVOKED))
     for _ in range(10):
@@ -170,7 +172,7 @@ async def test_a_storm_for_everybody_passes_without_a_storm_of_exchanges(
 
 
 async def test_a_restricted_token_that_is_refused_is_minted_anew(
-    proxy: Running, far_side: FarSide, token_host: TokenHost
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
 ) -> None:
     takes(far_side, "Atz.sprdt|2", refused=refusal(details=EXPIRED))
     got = await call(proxy.addresses[0], "GET", ADDRESS)
@@ -179,7 +181,7 @@ async def test_a_restricted_token_that_is_refused_is_minted_anew(
 
 
 async def test_a_refused_client_gets_amazons_refusal_where_no_new_token_is_to_be_had(
-    proxy: Running, far_side: FarSide, token_host: TokenHost
+    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
 ) -> None:
     await call(proxy.addresses[0], "GET", SELLERS)
     takes(far_side, refused=refusal(details=EXPIRED))
@@ -188,14 +190,14 @@ async def test_a_refused_client_gets_amazons_refusal_where_no_new_token_is_to_be
     assert (got.status, got.body, got.error) == (403, refusal(details=EXPIRED), None)
 
 
-async def test_a_long_refusal_passes_whole(proxy: Running, far_side: FarSide) -> None:
+async def test_a_long_refusal_passes_whole(proxy: RunningProxy, far_side: FarSide) -> None:
     long = b"<html>" + b"x" * 200_000
     takes(far_side, refused=long)
     got = await call(proxy.addresses[0], "GET", SELLERS)
     assert (got.status, got.body, got.complete) == (403, long, True)
 
 
-async def test_a_refusal_that_breaks_off_breaks_off(proxy: Running, far_side: FarSide) -> None:
+async def test_a_refusal_that_breaks_off_breaks_off(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 100\r\n\r\nhalf")
         await writer.drain()
@@ -206,7 +208,7 @@ async def test_a_refusal_that_breaks_off_breaks_off(proxy: Running, far_side: Fa
     assert (got.status, got.body, got.complete) == (403, b"half", False)
 
 
-async def test_a_refusal_of_a_head_request_has_no_body(proxy: Running, far_side: FarSide) -> None:
+async def test_a_refusal_of_a_head_request_has_no_body(proxy: RunningProxy, far_side: FarSide) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 100\r\n\r\n")
 
@@ -215,7 +217,7 @@ async def test_a_refusal_of_a_head_request_has_no_body(proxy: Running, far_side:
     assert (got.status, got.get("content-length")) == (403, "100")
 
 
-async def test_an_upload_is_read_whole_by_amazon_though_it_is_kept(proxy: Running, far_side: FarSide) -> None:
+async def test_an_upload_is_read_whole_by_amazon_though_it_is_kept(proxy: RunningProxy, far_side: FarSide) -> None:
     far_side.reads_bodies = False
     sizes: list[int] = []
 
@@ -225,6 +227,6 @@ async def test_an_upload_is_read_whole_by_amazon_though_it_is_kept(proxy: Runnin
         writer.write(answer("200 OK"))
 
     far_side.script = script
-    for size in (1, MOST_KEPT, MOST_KEPT * 3):
+    for size in (1, MAX_BUFFERED, MAX_BUFFERED * 3):
         await call(proxy.addresses[0], "POST", FEEDS, b"x" * size)
-    assert sizes == [1, MOST_KEPT, MOST_KEPT * 3]
+    assert sizes == [1, MAX_BUFFERED, MAX_BUFFERED * 3]

@@ -7,8 +7,8 @@ import pytest
 from proxy.errors import RegionDown
 from proxy.observability.metrics import Metrics
 from proxy.request.upstream import circuit_breaker as circuit_module
-from proxy.request.upstream.circuit_breaker import FAILURES, FIRST_PROBE, LASTING, LONGEST_PROBE, Circuits, Where
-from proxy.server.runtime import Running
+from proxy.request.upstream.circuit_breaker import FAILURES, FIRST_PROBE, MAX_PROBE, MIN_OUTAGE, CircuitBreakers, Where
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.clock import FakeClock
 from tests.support.fake_upstream import FarSide, Received, answer
@@ -25,19 +25,19 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def circuits(clock: FakeClock) -> Circuits:
-    return Circuits(Metrics(), clock)
+def circuits(clock: FakeClock) -> CircuitBreakers:
+    return CircuitBreakers(Metrics(), clock)
 
 
 def fail(
-    circuits: Circuits, clock: FakeClock, *, operations: int = 3, answered: bool = True, seconds: float = 0.5
+    circuits: CircuitBreakers, clock: FakeClock, *, operations: int = 3, answered: bool = True, seconds: float = 0.5
 ) -> None:
     for number in range(FAILURES):
-        circuits.failed(EU, OPERATIONS[number % operations], answered=answered)
+        circuits.record_failure(EU, OPERATIONS[number % operations], answered=answered)
         clock.advance(seconds)
 
 
-def is_refused(circuits: Circuits) -> float | None:
+def is_refused(circuits: CircuitBreakers) -> float | None:
     try:
         circuits.check(EU)
     except RegionDown as error:
@@ -47,7 +47,7 @@ def is_refused(circuits: Circuits) -> float | None:
 
 @pytest.mark.parametrize(("operations", "answered"), [(3, True), (1, False)])
 def test_a_region_that_fails_throughout_is_down(
-    circuits: Circuits, clock: FakeClock, operations: int, answered: bool
+    circuits: CircuitBreakers, clock: FakeClock, operations: int, answered: bool
 ) -> None:
     fail(circuits, clock, operations=operations, answered=answered)
     assert is_refused(circuits) is not None
@@ -60,35 +60,35 @@ def test_a_region_that_fails_throughout_is_down(
     )
 
 
-def test_one_operation_that_fails_alone_stops_no_others(circuits: Circuits, clock: FakeClock) -> None:
+def test_one_operation_that_fails_alone_stops_no_others(circuits: CircuitBreakers, clock: FakeClock) -> None:
     fail(circuits, clock, operations=2)
     assert is_refused(circuits) is None
 
 
-def test_a_burst_of_failures_is_no_outage_yet(circuits: Circuits, clock: FakeClock) -> None:
-    fail(circuits, clock, seconds=LASTING / FAILURES / 2)
+def test_a_burst_of_failures_is_no_outage_yet(circuits: CircuitBreakers, clock: FakeClock) -> None:
+    fail(circuits, clock, seconds=MIN_OUTAGE / FAILURES / 2)
     assert is_refused(circuits) is None
 
 
-def test_one_answer_among_them_says_that_the_region_is_there(circuits: Circuits, clock: FakeClock) -> None:
+def test_one_answer_among_them_says_that_the_region_is_there(circuits: CircuitBreakers, clock: FakeClock) -> None:
     for _ in range(10):
         for number in range(FAILURES - 1):
-            circuits.failed(EU, OPERATIONS[number % 3], answered=True)
+            circuits.record_failure(EU, OPERATIONS[number % 3], answered=True)
             clock.advance(1)
-        circuits.worked(EU)
+        circuits.record_success(EU)
     assert is_refused(circuits) is None
 
 
-def test_what_failed_before_the_last_good_answer_counts_no_more(circuits: Circuits, clock: FakeClock) -> None:
+def test_what_failed_before_the_last_good_answer_counts_no_more(circuits: CircuitBreakers, clock: FakeClock) -> None:
     for number in range(FAILURES - 1):
-        circuits.failed(EU, OPERATIONS[number % 3], answered=False)
+        circuits.record_failure(EU, OPERATIONS[number % 3], answered=False)
         clock.advance(1)
-    circuits.worked(EU)
+    circuits.record_success(EU)
     fail(circuits, clock, operations=1)
     assert is_refused(circuits) is None, "one operation alone, and all of it answered"
 
 
-def test_single_calls_look_for_its_return_ever_more_rarely(circuits: Circuits, clock: FakeClock) -> None:
+def test_single_calls_look_for_its_return_ever_more_rarely(circuits: CircuitBreakers, clock: FakeClock) -> None:
     fail(circuits, clock)
     pauses = []
     for _ in range(8):
@@ -97,23 +97,23 @@ def test_single_calls_look_for_its_return_ever_more_rarely(circuits: Circuits, c
             clock.advance(0.5)
         pauses.append(clock() - begin)
         assert is_refused(circuits) is not None, "one at a time"
-        circuits.failed(EU, OPERATIONS[0], answered=True)
-    assert pauses[1:] == [min(FIRST_PROBE * 2**number, LONGEST_PROBE) for number in range(7)]
-    circuits.worked(EU)
+        circuits.record_failure(EU, OPERATIONS[0], answered=True)
+    assert pauses[1:] == [min(FIRST_PROBE * 2**number, MAX_PROBE) for number in range(7)]
+    circuits.record_success(EU)
     assert is_refused(circuits) is None
 
 
 async def test_while_a_region_is_down_nothing_is_sent_but_probes(
     start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(circuit_module, "LASTING", 0.0)
+    monkeypatch.setattr(circuit_module, "MIN_OUTAGE", 0.0)
     monkeypatch.setattr(circuit_module, "FIRST_PROBE", 0.2)
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer("503 Unavailable", b"amazons own"))
 
     far_side.script = script
-    proxy: Running = await start_proxy(retry={"attempts": 1}, limits={"pace": False})
+    proxy: RunningProxy = await start_proxy(retry={"attempts": 1}, limits={"pace": False})
     paths = ("/orders/v0/orders", "/sellers/v1/marketplaceParticipations", "/feeds/2021-06-30/feeds")
     got = [await call(proxy.addresses[0], "GET", paths[number % 3]) for number in range(FAILURES)]
     assert {(one.status, one.error, one.body) for one in got} == {(503, None, b"amazons own")}
@@ -130,7 +130,7 @@ async def test_while_a_region_is_down_nothing_is_sent_but_probes(
 async def test_a_region_that_is_silent_is_down_too(
     start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(circuit_module, "LASTING", 0.0)
+    monkeypatch.setattr(circuit_module, "MIN_OUTAGE", 0.0)
     never = asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:

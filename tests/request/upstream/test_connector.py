@@ -11,7 +11,7 @@ from typing import Any, Self
 import pytest
 
 from proxy.config import load_config
-from proxy.request.upstream.connector import Addresses, Origin, is_loopback
+from proxy.request.upstream.connector import DnsCache, Origin, is_loopback
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
@@ -189,14 +189,14 @@ async def test_addresses_known_before_serve_on_where_nobody_answers_for_names(
         return said
 
     monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
-    addresses = Addresses()
-    assert await asyncio.gather(*(addresses.of(NAME, 443) for _ in range(3))) == [found] * 3
+    addresses = DnsCache()
+    assert await asyncio.gather(*(addresses.resolve(NAME, 443) for _ in range(3))) == [found] * 3
     assert asked == [NAME], "one look-up for everybody"
-    addresses.doubt(NAME, 443)
-    assert await addresses.of(NAME, 443) == found
+    addresses.invalidate(NAME, 443)
+    assert await addresses.resolve(NAME, 443) == found
     assert len(asked) == 2
     with pytest.raises(OSError, match="no name server"):
-        await addresses.of("other.test", 443)
+        await addresses.resolve("other.test", 443)
 
 
 @pytest.mark.parametrize(

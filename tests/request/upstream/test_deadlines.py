@@ -6,20 +6,20 @@ import pytest
 
 from proxy.config import Config
 from proxy.errors import ShuttingDown
-from proxy.request.upstream.deadlines import Deadlines, Patience
+from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
 
 
 async def test_a_phase_that_an_upload_begins_changes_nothing_of_the_reason() -> None:
-    deadlines = Deadlines(Config(), asyncio.get_running_loop())
+    deadlines = DeadlineTimer(Config(), asyncio.get_running_loop())
 
     async def exchange() -> None:
-        with Patience(deadlines) as patience:
+        with RequestDeadline(deadlines) as patience:
 
             def end() -> None:
-                deadlines.break_off(ShuttingDown("over"))
-                patience.for_app()  # as an upload does, whose task hears of the end after this
+                deadlines.cancel_all(ShuttingDown("over"))
+                patience.wait_for_client()  # as an upload does, whose task hears of the end after this
 
-            patience.for_amazon()
+            patience.wait_for_upstream()
             asyncio.get_running_loop().call_soon(end)
             await asyncio.Event().wait()
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FarSide, Received, answer
 from tests.support.raw_client import call, connect
 
@@ -35,7 +35,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-async def test_a_bad_answer_spoils_no_other(proxy: Running, far_side: FarSide, case: str) -> None:
+async def test_a_bad_answer_spoils_no_other(proxy: RunningProxy, far_side: FarSide, case: str) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(BAD[case] if len(far_side.received) == 1 else answer("200 OK", b"own"))
         await writer.drain()
@@ -48,7 +48,9 @@ async def test_a_bad_answer_spoils_no_other(proxy: Running, far_side: FarSide, c
     assert (second.status, second.body, second.complete) == (200, b"own", True)
 
 
-async def test_what_a_header_of_amazons_holds_cannot_become_another_header(proxy: Running, far_side: FarSide) -> None:
+async def test_what_a_header_of_amazons_holds_cannot_become_another_header(
+    proxy: RunningProxy, far_side: FarSide
+) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nx: a\rx-forged: b\r\nContent-Length: 0\r\n\r\n")
 
@@ -57,7 +59,7 @@ async def test_what_a_header_of_amazons_holds_cannot_become_another_header(proxy
     assert got.get("x-forged") is None
 
 
-async def test_aborted_calls_leave_nothing_behind(proxy: Running, far_side: FarSide) -> None:
+async def test_aborted_calls_leave_nothing_behind(proxy: RunningProxy, far_side: FarSide) -> None:
     never = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:

@@ -7,12 +7,23 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import MalformedRequest
-from proxy.request.upstream.forward import BODY_FIELDS, PRIVATE, PRIVATE_PREFIXES, cleaned
+from proxy.request.upstream.forward import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES, end_to_end_headers
 from proxy.request.upstream.response import HOP_BY_HOP
 
 TOKEN = st.text(st.sampled_from(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~"), min_size=1, max_size=20)
 KNOWN = st.sampled_from(
-    sorted({*PRIVATE, *HOP_BY_HOP, *BODY_FIELDS, "x-sp-account", "x-sp-key", "x-forwarded-for", "x-mine", "accept"})
+    sorted(
+        {
+            *STRIPPED_HEADERS,
+            *HOP_BY_HOP,
+            *BODY_FIELDS,
+            "x-sp-account",
+            "x-sp-key",
+            "x-forwarded-for",
+            "x-mine",
+            "accept",
+        }
+    )
 )
 
 
@@ -40,14 +51,14 @@ def plain(name: str) -> str:
 def test_what_goes_on_is_the_apps_own(method: str, fields: list[tuple[str, str]]) -> None:
     sent = CIMultiDictProxy(CIMultiDict(fields))
     try:
-        kept = list(cleaned(method, sent).items())
+        kept = list(end_to_end_headers(method, sent).items())
     except MalformedRequest:
         assert any("\udcff" in value for _, value in fields)
         return
     named = {plain(part.strip()) for name, value in fields if plain(name) == "connection" for part in value.split(",")}
     for name, _ in kept:
-        assert plain(name) not in PRIVATE | HOP_BY_HOP | named
-        assert not plain(name).startswith(PRIVATE_PREFIXES)
+        assert plain(name) not in STRIPPED_HEADERS | HOP_BY_HOP | named
+        assert not plain(name).startswith(STRIPPED_PREFIXES)
         assert method == "POST" or plain(name) not in BODY_FIELDS
         assert plain(name) not in BODY_FIELDS or "_" not in name
     rest = iter(fields)
@@ -59,6 +70,7 @@ def test_what_is_nobody_elses_goes_on_whole(fields: list[tuple[str, str]]) -> No
     own = [
         (name, value)
         for name, value in fields
-        if plain(name) not in PRIVATE | HOP_BY_HOP | BODY_FIELDS and not plain(name).startswith(PRIVATE_PREFIXES)
+        if plain(name) not in STRIPPED_HEADERS | HOP_BY_HOP | BODY_FIELDS
+        and not plain(name).startswith(STRIPPED_PREFIXES)
     ]
-    assert list(cleaned("POST", CIMultiDictProxy(CIMultiDict(own))).items()) == own
+    assert list(end_to_end_headers("POST", CIMultiDictProxy(CIMultiDict(own))).items()) == own

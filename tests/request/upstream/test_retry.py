@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import Retry
-from proxy.request.upstream.forward import MOST_KEPT
-from proxy.request.upstream.retry import AT_START, MOST_SAVED, Budget, pause
-from proxy.server.runtime import Running
+from proxy.request.upstream.forward import MAX_BUFFERED
+from proxy.request.upstream.retry import INITIAL_BALANCE, MAX_BALANCE, RetryBudget, backoff
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
 from tests.support.raw_client import Answer, call, connect, request
@@ -46,12 +46,12 @@ def closes(writer: asyncio.StreamWriter) -> None:
     writer.close()
 
 
-async def send(proxy: Running, method: str, target: str, **fields: str) -> Answer:
+async def send(proxy: RunningProxy, method: str, target: str, **fields: str) -> Answer:
     body = None if method in {"GET", "HEAD"} else b"body"
     return await call(proxy.addresses[0], method, target, body, **fields)
 
 
-def retried(proxy: Running, reason: str) -> float | None:
+def retried(proxy: RunningProxy, reason: str) -> float | None:
     return proxy.metrics.registry.get_sample_value("spapi_proxy_upstream_retries_total", {"reason": reason})
 
 
@@ -180,13 +180,13 @@ async def test_an_outage_is_not_multiplied(start_proxy: StartProxy, far_side: Fa
     fails(far_side, 10_000, status("500 Internal"))
     for _ in range(100):
         await send(proxy, "GET", "/brand/new")
-    assert len(far_side.received) <= 100 + AT_START + 100 * 0.1 + 1
+    assert len(far_side.received) <= 100 + INITIAL_BALANCE + 100 * 0.1 + 1
 
 
 async def test_a_body_that_was_not_kept_is_not_sent_again(start_proxy: StartProxy, far_side: FarSide) -> None:
     proxy = await start_proxy(**QUICK)
     fails(far_side, 1, status("500 Internal"))
-    got = await call(proxy.addresses[0], "PUT", FEEDS, b"x" * (MOST_KEPT + 1))
+    got = await call(proxy.addresses[0], "PUT", FEEDS, b"x" * (MAX_BUFFERED + 1))
     assert (got.status, len(far_side.received)) == (500, 1)
 
 
@@ -273,7 +273,7 @@ async def test_a_throttled_call_is_given_up_with_its_time(start_proxy: StartProx
     assert 2 <= len(far_side.received) <= 12
 
 
-async def proxy_learns_a_rate(proxy: Running, far_side: FarSide) -> None:
+async def proxy_learns_a_rate(proxy: RunningProxy, far_side: FarSide) -> None:
     script = far_side.script
     fails(far_side, 0, closes)
 
@@ -309,13 +309,13 @@ async def test_the_callers_time_bounds_retries(start_proxy: StartProxy, far_side
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1s", "0", "9" * 5000, "NaN"])
-async def test_a_time_that_means_nothing_is_refused(proxy: Running, text: str) -> None:
+async def test_a_time_that_means_nothing_is_refused(proxy: RunningProxy, text: str) -> None:
     got = await send(proxy, "GET", SELLERS, x_sp_timeout=text)
     assert (got.status, got.error) == (400, "BadOption")
 
 
 @pytest.mark.parametrize("fields", [{"x_sp_priority": "high"}, {"x_sp_client": "a b"}, {"x_sp_client": "x" * 65}])
-async def test_other_options_that_mean_nothing_are_refused(proxy: Running, fields: dict[str, str]) -> None:
+async def test_other_options_that_mean_nothing_are_refused(proxy: RunningProxy, fields: dict[str, str]) -> None:
     got = await send(proxy, "GET", SELLERS, **fields)
     assert (got.status, got.error) == (400, "BadOption")
 
@@ -341,17 +341,17 @@ async def test_a_client_that_leaves_during_a_pause_is_not_sent_again(
 @given(st.integers(1, 10_000), st.floats(0, 1))
 def test_a_pause_is_a_share_of_a_doubling_time(failures: int, share: float) -> None:
     retry = Retry(first_pause=0.1, longest_pause=2.0)
-    assert 0 <= pause(retry, failures, share) <= min(2.0, 0.1 * 2.0 ** min(failures - 1, 50))
-    assert pause(retry, 2, 1.0) == 0.2
+    assert 0 <= backoff(retry, failures, share) <= min(2.0, 0.1 * 2.0 ** min(failures - 1, 50))
+    assert backoff(retry, 2, 1.0) == 0.2
 
 
 @given(st.lists(st.booleans(), max_size=500), st.floats(0, 1))
 def test_a_budget_gives_no_more_than_it_was_given(calls: list[bool], share: float) -> None:
-    budget, given_back = Budget(share), 0
+    budget, given_back = RetryBudget(share), 0
     for is_call in calls:
         if is_call:
-            budget.note_call()
+            budget.deposit()
         else:
-            given_back += budget.take()
-        assert 0 <= budget.saved <= MOST_SAVED
-    assert given_back <= AT_START + share * sum(calls) + 1e-6
+            given_back += budget.withdraw()
+        assert 0 <= budget.balance <= MAX_BALANCE
+    assert given_back <= INITIAL_BALANCE + share * sum(calls) + 1e-6

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.request.upstream.token_redaction import Mask, telling_part
+from proxy.request.upstream.token_redaction import TokenRedactor, secret_suffix
 
 TOKEN = "Atza|AbAbAcAbAbAbAcAbAd"
 TEXT = TOKEN.partition("|")[2].encode()
 
 
-def passed(mask: Mask, pieces: list[bytes]) -> bytes:
+def passed(mask: TokenRedactor, pieces: list[bytes]) -> bytes:
     return b"".join([*(mask.feed(piece) for piece in pieces), mask.end()])
 
 
@@ -19,14 +19,14 @@ def test_however_it_is_cut_all_but_the_token_passes(parts: list[bytes], data: st
     whole = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))
     pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-    mask = Mask(telling_part(TOKEN))
+    mask = TokenRedactor(secret_suffix(TOKEN))
     got = passed(mask, pieces)
     assert got == whole.replace(TEXT, b"*" * len(TEXT))
-    assert mask.was_needed is (TEXT in whole)
+    assert mask.matched is (TEXT in whole)
 
 
 def test_nothing_of_a_token_leaves_before_it_is_known_to_be_none() -> None:
-    mask = Mask(telling_part(TOKEN))
+    mask = TokenRedactor(secret_suffix(TOKEN))
     assert mask.feed(b"said: " + TEXT[:-1]) == b"said: "
     assert mask.feed(TEXT[-1:]) == b"*" * len(TEXT)
     assert mask.end() == b""
@@ -34,13 +34,13 @@ def test_nothing_of_a_token_leaves_before_it_is_known_to_be_none() -> None:
 
 def test_an_ordinary_body_is_passed_on_as_the_object_it_is() -> None:
     body = b'{"payload": [1, 2, 3]}'
-    assert Mask(telling_part(TOKEN)).feed(body) is body
+    assert TokenRedactor(secret_suffix(TOKEN)).feed(body) is body
 
 
 @pytest.mark.parametrize("token", ["Atza|short", "no-prefix-at-all", "Atza|" + "x" * 16, "a|b|" + "y" * 20])
 def test_short_tokens_are_masked_whole_and_long_ones_without_their_prefix(token: str) -> None:
-    mask = Mask(telling_part(token))
-    text = mask.whole(f"before {token} after".encode()).decode()
+    mask = TokenRedactor(secret_suffix(token))
+    text = mask.redact(f"before {token} after".encode()).decode()
     assert token not in text
     assert len(text) == len(f"before {token} after")
     assert text.startswith("before ")

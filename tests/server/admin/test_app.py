@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, needs
 from tests.support.fake_upstream import TokenHost, answer
 from tests.support.raw_client import call, connect
@@ -15,7 +15,7 @@ from tests.support.raw_client import call, connect
 SELLERS = "/sellers/v1/marketplaceParticipations"
 
 
-def admin(proxy: Running) -> str:
+def admin(proxy: RunningProxy) -> str:
     assert proxy.admin is not None
     return proxy.admin
 
@@ -23,13 +23,13 @@ def admin(proxy: Running) -> str:
 @pytest.mark.parametrize(
     "path", ["/livez", "/healthz", "/liveness", "/readyz", "/readiness", "/startupz", "/startup", "/metrics"]
 )
-async def test_a_healthy_proxy_says_so(proxy: Running, path: str) -> None:
+async def test_a_healthy_proxy_says_so(proxy: RunningProxy, path: str) -> None:
     got = await call(admin(proxy), "GET", path)
     assert got.status == 200
     assert (got.get("content-type") or "").startswith("text/plain")
 
 
-async def test_the_proxied_port_has_none_of_it(proxy: Running) -> None:
+async def test_the_proxied_port_has_none_of_it(proxy: RunningProxy) -> None:
     assert (await call(proxy.addresses[0], "GET", "/metrics")).decided["operation"] == "unknown"
 
 
@@ -47,23 +47,23 @@ async def test_readiness_waits_for_the_tokens_where_warm_up_is_set(
     assert len(token_host.received) == 1
 
 
-async def became_ready(proxy: Running) -> None:
+async def became_ready(proxy: RunningProxy) -> None:
     """Ask until the proxy is ready; the test's own timeout is the bound."""
     while (await call(admin(proxy), "GET", "/readyz")).status != 200:
         pass
 
 
-async def test_a_probe_makes_no_call(proxy: Running, token_host: TokenHost) -> None:
+async def test_a_probe_makes_no_call(proxy: RunningProxy, token_host: TokenHost) -> None:
     await call(admin(proxy), "GET", "/readyz?verbose")
     assert not token_host.received
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "0.0.0.0", ""])
-async def test_the_admin_address_answers_to_local_names_alone(proxy: Running, host: str) -> None:
+async def test_the_admin_address_answers_to_local_names_alone(proxy: RunningProxy, host: str) -> None:
     assert (await call(admin(proxy), "GET", "/metrics", host=host)).status == 421
 
 
-async def test_the_admin_address_answers_no_web_page(proxy: Running) -> None:
+async def test_the_admin_address_answers_no_web_page(proxy: RunningProxy) -> None:
     for fields in ({"origin": "https://evil.example"}, {"sec_fetch_site": "cross-site"}):
         got = await call(admin(proxy), "GET", "/metrics", **fields)
         assert got.status == 403
@@ -79,20 +79,20 @@ async def test_the_health_address_may_be_opened_and_has_nothing_else(start_proxy
     assert (await call(proxy.health, "POST", "/metrics", b"", host="10.1.2.3")).status == 405
 
 
-async def test_openmetrics_is_given_to_those_who_ask(proxy: Running) -> None:
+async def test_openmetrics_is_given_to_those_who_ask(proxy: RunningProxy) -> None:
     got = await call(admin(proxy), "GET", "/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert (got.get("content-type") or "").startswith("application/openmetrics-text")
     assert got.body.endswith(b"# EOF\n")
 
 
-async def test_requests_are_served_while_the_metrics_are_written_down(proxy: Running) -> None:
+async def test_requests_are_served_while_the_metrics_are_written_down(proxy: RunningProxy) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
     def slow_series() -> None:
         begun.set()
         assert may_end.wait(10)
 
-    proxy.metrics.before_export.append(slow_series)
+    proxy.metrics.pre_scrape_hooks.append(slow_series)
     scrape = asyncio.create_task(call(admin(proxy), "GET", "/metrics"))
     assert await asyncio.to_thread(begun.wait, 10)
     assert (await call(proxy.addresses[0], "GET", "/orders/v0/orders")).status == 200
@@ -101,7 +101,7 @@ async def test_requests_are_served_while_the_metrics_are_written_down(proxy: Run
     assert (await scrape).status == 200
 
 
-async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: Running, token_host: TokenHost) -> None:
+async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: RunningProxy, token_host: TokenHost) -> None:
     needs(shutil.which("promtool") is not None, "promtool (Debian's package prometheus)")
     token_host.answers = [answer("503 Service Unavailable")]
     await call(proxy.addresses[0], "GET", SELLERS)
@@ -138,14 +138,14 @@ async def test_the_health_address_answers_to_what_no_web_page_can_be_called(
     assert got.status == 403
 
 
-async def test_forms_are_refused_by_the_admin_address(proxy: Running) -> None:
+async def test_forms_are_refused_by_the_admin_address(proxy: RunningProxy) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         assert (await call(admin(proxy), "POST", "/livez", b"x", content_type=kind)).status == 415
     assert (await call(admin(proxy), "POST", "/livez", b"{}", content_type="application/json")).status == 405
     assert (await call(admin(proxy), "POST", "/livez")).status == 405
 
 
-async def test_other_versions_are_refused_by_the_admin_address_in_its_own(proxy: Running) -> None:
+async def test_other_versions_are_refused_by_the_admin_address_in_its_own(proxy: RunningProxy) -> None:
     async with connect(admin(proxy)) as client:
         await client.send(b"GET /livez HTTP/2.0\r\nHost: localhost\r\n\r\n")
         assert (await client.reader.readline()).startswith(b"HTTP/1.1 505 ")

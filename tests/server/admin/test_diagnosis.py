@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from proxy.observability.request_history import Finished
+from proxy.observability.request_history import RequestRecord
 from proxy.remedies import REMEDIES
-from proxy.server.admin.diagnosis import Verdict, judge, name_of, whose_is
-from proxy.server.admin.snapshot import Overview, TokenRow
+from proxy.server.admin.diagnosis import Diagnosis, diagnose, name_of, responsible_for
+from proxy.server.admin.snapshot import Snapshot, TokenRow
 
 NOW = 10_000.0
 GOOD = TokenRow("acme", "main", "production", "eu", "good", left=3000.0, age=600.0)
@@ -21,12 +21,12 @@ CONFIGURATION: dict[str, Any] = {"good_since": "", "last_reload": None, "problem
 
 def request(
     status: int = 200, error: str = "", hint: str = "", ago: float = 1.0, region: str = "eu", number: int = 1
-) -> Finished:
+) -> RequestRecord:
     labels = ("acme", region, "orders.v0.getOrders", "GET", str(status), "lwa", "proxy" if error else "amazon")
-    return Finished(number, labels, "", NOW - ago, 0.0, 0.0, 0.0, None, 1, error, hint)
+    return RequestRecord(number, labels, "", NOW - ago, 0.0, 0.0, 0.0, None, 1, error, hint)
 
 
-def seen(requests: Sequence[Finished] = (), tokens: Sequence[TokenRow] = (GOOD,), **changed: Any) -> Overview:
+def seen(requests: Sequence[RequestRecord] = (), tokens: Sequence[TokenRow] = (GOOD,), **changed: Any) -> Snapshot:
     given: dict[str, Any] = {
         "version": "0",
         "state": "ready",
@@ -44,17 +44,17 @@ def seen(requests: Sequence[Finished] = (), tokens: Sequence[TokenRow] = (GOOD,)
         "now": NOW,
         "wall": 1_800_000_000.0,
     }
-    return Overview(requests=requests, tokens=tokens, **{**given, **changed})
+    return Snapshot(requests=requests, tokens=tokens, **{**given, **changed})
 
 
 def test_a_proxy_that_works_says_so() -> None:
-    verdict = judge(seen([request()] * 20))
-    assert (verdict.state, verdict.whose, verdict.others) == ("working", None, [])
-    assert verdict.says == "Working: 20 requests lately, all as it should be."
-    assert judge(seen()).says.startswith("Working, as far as can be told: no request came")
+    verdict = diagnose(seen([request()] * 20))
+    assert (verdict.state, verdict.responsible, verdict.others) == ("working", None, [])
+    assert verdict.summary == "Working: 20 requests lately, all as it should be."
+    assert diagnose(seen()).summary.startswith("Working, as far as can be told: no request came")
 
 
-CASES: list[tuple[str, Overview, str, str, str]] = [
+CASES: list[tuple[str, Snapshot, str, str, str]] = [
     ("no account", seen(accounts=0, tokens=()), "not working", "yours", "No account"),
     ("credentials refused", seen(tokens=[REFUSED]), "not working", "yours", "acme in eu (invalid_grant)"),
     ("credentials of one refused", seen(tokens=[REFUSED, GOOD]), "degraded", "yours", "Login with Amazon refuses"),
@@ -127,11 +127,11 @@ CASES: list[tuple[str, Overview, str, str, str]] = [
 @pytest.mark.parametrize(
     ("given", "state", "whose", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-def test_what_is_wrong_is_said_with_whose_fault_it_is(given: Overview, state: str, whose: str, says: str) -> None:
-    verdict = judge(given)
-    assert (verdict.state, verdict.whose) == (state, whose)
-    assert says in verdict.says
-    assert verdict.do.endswith(".")
+def test_what_is_wrong_is_said_with_whose_fault_it_is(given: Snapshot, state: str, whose: str, says: str) -> None:
+    verdict = diagnose(given)
+    assert (verdict.state, verdict.responsible) == (state, whose)
+    assert says in verdict.summary
+    assert verdict.remedy.endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -148,35 +148,35 @@ def test_what_is_wrong_is_said_with_whose_fault_it_is(given: Overview, state: st
         seen(configuration={**CONFIGURATION, "needs_restart": ["admin"]}),
     ],
 )
-def test_little_things_are_remarks(given: Overview) -> None:
-    assert judge(given).state == "working"
+def test_little_things_are_remarks(given: Snapshot) -> None:
+    assert diagnose(given).state == "working"
 
 
 def test_mistakes_of_apps_are_to_be_known_and_each_says_what_to_do() -> None:
-    verdict = judge(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
-    assert (verdict.state, verdict.whose) == ("working", None)
-    assert verdict.says == "Working: 11 requests lately. 2 things to know below."
-    assert [other.do for other in verdict.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
-    verdict = judge(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
-    assert (verdict.state, verdict.whose, len(verdict.others)) == ("degraded", "Amazon's", 1)
+    verdict = diagnose(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
+    assert (verdict.state, verdict.responsible) == ("working", None)
+    assert verdict.summary == "Working: 11 requests lately. 2 things to know below."
+    assert [other.remedy for other in verdict.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
+    verdict = diagnose(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
+    assert (verdict.state, verdict.responsible, len(verdict.others)) == ("degraded", "Amazon's", 1)
 
 
 def test_the_worst_comes_first_and_the_rest_is_not_lost() -> None:
-    verdict = judge(seen([request()] * 9 + [request(503)], tokens=[REFUSED], store_is_up=False))
-    assert (verdict.state, verdict.whose) == ("not working", "yours")
-    assert [other.whose for other in verdict.others] == ["Amazon's", "yours"]
+    verdict = diagnose(seen([request()] * 9 + [request(503)], tokens=[REFUSED], store_is_up=False))
+    assert (verdict.state, verdict.responsible) == ("not working", "yours")
+    assert [other.responsible for other in verdict.others] == ["Amazon's", "yours"]
 
 
 def test_beginning_and_end_are_states_of_their_own() -> None:
-    assert judge(seen(state="starting", waiting_for="the tokens (warm_up)")) == Verdict(
+    assert diagnose(seen(state="starting", waiting_for="the tokens (warm_up)")) == Diagnosis(
         "starting", None, "Starting: waiting for the tokens (warm_up).", "Wait; see below.", []
     )
-    assert judge(seen(state="stopping")).state == "stopping"
+    assert diagnose(seen(state="stopping")).state == "stopping"
 
 
 def test_many_accounts_are_named_by_two() -> None:
     rows = [REFUSED._replace(account=f"a{number}") for number in range(40)]
-    assert "of a0 in eu, a1 in eu and 38 more (invalid_grant)" in judge(seen(tokens=rows)).says
+    assert "of a0 in eu, a1 in eu and 38 more (invalid_grant)" in diagnose(seen(tokens=rows)).summary
 
 
 def test_every_error_is_somebodys_fault() -> None:
@@ -184,5 +184,5 @@ def test_every_error_is_somebodys_fault() -> None:
         name_of(request(*each)) for each in ((200,), (404,), (429,), (500,), (403, "", "role"), (499, "ClientLeft"))
     ] == [*("", "", "429", "500", "role", "")]
     assert [
-        whose_is(name) for name in ("429", "503", "role", "TokenUnavailable", "ConnectTimeout", "InternalError")
+        responsible_for(name) for name in ("429", "503", "role", "TokenUnavailable", "ConnectTimeout", "InternalError")
     ] == [*("yours", "Amazon's", "yours", "Amazon's", "the network's", "the proxy's")]

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from proxy.observability.metrics import PlanNumbers
-from proxy.observability.request_history import MOST_RECENT
+from proxy.observability.metrics import PlanGauges
+from proxy.observability.request_history import MAX_REQUESTS
 from proxy.server.admin import status_page
-from proxy.server.admin.app import Reloading
-from proxy.server.admin.diagnosis import judge
-from proxy.server.admin.snapshot import MEANINGS, MOST_ROWS, ErrorRow, Overview
+from proxy.server.admin.app import ReloadStatus
+from proxy.server.admin.diagnosis import diagnose
+from proxy.server.admin.snapshot import MAX_ROWS, MEANINGS, ErrorRow, Snapshot
 from proxy.server.admin.status_page import render
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.server.admin.test_diagnosis import CONFIGURATION, GOOD, REFUSED, request, seen
 from tests.support.fake_upstream import FarSide, TokenHost, answer
@@ -29,18 +29,18 @@ SHOWN = ("/", "/status", "/requests", "/page.css", "/page.js")
 ATTACK = "<script>alert(1)</script>\"'&"
 
 
-async def ask(proxy: Running, path: str, **fields: str) -> Answer:
+async def ask(proxy: RunningProxy, path: str, **fields: str) -> Answer:
     assert proxy.admin is not None
     return await call(proxy.admin, "GET", path, **fields)
 
 
-async def asked(proxy: Running, path: str) -> Any:
+async def asked(proxy: RunningProxy, path: str) -> Any:
     got = await ask(proxy, path)
     assert (got.status, got.get("content-type")) == (200, "application/json; charset=utf-8")
     return json.loads(got.body)
 
 
-async def test_the_page_says_what_happened(proxy: Running, far_side: FarSide) -> None:
+async def test_the_page_says_what_happened(proxy: RunningProxy, far_side: FarSide) -> None:
     assert "no request came" in (await ask(proxy, "/")).body.decode()
     await call(proxy.addresses[0], "GET", ORDERS)
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="nobody")
@@ -56,7 +56,7 @@ async def test_the_page_says_what_happened(proxy: Running, far_side: FarSide) ->
 
 
 @pytest.mark.parametrize("path", SHOWN)
-async def test_all_of_it_is_for_local_eyes_alone(proxy: Running, path: str) -> None:
+async def test_all_of_it_is_for_local_eyes_alone(proxy: RunningProxy, path: str) -> None:
     got = await ask(proxy, path)
     assert (got.status, got.get("x-content-type-options"), got.get("cache-control")) == (200, "nosniff", "no-store")
     for host in ("evil.example", "127.0.0.1.evil.example", "0.0.0.0", ""):
@@ -78,7 +78,7 @@ async def test_the_health_address_has_none_of_it(start_proxy: StartProxy) -> Non
     assert {(await call(proxy.health, "GET", path)).status for path in SHOWN} == {404}
 
 
-async def test_the_page_may_load_nothing_from_elsewhere(proxy: Running) -> None:
+async def test_the_page_may_load_nothing_from_elsewhere(proxy: RunningProxy) -> None:
     got = await ask(proxy, "/")
     assert got.get("content-type") == "text/html; charset=utf-8"
     assert got.get("content-security-policy") == (
@@ -113,7 +113,7 @@ def test_every_text_is_escaped() -> None:
         secrets_left={ATTACK: 1.0},
     )
     for state in ("ready", "starting"):
-        text = render(replace(full, state=state), judge(replace(full, state=state)), account=ATTACK)
+        text = render(replace(full, state=state), diagnose(replace(full, state=state)), account=ATTACK)
         assert text.count("<script") == 1  # its own
         assert text.count("&lt;script&gt;") > 10
         assert ATTACK not in text
@@ -135,7 +135,7 @@ async def test_a_mistake_in_the_configuration_is_shown_and_does_nothing(
         assert "There is none of that name." in text
 
 
-async def mended(proxy: Running) -> None:
+async def mended(proxy: RunningProxy) -> None:
     """Call until the pause after a refused exchange is over; the test's own timeout is the bound."""
     while (await call(proxy.addresses[0], "GET", ORDERS)).status != 200:
         pass
@@ -143,7 +143,7 @@ async def mended(proxy: Running) -> None:
 
 @pytest.mark.parametrize("path", SHOWN)
 async def test_nothing_secret_and_nothing_of_a_request_is_shown(
-    path: str, proxy: Running, far_side: FarSide, token_host: TokenHost
+    path: str, proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
 ) -> None:
     refusal = b'{"error": "invalid_grant", "request_id": "amazon-id-1", "error_description": "of Atzr|acme-eu"}'
     token_host.answers = [answer("400 Bad Request", refusal, content_type="application/json")]
@@ -160,7 +160,7 @@ async def test_nothing_secret_and_nothing_of_a_request_is_shown(
         assert secret not in body
 
 
-async def test_status_says_what_the_page_shows(proxy: Running, token_host: TokenHost) -> None:
+async def test_status_says_what_the_page_shows(proxy: RunningProxy, token_host: TokenHost) -> None:
     fresh = await asked(proxy, "/status")
     assert [row["state"] for row in fresh["tokens"]] == ["unused"]
     await call(proxy.addresses[0], "GET", ORDERS)
@@ -204,7 +204,7 @@ async def test_a_usage_plan_that_is_short_is_shown(start_proxy: StartProxy) -> N
 # Recent requests, for programs.
 
 
-async def test_requests_are_asked_for_from_where_one_stopped(proxy: Running) -> None:
+async def test_requests_are_asked_for_from_where_one_stopped(proxy: RunningProxy) -> None:
     for _ in range(3):
         await call(proxy.addresses[0], "GET", ORDERS)
     said = await asked(proxy, "/requests")
@@ -222,19 +222,19 @@ async def test_requests_are_asked_for_from_where_one_stopped(proxy: Running) -> 
     assert ([one["number"] for one in other["requests"]], other["missed"]) == ([1, 2, 3, 4], 0)
 
 
-async def test_who_comes_late_learns_how_many_were_missed(proxy: Running) -> None:
-    recent = proxy.metrics.recent
+async def test_who_comes_late_learns_how_many_were_missed(proxy: RunningProxy) -> None:
+    recent = proxy.metrics.history
     assert recent is not None
-    for _ in range(MOST_RECENT + 10):
-        recent.keep((recent.number(), request().labels, "", 0.0, 0.0, 0.0, 0.0, None, 1, "", ""))
+    for _ in range(MAX_REQUESTS + 10):
+        recent.append((recent.number(), request().labels, "", 0.0, 0.0, 0.0, 0.0, None, 1, "", ""))
     said = await asked(proxy, f"/requests?after={recent.instance}:3")
-    assert (said["missed"], said["requests"][0]["number"], len(said["requests"])) == (7, 11, MOST_RECENT)
+    assert (said["missed"], said["requests"][0]["number"], len(said["requests"])) == (7, 11, MAX_REQUESTS)
 
 
 @pytest.mark.parametrize(
     "query", ["after=x:y", "after=x:-1", "limit=-1", "limit=many", "limit=", "after=x:" + "9" * 99]
 )
-async def test_a_cursor_that_is_none_is_refused(proxy: Running, query: str) -> None:
+async def test_a_cursor_that_is_none_is_refused(proxy: RunningProxy, query: str) -> None:
     got = await ask(proxy, f"/requests?{query}")
     assert (got.status, got.body) == (400, b"after is the cursor of an earlier answer, limit a number\n")
 
@@ -242,18 +242,18 @@ async def test_a_cursor_that_is_none_is_refused(proxy: Running, query: str) -> N
 # Many accounts.
 
 
-def many(count: int) -> Overview:
+def many(count: int) -> Snapshot:
     rows = [
         (REFUSED if number % 20 == 0 else GOOD)._replace(account=f"seller-with-a-long-name-{number:05}")
         for number in range(count)
     ]
     rows.sort(key=lambda row: row.state != "failed")
-    return seen([request(number=number) for number in range(MOST_RECENT)], rows, accounts=count)
+    return seen([request(number=number) for number in range(MAX_REQUESTS)], rows, accounts=count)
 
 
 def test_what_stands_between_backticks_is_code() -> None:
     given = seen([request(), request(400, "BadOption")], errors=[ErrorRow("BadOption", 1, 1, MEANINGS["BadOption"])])
-    text = render(given, judge(given))
+    text = render(given, diagnose(given))
     assert "An <code>x-sp-…</code> header holds a value that means nothing, or its name is misspelt." in text
     assert text.count("<code>x-sp-…</code>") == 2  # to know as well, and in the table of errors
     assert "`" not in text
@@ -262,19 +262,19 @@ def test_what_stands_between_backticks_is_code() -> None:
 @pytest.mark.parametrize("count", [1, 200, 2000, 20_000])
 def test_the_page_and_its_json_are_bounded(count: int) -> None:
     given = many(count)
-    text = render(given, judge(given))
+    text = render(given, diagnose(given))
     assert len(text) < 150_000
     assert text.count("</tr>") < 400
     assert len(json.dumps(given.as_json())) < 150_000
-    assert len(given.as_json()["tokens"]) == min(count, MOST_ROWS)
+    assert len(given.as_json()["tokens"]) == min(count, MAX_ROWS)
     if count > 100:
         assert text.index("seller-with-a-long-name-00020") < text.index("without trouble")
 
 
-async def test_requests_are_served_while_the_page_is_made(proxy: Running) -> None:
+async def test_requests_are_served_while_the_page_is_made(proxy: RunningProxy) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
-    def slow_plans() -> dict[tuple[str, str, str], PlanNumbers]:
+    def slow_plans() -> dict[tuple[str, str, str], PlanGauges]:
         begun.set()
         assert may_end.wait(10)
         return {}
@@ -289,4 +289,4 @@ async def test_requests_are_served_while_the_page_is_made(proxy: Running) -> Non
 
 
 def test_the_configuration_of_the_test_is_what_a_proxy_has() -> None:
-    assert set(CONFIGURATION) == set(Reloading().as_json())
+    assert set(CONFIGURATION) == set(ReloadStatus().as_json())

@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, async_playwright
 
-from proxy.server.runtime import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, needs, settings_for
 from tests.support.fake_upstream import FarSide, TokenHost, answer
 from tests.support.proxy_process import serving
@@ -89,11 +89,11 @@ async def until(page: Page, condition: str) -> None:
     await page.evaluate(f"new Promise((done) => {{ {look} }})")
 
 
-def url_of(proxy: Running) -> str:
+def url_of(proxy: RunningProxy) -> str:
     return f"http://{proxy.admin}/"
 
 
-async def with_traffic(start_proxy: StartProxy, token_host: TokenHost, count: int) -> Running:
+async def with_traffic(start_proxy: StartProxy, token_host: TokenHost, count: int) -> RunningProxy:
     """Start a proxy with so many accounts, some of which have trouble, and send something for each."""
     accounts: dict[str, Any] = {f"seller-{number:04}": {"refresh_tokens": {"eu": "Atzr|x"}} for number in range(count)}
     proxy = await start_proxy(accounts=accounts, limits={"max_wait": "0"})
@@ -130,7 +130,7 @@ async def test_everybody_can_read_it_on_any_screen(
     assert grounds == {("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")}
 
 
-async def test_axe_would_find_something(browser: Browser, proxy: Running) -> None:
+async def test_axe_would_find_something(browser: Browser, proxy: RunningProxy) -> None:
     async with opened(browser, url_of(proxy)) as one:
         await one.page.evaluate("document.querySelector('#verdict').innerHTML += '<img src=\"/favicon.ico\">'")
         assert (await Axe().run(one.page)).violations_count > 0
@@ -146,7 +146,7 @@ async def test_without_its_script_it_is_whole(browser: Browser, start_proxy: Sta
         assert await one.page.get_attribute("meta[http-equiv=refresh]", "content") == "10"
 
 
-async def test_it_stays_up_to_date_and_leaves_alone_what_somebody_reads(browser: Browser, proxy: Running) -> None:
+async def test_it_stays_up_to_date_and_leaves_alone_what_somebody_reads(browser: Browser, proxy: RunningProxy) -> None:
     async with opened(browser, url_of(proxy)) as one:
         page = one.page
         assert "None yet." in await page.inner_text("#requests")
@@ -171,7 +171,7 @@ async def test_it_stays_up_to_date_and_leaves_alone_what_somebody_reads(browser:
         assert "orders.v0.getOrders" in await page.evaluate("getSelection().toString()")
 
 
-async def test_its_policy_is_kept_and_nothing_is_asked_of_anybody_else(browser: Browser, proxy: Running) -> None:
+async def test_its_policy_is_kept_and_nothing_is_asked_of_anybody_else(browser: Browser, proxy: RunningProxy) -> None:
     async with opened(browser, url_of(proxy)) as one:
         async with one.page.expect_response(url_of(proxy), timeout=PATIENCE):
             pass  # its script looked once
