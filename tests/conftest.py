@@ -15,7 +15,7 @@ from proxy.config import Config, load_config
 from proxy.observability.logging import LOGGER, set_up
 from proxy.server import runtime
 from proxy.server.runtime import RunningProxy
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
@@ -26,9 +26,9 @@ class StartProxy(Protocol):
     def __call__(self, **settings: Any) -> Awaitable[RunningProxy]: ...
 
 
-def settings_for(far_side: FarSide, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
+def settings_for(fake_upstream: FakeUpstream, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
     """Return the settings of a proxy between the test and its far side."""
-    endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), far_side.url)
+    endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), fake_upstream.url)
     return {
         "listen": "127.0.0.1:0",
         "admin": "127.0.0.1:0",
@@ -47,9 +47,9 @@ def config_from(settings: dict[str, Any], folder: Path) -> Config:
 
 
 @pytest.fixture
-async def far_side() -> AsyncIterator[FarSide]:
+async def fake_upstream() -> AsyncIterator[FakeUpstream]:
     """Amazon's API, answering what the test scripts."""
-    async with FarSide() as server:
+    async with FakeUpstream() as server:
         yield server
 
 
@@ -61,12 +61,12 @@ async def token_host() -> AsyncIterator[TokenHost]:
 
 
 @pytest.fixture
-async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
+async def start_proxy(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
     """Starts proxies that are stopped, in reverse order, when the test ends."""
     started: list[Any] = []
 
     async def start(**settings: Any) -> RunningProxy:
-        context = runtime.start_proxy(config_from(settings_for(far_side, token_host, **settings), tmp_path))
+        context = runtime.start_proxy(config_from(settings_for(fake_upstream, token_host, **settings), tmp_path))
         proxy = await context.__aenter__()
         started.append(context)
         return proxy

@@ -43,10 +43,10 @@ class AmazonError:
 def parse_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object of `body`, or an empty one where it is anything else."""
     try:
-        answer = json.loads(body)
+        response = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    return answer if isinstance(answer, dict) else {}
+    return response if isinstance(response, dict) else {}
 
 
 def parse_error(body: bytes, error_type: str = "") -> AmazonError:

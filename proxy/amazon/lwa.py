@@ -101,20 +101,20 @@ async def _post_form(
 
 async def limited_post(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
     """Return status and body of an answer; raise ExchangeFailed where it is longer than MAX_ANSWER."""
-    status, answer = await post(url, headers, body, MAX_RESPONSE)
-    if len(answer) > MAX_RESPONSE:
+    status, response = await post(url, headers, body, MAX_RESPONSE)
+    if len(response) > MAX_RESPONSE:
         raise TokenRequestFailed("answer_too_large")
-    return status, answer
+    return status, response
 
 
 def parse_response(status: int, body: bytes) -> TokenResponse:
     """Return the Grant that an answer of Login with Amazon holds; raise ExchangeRefused or ExchangeFailed."""
-    answer = parse_object(body)
+    response = parse_object(body)
     if status == 200:
-        return parse_token_response(answer.get("access_token"), answer.get("expires_in"))
-    reason = answer.get("error")
+        return parse_token_response(response.get("access_token"), response.get("expires_in"))
+    reason = response.get("error")
     if 400 <= status < 500 and status != 429 and isinstance(reason, str) and reason in OAUTH_ERRORS:
-        request_id = answer.get("request_id")
+        request_id = response.get("request_id")
         raise OAuthError(reason, request_id if isinstance(request_id, str) else "")
     raise TokenRequestFailed(f"http_{status}")
 

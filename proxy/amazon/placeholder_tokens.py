@@ -57,12 +57,12 @@ def access_token_response(content_type: str, body: bytes) -> dict[str, object]:
         raise BadTokenRequest("invalid_request", "the request for a token names no grant_type")
     if grant not in _GRANTS:
         raise BadTokenRequest("unsupported_grant_type", "the proxy answers refresh_token and client_credentials alone")
-    answer: dict[str, object] = {
+    response: dict[str, object] = {
         "access_token": ACCESS_TOKEN if grant == "refresh_token" else GRANTLESS_TOKEN,
         "token_type": "bearer",
         "expires_in": LIFETIME,
     }
-    return answer | ({"refresh_token": REFRESH_TOKEN} if grant == "refresh_token" else {})
+    return response | ({"refresh_token": REFRESH_TOKEN} if grant == "refresh_token" else {})
 
 
 def _grant_type(content_type: str, body: bytes) -> str | None:

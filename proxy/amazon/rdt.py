@@ -19,10 +19,10 @@ _ELEMENTS = re.compile(r"requested data elements: \[([^\]]*)\]")
 class RdtRefused(Exception):
     """Amazon refuses the token for this call; `refusal` is what it says."""
 
-    def __init__(self, status: int, refusal: AmazonError) -> None:
-        super().__init__(f"{status} {refusal.message}")
+    def __init__(self, status: int, amazon_error: AmazonError) -> None:
+        super().__init__(f"{status} {amazon_error.message}")
         self.status = status
-        self.refusal = refusal
+        self.refusal = amazon_error
 
     @property
     def means_unrestricted(self) -> bool:
@@ -63,10 +63,10 @@ async def create_restricted_data_token(
 
 def parse_response(status: int, body: bytes) -> TokenResponse:
     """Return the Grant of an answer; raise RdtRefused for a refusal and ExchangeFailed for anything else."""
-    answer = parse_object(body)
+    response = parse_object(body)
     if status == 200:
-        payload = answer.get("payload")
-        fields = payload if isinstance(payload, dict) else answer  # old guide pages nest them in `payload`
+        payload = response.get("payload")
+        fields = payload if isinstance(payload, dict) else response  # old guide pages nest them in `payload`
         return parse_token_response(fields.get("restrictedDataToken"), fields.get("expiresIn"))
     if status in {400, 401, 403, 404}:
         raise RdtRefused(status, parse_error(body))

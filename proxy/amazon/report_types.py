@@ -37,8 +37,8 @@ _MAX_ID = 256
 
 def documents_in(body: bytes) -> Iterator[tuple[str, str]]:
     """Yield document id and report type of every finished report that an answer names."""
-    answer = parse_object(body)
-    reports = answer.get("reports", [answer])
+    response = parse_object(body)
+    reports = response.get("reports", [response])
     for report in reports if isinstance(reports, list) else ():
         if isinstance(report, Mapping):
             document, kind = report.get("reportDocumentId"), report.get("reportType")

@@ -24,8 +24,8 @@ class AdminResponse(NamedTuple):
 class _Connection(http.client.HTTPConnection):
     """A connection to an address, which may be a Unix socket."""
 
-    def __init__(self, address: Address, patience: float) -> None:
-        super().__init__("localhost", address.port, timeout=patience)
+    def __init__(self, address: Address, timeout: float) -> None:
+        super().__init__("localhost", address.port, timeout=timeout)
         self._address = address
 
     def connect(self) -> None:
@@ -51,24 +51,24 @@ def address_in(url: str) -> Address:
     return Address(parts.hostname, parts.port or 80)
 
 
-def request(address: Address, method: str, path: str, patience: float = TIMEOUT, most: int = MAX_TEXT) -> AdminResponse:
+def request(address: Address, method: str, path: str, timeout: float = TIMEOUT, most: int = MAX_TEXT) -> AdminResponse:
     """Ask once, and read `most` bytes of the answer; 200 is good."""
-    connection = _Connection(address, patience)
+    connection = _Connection(address, timeout)
     host = "localhost" if address.path or is_loopback(connect_host(address.host)) else address.host
     try:
         connection.request(method, path, headers={"Host": f"[{host}]" if ":" in host else host})
-        answer = connection.getresponse()
-        text = answer.read(most).decode("utf-8", "replace").strip()
+        response = connection.getresponse()
+        text = response.read(most).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as exc:
         reason = _reason(exc)
         return AdminResponse(ok=False, text=f"no answer from {address}: {reason}. Is the proxy running? {_ELSEWHERE}")
     finally:
         connection.close()
-    is_for_apps = any(name.lower() in _MARKS for name, _ in answer.getheaders())
-    if answer.status == 200 and not is_for_apps:
+    is_for_apps = any(name.lower() in _MARKS for name, _ in response.getheaders())
+    if response.status == 200 and not is_for_apps:
         return AdminResponse(ok=True, text=text)
     return AdminResponse(
-        ok=False, text=f"{answer.status}: {text}{_remedy(answer.status, text, address, is_for_apps=is_for_apps)}"
+        ok=False, text=f"{response.status}: {text}{_remedy(response.status, text, address, is_for_apps=is_for_apps)}"
     )
 
 
@@ -105,7 +105,7 @@ def wait_until_ready(
     """Ask until the proxy is ready, or `timeout` seconds are over; return the last answer."""
     end = now() + timeout
     while True:
-        answer = request(address, "GET", "/readyz", max(POLL_INTERVAL, min(TIMEOUT, end - now())))
-        if answer.ok or now() + POLL_INTERVAL >= end:
-            return answer
+        response = request(address, "GET", "/readyz", max(POLL_INTERVAL, min(TIMEOUT, end - now())))
+        if response.ok or now() + POLL_INTERVAL >= end:
+            return response
         sleep(POLL_INTERVAL)

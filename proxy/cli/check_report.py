@@ -69,7 +69,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether everything was tried, and nothing failed."""
-        return self.is_complete and all(finding.result in {"ok", "warning"} for finding in self.results)
+        return self.is_complete and all(result.result in {"ok", "warning"} for result in self.results)
 
 
 class Progress:
@@ -113,7 +113,7 @@ class Progress:
 
 def as_json(report: Report) -> str:
     """Return the report for programs: `works`, `complete`, and one object with always the same keys for each step."""
-    checks = [{**finding._asdict(), "countries": list(finding.countries)} for finding in report.results]
+    checks = [{**result._asdict(), "countries": list(result.countries)} for result in report.results]
     return json.dumps({"works": report.ok, "complete": report.is_complete, "checks": checks}, indent=2)
 
 
@@ -125,43 +125,43 @@ def as_text(report: Report) -> str:
 
 def _table(report: Report) -> Iterator[str]:
     by_place: dict[tuple[str, str], dict[Check, CheckResult]] = {}
-    for finding in report.results:
-        if finding.account:
-            by_place.setdefault((finding.account, finding.region), {})[finding.check] = finding
+    for result in report.results:
+        if result.account:
+            by_place.setdefault((result.account, result.region), {})[result.check] = result
     rows = [("ACCOUNT", "REGION", "TOKEN", "CALL", "RDT", "MARKETPLACES")]
-    rows += [_row(place, by_place.get(place, {})) for place in report.targets]
+    rows += [_row(target, by_place.get(target, {})) for target in report.targets]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
     yield ""
-    for finding in report.results:
-        if not finding.account:
-            yield f"{_subject(finding)}: {_MARKS[finding.result]}"
+    for result in report.results:
+        if not result.account:
+            yield f"{_subject(result)}: {_MARKS[result.result]}"
     yield ""
 
 
-def _row(place: AccountRegion, found: dict[Check, CheckResult]) -> tuple[str, str, str, str, str, str]:
+def _row(target: AccountRegion, found: dict[Check, CheckResult]) -> tuple[str, str, str, str, str, str]:
     token, call, restricted = (_MARKS[found[step].result] if step in found else "" for step in _COLUMNS)
     countries = found["call"].countries if "call" in found else ()
-    return (place.account, place.region, token, call, restricted, " ".join(countries))
+    return (target.account, target.region, token, call, restricted, " ".join(countries))
 
 
-def _subject(finding: CheckResult) -> str:
+def _subject(result: CheckResult) -> str:
     """Return whom or what a finding is about."""
-    if finding.account:
-        return f"{finding.account} {finding.region} {finding.check}"
-    if finding.application:
-        return f"{finding.check} token of application {finding.application}"
-    return f"connection to {finding.host}" if finding.host else finding.check
+    if result.account:
+        return f"{result.account} {result.region} {result.check}"
+    if result.application:
+        return f"{result.check} token of application {result.application}"
+    return f"connection to {result.host}" if result.host else result.check
 
 
-def _grouped_failures(findings: list[CheckResult]) -> Iterator[str]:
+def _grouped_failures(results: list[CheckResult]) -> Iterator[str]:
     """Yield what is wrong: the same trouble of many accounts once."""
     groups: dict[tuple[str, ...], list[CheckResult]] = {}
-    for finding in findings:
-        if finding.result in {"failed", "warning"}:
-            key = finding.check, finding.code, finding.advice, finding.application
-            groups.setdefault(key, []).append(finding)
+    for result in results:
+        if result.result in {"failed", "warning"}:
+            key = result.check, result.code, result.advice, result.application
+            groups.setdefault(key, []).append(result)
     for group in groups.values():
         first, more = group[0], len(group) - MAX_NAMED
         named = ", ".join(_subject(finding) for finding in group[:MAX_NAMED])

@@ -122,14 +122,14 @@ async def _parts(
 ) -> AsyncIterator[_Parts]:
     async with AsyncExitStack() as stack:
         metrics, table = Metrics(account_on_histograms=False), load_table()
-        limits = RateLimiter(metrics, pace=True, now=now, call_later=call_later)
+        rate_limiter = RateLimiter(metrics, pace=True, now=now, call_later=call_later)
         amazon = await stack.enter_async_context(amazon_pool(config, 2 * PARALLEL))
         lwa = await stack.enter_async_context(lwa_pool(config, amazon.tls))
-        grants = TokenClient(
+        token_client = TokenClient(
             config,
             lwa_session=lwa,
             amazon_session=amazon,
-            limits=limits,
+            rate_limiter=rate_limiter,
             mint=table.match("POST", rdt.PATH),
             metrics=metrics,
             now=now,
@@ -138,10 +138,15 @@ async def _parts(
         store = MemoryStore()
         stack.push_async_callback(store.close)
         tokens = TokenProvider(
-            grants=grants, documents=UnrestrictedReports(), store=store, metrics=metrics, now=now, wall=wall
+            token_client=token_client,
+            unrestricted_reports=UnrestrictedReports(),
+            store=store,
+            metrics=metrics,
+            now=now,
+            wall=wall,
         )
         stack.push_async_callback(tokens.close)
-        yield _Parts(amazon, lwa, tokens, limits, table)
+        yield _Parts(amazon, lwa, tokens, rate_limiter, table)
 
 
 class LiveCheck:
@@ -174,25 +179,25 @@ class LiveCheck:
         """Try a connection to Login with Amazon, and to each region that is wanted."""
         lwa = self._config.endpoints.lwa
         endpoints = {Origin.of(lwa): self._parts.lwa}
-        for place in self._report.targets:
-            endpoints.setdefault(Origin.of(self._endpoint(place)), self._parts.amazon)
+        for target in self._report.targets:
+            endpoints.setdefault(Origin.of(self._endpoint(target)), self._parts.amazon)
         found = await asyncio.gather(*(self._check_connection(origin, pool) for origin, pool in endpoints.items()))
         self._report.results += found
 
     async def _check_connection(self, origin: Origin, pool: ConnectionPool) -> CheckResult:
         try:
-            wire = await pool.acquire(origin, fresh=True)
+            connection = await pool.acquire(origin, fresh=True)
         except OSError as exc:
             self._unreachable.add(origin)
             by_proxy = self._config.pool.proxy is not None
             code, said, advice = diagnose_connection_error(exc, by_proxy=by_proxy)
             return CheckResult("connection", "failed", host=origin.authority, code=code, detail=said, advice=advice)
-        wire.abort()
+        connection.abort()
         return CheckResult("connection", "ok", host=origin.authority)
 
-    def _endpoint(self, place: AccountRegion) -> str:
-        environment = self._config.environment_of(self._config.accounts[place.account])
-        return endpoint_of(self._config, environment, place.region)
+    def _endpoint(self, target: AccountRegion) -> str:
+        environment = self._config.environment_of(self._config.accounts[target.account])
+        return endpoint_of(self._config, environment, target.region)
 
     def _is_reachable(self, url: str) -> bool:
         return Origin.of(url) not in self._unreachable
@@ -209,20 +214,20 @@ class LiveCheck:
     async def check_applications(self) -> None:
         """Get a grantless token for each application that the wanted accounts belong to."""
         first: dict[str, AccountRegion] = {}
-        for place in self._report.targets:
-            name, _ = self._config.application_of(self._config.accounts[place.account])
-            first.setdefault(name, place)
+        for target in self._report.targets:
+            name, _ = self._config.application_of(self._config.accounts[target.account])
+            first.setdefault(name, target)
         found = await asyncio.gather(*(self._check_application(name, place) for name, place in first.items()))
         self._report.results += found
 
-    async def _check_application(self, name: str, place: AccountRegion) -> CheckResult:
+    async def _check_application(self, name: str, target: AccountRegion) -> CheckResult:
         about = CheckResult("grantless", "ok", name)
         if not self._is_reachable(self._config.endpoints.lwa):
             return about._replace(result="not tried", code="unreachable", detail=LWA_UNREACHABLE)
-        environment = self._config.environment_of(self._config.accounts[place.account])
-        credential = TokenKey("grantless", name, "", environment, place.region, scope=SCOPE)
+        environment = self._config.environment_of(self._config.accounts[target.account])
+        token_key = TokenKey("grantless", name, "", environment, target.region, scope=SCOPE)
         try:
-            await self._parts.tokens.get(credential)
+            await self._parts.tokens.get(token_key)
         except ProxyError as error:
             reason = reason_of(error)
             # A vendor's application gets none, and needs none.
@@ -238,8 +243,8 @@ class LiveCheck:
         waiting = iter(self._report.targets)
 
         async def work() -> None:
-            for place in waiting:
-                found = await self._check_account(place)
+            for target in waiting:
+                found = await self._check_account(target)
                 self._report.results += found
                 self._report.completed += 1
 
@@ -248,7 +253,7 @@ class LiveCheck:
                 group.create_task(work())
         order = {(place.account, str(place.region)): number for number, place in enumerate(self._report.targets)}
         found = sorted(self._report.results, key=lambda one: order.get((one.account, one.region), -1))
-        self._report.results[:] = [self.refine_advice(finding) for finding in found]
+        self._report.results[:] = [self.refine_advice(result) for result in found]
         self._check_clock()
 
     async def _check_account(self, place: AccountRegion) -> list[CheckResult]:
@@ -256,13 +261,13 @@ class LiveCheck:
         about = CheckResult("token", "not tried", name, place.account, place.region)
         ordinary, restricted = self._target(CALL, place), self._target(RESTRICTED, place)
         steps: list[CheckResult] = [about, about._replace(check="call")]
-        wants_rdt = restricted.credential.kind == "rdt"
+        wants_rdt = restricted.token_key.kind == "rdt"
         if wants_rdt:
             steps.append(about._replace(check="rdt"))
         if not self._is_reachable(self._config.endpoints.lwa):
             return [step._replace(code="unreachable", detail=LWA_UNREACHABLE) for step in steps]
         try:
-            token = await self._parts.tokens.get(ordinary.credential)
+            token = await self._parts.tokens.get(ordinary.token_key)
         except ProxyError as error:
             self.record_host_result(self._config.endpoints.lwa, well=not isinstance(error, TokenUnavailable))
             steps[0] = _failed(about, error)
@@ -278,37 +283,37 @@ class LiveCheck:
             )
             return [steps[0], *unreachable]
         try:
-            target = self._target(self._call, place)
+            route = self._target(self._call, place)
         except ProxyError as error:  # its query names a marketplace of another region
             steps[1] = _failed(steps[1], error)
         else:
-            steps[1] = await self._check_call(steps[1], target, token)
+            steps[1] = await self._check_call(steps[1], route, token)
         if wants_rdt:
             steps[2] = await self._check_rdt(steps[2], restricted)
         return steps
 
-    def _target(self, path: str, place: AccountRegion) -> Route:
+    def _target(self, path: str, target: AccountRegion) -> Route:
         """Return what a proxy would decide about an app's GET for this account and region."""
-        headers = CIMultiDictProxy(CIMultiDict({ACCOUNT_HEADER: place.account, REGION_HEADER: place.region}))
-        admitted = ValidatedTarget(path, "localhost", None, frozenset({ACCOUNT_HEADER, REGION_HEADER}))
-        return resolve("GET", admitted, headers, _any_account(), self._config, self._parts.table)
+        headers = CIMultiDictProxy(CIMultiDict({ACCOUNT_HEADER: target.account, REGION_HEADER: target.region}))
+        validated = ValidatedTarget(path, "localhost", None, frozenset({ACCOUNT_HEADER, REGION_HEADER}))
+        return resolve("GET", validated, headers, _any_account(), self._config, self._parts.table)
 
-    async def _check_call(self, about: CheckResult, target: Route, token: Token) -> CheckResult:
+    async def _check_call(self, about: CheckResult, route: Route, token: Token) -> CheckResult:
         try:
-            status, body = await self._send_call(target, token)
+            status, body = await self._send_call(route, token)
             if status in FORBIDDEN_STATUSES and parse_error(body).is_token_error:
                 # As for an app: another token, once.
-                another = await self._parts.tokens.refresh_rejected(target.credential, token)
+                another = await self._parts.tokens.refresh_rejected(route.token_key, token)
                 if another is not None:
                     token = another
-                    status, body = await self._send_call(target, token)
+                    status, body = await self._send_call(route, token)
         except UsagePlanExhausted as error:
             return about._replace(result="failed", code="throttled", detail=error.message, advice=THROTTLED)
         except (RemoteProtocolError, OSError) as exc:
-            self.record_host_result(target.endpoint, well=False)
+            self.record_host_result(route.endpoint, well=False)
             code, said, advice = diagnose_connection_error(exc, by_proxy=self._config.pool.proxy is not None)
             return about._replace(result="failed", code=code, detail=said, advice=advice)
-        self.record_host_result(target.endpoint, well=status not in RETRIED_STATUSES)
+        self.record_host_result(route.endpoint, well=status not in RETRIED_STATUSES)
         if status == 200 and self._call != CALL:
             return about._replace(result="ok")
         if status == 200:
@@ -317,17 +322,19 @@ class LiveCheck:
                 return about._replace(
                     result="failed", code="no_marketplaces", detail=NO_MARKETPLACE_DETAIL, advice=NO_MARKETPLACES
                 )
-            self._experience.record(target)
+            self._experience.record(route)
             return about._replace(result="ok", countries=countries)
-        refusal = parse_error(body)
-        said = " ".join(filter(None, (f"Amazon answers {status}:", refusal.code, refusal.message, refusal.details)))
-        code, advice = self._explain_refusal(status, target, token, refusal)
+        amazon_error = parse_error(body)
+        said = " ".join(
+            filter(None, (f"Amazon answers {status}:", amazon_error.code, amazon_error.message, amazon_error.details))
+        )
+        code, advice = self._explain_refusal(status, route, token, amazon_error)
         return about._replace(result="failed", code=code, detail=said.removesuffix(":"), advice=advice)
 
-    def _explain_refusal(self, status: int, target: Route, token: Token, refusal: AmazonError) -> tuple[str, str]:
+    def _explain_refusal(self, status: int, route: Route, token: Token, amazon_error: AmazonError) -> tuple[str, str]:
         """Return a code and advice for an answer that is no success."""
         if status in FORBIDDEN_STATUSES:
-            hint = self._experience.diagnose("GET", target, token, refusal)
+            hint = self._experience.diagnose("GET", route, token, amazon_error)
             return hint, HINTS[hint]
         if self._skews and abs(self._skews[-1]) > SKEW:
             return "clock", FIX_CLOCK
@@ -335,37 +342,37 @@ class LiveCheck:
             return "amazon_failing", AMAZON_DOWN
         return f"http_{status}", UNEXPECTED_RESPONSE
 
-    async def _send_call(self, target: Route, token: Token) -> tuple[int, bytes]:
+    async def _send_call(self, route: Route, token: Token) -> tuple[int, bytes]:
         """Make the call, at its place in its usage plan, and again where that may help; return status and body.
 
         Raises UsagePlanExhausted, Broken and OSError.
         """
-        claim, wall = AdmissionRequest(MAX_WAIT), self._wall
-        url, agent = target.endpoint + target.path_and_query, self._agents[target.application]
+        admission, wall = AdmissionRequest(MAX_WAIT), self._wall
+        url, agent = route.endpoint + route.path_and_query, self._agents[route.application]
         attempt = 0
         while True:
             attempt += 1
-            waited = await self._parts.limits.acquire(target, claim)
+            waited = await self._parts.limits.acquire(route, admission)
             headers = {**credential_headers(token.value, agent, wall()), "Accept": "application/json"}
             async with asyncio.timeout(min(CALL_TIMEOUT, self._config.timeouts.upstream_idle)):
-                answer, body = await self._parts.amazon.request("GET", url, headers, b"", MAX_RESPONSE)
+                response, body = await self._parts.amazon.request("GET", url, headers, b"", MAX_RESPONSE)
             body = TokenRedactor(secret_suffix(token.value.reveal())).redact(body)
-            self._note_date(answer.first(b"date"))
-            self._parts.limits.observe_response(target, answer.status, answer.first(RATE_HEADER), waited=waited > 0)
-            if attempt >= TRIES or answer.status not in {429, *RETRIED_STATUSES}:
-                if answer.status == 429:
+            self._note_date(response.first(b"date"))
+            self._parts.limits.observe_response(route, response.status, response.first(RATE_HEADER), waited=waited > 0)
+            if attempt >= TRIES or response.status not in {429, *RETRIED_STATUSES}:
+                if response.status == 429:
                     raise UsagePlanExhausted(f"Amazon answered 429 {attempt} times")
-                return answer.status, body
-            if answer.status == 429:
-                claim = replace(claim, max_wait=claim.max_wait - waited, is_retry=True)
+                return response.status, body
+            if response.status == 429:
+                admission = replace(admission, max_wait=admission.max_wait - waited, is_retry=True)
             else:
                 await self._sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
-    async def _check_rdt(self, about: CheckResult, target: Route) -> CheckResult:
+    async def _check_rdt(self, about: CheckResult, route: Route) -> CheckResult:
         """Get a Restricted Data Token, which is not used."""
-        wanted = target.credential.data_elements
+        wanted = route.token_key.data_elements
         try:
-            token = await self._parts.tokens.get(target.credential)
+            token = await self._parts.tokens.get(route.token_key)
         except ProxyError as error:
             return _failed(about, error)
         missing = [element for element in wanted if element not in token.data_elements]
@@ -374,16 +381,16 @@ class LiveCheck:
         said = f"the application has no role for {', '.join(missing)}"
         return about._replace(result="failed", code="elements_refused", detail=said, advice=NO_ELEMENTS)
 
-    def refine_advice(self, finding: CheckResult) -> CheckResult:
+    def refine_advice(self, result: CheckResult) -> CheckResult:
         """Return what a refusal probably means, now that it is known how the application's other accounts fared."""
-        if finding.code != "region_or_authorisation" or self._call != CALL:
-            return finding
+        if result.code != "region_or_authorisation" or self._call != CALL:
+            return result
         others = [
             other
             for other in self._report.results
-            if other.check == "call" and other.application == finding.application and other.result == "ok"
+            if other.check == "call" and other.application == result.application and other.result == "ok"
         ]
-        return finding._replace(advice=WRONG_REGION if others else NO_ROLE)
+        return result._replace(advice=WRONG_REGION if others else NO_ROLE)
 
     # The clock.
 

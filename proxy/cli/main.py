@@ -498,12 +498,12 @@ def _add_requests(commands: Any) -> None:
 
 def _requests(options: argparse.Namespace) -> int:
     try:
-        wanted = tail.filter_from(options)
+        request_filter = tail.filter_from(options)
     except ValueError as exc:
         raise ConfigError([Problem("--status", str(exc), "command line")]) from None
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     with_colour = is_terminal and not os.environ.get("NO_COLOR")
-    return tail.follow(admin_address(options), wanted, sys.stdout, print_err, with_colour=with_colour)
+    return tail.follow(admin_address(options), request_filter, sys.stdout, print_err, with_colour=with_colour)
 
 
 def _wait(options: argparse.Namespace) -> int:
@@ -519,9 +519,9 @@ def _shutdown(options: argparse.Namespace) -> int:
     return report_response(admin_client.request(admin_address(options), "POST", "/quitquitquit"))
 
 
-def report_response(answer: admin_client.AdminResponse) -> int:
-    (print_out if answer.ok else print_err)(answer.text)
-    return OK if answer.ok else FAILED
+def report_response(response: admin_client.AdminResponse) -> int:
+    (print_out if response.ok else print_err)(response.text)
+    return OK if response.ok else FAILED
 
 
 def admin_address(options: argparse.Namespace) -> Address:
@@ -769,19 +769,19 @@ def explain_request(options: argparse.Namespace, config: Config) -> Mapping[str,
     headers.setdefault("Host", "localhost")
     listener = config.listen[options.listener]
     sent = CIMultiDictProxy(headers)
-    admitted = validate(options.method, options.target, sent, AllowedHosts.from_config(listener, config))
+    validated = validate(options.method, options.target, sent, AllowedHosts.from_config(listener, config))
     check_body(options.method, HeaderBlock(sent))
     table = load_table()
-    own = TokenEndpoint(table, answers_rdt=config.local_rdt).match(admitted.target)
+    own = TokenEndpoint(table, answers_rdt=config.local_rdt).match(validated.target)
     if options.method == "POST" and own == placeholder_endpoint.LWA_TOKEN:
         return placeholder_endpoint.describe_token_request(
-            own, admitted.target
+            own, validated.target
         )  # whoever asks: no key is needed for that
     caller = options.caller or CallerAuthenticator(config).authenticate(sent, UNKNOWN_PEER, listener)
-    permit = authorization.build_policies(config, options.listener)[caller]
+    policy = authorization.build_policies(config, options.listener)[caller]
     if options.method == "POST" and own:
-        return placeholder_endpoint.describe_token_request(own, admitted.target)
-    decided = describe_route(resolve(options.method, admitted, sent, listener, config, table, permit))
+        return placeholder_endpoint.describe_token_request(own, validated.target)
+    decided = describe_route(resolve(options.method, validated, sent, listener, config, table, policy))
     kept = end_to_end_headers(options.method, sent)
     dropped = [name for name in sent if name not in kept]
     who = {"caller": caller} if caller else {}

@@ -37,10 +37,10 @@ async def rotate_client_secret(config: Config, name: str, region: Region) -> Non
     try:
         async with lwa_pool(config) as lwa_session, amazon_pool(config, 1) as session:
             secret = application.client_secret.refreshed()
-            grant = await lwa.client_credentials_grant(
+            token_response = await lwa.client_credentials_grant(
                 lwa_session.post, config.endpoints.lwa, application.client_id, secret, SCOPE
             )
-            headers = credential_headers(grant.value, user_agents(config)[name], time.time())
+            headers = credential_headers(token_response.value, user_agents(config)[name], time.time())
             url = endpoint_of(config, "production", region) + PATH
             async with asyncio.timeout(config.timeouts.upstream_idle):
                 status, body = await session.post(url, headers, b"", lwa.MAX_RESPONSE)
@@ -52,7 +52,7 @@ async def rotate_client_secret(config: Config, name: str, region: Region) -> Non
     except (lwa.TokenRequestFailed, RemoteProtocolError, OSError) as exc:
         raise RotationFailed("Amazon did not answer properly; it may or may not have made a new secret") from exc
     if status != 204:
-        refusal = parse_error(body)
-        said = " ".join(text for text in (refusal.code, refusal.message, refusal.details) if text)
+        amazon_error = parse_error(body)
+        said = " ".join(text for text in (amazon_error.code, amazon_error.message, amazon_error.details) if text)
         advice = _REMEDIES.get(status, "Try again later.")
         raise RotationFailed(f"Amazon answers {status}: {said or 'no reason given'}. {advice}")

@@ -138,11 +138,11 @@ def poll_until_available(
 
 def _poll(address: Address, cursor: str) -> Mapping[str, Any]:
     """Return what the proxy answers; raise ConnectionError where it is no answer."""
-    answer = admin_client.request(address, "GET", f"/requests?after={cursor}", most=MAX_BYTES)
-    if not answer.ok:
-        raise ConnectionError(answer.text)
+    response = admin_client.request(address, "GET", f"/requests?after={cursor}", most=MAX_BYTES)
+    if not response.ok:
+        raise ConnectionError(response.text)
     try:
-        found: Mapping[str, Any] = json.loads(answer.text)
+        found: Mapping[str, Any] = json.loads(response.text)
         _ = found["instance"], found["cursor"], found["missed"], found["requests"]
     except (ValueError, TypeError, KeyError):
         raise ConnectionError(f"what answers at {address} is no proxy of this version") from None

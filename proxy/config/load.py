@@ -100,19 +100,19 @@ def load_config(path: str | None, environ: Mapping[str, str], flags: Flags = ())
 
     Raises ConfigError with every problem there is.
     """
-    draft = _merge_sources(path, environ, flags)
-    config = _validated(draft)
+    merged = _merge_sources(path, environ, flags)
+    config = _validated(merged)
     if config is not None:
-        draft.files += _named_files(config)
-    _cross_check(draft, environ)
-    _record_insecure_files(draft, path)
-    _record_insecure_store(draft)
-    if _is_true(draft.tree.get("strict_permissions")):
-        draft.problems += draft.insecure_files
-    if draft.problems or config is None:
-        raise ConfigError(_sorted_problems(draft.problems), draft.files)
+        merged.files += _named_files(config)
+    _cross_check(merged, environ)
+    _record_insecure_files(merged, path)
+    _record_insecure_store(merged)
+    if _is_true(merged.tree.get("strict_permissions")):
+        merged.problems += merged.insecure_files
+    if merged.problems or config is None:
+        raise ConfigError(_sorted_problems(merged.problems), merged.files)
     return Loaded(
-        config, draft.origins, tuple(_sorted_problems(draft.insecure_files + draft.warnings)), tuple(draft.files)
+        config, merged.origins, tuple(_sorted_problems(merged.insecure_files + merged.warnings)), tuple(merged.files)
     )
 
 
@@ -122,14 +122,14 @@ def admin_addresses(path: str | None, environ: Mapping[str, str], flags: Flags =
     Whatever else may be wrong with the configuration is not looked at: the proxy may be running with an earlier one.
     Raises ConfigError where it cannot be read.
     """
-    draft = _merge_sources(path, environ, flags)
+    merged = _merge_sources(path, environ, flags)
     found: list[Address] = []
     for key in ("admin", "health"):
-        written = draft.tree.get(key, Config.model_fields[key].default)
+        written = merged.tree.get(key, Config.model_fields[key].default)
         try:
             found += [] if written is None else [parse_address(written)]
         except ValueError as exc:
-            problem = Problem(key, "must be an address such as 127.0.0.1:9090", draft.location_of((key,)))
+            problem = Problem(key, "must be an address such as 127.0.0.1:9090", merged.location_of((key,)))
             raise ConfigError([problem]) from exc
     return found
 
@@ -139,14 +139,14 @@ def applications_config(path: str | None, environ: Mapping[str, str], flags: Fla
 
     The accounts are not looked at: their refresh tokens may be what is still to be got. Raises ConfigError.
     """
-    draft = _merge_sources(path, environ, flags)
-    draft.tree = {key: draft.tree[key] for key in _FOR_APPLICATIONS if key in draft.tree}
-    draft.problems = [
-        problem for problem in draft.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
+    merged = _merge_sources(path, environ, flags)
+    merged.tree = {key: merged.tree[key] for key in _FOR_APPLICATIONS if key in merged.tree}
+    merged.problems = [
+        problem for problem in merged.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
     ]
-    config = _validated(draft)
-    if draft.problems or config is None:
-        raise ConfigError(_sorted_problems(draft.problems), draft.files)
+    config = _validated(merged)
+    if merged.problems or config is None:
+        raise ConfigError(_sorted_problems(merged.problems), merged.files)
     return config
 
 
@@ -154,13 +154,13 @@ _FOR_APPLICATIONS = ("applications", "endpoints", "pool", "timeouts")
 
 
 def _merge_sources(path: str | None, environ: Mapping[str, str], flags: Flags) -> MergedSettings:
-    draft = MergedSettings(path or "")
+    merged = MergedSettings(path or "")
     if path is not None:
-        _add_file(draft, path, environ)
-    _add_environment(draft, environ)
-    _add_flags(draft, flags)
-    draft.list_listeners()
-    return draft
+        _add_file(merged, path, environ)
+    _add_environment(merged, environ)
+    _add_flags(merged, flags)
+    merged.list_listeners()
+    return merged
 
 
 def _named_files(config: Config) -> Iterator[Path]:
@@ -178,44 +178,46 @@ def _is_true(value: object) -> bool:
     return str(value).lower() in {"true", "t", "yes", "y", "on", "1"}
 
 
-def _add_file(draft: MergedSettings, path: str, environ: Mapping[str, str]) -> None:
-    draft.files.append(Path(path))
+def _add_file(merged: MergedSettings, path: str, environ: Mapping[str, str]) -> None:
+    merged.files.append(Path(path))
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as exc:
         problem = Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)
-        raise ConfigError([problem], draft.files) from exc
+        raise ConfigError([problem], merged.files) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError([Problem("", "is not UTF-8", path)], draft.files) from exc
+        raise ConfigError([Problem("", "is not UTF-8", path)], merged.files) from exc
     document = read_yaml(text, path)
     if document.problems and not document.tree:
         # The text as a whole is not readable: what its settings might lack is noise.
-        raise ConfigError(document.problems, draft.files)
-    draft.problems += document.problems
-    draft.origins = document.origins
-    draft.origins.pop((), None)  # what nothing was written about has no line
+        raise ConfigError(document.problems, merged.files)
+    merged.problems += document.problems
+    merged.origins = document.origins
+    merged.origins.pop((), None)  # what nothing was written about has no line
     folder = Path(path).resolve().parent
-    draft.tree = {
-        key: _resolved(value, (key,), document, draft, environ, folder) for key, value in document.tree.items()
+    merged.tree = {
+        key: _resolved(value, (key,), document, merged, environ, folder) for key, value in document.tree.items()
     }
 
 
 def _resolved(
-    value: Any, path: KeyPath, document: Document, draft: MergedSettings, environ: Mapping[str, str], folder: Path
+    value: Any, path: KeyPath, document: Document, merged: MergedSettings, environ: Mapping[str, str], folder: Path
 ) -> Any:
     """Return `value` with every `${NAME}` and `{file: …}` below it replaced by what it stands for."""
     if isinstance(value, dict) and set(value) == {"file"} and isinstance(value["file"], str):
-        name = _expanded(value["file"], path, document, draft, environ)
-        return _from_file(folder / name, path, draft)
+        name = _expanded(value["file"], path, document, merged, environ)
+        return _from_file(folder / name, path, merged)
     if isinstance(value, dict):
-        return {key: _resolved(below, (*path, key), document, draft, environ, folder) for key, below in value.items()}
+        return {key: _resolved(below, (*path, key), document, merged, environ, folder) for key, below in value.items()}
     if isinstance(value, list):
-        return [_resolved(below, (*path, index), document, draft, environ, folder) for index, below in enumerate(value)]
-    return _expanded(value, path, document, draft, environ) if isinstance(value, str) else value
+        return [
+            _resolved(below, (*path, index), document, merged, environ, folder) for index, below in enumerate(value)
+        ]
+    return _expanded(value, path, document, merged, environ) if isinstance(value, str) else value
 
 
-def _expanded(text: str, path: KeyPath, document: Document, draft: MergedSettings, environ: Mapping[str, str]) -> str:
+def _expanded(text: str, path: KeyPath, document: Document, merged: MergedSettings, environ: Mapping[str, str]) -> str:
     """Return `text` with `${NAME}` replaced by the variable and `$$` by a dollar sign."""
 
     def replace(match: re.Match[str]) -> str:
@@ -226,13 +228,13 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: MergedSetting
         where = document.origins.get(path, document.name)
         if not value:
             # To look for what was meant takes its time where there are thousands of both.
-            meant = environment.suggest_replacement(name, environ) if len(draft.problems) < MAX_NAMED else ""
+            meant = environment.suggest_replacement(name, environ) if len(merged.problems) < MAX_NAMED else ""
             state = "is empty" if name in environ else f"is not set{meant}"
-            draft.problems.append(
+            merged.problems.append(
                 Problem(format_path(path), f"environment variable {redact_name(name) or '(no name)'} {state}", where)
             )
             return "unset"  # stands in, so that the type is not complained about as well
-        draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
+        merged.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
         return value
 
     expanded = _VARIABLE.sub(replace, text)
@@ -242,24 +244,24 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: MergedSetting
     return expanded
 
 
-def _from_file(path: Path, key_path: KeyPath, draft: MergedSettings) -> str:
+def _from_file(path: Path, key_path: KeyPath, merged: MergedSettings) -> str:
     """Return a secret file's text without the white space around it."""
-    where, name = draft.origins.get(key_path, ""), without_secret(str(path))
-    draft.files.append(path)
+    where, name = merged.origins.get(key_path, ""), without_secret(str(path))
+    merged.files.append(path)
     try:
         text = _text_of(path)
     except OSError as exc:
-        draft.problems.append(Problem(format_path(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
         return "unset"
     except ValueError:  # undecodable text, or a name that no file can have
-        draft.problems.append(Problem(format_path(key_path), f"file {name} is not UTF-8 text", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name} is not UTF-8 text", where))
         return "unset"
     if not text.strip() or len(text) > _MAX_SECRET_FILE:
         state = "is empty" if not text.strip() else f"is larger than {_MAX_SECRET_FILE // 1024} KiB"
-        draft.problems.append(Problem(format_path(key_path), f"file {name} {state}", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name} {state}", where))
         return "unset"
-    draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
-    draft.insecure_files += _is_exposed(path, key_path, where)
+    merged.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
+    merged.insecure_files += _is_exposed(path, key_path, where)
     return SourcedStr.of(text.strip(), partial(_reread, path), f"file {path}")
 
 
@@ -275,17 +277,19 @@ def _is_exposed(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
     ]
 
 
-def _record_insecure_files(draft: MergedSettings, path: str | None) -> None:
+def _record_insecure_files(merged: MergedSettings, path: str | None) -> None:
     """Look at the files whose rights were not looked at when they were read: the configuration, and TLS keys."""
-    written = next((key for key in _secret_keys(draft.tree) if ", from" not in draft.origins.get(key, ", from")), None)
-    if path is not None and written is not None and draft.origins[written].startswith(f"{path}:"):
-        draft.insecure_files += _is_exposed(Path(path), written, draft.origins[written])
-    for index, listener in enumerate(_listeners(draft.tree)):
+    written = next(
+        (key for key in _secret_keys(merged.tree) if ", from" not in merged.origins.get(key, ", from")), None
+    )
+    if path is not None and written is not None and merged.origins[written].startswith(f"{path}:"):
+        merged.insecure_files += _is_exposed(Path(path), written, merged.origins[written])
+    for index, listener in enumerate(_listeners(merged.tree)):
         tls = listener.get("tls")
         key_file = tls.get("key") if isinstance(tls, dict) else None
         if isinstance(key_file, str) and Path(key_file).is_file():
             key_path: KeyPath = ("listen", index, "tls", "key")
-            draft.insecure_files += _is_exposed(Path(key_file), key_path, draft.location_of(key_path))
+            merged.insecure_files += _is_exposed(Path(key_file), key_path, merged.location_of(key_path))
 
 
 def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
@@ -321,54 +325,54 @@ def _reread(path: Path) -> str | None:
     return text.strip() if len(text) <= _MAX_SECRET_FILE else None
 
 
-def _add_environment(draft: MergedSettings, environ: Mapping[str, str]) -> None:
-    found, problems = environment.overrides(environ, draft.tree)
-    filled, more = environment.library_variables(environ, draft.tree)
-    draft.problems += problems + more
+def _add_environment(merged: MergedSettings, environ: Mapping[str, str]) -> None:
+    found, problems = environment.overrides(environ, merged.tree)
+    filled, more = environment.library_variables(environ, merged.tree)
+    merged.problems += problems + more
     for path, value, variable in [*filled, *found]:
         origin = f"environment variable {variable}"
         text = isinstance(value, str)
-        _add(draft, path, SourcedStr.of(value, partial(environ.get, variable), origin) if text else value, origin)
+        _add(merged, path, SourcedStr.of(value, partial(environ.get, variable), origin) if text else value, origin)
 
 
-def _add_flags(draft: MergedSettings, flags: Flags) -> None:
+def _add_flags(merged: MergedSettings, flags: Flags) -> None:
     for key, written, flag in flags:
-        path = values.key_path(key, draft.tree)
+        path = values.key_path(key, merged.tree)
         value, problems = values.parse(path, written, flag) if isinstance(written, str) else (written, [])
-        draft.problems += problems
+        merged.problems += problems
         if not problems:
-            _add(draft, path, value, flag)
+            _add(merged, path, value, flag)
 
 
-def _add(draft: MergedSettings, path: KeyPath, value: Any, origin: str) -> None:
+def _add(merged: MergedSettings, path: KeyPath, value: Any, origin: str) -> None:
     """Set one value from elsewhere than the file, and read the files that it names (from the working directory)."""
     if path[0] == "listen" and len(path) > 1:
-        draft.ensure_listener()
-    if problem := draft.check_index(path, origin):
-        draft.problems.append(problem)
+        merged.ensure_listener()
+    if problem := merged.check_index(path, origin):
+        merged.problems.append(problem)
         return
-    draft.put(path, value, origin)
-    draft.place(path, _with_files(value, path, draft), origin)
+    merged.put(path, value, origin)
+    merged.place(path, _with_files(value, path, merged), origin)
 
 
-def _with_files(value: Any, path: KeyPath, draft: MergedSettings) -> Any:
+def _with_files(value: Any, path: KeyPath, merged: MergedSettings) -> Any:
     """Return `value` with every `{file: …}` in it replaced by the file's text."""
     if isinstance(value, dict):
         if set(value) == {"file"} and isinstance(value["file"], str):
-            return _from_file(Path(value["file"]), path, draft)
-        return {key: _with_files(below, (*path, key), draft) for key, below in value.items()}
+            return _from_file(Path(value["file"]), path, merged)
+        return {key: _with_files(below, (*path, key), merged) for key, below in value.items()}
     if isinstance(value, list):
-        return [_with_files(below, (*path, index), draft) for index, below in enumerate(value)]
+        return [_with_files(below, (*path, index), merged) for index, below in enumerate(value)]
     return value
 
 
 # Checking.
 
 
-def _validated(draft: MergedSettings) -> Config | None:
+def _validated(merged: MergedSettings) -> Config | None:
     # A group that is written with nothing below it (`limits:`) means its defaults.
     may_be_empty = set(Config.model_fields) - {"admin", "health"}
-    tree = {key: value for key, value in draft.tree.items() if value is not None or key not in may_be_empty}
+    tree = {key: value for key, value in merged.tree.items() if value is not None or key not in may_be_empty}
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
@@ -376,8 +380,8 @@ def _validated(draft: MergedSettings) -> Config | None:
             if error["type"] == "too_short" and len(error["loc"]) == 1 and tree.get(str(error["loc"][0])):
                 continue  # it has items, but none that is good, and each says why
             path = tuple(part for part in error["loc"] if part != "[key]")
-            message, where = message_of(error, path), draft.location_of(path)
-            draft.problems.append(Problem(format_path(_without_misplaced_token(path)), message, where))
+            message, where = message_of(error, path), merged.location_of(path)
+            merged.problems.append(Problem(format_path(_without_misplaced_token(path)), message, where))
         return None
 
 
@@ -387,9 +391,9 @@ def _without_misplaced_token(path: KeyPath) -> KeyPath:
     return tuple(part if fine else "***" for part, fine in zip(path, is_region, strict=True))
 
 
-def _cross_check(draft: MergedSettings, environ: Mapping[str, str]) -> None:
+def _cross_check(merged: MergedSettings, environ: Mapping[str, str]) -> None:
     """Note the mistakes that no single setting shows; works on the raw tree, so that all problems come at once."""
-    tree = draft.tree
+    tree = merged.tree
     accounts, applications = _mapping(tree, "accounts"), _mapping(tree, "applications")
     problems = [
         *_missing_parts(accounts, applications, environ),
@@ -400,7 +404,7 @@ def _cross_check(draft: MergedSettings, environ: Mapping[str, str]) -> None:
         *_wrong_store(tree),
         *_wrong_tracing(tree),
     ]
-    draft.problems += [Problem(format_path(path), message, draft.location_of(path)) for path, message in problems]
+    merged.problems += [Problem(format_path(path), message, merged.location_of(path)) for path, message in problems]
 
 
 Violations = Iterator[tuple[KeyPath, str]]
@@ -490,12 +494,12 @@ def _store_of(tree: Tree) -> StoreAddress:
         return StoreAddress()  # no address at all, which is noted elsewhere
 
 
-def _record_insecure_store(draft: MergedSettings) -> None:
+def _record_insecure_store(merged: MergedSettings) -> None:
     """Warn of a way to Redis that others can listen on: sealed tokens stay sealed, but a password goes in the clear."""
-    store = _store_of(draft.tree)
+    store = _store_of(merged.tree)
     if store.kind == "redis" and not is_loopback(store.host):
         message = "goes over the network in the clear: use rediss:// where others can listen or interfere"
-        draft.warnings.append(Problem("store", message, draft.location_of(("store",))))
+        merged.warnings.append(Problem("store", message, merged.location_of(("store",))))
 
 
 def _wrong_tracing(tree: Tree) -> Violations:

@@ -71,7 +71,7 @@ class RequestContext:
         """Note which token goes with the request, and what of the data asked for it does not cover."""
         self.token = kind
         self.data_elements = data_elements
-        asked = self.target.credential.data_elements if self.target is not None else ()
+        asked = self.target.token_key.data_elements if self.target is not None else ()
         if asked or data_elements:
             self.dropped_elements = tuple(name for name in asked if name not in data_elements)
 
@@ -92,10 +92,10 @@ class RequestContext:
 
     def labels(self) -> tuple[str, str, str]:
         """Return account, region and operation: all three at once."""
-        target = self.target
-        if target is None:
+        route = self.target
+        if route is None:
             return ("-", "-", self.local_operation) if self.local_operation else NO_ROUTE
-        return target.account, target.region, target.operation_name
+        return route.account, route.region, route.operation_name
 
     def summary(self) -> str:
         """Return what the proxy decided and did, as it stands in `x-sp-proxy`."""

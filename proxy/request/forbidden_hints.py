@@ -54,32 +54,32 @@ class SuccessHistory:
         self._table = table
         self._worked: set[tuple[str, str]] = set()
 
-    def record(self, target: Route) -> None:
+    def record(self, route: Route) -> None:
         """Learn that Amazon let a call of this account and region through."""
-        self._worked.add((target.account, target.region))
+        self._worked.add((route.account, route.region))
 
-    def diagnose(self, method: str, target: Route, token: Token, refusal: AmazonError) -> Hint:
+    def diagnose(self, method: str, route: Route, token: Token, amazon_error: AmazonError) -> Hint:
         """Return what is probably behind a refusal."""
-        if refusal.is_token_error:
+        if amazon_error.is_token_error:
             return "token_refused"
-        if target.operation is None or refusal.is_unknown_path:
-            return "unencoded_slash" if self._has_surplus_segments(method, target) else "path_unknown"
-        if refusal.is_about_report_type:
+        if route.operation is None or amazon_error.is_unknown_path:
+            return "unencoded_slash" if self._has_surplus_segments(method, route) else "path_unknown"
+        if amazon_error.is_about_report_type:
             return "report_type"
-        if set(token.data_elements) < set(target.credential.data_elements):
+        if set(token.data_elements) < set(route.token_key.data_elements):
             return "elements_dropped"
         if token.kind == "rdt":
             return "restricted_role"
         # One that takes data elements answers an ordinary token too, without them: the token is not to blame.
-        if target.operation.restricted and not target.operation.data_elements:
+        if route.operation.restricted and not route.operation.data_elements:
             return "restricted_without_rdt"
         if token.kind == "grantless":
             return "grantless"
-        return "role" if (target.account, target.region) in self._worked else "region_or_authorisation"
+        return "role" if (route.account, route.region) in self._worked else "region_or_authorisation"
 
-    def _has_surplus_segments(self, method: str, target: Route) -> bool:
+    def _has_surplus_segments(self, method: str, route: Route) -> bool:
         """Return whether the path, without its last few segments, is one of an operation that ends with an id."""
-        segments = target.path_and_query.partition("?")[0].split("/")
+        segments = route.path_and_query.partition("?")[0].split("/")
         for count in range(len(segments) - 1, max(2, len(segments) - 4), -1):
             shorter = self._table.match(method, "/".join(segments[:count]))
             if shorter is not None and shorter.template.endswith("}"):

@@ -38,12 +38,14 @@ def parse_options(
         return defaults(listener, max_wait)
     get = headers.get
     timeout = get(TIMEOUT_HEADER)
-    claim = AdmissionRequest(
+    admission = AdmissionRequest(
         parse_max_wait(get(MAX_WAIT_HEADER), max_wait),
         (listener, parse_client(get(CLIENT_HEADER))),
         parse_priority(get(PRIORITY_HEADER)),
     )
-    return RequestOptions(claim, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout))
+    return RequestOptions(
+        admission, parse_retry(get(RETRY_HEADER)), None if timeout is None else parse_timeout(timeout)
+    )
 
 
 @lru_cache(maxsize=1024)

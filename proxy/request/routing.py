@@ -98,7 +98,7 @@ class Route:
     operation: Operation | None
     operation_name: str  # in metrics, logs and `x-sp-proxy`; `unknown` outside the table
     endpoint: str
-    credential: TokenKey
+    token_key: TokenKey
     elements_source: str
     key: RouteKey
     path_and_query: str
@@ -123,10 +123,10 @@ class RouteCache:
         self._routes: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
     def get(
-        self, method: str, admitted: ValidatedTarget, headers: CIMultiDictProxy[str], caller: str, permit: AccessPolicy
+        self, method: str, validated: ValidatedTarget, headers: CIMultiDictProxy[str], caller: str, policy: AccessPolicy
     ) -> Route:
         """Return what `identify` returns, and raise what it raises."""
-        account, region, path_and_query = split_prefix(admitted.target)
+        account, region, path_and_query = split_prefix(validated.target)
         path, _, query = path_and_query.partition("?")
         match = self._match
         operation = match(method, path)
@@ -136,9 +136,9 @@ class RouteCache:
             caller,
             account,
             region,
-            admitted.amazon,
+            validated.amazon,
             None
-            if self._choices.isdisjoint(admitted.names)
+            if self._choices.isdisjoint(validated.names)
             else _choices(headers, _asked_by_token(headers, method, path, operation) if self._local_rdt else None),
             _marketplaces_as_written(query) if "arketplaceId" in query or "%" in query else (),
         )
@@ -147,15 +147,15 @@ class RouteCache:
             if operation is None and account is not None and region is None:
                 _refuse_unknown_region(method, path, self._by[2])  # of a path nothing is known
             return _ROUTE(*known, path_and_query)
-        target = resolve(method, admitted, headers, *self._by, permit)
-        for_this_path = target.credential.kind == "rdt" and not target.credential.is_shared
+        route = resolve(method, validated, headers, *self._by, policy)
+        for_this_path = route.token_key.kind == "rdt" and not route.token_key.is_shared
         # What a query may bring is looked at anew each time where not all of it is allowed.
-        if not for_this_path and permit.elements is None and len(str(key)) <= _MAX_KEY:
+        if not for_this_path and policy.elements is None and len(str(key)) <= _MAX_KEY:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
-            self._routes[key] = _DECIDING_HEADERS(target)
-            return target
-        return replace(target, key=UNCACHED)
+            self._routes[key] = _DECIDING_HEADERS(route)
+            return route
+        return replace(route, key=UNCACHED)
 
     def operation_at(self, method: str, target: str) -> str:
         """Return the name of the operation that a request would have been, whoever sent it; nothing where unknown."""
@@ -187,31 +187,31 @@ class Sourced(NamedTuple):
 
 def resolve(
     method: str,
-    admitted: ValidatedTarget,
+    validated: ValidatedTarget,
     headers: CIMultiDictProxy[str],
     listener: Listener,
     config: Config,
     table: OperationTable,
-    permit: AccessPolicy = ALLOW_ALL,
+    policy: AccessPolicy = ALLOW_ALL,
 ) -> Route:
     """Return the Target of an admitted request; raise the error that says what is missing, contradictory or forbidden.
 
     What `permit` does not allow is refused before anything else is said of it.
     """
-    prefix_account, prefix_region, path_and_query = split_prefix(admitted.target)
+    prefix_account, prefix_region, path_and_query = split_prefix(validated.target)
     path, _, query = path_and_query.partition("?")
-    account = _account(prefix_account, headers, listener, config, permit)
+    account = _account(prefix_account, headers, listener, config, policy)
     operation = table.match(method, path)
     if operation is None and prefix_account is not None and prefix_region is None:
         _refuse_unknown_region(method, path, table)
-    permit.check_operation(method, operation, query)
+    policy.check_operation(method, operation, query)
     settings = config.accounts[account.value]
     environment = config.environment_of(settings)
-    region = _region(prefix_region, headers, listener, admitted, query, account, settings, config)
-    _check_environment(admitted, environment, account)
+    region = _region(prefix_region, headers, listener, validated, query, account, settings, config)
+    _check_environment(validated, environment, account)
     application, _ = config.application_of(settings)
     asked = _asked_by_token(headers, method, path, operation) if config.local_rdt else None
-    elements, elements_source = _elements(headers, asked, settings, operation, permit)
+    elements, elements_source = _elements(headers, asked, settings, operation, policy)
     ordinary = access_token_key_of(application, account.value, environment, _known(region))
     credential = token_key(method, path, operation, ordinary, elements, config.sandbox_rdt)
     if credential.kind != "grantless" and region.value not in settings.refresh_tokens:
@@ -226,7 +226,7 @@ def resolve(
         operation=operation,
         operation_name=operation.name if operation is not None else "unknown",
         endpoint=endpoint_of(config, environment, _known(region)),
-        credential=credential,
+        token_key=credential,
         elements_source=elements_source,
         key=RouteKey(),
         path_and_query=path_and_query,
@@ -234,10 +234,10 @@ def resolve(
 
 
 def account_of(
-    name: str, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: AccessPolicy
+    name: str, headers: CIMultiDictProxy[str], listener: Listener, config: Config, policy: AccessPolicy
 ) -> tuple[str, str]:
     """Return the account that a path names, and the words for where it came from; raise as `identify` does."""
-    choice = _account(name, headers, listener, config, permit)
+    choice = _account(name, headers, listener, config, policy)
     return choice.value, choice.source
 
 
@@ -246,9 +246,9 @@ def endpoint_of(config: Config, environment: Environment, region: Region) -> str
     return getattr(config.endpoints, region) or f"https://{HOSTS[environment, region]}"
 
 
-def access_token_key(credential: TokenKey) -> TokenKey:
+def access_token_key(token_key: TokenKey) -> TokenKey:
     """Return the credential of the ordinary token for the same account, with which a restricted one is asked for."""
-    return access_token_key_of(credential.application, credential.account, credential.environment, credential.region)
+    return access_token_key_of(token_key.application, token_key.account, token_key.environment, token_key.region)
 
 
 @lru_cache(maxsize=4096)
@@ -278,7 +278,7 @@ def split_prefix(target: str) -> tuple[str | None, str | None, str]:
 
 
 def _account(
-    prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config, permit: AccessPolicy
+    prefix: str | None, headers: CIMultiDictProxy[str], listener: Listener, config: Config, policy: AccessPolicy
 ) -> Sourced:
     header = _single(headers, ACCOUNT_HEADER)
     if listener.require_header and header is None and KEY_HEADER not in headers:
@@ -296,7 +296,7 @@ def _account(
         if name is not None
     ]
     for choice in named:
-        permit.check_account(choice.value)
+        policy.check_account(choice.value)
         if choice.value not in config.accounts:
             raise UnknownAccount(
                 f"the account that the {choice.source} names is not configured",
@@ -304,14 +304,14 @@ def _account(
             )
     if (agreed := require_agreement(named, "account")) is not None:
         return agreed
-    usual = _default_account(config, permit)
-    permit.check_account(usual.value)
+    usual = _default_account(config, policy)
+    policy.check_account(usual.value)
     return usual
 
 
-def _default_account(config: Config, permit: AccessPolicy) -> Sourced:
-    if permit.sole_account is not None:
-        return Sourced(permit.sole_account, "the only account allowed here")
+def _default_account(config: Config, policy: AccessPolicy) -> Sourced:
+    if policy.sole_account is not None:
+        return Sourced(policy.sole_account, "the only account allowed here")
     if config.default_account is not None:
         return Sourced(config.default_account, "default_account")
     if len(config.accounts) == 1:
@@ -351,7 +351,7 @@ def _region(
     prefix: str | None,
     headers: CIMultiDictProxy[str],
     listener: Listener,
-    admitted: ValidatedTarget,
+    validated: ValidatedTarget,
     query: str,
     account: Sourced,
     settings: Account,
@@ -366,7 +366,7 @@ def _region(
             (listener.region, f"listener {listener.address}"),
             (prefix, "path prefix"),
             (header.lower() if header else None, f"header {REGION_HEADER}"),
-            (admitted.amazon[1] if admitted.amazon else None, "Host"),
+            (validated.amazon[1] if validated.amazon else None, "Host"),
         )
         if name is not None
     ]
@@ -469,10 +469,11 @@ def _no_refresh_token(account: Sourced, region: Sourced, settings: Account) -> R
     )
 
 
-def _check_environment(admitted: ValidatedTarget, environment: Environment, account: Sourced) -> None:
-    if admitted.amazon and admitted.amazon[0] != environment:
+def _check_environment(validated: ValidatedTarget, environment: Environment, account: Sourced) -> None:
+    if validated.amazon and validated.amazon[0] != environment:
         raise ConflictingSources(
-            f"the Host is of the {admitted.amazon[0]} environment, the account {account.value} is set to {environment}",
+            f"the Host is of the {validated.amazon[0]} environment, "
+            f"the account {account.value} is set to {environment}",
             "Use the other host name, or set environment for the account.",
         )
 
@@ -509,19 +510,19 @@ def _elements(
     by_token: tuple[str, ...] | None,
     settings: Account,
     operation: Operation | None,
-    permit: AccessPolicy,
+    policy: AccessPolicy,
 ) -> tuple[tuple[str, ...] | None, str]:
     """Return the personal data asked for (None: not even where it is free to ask), in Amazon's order, and who asked."""
     header = _single(headers, ELEMENTS_HEADER)
     if header is None and by_token is not None:
-        permit.check_elements(set(by_token))
-        if forbids_rdt(operation, permit):
+        policy.check_elements(set(by_token))
+        if forbids_rdt(operation, policy):
             return None, "the policy"
         return canonical_order(set(by_token), operation), "the app's Restricted Data Token"
     if header is None:
-        if forbids_rdt(operation, permit):
+        if forbids_rdt(operation, policy):
             return None, "the policy"
-        wanted = settings.data_elements if permit.elements is None else permit.elements & set(settings.data_elements)
+        wanted = settings.data_elements if policy.elements is None else policy.elements & set(settings.data_elements)
         return canonical_order(set(wanted), operation), "the setting data_elements"
     source = f"header {ELEMENTS_HEADER}"
     asked = {element.strip(" \t") for element in header.split(",")} - {""}
@@ -532,15 +533,15 @@ def _elements(
             f"the header {ELEMENTS_HEADER} names something unknown",
             f"Elements are {', '.join(ALL_ELEMENTS)}, or none alone.",
         )
-    permit.check_elements(asked)
-    if forbids_rdt(operation, permit):
+    policy.check_elements(asked)
+    if forbids_rdt(operation, policy):
         return None, "the policy"
     return canonical_order(asked, operation), source
 
 
-def forbids_rdt(operation: Operation | None, permit: AccessPolicy) -> bool:
+def forbids_rdt(operation: Operation | None, policy: AccessPolicy) -> bool:
     """Return whether all that may be had is what an ordinary token brings: no element of it can be left out."""
-    if permit.elements is None or operation is None or operation.data_elements:
+    if policy.elements is None or operation is None or operation.data_elements:
         return False
     return operation.name in HARMLESS_WITHOUT_RDT
 
@@ -595,18 +596,18 @@ def needs_rdt(
     return bool(elements) or operation.name not in _OPTIONAL
 
 
-def describe_route(target: Route) -> dict[str, str]:
+def describe_route(route: Route) -> dict[str, str]:
     """Return what was decided, in words for a person (`sp-api-proxy explain`)."""
-    operation = target.operation
+    operation = route.operation
     return {
-        "account": f"{target.account} (from {target.account_source})",
-        "region": f"{target.region} (from {target.region_source})",
-        "environment": target.environment,
-        "application": target.application,
+        "account": f"{route.account} (from {route.account_source})",
+        "region": f"{route.region} (from {route.region_source})",
+        "environment": route.environment,
+        "application": route.application,
         "operation": f"{operation.name} ({operation.template})" if operation else "unknown: forwarded as it is",
         "usage plan": describe_plan(operation),
-        "token": describe_token(target),
-        "sent to": target.endpoint + target.path_and_query,
+        "token": describe_token(route),
+        "sent to": route.endpoint + route.path_and_query,
     }
 
 
@@ -616,21 +617,19 @@ def describe_plan(operation: Operation | None) -> str:
     return f"{operation.rate:g} calls per second, {operation.burst} at once, until Amazon's answers say otherwise"
 
 
-def describe_token(target: Route) -> str:
-    credential, operation = target.credential, target.operation
-    if credential.kind == "grantless":
-        return f"grantless token, scope {credential.scope}: the operation is the application's own"
-    if credential.kind == "rdt":
-        named = ", ".join(credential.data_elements)
-        elements = f" with {named}, which {target.elements_source} asks for" if named else ""
-        return f"Restricted Data Token: for {credential.method} {credential.path}{elements}"
+def describe_token(route: Route) -> str:
+    token_key, operation = route.token_key, route.operation
+    if token_key.kind == "grantless":
+        return f"grantless token, scope {token_key.scope}: the operation is the application's own"
+    if token_key.kind == "rdt":
+        named = ", ".join(token_key.data_elements)
+        elements = f" with {named}, which {route.elements_source} asks for" if named else ""
+        return f"Restricted Data Token: for {token_key.method} {token_key.path}{elements}"
     if operation is not None and operation.api == "tokens":
         return "ordinary access token: the app gets a token of Amazon's, which it needs not; see local_rdt"
     if operation is not None and operation.restricted:
         why = (
-            "the sandbox takes it"
-            if target.environment == "sandbox"
-            else f"no personal data by {target.elements_source}"
+            "the sandbox takes it" if route.environment == "sandbox" else f"no personal data by {route.elements_source}"
         )
         return f"ordinary access token: {why}"
     return "ordinary access token: nothing more is needed"

@@ -92,12 +92,12 @@ class Tracer:
         """Return the record of a request that may be traced."""
         return TracedContext(method, started, self._now)
 
-    def end(self, exchange: RequestContext, headers: CIMultiDictProxy[str]) -> None:
+    def end(self, context: RequestContext, headers: CIMultiDictProxy[str]) -> None:
         """Make the spans of a request that is over; never raise."""
         try:
             parent = _parent(headers) if "traceparent" in headers else None
-            if isinstance(exchange, TracedContext) and self._is_wanted(parent):
-                self._make(exchange, parent)
+            if isinstance(context, TracedContext) and self._is_wanted(parent):
+                self._make(context, parent)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the request has its answer
             LOGGER.error("a request could not be traced", exc_info=exc)
 
@@ -107,27 +107,27 @@ class Tracer:
             return random.random() < self._share  # noqa: S311 - a sample
         return parent.trace_flags.sampled
 
-    def _make(self, exchange: TracedContext, parent: SpanContext | None) -> None:
+    def _make(self, context: TracedContext, parent: SpanContext | None) -> None:
         now, wall = self._now(), self._wall()
-        exchange.close(now)
+        context.close(now)
 
         def at(moment: float) -> int:
             return wall - round((now - moment) * 1e9)
 
         whole = self._context(parent)
         calls = 0
-        for step in exchange.phases:
+        for step in context.phases:
             if step.name == "call":
-                name, kind, attributes = _method(exchange.method), SpanKind.CLIENT, _of_call(exchange, step, calls)
+                name, kind, attributes = _method(context.method), SpanKind.CLIENT, _of_call(context, step, calls)
                 calls += 1
             else:
                 name, kind, attributes = f"wait for {step.name}", SpanKind.INTERNAL, {}
             # A call that failed, whoever is to blame; of a request only what is not its client's own fault.
             status = _FAILED if "error.type" in attributes else _UNSET
             self._put(name, self._context(whole), whole, kind, status, attributes, at(step.began), at(step.ended))
-        status = _FAILED if exchange.status >= 500 or exchange.truncated else _UNSET
-        attributes = _of_request(exchange)
-        self._put(_name(exchange), whole, parent, SpanKind.SERVER, status, attributes, at(exchange.started), wall)
+        status = _FAILED if context.status >= 500 or context.truncated else _UNSET
+        attributes = _of_request(context)
+        self._put(_name(context), whole, parent, SpanKind.SERVER, status, attributes, at(context.started), wall)
 
     def _context(self, above: SpanContext | None) -> SpanContext:
         """Return a new span's place: in the trace of the one above it, or in a new one."""
@@ -213,50 +213,50 @@ def _method(method: str) -> str:
     return method if method in _METHODS else "HTTP"
 
 
-def _name(exchange: RequestContext) -> str:
-    route = _route(exchange)
-    return f"{_method(exchange.method)} {route}" if route else _method(exchange.method)
+def _name(context: RequestContext) -> str:
+    route = _route(context)
+    return f"{_method(context.method)} {route}" if route else _method(context.method)
 
 
-def _route(exchange: RequestContext) -> str:
+def _route(context: RequestContext) -> str:
     """Return the operation's path with its placeholders: a real path holds ids."""
-    operation = exchange.target.operation if exchange.target else None
+    operation = context.target.operation if context.target else None
     return operation.template if operation else ""
 
 
-def _of_request(exchange: RequestContext) -> Attributes:
+def _of_request(context: RequestContext) -> Attributes:
     """Return a request's attributes; there is no path, query, id or token among them."""
     found: Attributes = {
-        "http.request.method": exchange.method if exchange.method in _METHODS else "_OTHER",
-        "http.response.status_code": exchange.status,
-        "spapi.account": exchange.account,
-        "spapi.region": exchange.region,
-        "spapi.operation": exchange.operation,
-        "spapi.token": exchange.token,
-        "spapi.attempts": exchange.attempts,
+        "http.request.method": context.method if context.method in _METHODS else "_OTHER",
+        "http.response.status_code": context.status,
+        "spapi.account": context.account,
+        "spapi.region": context.region,
+        "spapi.operation": context.operation,
+        "spapi.token": context.token,
+        "spapi.attempts": context.attempts,
     }
-    if route := _route(exchange):
+    if route := _route(context):
         found["http.route"] = route
-    if exchange.caller:
-        found["spapi.caller"] = exchange.caller
-    if exchange.hint:
-        found["spapi.hint"] = exchange.hint
-    if exchange.error:
-        found["error.type"] = exchange.error
-    elif exchange.truncated:
+    if context.caller:
+        found["spapi.caller"] = context.caller
+    if context.hint:
+        found["spapi.hint"] = context.hint
+    if context.error:
+        found["error.type"] = context.error
+    elif context.truncated:
         found["error.type"] = "cut off"
-    elif exchange.status >= 500:
-        found["error.type"] = str(exchange.status)
-    if exchange.fault:
-        found["spapi.fault"] = exchange.fault
+    elif context.status >= 500:
+        found["error.type"] = str(context.status)
+    if context.fault:
+        found["spapi.fault"] = context.fault
     return found
 
 
-def _of_call(exchange: RequestContext, step: Phase, before: int) -> Attributes:
+def _of_call(context: RequestContext, step: Phase, before: int) -> Attributes:
     """Return the attributes of one call to Amazon, `before` of which went out already."""
-    found: Attributes = {"http.request.method": exchange.method if exchange.method in _METHODS else "_OTHER"}
-    if exchange.target is not None:
-        parts = urlsplit(exchange.target.endpoint)
+    found: Attributes = {"http.request.method": context.method if context.method in _METHODS else "_OTHER"}
+    if context.target is not None:
+        parts = urlsplit(context.target.endpoint)
         found["server.address"] = parts.hostname or ""
         found["server.port"] = parts.port or (443 if parts.scheme == "https" else 80)
         found["url.scheme"] = parts.scheme
@@ -267,5 +267,5 @@ def _of_call(exchange: RequestContext, step: Phase, before: int) -> Attributes:
     if step.status >= 400:
         found["error.type"] = str(step.status)
     elif not step.status:
-        found["error.type"] = exchange.error or "no answer"
+        found["error.type"] = context.error or "no answer"
     return found

@@ -79,15 +79,15 @@ class AllowedHosts:
         return cls(frozenset({*LOOPBACK_NAMES, *own, *config.allowed_hosts}))
 
 
-def validate(method: str, target: str, headers: CIMultiDictProxy[str], doorway: AllowedHosts) -> ValidatedTarget:
+def validate(method: str, target: str, headers: CIMultiDictProxy[str], allowed_hosts: AllowedHosts) -> ValidatedTarget:
     """Return what may come in; raise the error that says why not.
 
     `target` is the request target as it came over the wire (RFC 9112 section 3.2).
     """
-    return validate_with(HeaderBlock(headers), method, target, doorway)
+    return validate_with(HeaderBlock(headers), method, target, allowed_hosts)
 
 
-def validate_with(head: HeaderBlock, method: str, target: str, doorway: AllowedHosts) -> ValidatedTarget:
+def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: AllowedHosts) -> ValidatedTarget:
     """Do what `admit` does; fields that came in before are not looked at again."""
     host = head.host
     if host is None and not _BROWSER_HEADERS.isdisjoint(head.names):
@@ -100,12 +100,12 @@ def validate_with(head: HeaderBlock, method: str, target: str, doorway: AllowedH
     if not target.startswith("/"):
         target, authority = _origin_form(target)
     if host is None:
-        host = _host(head.headers, doorway)
+        host = _host(head.headers, allowed_hosts)
         reject_unknown_headers(head.names)
         head.host = host
     if authority is not None:
-        host = _allowed(authority, doorway)  # it decides over Host (RFC 9112 section 3.2.2)
-    if host == LWA_HOST and host not in doorway.hosts and not is_token_request(method, target):
+        host = _allowed(authority, allowed_hosts)  # it decides over Host (RFC 9112 section 3.2.2)
+    if host == LWA_HOST and host not in allowed_hosts.hosts and not is_token_request(method, target):
         raise _foreign()  # it is good for one path alone
     _check_path(target)
     return ValidatedTarget(target, host, HOST_REGION.get(host), head.names)
@@ -173,12 +173,12 @@ def _origin_form(target: str) -> tuple[str, str]:
     return (rest if rest.startswith("/") else f"/{rest}"), authority
 
 
-def _host(headers: CIMultiDictProxy[str], doorway: AllowedHosts) -> str:
+def _host(headers: CIMultiDictProxy[str], allowed_hosts: AllowedHosts) -> str:
     """Return the host that the one Host field names."""
     given = headers.getall("Host", ())
     if len(given) != 1:
         raise MalformedRequest(f"there are {len(given)} Host headers", "Send one Host header.")
-    return _allowed(given[0], doorway)
+    return _allowed(given[0], allowed_hosts)
 
 
 @lru_cache(maxsize=256)  # apps call the proxy by the same few names
@@ -190,9 +190,9 @@ def host_in(authority: str) -> str | None:
     return match[1].lower().strip("[]")
 
 
-def _allowed(authority: str, doorway: AllowedHosts) -> str:
+def _allowed(authority: str, allowed_hosts: AllowedHosts) -> str:
     host = host_in(authority)
-    if host is not None and (host in doorway.hosts or host in HOST_REGION or host == LWA_HOST):
+    if host is not None and (host in allowed_hosts.hosts or host in HOST_REGION or host == LWA_HOST):
         return host
     raise _foreign()
 

@@ -150,7 +150,7 @@ class ServerConnection(RequestHandler):
         manager: web.Server,
         *,
         options: "ConnectionSettings",
-        room: ConnectionLimiter,
+        limiter: ConnectionLimiter,
         listener: str,
         **others: Any,
     ) -> None:
@@ -158,7 +158,7 @@ class ServerConnection(RequestHandler):
         self.listener = listener
         self.peer = UNKNOWN_PEER
         self._options = options
-        self._limiter = room
+        self._limiter = limiter
         self._is_counted = False
         self._is_draining = False
         self._final_body: StreamReader | None = None  # the body of a request behind which nothing is read
@@ -345,9 +345,9 @@ class ServerConnection(RequestHandler):
             raise ConnectionError("the answer has begun") from exc
         error = _error_for(status, exc)
         self._count(error)
-        answer = ErrorResponse(error, _EMPTY_SUMMARY)
-        answer.force_close()
-        return answer
+        response = ErrorResponse(error, _EMPTY_SUMMARY)
+        response.force_close()
+        return response
 
     def _count(self, error: ProxyError) -> None:
         metrics = self._options.metrics
@@ -514,17 +514,17 @@ class ProxyConnection(ServerConnection):
         self._current_request = request
         try:
             if isinstance(message, _ErrInfo):
-                answer = self.handle_error(request, message.status, message.exc)
+                response = self.handle_error(request, message.status, message.exc)
             else:
-                answer = await handle(request)
+                response = await handle(request)
             self._current_request = None
-            if isinstance(answer, UpstreamResponse):  # it was streamed, under timeouts of its own
-                may_go_on = answer.keep_alive and not self._is_draining
+            if isinstance(response, UpstreamResponse):  # it was streamed, under timeouts of its own
+                may_go_on = response.keep_alive and not self._is_draining
                 if not self._messages and self._is_counted:
                     self._limiter.mark_idle(self)
             else:
-                answer, is_cut_off = await self.finish_response(request, answer, None)
-                may_go_on = bool(answer.keep_alive) and not is_cut_off
+                response, is_cut_off = await self.finish_response(request, response, None)
+                may_go_on = bool(response.keep_alive) and not is_cut_off
         except ConnectionError:
             abort_connection(request)  # half an answer is out
             return False

@@ -59,9 +59,9 @@ def restart_only_changes(listener: Listener, before: Listener) -> list[str]:
 class ListenerSet:
     """The proxied ports, and how they end; `current` returns the configuration in force."""
 
-    def __init__(self, metrics: Metrics, room: ConnectionLimiter, current: Callable[[], Config]) -> None:
+    def __init__(self, metrics: Metrics, limiter: ConnectionLimiter, current: Callable[[], Config]) -> None:
         self._metrics = metrics
-        self._limiter = room
+        self._limiter = limiter
         self._current = current
         self._open: list[OpenListener] = []
         self._draining: dict[OpenListener, asyncio.Task[None]] = {}
@@ -115,8 +115,8 @@ class ListenerSet:
             task = asyncio.create_task(self._drain(port, config.timeouts.total), name=f"leave {port.address}")
             self._draining[port] = task
 
-    async def _drain(self, port: OpenListener, patience: float) -> None:
-        await _drained(port.server.busy, patience, self.shutdown.immediate)
+    async def _drain(self, port: OpenListener, drain_timeout: float) -> None:
+        await _drained(port.server.busy, drain_timeout, self.shutdown.immediate)
         if cut_off := port.server.busy():
             LOGGER.warning(
                 "requests in flight were cut off: their listener is no more",
@@ -191,11 +191,11 @@ async def status_port(
         yield turned_out
 
 
-async def _drained(busy: Callable[[], int], patience: float, at_once: asyncio.Event) -> None:
-    """Return when nothing is in flight any more, `patience` seconds are over, or nobody is to wait any more."""
+async def _drained(busy: Callable[[], int], drain_timeout: float, immediate: asyncio.Event) -> None:
+    """Return when no request is in flight, after `drain_timeout` seconds, or when `immediate` is set."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(patience):
-            while busy() and not at_once.is_set():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
+        async with asyncio.timeout(drain_timeout):
+            while busy() and not immediate.is_set():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
                 await asyncio.sleep(DRAIN_INTERVAL)
 
 

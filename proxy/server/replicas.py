@@ -15,9 +15,9 @@ async def open_shared(
     config: Config, metrics: Metrics, stack: AsyncExitStack
 ) -> tuple[RedisTokenStore, RedisRateLimiter]:
     """Return what lies in the Redis of `config.store`, there or not; `stack` closes it."""
-    link, seal = RedisClient(config.store, metrics), TokenCipher(config.store_key)
-    store, plans = RedisTokenStore(link, seal, metrics, patience=config.timeouts.token), RedisBuckets(link, seal)
+    redis, cipher = RedisClient(config.store, metrics), TokenCipher(config.store_key)
+    store, plans = RedisTokenStore(redis, cipher, metrics, timeout=config.timeouts.token), RedisBuckets(redis, cipher)
     stack.push_async_callback(store.close)
     stack.push_async_callback(plans.close)
-    await link.start()
+    await redis.start()
     return store, RedisRateLimiter(metrics, plans, pace=config.limits.pace, max_queue=config.limits.max_queue)

@@ -117,7 +117,7 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         )
         readiness, reloading, told_to_quit = Readiness(), ReloadStatus(), asyncio.Event()
         metrics.last_reload_success.set(reloading.good_since)
-        store, limits = await open_store(config, metrics, stack)
+        store, rate_limiter = await open_store(config, metrics, stack)
         traces = _open_traces(stack, config, metrics)
         most_clients, most_upstream = split_connections(config)
         pools = UpstreamPools()
@@ -126,34 +126,36 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
         pools.activate(made)
         amazon, lwa = made.pools
         table = load_table()
-        grants = TokenClient(
+        token_client = TokenClient(
             config,
             lwa_session=lwa,
             amazon_session=amazon,
-            limits=limits,
+            rate_limiter=rate_limiter,
             mint=table.match("POST", rdt.PATH),
             metrics=metrics,
         )
-        documents = UnrestrictedReports()
-        tokens = TokenProvider(grants=grants, documents=documents, store=store, metrics=metrics)
+        unrestricted_reports = UnrestrictedReports()
+        tokens = TokenProvider(
+            token_client=token_client, unrestricted_reports=unrestricted_reports, store=store, metrics=metrics
+        )
         stack.push_async_callback(tokens.close)
-        room = ConnectionLimiter(most_clients, metrics)
-        ports = ListenerSet(metrics, room, current)
+        limiter = ConnectionLimiter(most_clients, metrics)
+        ports = ListenerSet(metrics, limiter, current)
         shared = Runtime(
             current=current,
             table=table,
             concurrency=ConcurrencyLimiter(config.bounds, metrics),
-            rate_limiter=limits,
-            token_client=grants,
+            rate_limiter=rate_limiter,
+            token_client=token_client,
             tokens=tokens,
             store=store,
             circuit_breakers=CircuitBreakers(metrics, time.monotonic),
-            unrestricted_reports=documents,
+            unrestricted_reports=unrestricted_reports,
             success_history=SuccessHistory(table),
             metrics=metrics,
             readiness=readiness,
             pools=pools,
-            connection_limiter=room,
+            connection_limiter=limiter,
             listeners=ports,
             tracer=traces,
         )
@@ -189,7 +191,7 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             readiness,
             metrics,
             tokens,
-            limits,
+            rate_limiter,
             ports.shutdown,
             reloading,
             told_to_quit,
@@ -279,7 +281,7 @@ class Runtime:
 
         self.document_cipher = self.document_cipher or DocumentCipher(config.store_key)
         return DocumentRelay(
-            config, self.table, seal=self.document_cipher, upstream=upstream, pool=amazon, metrics=self.metrics
+            config, self.table, cipher=self.document_cipher, upstream=upstream, pool=amazon, metrics=self.metrics
         )
 
     def abort_requests(self) -> None:
@@ -315,7 +317,7 @@ class Runtime:
             except BaseException as exc:
                 self.token_client.settings, self.retry_policies = grants_before, attempts_before
                 # What was fetched meanwhile may be for somebody whom only the refused configuration knows.
-                self.tokens.invalidate(lambda credential: _source_in(credential) not in kept)
+                self.tokens.invalidate(lambda token_key: _source_in(token_key) not in kept)
                 await self.pools.discard(made)
                 if isinstance(exc, OSError):
                     raise CannotListen(f"a certificate cannot be used: {describe_error(exc)}") from exc
@@ -362,9 +364,9 @@ class Runtime:
 _Source = tuple[TokenKind, str, str, str]  # what a credential's source depends on, but for the configuration
 
 
-def _source_in(credential: TokenKey) -> _Source:
-    account, region = ("", "") if credential.kind == "grantless" else (credential.account, credential.region)
-    return credential.kind, credential.application, account, region
+def _source_in(token_key: TokenKey) -> _Source:
+    account, region = ("", "") if token_key.kind == "grantless" else (token_key.account, token_key.region)
+    return token_key.kind, token_key.application, account, region
 
 
 def diff_credentials(config: Config, before: Config) -> tuple[bool, frozenset[_Source]]:
@@ -372,10 +374,10 @@ def diff_credentials(config: Config, before: Config) -> tuple[bool, frozenset[_S
     kept = set[_Source]()
     for ordinary in access_token_keys(config):
         for kind in ("lwa", "rdt", "grantless"):
-            credential = ordinary._replace(kind=kind)
-            source = token_source(config, credential)
-            if source is not None and source == token_source(before, credential):
-                kept.add(_source_in(credential))
+            token_key = ordinary._replace(kind=kind)
+            source = token_source(config, token_key)
+            if source is not None and source == token_source(before, token_key):
+                kept.add(_source_in(token_key))
     return config == before, frozenset(kept)
 
 

@@ -233,6 +233,6 @@ def split_fd_limit(bounds: Bounds, upstream: int, available: int | None) -> tupl
     """
     if available is None:
         return bounds.connections, upstream
-    room = max(4, available - RESERVED)
-    upstream = min(upstream, max(2, room // 3))
-    return min(bounds.connections, max(2, room - upstream)), upstream
+    limiter = max(4, available - RESERVED)
+    upstream = min(upstream, max(2, limiter // 3))
+    return min(bounds.connections, max(2, limiter - upstream)), upstream

@@ -22,7 +22,7 @@ _ORDER = re.compile(r"/orders/v0/orders/([^/]+)")
 _ORDER_PART = re.compile(r"/orders/v0/orders/([^/]+)/(address|buyerInfo|orderItems)")
 
 
-def answer(token: Issued, method: str, path: str, query: str) -> tuple[int, Any]:
+def respond(token: Issued, method: str, path: str, query: str) -> tuple[int, Any]:
     """Return a status and JSON content for a call that may pass."""
     if method == "GET" and path == "/orders/v0/orders":
         return 200, {"payload": _orders(token, path, query)}

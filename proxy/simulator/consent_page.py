@@ -28,11 +28,11 @@ def page(state: State, region: str, method: str, path: str, query: str) -> Respo
         return _page(400, "Error Code: MD1000")
     if path == _CONSENT:
         return _consent(state, given)
-    for prefix, answer in ((_CONFIRM, _confirmed), (_CANCEL, _cancelled)):
+    for prefix, response in ((_CONFIRM, _confirmed), (_CANCEL, _cancelled)):
         if path.startswith(prefix):
             application = state.applications.get(unquote(path.removeprefix(prefix)))
             if application is not None and given.get("redirect_uri") in application.redirect_uris:
-                return answer(state, region, application, given)
+                return response(state, region, application, given)
     return _page(404, "There is nothing here")
 
 
@@ -56,20 +56,20 @@ def _consent(state: State, given: dict[str, str]) -> Response:
 def _confirmed(state: State, region: str, application: WebApplication, given: dict[str, str]) -> Response:
     code = f"S{secrets.token_urlsafe(16)}"
     state.codes[code] = Code(application.client_id, region, given["redirect_uri"], state.now() + CODE_LIFETIME)
-    answer = {"state": given.get("state", ""), "selling_partner_id": SELLING_PARTNER, "spapi_oauth_code": code}
-    return _redirect(given["redirect_uri"], answer)
+    response = {"state": given.get("state", ""), "selling_partner_id": SELLING_PARTNER, "spapi_oauth_code": code}
+    return _redirect(given["redirect_uri"], response)
 
 
 def _cancelled(_: State, __: str, ___: WebApplication, given: dict[str, str]) -> Response:
     # As Login with Amazon does it (LWA "Authorization Code Grant"); Seller Central's own way is not documented.
     description = "The resource owner denied the request"
-    answer = {"state": given.get("state", ""), "error": "access_denied", "error_description": description}
-    return _redirect(given["redirect_uri"], answer)
+    response = {"state": given.get("state", ""), "error": "access_denied", "error_description": description}
+    return _redirect(given["redirect_uri"], response)
 
 
-def _redirect(to: str, answer: dict[str, str]) -> Response:
+def _redirect(to: str, response: dict[str, str]) -> Response:
     joint = "&" if urlsplit(to).query else "?"
-    return Response(302, b"", {"Location": f"{to}{joint}{urlencode(answer)}", "Referrer-Policy": "no-referrer"})
+    return Response(302, b"", {"Location": f"{to}{joint}{urlencode(response)}", "Referrer-Policy": "no-referrer"})
 
 
 def _page(status: int, title: str, content: str = "") -> Response:

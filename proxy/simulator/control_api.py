@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PATH = "/_simulator"
 
 
-def answer(simulator: "Simulator", method: str, path: str, body: bytes) -> Response:
+def respond(simulator: "Simulator", method: str, path: str, body: bytes) -> Response:
     """Return the answer to one order; a wrong one changes nothing and says what was wrong."""
     action = _ACTIONS.get((method, path.removeprefix(PATH)))
     if action is None:

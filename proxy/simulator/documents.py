@@ -64,7 +64,7 @@ class Documents:
         query = "&".join(f"{key}={value}" for key, value in pairs.items())
         return f"{self.base}{path}?{query}&X-Amz-Signature={self._signature(method, path, query, content_type)}"
 
-    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes, now: float) -> Response:
+    def respond(self, method: str, target: str, headers: Mapping[str, str], body: bytes, now: float) -> Response:
         """Answer a request for a document; `headers` by lower-case name, `now` in Unix time."""
         path, _, query = target.partition("?")
         signed, _, signature = query.partition("&X-Amz-Signature=")

@@ -142,20 +142,20 @@ class Simulator:
             service = "documents"
         incoming = await _read(service, request)
         if service == "lwa" and incoming.path.startswith(control_api.PATH):
-            return await _send(request, control_api.answer(self, incoming.method, incoming.path, incoming.body))
+            return await _send(request, control_api.respond(self, incoming.method, incoming.path, incoming.body))
         fault = self.state.fault(service, incoming.method, incoming.path)
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
-        outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._answer(incoming)
+        outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._respond(incoming)
         self._record(incoming, outcome)
         if fault is not None and fault.kind in _BREAKS:
             return await _BREAKS[fault.kind](request, fault, outcome.response)
         return await _send(request, outcome.response)
 
-    def _answer(self, incoming: Incoming) -> Outcome:
+    def _respond(self, incoming: Incoming) -> Outcome:
         if incoming.service == "documents":
             return Outcome(
-                self.documents.answer(
+                self.documents.respond(
                     incoming.method, incoming.target, incoming.named, incoming.body, self.state.wall()
                 )
             )
@@ -202,17 +202,17 @@ class Simulator:
             return Outcome(forbidden(), token)
         if not operation.statics:
             return Outcome(self._plain(incoming, token), token, operation.name)
-        static = self.models.answer(operation, path, incoming.query, incoming.named, incoming.body)
+        static = self.models.respond(operation, path, incoming.query, incoming.named, incoming.body)
         if static is None:
             return Outcome(invalid_input("Could not match input arguments"), token, operation.name)
-        return Outcome(_as_reply(static.status, static.content), token, operation.name)
+        return Outcome(_as_response(static.status, static.content), token, operation.name)
 
     def _plain(self, incoming: Incoming, token: Issued) -> Response:
         """Answer without a model."""
         method, path = incoming.method, incoming.path
         named = self.documents.call(method, path, incoming.body, self.state.wall())
-        status, content = named or canned_responses.answer(token, method, path, incoming.query)
-        return _as_reply(status, content)
+        status, content = named or canned_responses.respond(token, method, path, incoming.query)
+        return _as_response(status, content)
 
     def _record(self, incoming: Incoming, outcome: Outcome) -> None:
         token, status = outcome.token, outcome.response.status
@@ -234,10 +234,12 @@ class Simulator:
         )
 
 
-def _as_reply(status: int, content: object) -> Response:
+def _as_response(status: int, content: object) -> Response:
     if content is None:
-        reply = as_json(status, {})
-        return Response(status, b"", {name: value for name, value in reply.headers.items() if name != "Content-Type"})
+        response = as_json(status, {})
+        return Response(
+            status, b"", {name: value for name, value in response.headers.items() if name != "Content-Type"}
+        )
     return as_json(status, content)
 
 
@@ -258,8 +260,8 @@ async def _read(service: str, request: web.BaseRequest) -> Incoming:
     return Incoming(service, request.method, request.raw_path, headers, body, size, digest.hexdigest())
 
 
-async def _send(request: web.BaseRequest, reply: Response) -> web.StreamResponse:
-    answer = web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+async def _send(request: web.BaseRequest, response: Response) -> web.StreamResponse:
+    answer = web.Response(status=response.status, body=response.body, headers=response.headers)
     await answer.prepare(request)
     await answer.write_eof()
     return answer
@@ -280,18 +282,18 @@ async def _close(request: web.BaseRequest, _: Fault, __: Response) -> web.Stream
     return web.Response()
 
 
-async def _truncate(request: web.BaseRequest, _: Fault, reply: Response) -> web.StreamResponse:
-    answer = web.StreamResponse(status=reply.status, headers=reply.headers)
-    answer.content_length = len(reply.body) + 1
+async def _truncate(request: web.BaseRequest, _: Fault, response: Response) -> web.StreamResponse:
+    answer = web.StreamResponse(status=response.status, headers=response.headers)
+    answer.content_length = len(response.body) + 1
     await answer.prepare(request)
-    await answer.write(reply.body)
+    await answer.write(response.body)
     if request.transport is not None:
         request.transport.close()
     return answer
 
 
-async def _large(request: web.BaseRequest, fault: Fault, reply: Response) -> web.StreamResponse:
-    headers = {**reply.headers, "Content-Type": "application/octet-stream"}
+async def _large(request: web.BaseRequest, fault: Fault, response: Response) -> web.StreamResponse:
+    headers = {**response.headers, "Content-Type": "application/octet-stream"}
     answer = web.StreamResponse(status=200, headers=headers)
     if not fault.chunked:
         answer.content_length = fault.size

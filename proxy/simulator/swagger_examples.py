@@ -153,7 +153,7 @@ class Models:
         ]
         return min(fitting, key=lambda operation: operation.template.count("{"), default=None)
 
-    def answer(
+    def respond(
         self, operation: ModelOperation, path: str, query: str, headers: Mapping[str, str], body: bytes
     ) -> Static | None:
         """Return the example that fits the request best: most parameters named, then 2xx, then the file's order."""
@@ -259,7 +259,7 @@ def _example(models: Models, operation: ModelOperation, static: Static) -> Examp
         reason = f"it names a body for {operation.method}, which Amazon's front end refuses"
     elif models.find(operation.method, path) is not operation:
         reason = "its path is another operation's, by the models themselves"
-    elif (found := models.answer(operation, path, query, headers, body or b"")) is None or (
+    elif (found := models.respond(operation, path, query, headers, body or b"")) is None or (
         (found.status, found.content) != (static.status, static.content)
     ):
         reason = "another example names the same parameters with the same status"

@@ -117,10 +117,10 @@ class _Request:
 class RedisBuckets:
     """The usage plans that lie in Redis."""
 
-    def __init__(self, link: RedisClient, seal: TokenCipher) -> None:
-        self.redis = link
-        self._cipher = seal
-        self._script = link.client.register_script(_SCRIPT_FOR_STEP)
+    def __init__(self, redis: RedisClient, cipher: TokenCipher) -> None:
+        self.redis = redis
+        self._cipher = cipher
+        self._script = redis.client.register_script(_SCRIPT_FOR_STEP)
         self._waiting: list[_Request] = []
         self._running: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -134,10 +134,10 @@ class RedisBuckets:
 
     def execute(self, mode: Mode, steps: Sequence[BucketUpdate]) -> "asyncio.Future[Reservation]":
         """Return what will be the answer; its exception is Lost. All that is asked in one go is one round trip."""
-        answer: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        response: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
         if not self.redis.is_up or self._is_closed:
-            answer.set_exception(StoreUnavailable())
-            return answer
+            response.set_exception(StoreUnavailable())
+            return response
         args: list[str] = [mode]
         for step in steps:
             args += (
@@ -148,10 +148,10 @@ class RedisBuckets:
                 repr(step.tokens),
                 "1" if step.is_empty else "0",
             )
-        self._waiting.append(_Request(mode, steps, [step.name for step in steps], args, answer))
+        self._waiting.append(_Request(mode, steps, [step.name for step in steps], args, response))
         if self._running is None:
             self._running = asyncio.create_task(self._execute_all(), name="shared plans")
-        return answer
+        return response
 
     def send(self, mode: Mode, steps: Sequence[BucketUpdate]) -> None:
         """Ask without waiting for the answer: what is lost with it is a place or a hint."""
@@ -172,8 +172,8 @@ class RedisBuckets:
     async def _execute_batch(self, questions: Sequence[_Request]) -> None:
         """Answer all of the questions whose asker is still there; where Redis does not, with Lost."""
         try:
-            answers = await self.redis.execute_now(lambda: self._responses(questions))
-            places = [_place(answer, len(of.keys)) for of, answer in zip(questions, answers, strict=True)]
+            responses = await self.redis.execute_now(lambda: self._responses(questions))
+            places = [_place(response, len(of.keys)) for of, response in zip(questions, responses, strict=True)]
         except (StoreUnavailable, RedisError):
             places = []
         except ValueError:
@@ -219,12 +219,12 @@ class RedisBuckets:
             ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
         ]
         refusal: ResponseError | None = None
-        answers: list[object] = []
+        responses: list[object] = []
         try:
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             for _ in questions:
                 try:
-                    answers.append(await connection.read_response(disable_decoding=True))
+                    responses.append(await connection.read_response(disable_decoding=True))
                 except ResponseError as exc:
                     refusal = exc
         except BaseException:
@@ -232,7 +232,7 @@ class RedisBuckets:
             raise
         if refusal is not None:
             raise refusal
-        return answers
+        return responses
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -250,15 +250,15 @@ class RedisBuckets:
         await self._disconnect()
 
 
-def _place(answer: object, count: int) -> Reservation:
+def _place(response: object, count: int) -> Reservation:
     """Return what an answer says; raise ValueError for one that is none."""
-    numbers = [float(text) for text in answer.split()] if isinstance(answer, bytes) else []
+    numbers = [float(text) for text in response.split()] if isinstance(response, bytes) else []
     if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
         raise ValueError("not the numbers that the script answers")
     held = tuple(BucketState(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
     return Reservation(numbers[0] if numbers[0] >= 0 else None, held)
 
 
-def _forget(answer: "asyncio.Future[Reservation]") -> None:
-    if not answer.cancelled():
-        answer.exception()
+def _forget(response: "asyncio.Future[Reservation]") -> None:
+    if not response.cancelled():
+        response.exception()

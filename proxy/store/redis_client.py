@@ -47,13 +47,13 @@ class RedisClient:
     """The way to one Redis server; `is_up` says whether it may be asked at all."""
 
     def __init__(
-        self, address: StoreAddress, metrics: Metrics, *, patience: float = TIMEOUT, pause: float = FIRST_PAUSE
+        self, address: StoreAddress, metrics: Metrics, *, timeout: float = TIMEOUT, pause: float = FIRST_PAUSE
     ) -> None:
-        self.client = Redis(connection_pool=_connections(address, patience))
+        self.client = Redis(connection_pool=_connections(address, timeout))
         self.is_up = True
         self._address = str(address)
         self._metrics = metrics
-        self._timeout = patience
+        self._timeout = timeout
         self._pause = pause
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._probing: asyncio.Task[None] | None = None
@@ -84,7 +84,7 @@ class RedisClient:
         asked = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await question()
+                response = await question()
         except Exception as exc:  # of any kind: what a library makes of what does not speak Redis
             if _is_of_one_value(exc):
                 raise
@@ -96,7 +96,7 @@ class RedisClient:
                 self.mark_down(reason)
             raise StoreUnavailable from exc
         self._timeouts, self._was_up = 0, True
-        return answer
+        return response
 
     def mark_down(self, reason: str) -> None:
         """Ask no more until a probe has worked."""
@@ -155,13 +155,13 @@ class RedisClient:
             await self.client.connection_pool.disconnect()
 
 
-def _connections(address: StoreAddress, patience: float) -> ConnectionPool:
+def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
     settings: dict[str, Any] = {
         "db": address.db,
         "username": address.user,
         "password": address.password.reveal() if address.password is not None else None,
-        "socket_timeout": patience,
-        "socket_connect_timeout": patience,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),  # the process has something better to do than to wait for it
         "protocol": 2,
         "driver_info": None,  # two questions fewer for each connection

@@ -51,24 +51,24 @@ class RedisTokenStore:
 
     def __init__(
         self,
-        link: RedisClient,
-        seal: TokenCipher,
+        redis: RedisClient,
+        cipher: TokenCipher,
         metrics: Metrics,
         *,
-        patience: float,
+        timeout: float,
         wall: Callable[[], float] = time.time,
         lock_life: float = LOCK_LIFETIME,
     ) -> None:
-        self._redis = link
-        self._cipher = seal
+        self._redis = redis
+        self._cipher = cipher
         self._metrics = metrics
-        self.timeout = patience
+        self.timeout = timeout
         self._wall = wall
         self._lock_lifetime = lock_life
-        self._claim = link.client.register_script(_CLAIM)
-        self._keep = link.client.register_script(_KEEP)
-        self._release = link.client.register_script(_RELEASE)
-        self._forget = link.client.register_script(_FORGET)
+        self._claim = redis.client.register_script(_CLAIM)
+        self._keep = redis.client.register_script(_KEEP)
+        self._release = redis.client.register_script(_RELEASE)
+        self._forget = redis.client.register_script(_FORGET)
 
     @asynccontextmanager
     async def get_or_lock(
@@ -117,8 +117,8 @@ class RedisTokenStore:
     async def _poll(self, key: str, owner: str, unfit: str) -> tuple[bytes, float, bool]:
         names = [self._cipher.name("token", key), self._lock(key)]
         args: list[str | int] = [owner, round(self._lock_lifetime * 1000), MAX_BYTES, unfit]
-        answer = await self._redis.execute(partial(self._claim, keys=names, args=args))
-        match answer:
+        response = await self._redis.execute(partial(self._claim, keys=names, args=args))
+        match response:
             case [bytes(value), int(life), int(locked)]:
                 return value, life / 1000, bool(locked)
         self._redis.mark_down("nonsense")

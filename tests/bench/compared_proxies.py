@@ -132,12 +132,12 @@ def _get(port: int, path: str) -> str:
     connection = http.client.HTTPConnection(HOST, port, timeout=10)
     try:
         connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read().decode()
+        response = connection.getresponse()
+        body = response.read().decode()
     finally:
         connection.close()
-    if answer.status != 200:
-        raise SystemExit(f"GET {path}: {answer.status} {body[:500]}")
+    if response.status != 200:
+        raise SystemExit(f"GET {path}: {response.status} {body[:500]}")
     return body
 
 

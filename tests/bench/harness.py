@@ -38,24 +38,24 @@ class World:
 
     async def order(self, path: str, content: dict[str, Any]) -> None:
         """Tell the simulator something."""
-        async with self.session.post(self.control + path, json=content) as answer:
-            assert answer.status == 200, await answer.text()
+        async with self.session.post(self.control + path, json=content) as response:
+            assert response.status == 200, await response.text()
 
     async def forget_faults(self) -> None:
         """Let everything work again."""
-        async with self.session.delete(f"{self.control}/faults") as answer:
-            assert answer.status == 200
+        async with self.session.delete(f"{self.control}/faults") as response:
+            assert response.status == 200
 
     async def exchanges(self, kind: str = "refresh_token") -> int:
         """Return how many tokens of a kind the simulator gave."""
-        async with self.session.get(f"{self.control}/state") as answer:
-            counts: dict[str, int] = (await answer.json())["counts"]
+        async with self.session.get(f"{self.control}/state") as response:
+            counts: dict[str, int] = (await response.json())["counts"]
         return counts.get(f"exchanges.{kind}", 0)
 
     async def answers(self, service: str, status: int) -> int:
         """Return how often a service of the simulator answered with a status."""
-        async with self.session.get(f"{self.control}/state") as answer:
-            counts: dict[str, int] = (await answer.json())["counts"]
+        async with self.session.get(f"{self.control}/state") as response:
+            counts: dict[str, int] = (await response.json())["counts"]
         return counts.get(f"answers.{service}.{status}", 0)
 
     @property
@@ -70,15 +70,15 @@ class World:
     async def call(self, target: str, account: str = "a0") -> int:
         """Send one request, count its status, and return it."""
         url, headers = self.address + target, {"x-sp-account": account, "Connection": "keep-alive"}
-        async with self.session.get(url, headers=headers) as answer:
-            await answer.read()
-            self.statuses[answer.status] += 1
-            return answer.status
+        async with self.session.get(url, headers=headers) as response:
+            await response.read()
+            self.statuses[response.status] += 1
+            return response.status
 
     async def waits(self) -> tuple[int, int]:
         """Return how many requests asked for a token so far, and how many of them waited for it."""
-        async with self.session.get(f"{self.admin}/metrics") as answer:
-            text = await answer.text()
+        async with self.session.get(f"{self.admin}/metrics") as response:
+            text = await response.text()
         count = _sample(text, "spapi_proxy_token_wait_seconds_count")
         return count, count - _sample(text, f'spapi_proxy_token_wait_seconds_bucket{{le="{WAITED}"}}')
 
@@ -109,8 +109,8 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
             for number in range(accounts):
                 seller = {"name": f"a{number}", "region": "eu", "refresh_token": f"Atzr|a{number}"}
-                async with session.post(f"{control}/sellers", json=seller) as answer:
-                    assert answer.status == 200
+                async with session.post(f"{control}/sellers", json=seller) as response:
+                    assert response.status == 200
             port, admin = free_port(), free_port()
             path = Path(name) / "config.yaml"
             path.write_text(yaml.safe_dump(settings_of(accounts, simulator, port, admin, settings)))

@@ -136,11 +136,11 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
     connection.request(
         "POST", f"{UP}?rate={rate}", body=blocks(mib), headers=fields, encode_chunked=framing == "chunked"
     )
-    answer = connection.getresponse()
-    text = answer.read()
+    response = connection.getresponse()
+    text = response.read()
     connection.close()
-    if answer.status != 200:
-        return f"{answer.status}: {text[:500]!r}"
+    if response.status != 200:
+        return f"{response.status}: {text[:500]!r}"
     expected = {"bytes": mib * MIB, "sha256": digest_of(mib), "framing": framing}
     received = json.loads(text)
     return "" if received == expected else f"the upstream received {received}, not {expected}"
@@ -150,12 +150,12 @@ def _download(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
     """Fetch `mib` MiB at `rate` bytes per second (0: as fast as can be) and return what is wrong, if anything."""
     connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE)
     connection.request("GET", f"{DOWN}&mib={mib}&framing={framing}")
-    answer = connection.getresponse()
-    if answer.status != 200:
-        return f"{answer.status}: {answer.read(500)!r}"
-    came = "chunked" if answer.getheader("Transfer-Encoding") else "length"
+    response = connection.getresponse()
+    if response.status != 200:
+        return f"{response.status}: {response.read(500)!r}"
+    came = "chunked" if response.getheader("Transfer-Encoding") else "length"
     received, size, buffer = sha256(), 0, memoryview(bytearray(BLOCK))
-    while count := answer.readinto(buffer):
+    while count := response.readinto(buffer):
         received.update(buffer[:count])
         size += count
         if rate:

@@ -331,8 +331,8 @@ def _weigh(proxy: Proxy, when: str) -> Weight:
 
 
 def _metrics_of(proxy: Proxy) -> int:
-    with urllib.request.urlopen(f"http://{HOST}:{proxy.admin}/metrics") as answer:
-        return len(answer.read())
+    with urllib.request.urlopen(f"http://{HOST}:{proxy.admin}/metrics") as response:
+        return len(response.read())
 
 
 def _slowest_until(look: "Future[int]", proxy: Proxy) -> float:

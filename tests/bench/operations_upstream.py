@@ -50,9 +50,9 @@ def answer_with(size: int) -> bytes:
 @cache
 def minted() -> bytes:
     """Return the answer to who asks for a Restricted Data Token."""
-    answer = {"restrictedDataToken": "Atz.sprdt|benchmark", "expiresIn": 3600, "filler": ""}
-    answer["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(answer)))
-    return whole(json.dumps(answer).encode())
+    response = {"restrictedDataToken": "Atz.sprdt|benchmark", "expiresIn": 3600, "filler": ""}
+    response["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(response)))
+    return whole(json.dumps(response).encode())
 
 
 def filler(size: int, field: int = FIELD) -> bytes:

@@ -185,8 +185,8 @@ async def _reload(here: World) -> str:
 
 
 async def _last_reload(here: World) -> Any:
-    async with here.session.get(f"{here.admin}/status") as answer:
-        return (await answer.json())["configuration"]["last_reload"]
+    async with here.session.get(f"{here.admin}/status") as response:
+        return (await response.json())["configuration"]["last_reload"]
 
 
 def _write(path: Path, settings: Settings) -> None:

@@ -99,8 +99,8 @@ async def many_accounts(_: float) -> Result:
 
 async def _until_ready(here: World) -> float:
     while True:
-        async with here.session.get(f"{here.admin}/readyz") as answer:
-            if answer.status == 200:
+        async with here.session.get(f"{here.admin}/readyz") as response:
+            if response.status == 200:
                 return time.monotonic() - here.started_at
         await asyncio.sleep(0.01)
 

@@ -15,7 +15,7 @@ from proxy.config import Address
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.paths import ROOT
 from tests.support.proxy_process import command, serving
 from tests.support.raw_client import call
@@ -24,9 +24,9 @@ SELLERS = "/sellers/v1/marketplaceParticipations"
 
 
 async def test_the_state_of_a_proxy_is_asked_for_by_url_and_by_configuration(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    settings = settings_for(far_side, token_host, admin=f"unix:{tmp_path}/admin.sock")
+    settings = settings_for(fake_upstream, token_host, admin=f"unix:{tmp_path}/admin.sock")
     async with serving({**settings, "health": "127.0.0.1:0"}, tmp_path) as proxy:
         (line,) = [line for line in proxy.lines() if line["message"] == "serving"]
         config = ("--config", str(tmp_path / "config.yaml"))
@@ -74,12 +74,12 @@ async def test_what_cannot_be_asked_is_wrong_usage(arguments: tuple[str, ...]) -
     assert "Traceback" not in complained
 
 
-async def test_somebody_else_at_the_address_is_not_taken_for_the_proxy(far_side: FarSide) -> None:
+async def test_somebody_else_at_the_address_is_not_taken_for_the_proxy(fake_upstream: FakeUpstream) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("404 Not Found", b"404 page not found"))
+        writer.write(http_response("404 Not Found", b"404 page not found"))
 
-    far_side.script = script
-    address = admin_client.address_in(far_side.url)
+    fake_upstream.script = script
+    address = admin_client.address_in(fake_upstream.url)
     told = await asyncio.to_thread(admin_client.request, address, "GET", "/readyz")
     assert told.text.startswith(f"404: 404 page not found. {address} is perhaps no proxy's. ")
 
@@ -99,8 +99,8 @@ async def test_waiting_ends_when_the_proxy_is_ready(start_proxy: StartProxy, tok
 def test_waiting_ends_with_its_time() -> None:
     clock = FakeClock()
     nobody = Address("127.0.0.1", 1)
-    answer = admin_client.wait_until_ready(nobody, 5.0, now=clock, sleep=clock.advance)
-    assert not answer.ok
+    response = admin_client.wait_until_ready(nobody, 5.0, now=clock, sleep=clock.advance)
+    assert not response.ok
     assert 4.8 <= clock() - FakeClock()() <= 5.0
 
 
@@ -109,8 +109,10 @@ def test_an_address_that_is_open_to_all_is_asked_at_this_machines_own() -> None:
     assert admin_client.address_in("http://[::1]:9090") == Address("::1", 9090)
 
 
-async def test_a_post_ends_the_proxy_as_a_signal_does(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
-    async with serving(settings_for(far_side, token_host, quit=True), tmp_path) as proxy:
+async def test_a_post_ends_the_proxy_as_a_signal_does(
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
+) -> None:
+    async with serving(settings_for(fake_upstream, token_host, quit=True), tmp_path) as proxy:
         assert proxy.admin is not None
         assert (await call(proxy.admin, "GET", "/quitquitquit")).status == 405
         assert (await call(proxy.admin, "POST", "/quitquitquit", host="evil.example")).status == 421
@@ -122,11 +124,11 @@ async def test_a_post_ends_the_proxy_as_a_signal_does(far_side: FarSide, token_h
 
 
 async def test_a_job_as_the_readme_has_it_ends_the_proxy_and_keeps_its_own_exit_code(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```sh\n(set -e\nsp-api-proxy wait [^`]*)```", readme)
-    async with serving(settings_for(far_side, token_host, quit=True), tmp_path) as proxy:
+    async with serving(settings_for(fake_upstream, token_host, quit=True), tmp_path) as proxy:
         for name, text in {
             "sp-api-proxy": f'cd {ROOT} && exec {sys.executable} -m proxy "$@" --url http://{proxy.admin}',
             "my-job": "exit 7",
@@ -139,8 +141,10 @@ async def test_a_job_as_the_readme_has_it_ends_the_proxy_and_keeps_its_own_exit_
         assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
 
 
-async def test_a_signal_after_the_post_ends_at_once(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
-    settings = settings_for(far_side, token_host, quit=True, timeouts={"shutdown_delay": "10m"})
+async def test_a_signal_after_the_post_ends_at_once(
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
+) -> None:
+    settings = settings_for(fake_upstream, token_host, quit=True, timeouts={"shutdown_delay": "10m"})
     async with serving(settings, tmp_path) as proxy:
         assert proxy.admin is not None
         assert (await call(proxy.admin, "POST", "/quitquitquit")).status == 200

@@ -118,15 +118,15 @@ def _base(simulator: Simulator) -> str:
 async def consented(url: str, button: str = "confirm") -> str:
     """Open the consent page, press a button, and return the address that the browser is led to."""
     async with aiohttp.ClientSession() as session:
-        async with session.get(url) as answer:
-            page = await answer.text()
-            assert answer.status == 200, page
+        async with session.get(url) as response:
+            page = await response.text()
+            assert response.status == 200, page
         link = re.search(f'id="{button}" href="([^"]+)"', page)
         assert link
         parts = urlsplit(url)
-        async with session.get(f"http://{parts.netloc}{unescape(link[1])}", allow_redirects=False) as answer:
-            assert answer.status == 302
-            return answer.headers["Location"]
+        async with session.get(f"http://{parts.netloc}{unescape(link[1])}", allow_redirects=False) as response:
+            assert response.status == 302
+            return response.headers["Location"]
 
 
 def names_in(folder: Path) -> set[str]:
@@ -174,16 +174,16 @@ async def test_the_browser_may_come_back_to_this_machine_once(simulator: Simulat
     async with aiohttp.ClientSession() as session:
 
         async def visited(query: str, method: str = "GET", **headers: str) -> int:
-            async with session.request(method, f"{here}?{query}", headers=headers) as answer:
-                text = await answer.text()
-                policy = answer.headers["Content-Security-Policy"]
+            async with session.request(method, f"{here}?{query}", headers=headers) as response:
+                text = await response.text()
+                policy = response.headers["Content-Security-Policy"]
                 assert policy.startswith("default-src 'none'")
-                assert (answer.headers["Referrer-Policy"], answer.headers["Cache-Control"]) == (
+                assert (response.headers["Referrer-Policy"], response.headers["Cache-Control"]) == (
                     *("no-referrer", "no-store"),
                 )
                 for told in parse_qs(led_to.query).values():
                     assert told[0] not in text, "the page holds nothing of its address"
-                return answer.status
+                return response.status
 
         assert await visited("state=guessed&spapi_oauth_code=theirs") == 403
         assert await visited(led_to.query, Host="rebound.example") == 421
@@ -202,8 +202,8 @@ async def test_the_registered_redirect_address_goes_along_to_the_exchange(simula
     talk = await begun(simulator, tmp_path, "--redirect-uri", "https://app.example/redirect")
     code, _, _ = await talk.ended(await consented(await talk.until(CONSENT_PAGE)))
     assert code == 0
-    (exchange,) = [entry for entry in simulator.journal if entry.service == "lwa"]
-    fields = {name: values[0] for name, values in parse_qs(exchange.body.decode()).items()}
+    (context,) = [entry for entry in simulator.journal if entry.service == "lwa"]
+    fields = {name: values[0] for name, values in parse_qs(context.body.decode()).items()}
     assert fields["grant_type"] == "authorization_code"
     assert fields["redirect_uri"] == "https://app.example/redirect"
     assert fields["client_id"] == DEMO_CLIENT
@@ -395,8 +395,8 @@ async def test_a_listener_that_only_strangers_visit_gives_up() -> None:
     waiting = asyncio.create_task(wait_for_redirect(STATE, 0, port.set_result))
     async with aiohttp.ClientSession() as session:
         for _ in range(MAX_VISITS + 1):
-            async with session.get(f"http://localhost:{await port}/?state=guessed") as answer:
-                assert answer.status in {403, 410}
+            async with session.get(f"http://localhost:{await port}/?state=guessed") as response:
+                assert response.status in {403, 410}
     with pytest.raises(NotAuthorised, match="none was an answer"):
         await asyncio.wait_for(waiting, PATIENCE)
 

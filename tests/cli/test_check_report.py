@@ -55,10 +55,10 @@ def test_what_was_not_tried_is_no_success() -> None:
 
 
 def test_programs_get_the_same_keys_for_every_step() -> None:
-    answer = json.loads(as_json(report(refused(PLACES[0]), CheckResult("connection", "ok", host="api.amazon.com"))))
-    assert (answer["works"], answer["complete"]) == (False, True)
+    response = json.loads(as_json(report(refused(PLACES[0]), CheckResult("connection", "ok", host="api.amazon.com"))))
+    assert (response["works"], response["complete"]) == (False, True)
     keys = ["step", "result", "application", "account", "region", "host", "code", "said", "advice", "countries"]
-    assert [list(check) for check in answer["checks"]] == [keys, keys]
+    assert [list(check) for check in response["checks"]] == [keys, keys]
 
 
 def test_progress_is_a_line_every_few_seconds_where_nobody_looks() -> None:

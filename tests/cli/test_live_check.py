@@ -73,10 +73,10 @@ async def checked(folder: Path, content: dict[str, Any], *more: str) -> tuple[in
     assert complained == ""
     assert "Mustermann" not in printed, "what Amazon says of the store is nobody's business"
     assert "Atz" not in printed
-    answer = json.loads(printed)
-    assert answer["works"] is (code == 0)
-    assert all(set(check) == KEYS for check in answer["checks"])
-    return code, {_about(check): check for check in answer["checks"]}
+    response = json.loads(printed)
+    assert response["works"] is (code == 0)
+    assert all(set(check) == KEYS for check in response["checks"])
+    return code, {_about(check): check for check in response["checks"]}
 
 
 def _about(check: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from proxy.amazon.placeholder_tokens import Resource, placeholder_for
 from proxy.cli import main
 from proxy.simulator.cli import _for_people
 from tests.conftest import StartProxy, needs, settings_for
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.paths import ROOT
 from tests.support.proxy_process import command, serving, started
 from tests.support.raw_client import call, connect, request
@@ -232,8 +232,8 @@ async def test_operations_are_listed_and_filtered() -> None:
     assert "orders.v0.getOrders" in printed
 
 
-async def test_serve_with_the_environment_alone(far_side: FarSide, token_host: TokenHost) -> None:
-    endpoints = {"SP_API_PROXY_ENDPOINTS_EU": far_side.url, "SP_API_PROXY_ENDPOINTS_LWA": token_host.url}
+async def test_serve_with_the_environment_alone(fake_upstream: FakeUpstream, token_host: TokenHost) -> None:
+    endpoints = {"SP_API_PROXY_ENDPOINTS_EU": fake_upstream.url, "SP_API_PROXY_ENDPOINTS_LWA": token_host.url}
     arguments = ("serve", "--listen", "127.0.0.1:0", "--admin", "none", "--log-format", "json")
     async with started(*arguments, environment={**ENVIRONMENT, **endpoints}) as proxy:
         got = await call(proxy.addresses[0], "GET", SELLERS)
@@ -305,25 +305,25 @@ async def test_the_demos_lines_are_written_at_once(monkeypatch: pytest.MonkeyPat
 
 
 async def test_sigterm_lets_requests_finish_and_takes_no_more(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     release = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         await release.wait()
-        writer.write(answer("200 OK", b"late"))
+        writer.write(http_response("200 OK", b"late"))
 
-    far_side.script = script
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+    fake_upstream.script = script
+    async with serving(settings_for(fake_upstream, token_host), tmp_path) as proxy:
         async with connect(proxy.addresses[0]) as client:
             await client.send(request("GET", SELLERS))
-            await far_side.arrived.wait()
+            await fake_upstream.arrived.wait()
             proxy.process.send_signal(signal.SIGTERM)
             await refuses(proxy.addresses[0])
             assert proxy.admin is not None
             assert (await call(proxy.admin, "GET", "/readyz")).status == 503
             release.set()
-            got = await client.answer()
+            got = await client.read_response()
             assert (got.status, got.body) == (200, b"late")
         assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
 
@@ -339,28 +339,28 @@ async def refuses(address: str) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_second_signal_ends_at_once(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
+async def test_a_second_signal_ends_at_once(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> None:
     never = asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with (
-        serving(settings_for(far_side, token_host), tmp_path) as proxy,
+        serving(settings_for(fake_upstream, token_host), tmp_path) as proxy,
         connect(proxy.addresses[0]) as client,
     ):
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         proxy.process.send_signal(signal.SIGTERM)
         await refuses(proxy.addresses[0])
         assert await proxy.stop(signal.SIGTERM) == 143
-        assert (await client.answer()).error == "ShuttingDown"
+        assert (await client.read_response()).error == "ShuttingDown"
     assert (proxy.lines()[-1]["message"], proxy.lines()[-1]["cut_off"]) == ("ended", 1)
 
 
 async def test_what_hangs_in_the_end_is_not_waited_for_after_a_second_signal(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """A collector of traces that takes nothing would have three seconds for the last spans."""
     never = asyncio.Event()
@@ -373,13 +373,13 @@ async def test_what_hangs_in_the_end_is_not_waited_for_after_a_second_signal(
             pass
         writer.close()
 
-    far_side.script = script
+    fake_upstream.script = script
     held = await asyncio.start_server(take_nothing, "127.0.0.1", 0)
     host, port = held.sockets[0].getsockname()
-    settings = settings_for(far_side, token_host, tracing={"endpoint": f"http://{host}:{port}"})
+    settings = settings_for(fake_upstream, token_host, tracing={"endpoint": f"http://{host}:{port}"})
     async with serving(settings, tmp_path) as proxy, connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         proxy.process.send_signal(signal.SIGTERM)
         await refuses(proxy.addresses[0])
         began = time.monotonic()
@@ -390,21 +390,21 @@ async def test_what_hangs_in_the_end_is_not_waited_for_after_a_second_signal(
 
 
 async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     never = asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    far_side.script = script
-    settings = settings_for(far_side, token_host, timeouts={"shutdown": "200ms"})
+    fake_upstream.script = script
+    settings = settings_for(fake_upstream, token_host, timeouts={"shutdown": "200ms"})
     async with serving(settings, tmp_path) as proxy, connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         assert await proxy.stop() == 143
-        answer = await client.answer()
-        assert (answer.status, answer.error, answer.get("connection")) == (503, "ShuttingDown", "close")
+        response = await client.read_response()
+        assert (response.status, response.error, response.get("connection")) == (503, "ShuttingDown", "close")
         assert await client.at_end()
     lines = proxy.lines()
     assert [line["connections"] for line in lines if "cut off" in line["message"]] == [1]
@@ -413,7 +413,7 @@ async def test_requests_that_take_too_long_are_cut_off_and_the_exit_code_says_so
 
 
 async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the_start(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """The secret's variable is taken out of the environment at the start, and the file's name is a relative one."""
     (tmp_path / "token").write_text("Atzr|acme-eu")
@@ -421,7 +421,7 @@ async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the
 
     def write(*accounts: str) -> None:
         main = {"client_id": "client", "client_secret": "${THE_SECRET}"}
-        settings = settings_for(far_side, token_host, applications={"main": main})
+        settings = settings_for(fake_upstream, token_host, applications={"main": main})
         path.write_text(
             yaml.safe_dump(
                 {**settings, "accounts": {name: {"refresh_tokens": {"eu": {"file": "token"}}} for name in accounts}}
@@ -453,9 +453,9 @@ async def test_the_demo_is_checked_like_everything_else() -> None:
 
 
 async def test_after_sigterm_requests_are_taken_for_the_delay_while_readiness_says_no(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    settings = settings_for(far_side, token_host, timeouts={"shutdown_delay": "1s"})
+    settings = settings_for(fake_upstream, token_host, timeouts={"shutdown_delay": "1s"})
     async with serving(settings, tmp_path) as proxy:
         assert proxy.admin is not None
         proxy.process.send_signal(signal.SIGTERM)
@@ -468,8 +468,10 @@ async def test_after_sigterm_requests_are_taken_for_the_delay_while_readiness_sa
     assert [line["cut_off"] for line in proxy.lines() if line["message"] == "ended"] == [0]
 
 
-async def test_a_second_signal_ends_the_delay_too(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
-    settings = settings_for(far_side, token_host, timeouts={"shutdown_delay": "10m"})
+async def test_a_second_signal_ends_the_delay_too(
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
+) -> None:
+    settings = settings_for(fake_upstream, token_host, timeouts={"shutdown_delay": "10m"})
     async with serving(settings, tmp_path) as proxy:
         proxy.process.send_signal(signal.SIGTERM)
         await proxy.process_says("shutting down")
@@ -477,9 +479,12 @@ async def test_a_second_signal_ends_the_delay_too(far_side: FarSide, token_host:
 
 
 async def test_a_crowd_of_idle_connections_does_not_delay_the_end(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy, contextlib.AsyncExitStack() as stack:
+    async with (
+        serving(settings_for(fake_upstream, token_host), tmp_path) as proxy,
+        contextlib.AsyncExitStack() as stack,
+    ):
         for _ in range(10):
             client = await stack.enter_async_context(connect(proxy.addresses[0]))
             assert (await client.request("GET", SELLERS)).status == 200

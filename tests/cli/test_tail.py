@@ -20,7 +20,7 @@ from proxy.cli.tail import RequestFilter, add_flags, filter_from, follow
 from proxy.config import Address
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 from tests.support.paths import ROOT
 from tests.support.proxy_process import _environment, command, serving
 from tests.support.raw_client import call
@@ -116,8 +116,10 @@ async def test_what_is_not_wanted_is_left_out(start_proxy: StartProxy) -> None:
     assert (code, printed, complained) == (0, "", "no request matches\n")
 
 
-async def test_the_configuration_says_where_to_ask(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> None:
-    settings = settings_for(far_side, token_host, admin=f"unix:{tmp_path}/admin.sock", health="127.0.0.1:0")
+async def test_the_configuration_says_where_to_ask(
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
+) -> None:
+    settings = settings_for(fake_upstream, token_host, admin=f"unix:{tmp_path}/admin.sock", health="127.0.0.1:0")
     async with serving(settings, tmp_path) as proxy:
         await call(proxy.addresses[0], "GET", ORDERS)
         code, printed, _ = await command("requests", "--once", "--config", str(tmp_path / "config.yaml"))
@@ -129,9 +131,9 @@ async def test_the_configuration_says_where_to_ask(far_side: FarSide, token_host
 
 
 async def test_a_proxy_that_is_restarted_is_followed_on(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    settings = settings_for(far_side, token_host, admin=f"unix:{tmp_path}/admin.sock")
+    settings = settings_for(fake_upstream, token_host, admin=f"unix:{tmp_path}/admin.sock")
     async with serving(settings, tmp_path) as first:
         await call(first.addresses[0], "GET", ORDERS)
         async with following("--config", str(tmp_path / "config.yaml")) as process:
@@ -200,12 +202,12 @@ async def test_what_means_nothing_is_wrong_usage(arguments: tuple[str, ...]) -> 
     assert "Traceback" not in complained
 
 
-async def test_what_answers_and_is_no_proxy_is_said_to_be_none(far_side: FarSide) -> None:
-    code, _, complained = await command("requests", "--url", far_side.url)
-    assert (code, complained) == (1, f"what answers at 127.0.0.1:{far_side.port} is no proxy of this version\n")
+async def test_what_answers_and_is_no_proxy_is_said_to_be_none(fake_upstream: FakeUpstream) -> None:
+    code, _, complained = await command("requests", "--url", fake_upstream.url)
+    assert (code, complained) == (1, f"what answers at 127.0.0.1:{fake_upstream.port} is no proxy of this version\n")
 
 
-async def test_a_line_can_do_nothing_to_a_terminal(far_side: FarSide) -> None:
+async def test_a_line_can_do_nothing_to_a_terminal(fake_upstream: FakeUpstream) -> None:
     def odd() -> bytes:
         line: dict[str, Any] = {
             "at": "2026-01-01T00:00:00.000+00:00",
@@ -222,9 +224,9 @@ async def test_a_line_can_do_nothing_to_a_terminal(far_side: FarSide) -> None:
     async def script(_: object, writer: asyncio.StreamWriter) -> None:
         writer.write(odd())
 
-    far_side.script = script
+    fake_upstream.script = script
     out, complaints = StringIO(), list[str]()
-    address = Address("127.0.0.1", far_side.port)
+    address = Address("127.0.0.1", fake_upstream.port)
     code = await asyncio.to_thread(
         follow, address, RequestFilter(follow=False), out, complaints.append, with_colour=True
     )

@@ -990,12 +990,12 @@ def test_every_mistake_is_told_in_the_words_of_a_configuration() -> None:
     told = set[str]()
     for path in paths:
         for shape in SHAPES:
-            draft = MergedSettings(tree=yaml.safe_load(BASE))
+            merged = MergedSettings(tree=yaml.safe_load(BASE))
             if path[0] == "listen" and len(path) > 1:
-                draft.ensure_listener()
-            draft.put(path, shape, "x")
-            _validated(draft)
-            told |= {problem.message for problem in draft.problems}
+                merged.ensure_listener()
+            merged.put(path, shape, "x")
+            _validated(merged)
+            told |= {problem.message for problem in merged.problems}
     assert len(told) > 30
     assert [message for message in told if FOREIGN.search(message)] == []
 

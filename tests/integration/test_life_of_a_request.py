@@ -15,8 +15,8 @@ from proxy.config import Config
 from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.simulator import Fault, Seller, Simulator
 from tests.conftest import StartProxy, config_from
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
-from tests.support.raw_client import Answer, call, connect
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
+from tests.support.raw_client import RawResponse, call, connect
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 ADDRESS = "/orders/v0/orders/902-1845936-5435065/address"
@@ -137,11 +137,13 @@ async def test_amazons_own_errors_pass_unchanged(simulated: RunningProxy, simula
 # Usage plans.
 
 
-async def test_a_call_waits_for_its_place_and_says_how_long(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_call_waits_for_its_place_and_says_how_long(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", b"{}", x_amzn_ratelimit_limit="20"))
+        writer.write(http_response("200 OK", b"{}", x_amzn_ratelimit_limit="20"))
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy()
     path = "/mfn/v0/shipments/1"  # 1 call per second, burst 1
     first = await call(proxy.addresses[0], "GET", path)
@@ -150,13 +152,15 @@ async def test_a_call_waits_for_its_place_and_says_how_long(start_proxy: StartPr
     assert 0 < float(second.decided["wait"]) < 0.9, "the rate that Amazon's answer named is believed"
 
 
-async def test_a_call_without_a_place_in_time_is_refused_at_once(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_call_without_a_place_in_time_is_refused_at_once(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     proxy = await start_proxy()
     path = "/mfn/v0/shipments/1"
     await call(proxy.addresses[0], "GET", path)
     got = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="0")
     assert (got.status, got.error, got.get("retry-after")) == (429, "UsagePlanExhausted", "1")
-    assert len(far_side.received) == 1
+    assert len(fake_upstream.received) == 1
     bad = await call(proxy.addresses[0], "GET", path, x_sp_max_wait="soon")
     assert (bad.status, bad.error) == (400, "BadOption")
 
@@ -180,38 +184,40 @@ async def test_an_exchange_does_not_come_between_a_place_and_its_call(
 
 
 async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
-    start_proxy: StartProxy, far_side: FarSide
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", b"{}", x_amzn_ratelimit_limit="5"))
+        writer.write(http_response("200 OK", b"{}", x_amzn_ratelimit_limit="5"))
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy()
     path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second from the first answer on
     await call(proxy.addresses[0], "GET", path.format("first"))
 
-    async def one(name: str, **fields: str) -> asyncio.Task[Answer]:
+    async def one(name: str, **fields: str) -> asyncio.Task[RawResponse]:
         task = asyncio.create_task(call(proxy.addresses[0], "GET", path.format(name), **fields))
         while proxy.metrics.in_flight < len(tasks) + 1:  # noqa: ASYNC110 - a gauge tells nobody
             await asyncio.sleep(0)
         return task
 
-    tasks: list[asyncio.Task[Answer]] = []
+    tasks: list[asyncio.Task[RawResponse]] = []
     tasks.append(await one("background", x_sp_priority="background"))
     for number in range(4):
         tasks.append(await one(f"noisy-{number}", x_sp_client="noisy"))  # noqa: PERF401 - one counts the others
     tasks.append(await one("quiet", x_sp_client="quiet"))
     assert {(await task).status for task in tasks} == {200}
-    went = [received.target.rpartition("/")[2] for received in far_side.received]
+    went = [received.target.rpartition("/")[2] for received in fake_upstream.received]
     assert went == ["first", "noisy-0", "quiet", "noisy-1", "noisy-2", "noisy-3", "background"]
-    assert not any(name.startswith("x-sp") for received in far_side.received for name, _ in received.fields)
+    assert not any(name.startswith("x-sp") for received in fake_upstream.received for name, _ in received.fields)
 
 
-async def test_pace_false_sends_at_once_and_passes_amazons_429_on(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_pace_false_sends_at_once_and_passes_amazons_429_on(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("429 Too Many Requests", b'{"errors":[{"code":"QuotaExceeded"}]}'))
+        writer.write(http_response("429 Too Many Requests", b'{"errors":[{"code":"QuotaExceeded"}]}'))
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy(limits={"pace": False})
     got = [await call(proxy.addresses[0], "GET", "/mfn/v0/shipments/1") for _ in range(3)]
     assert [(one.status, one.error) for one in got] == [(429, None)] * 3

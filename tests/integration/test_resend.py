@@ -14,7 +14,7 @@ from proxy.simulator import Example, Recorded, Seller, Settings, Simulator, exam
 from proxy.simulator.restricted_operations import grantless_scope, is_restricted_document, restricted
 from tests.conftest import MODELS, needs
 from tests.support.proxy_process import serving
-from tests.support.raw_client import Answer, Client, connect
+from tests.support.raw_client import Client, RawResponse, connect
 
 CLIENT, SECRET = "amzn1.application-oa2-client.replay", "replay-secret"
 REGIONS = ("na", "eu", "fe")
@@ -82,14 +82,14 @@ def region_of(example: Example, number: int) -> str:
     return named[0] if named else REGIONS[number % len(REGIONS)]
 
 
-async def send(client: Client, example: Example, region: str) -> Answer:
+async def send(client: Client, example: Example, region: str) -> RawResponse:
     headers = {**example.headers, "x-sp-region": region, "x-custom": "kept", "accept": "application/json"}
     if example.body is not None:
         headers["content-type"] = "application/json"
     return await client.request(example.method, example.target, example.body, **headers)
 
 
-def faults(example: Example, region: str, got: Answer, simulator: Simulator) -> list[str]:
+def faults(example: Example, region: str, got: RawResponse, simulator: Simulator) -> list[str]:
     """Return what is not as it must be, on either side."""
     calls = [entry for entry in simulator.journal if entry.service in REGIONS and not is_minting(entry, example)]
     if len(calls) != 1:
@@ -112,7 +112,7 @@ def faults(example: Example, region: str, got: Answer, simulator: Simulator) -> 
     return [what for what, is_right in checks.items() if not is_right]
 
 
-def is_the_answer(got: Answer, example: Example) -> bool:
+def is_the_answer(got: RawResponse, example: Example) -> bool:
     if example.status == 204 or example.content is None:
         return got.body == b""  # some examples write `{}` where HTTP has no body
     content = json.loads(got.body)

@@ -18,7 +18,7 @@ from proxy.server.runtime import start_proxy
 from proxy.simulator import Fault, Seller, Simulator
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET, Recorded
 from tests.conftest import config_from
-from tests.support.raw_client import Answer, connect, request
+from tests.support.raw_client import RawResponse, connect, request
 
 ACCOUNTS = ("ann", "bob", "cid")
 REGIONS = ("na", "eu")
@@ -146,10 +146,10 @@ async def make(address: str, call: Call) -> None:
             for _ in range(call.leaves):
                 await asyncio.sleep(0)
             return
-        check_answer(call, await client.answer())
+        check_answer(call, await client.read_response())
 
 
-def check_answer(call: Call, answer: Answer) -> None:
+def check_answer(call: Call, answer: RawResponse) -> None:
     assert answer.status in {200, 403, 502, 503}, answer.body
     assert (answer.decided["account"], answer.decided["region"]) == (call.account, call.region)
     if answer.status == 403 and answer.error is None and not json.loads(answer.body)["errors"][0]["details"]:

@@ -10,7 +10,7 @@ from proxy.request.context import RequestContext
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide, answer
+from tests.support.fake_upstream import FakeUpstream, http_response
 from tests.support.raw_client import call
 
 ORDER = "/orders/v0/orders/902-1845936-5435065?secret-query=1"
@@ -46,14 +46,16 @@ def reached(one: object) -> Iterator[object]:
             pending += gc.get_referents(current)
 
 
-async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     async def refused(_: object, writer: object) -> None:
-        writer.write(answer("403 Forbidden", b"{}", **{"x-amzn-requestid": "amazon-id-1"}))  # type: ignore[attr-defined]
+        writer.write(http_response("403 Forbidden", b"{}", **{"x-amzn-requestid": "amazon-id-1"}))  # type: ignore[attr-defined]
 
     await call(proxy.addresses[0], "GET", ORDER, x_request_id="app-id-1")
     await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b'{"body": 1}')
     await call(proxy.addresses[0], "GET", "/orders/v0/orders", x_sp_account="somebody")
-    far_side.script = refused
+    fake_upstream.script = refused
     await call(proxy.addresses[0], "GET", ORDER)
     recent = proxy.metrics.history
     assert recent is not None
@@ -79,7 +81,7 @@ def test_what_is_remembered_takes_little_memory() -> None:
     try:
         before = tracemalloc.get_traced_memory()[0]
         for second in range(2 * MAX_REQUESTS):
-            exchange = RequestContext("GET", float(second))
+            context = RequestContext("GET", float(second))
             series = metrics.series_of(*LABELS)
             waited, token_wait, upstream, duration = (second + share for share in (0.1, 0.2, 0.3, 0.4))
             recent.append(
@@ -87,7 +89,7 @@ def test_what_is_remembered_takes_little_memory() -> None:
                     recent.number(),
                     series.labels,
                     "",
-                    exchange.started,
+                    context.started,
                     duration,
                     waited,
                     token_wait,

@@ -26,8 +26,8 @@ def test_filler_has_the_size_that_was_asked_for(size: int) -> None:
 
 
 def test_every_answer_has_a_body_of_the_same_size() -> None:
-    for answer in (answer_with(0), answer_with(1024), minted()):
-        head, _, body = answer.partition(b"\r\n\r\n")
+    for response in (answer_with(0), answer_with(1024), minted()):
+        head, _, body = response.partition(b"\r\n\r\n")
         assert len(body) == ANSWER_SIZE
         assert b"\r\nContent-Length: 2048" in head
     assert len(answer_with(1024)) == len(answer_with(0)) + 1024

@@ -12,7 +12,7 @@ from proxy.request.authentication import ANONYMOUS, UNKNOWN_PEER, CallerAuthenti
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, config_from
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide
+from tests.support.fake_upstream import FakeUpstream
 from tests.support.raw_client import call
 
 ONE, TWO = "key-of-the-first-caller", "key-of-the-second-caller"
@@ -156,13 +156,13 @@ def test_a_key_file_is_read_anew_and_may_hold_the_next_key_too(tmp_path: Path) -
 
 
 async def test_a_key_does_not_go_on_and_its_owner_is_in_the_log(
-    start_proxy: StartProxy, far_side: FarSide, log: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, log: Any
 ) -> None:
     proxy: RunningProxy = await start_proxy(callers={"job": {"key": ONE}})
     for fields in ({"x_sp_key": ONE}, {"authorization": f"Bearer {ONE}"}):
         got = await call(proxy.addresses[0], "GET", SELLERS, **fields)
         assert got.status == 200
-    assert ONE not in str(far_side.received)
+    assert ONE not in str(fake_upstream.received)
     assert '"caller": "job"' in log.getvalue()
     assert ONE not in log.getvalue()
     got = await call(proxy.addresses[0], "GET", SELLERS)

@@ -14,7 +14,7 @@ from proxy.request.authorization import AccessPolicy, build_policies, validate_p
 from proxy.request.routing import Route, resolve
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import StartProxy, config_from
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 from tests.support.raw_client import call
 
 TABLE = load_table()
@@ -39,8 +39,8 @@ def config(folder: Path, policy: dict[str, Any], *, of_caller: bool = False, **l
 def decide(config: Config, permit: AccessPolicy, target: str, *fields: tuple[str, str], method: str = "GET") -> Route:
     sent = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), *fields]))
     listener = config.listen[0]
-    admitted = validate(method, target, sent, AllowedHosts.from_config(listener, config))
-    return resolve(method, admitted, sent, listener, config, TABLE, permit)
+    validated = validate(method, target, sent, AllowedHosts.from_config(listener, config))
+    return resolve(method, validated, sent, listener, config, TABLE, permit)
 
 
 @pytest.fixture(params=[False, True], ids=["listener", "caller"])
@@ -88,38 +88,38 @@ def permitted(folder: Path, policy: dict[str, Any], of_caller: bool) -> tuple[Co
 def test_operations(
     tmp_path: Path, of_caller: bool, patterns: list[str], method: str, target: str, is_allowed: bool
 ) -> None:
-    made, permit, where = permitted(tmp_path, {"operations": patterns}, of_caller)
+    made, policy, where = permitted(tmp_path, {"operations": patterns}, of_caller)
     if is_allowed:
-        assert decide(made, permit, target, method=method).account == "acme"
+        assert decide(made, policy, target, method=method).account == "acme"
         return
     with pytest.raises(NotAllowed) as caught:
-        decide(made, permit, target, method=method)
+        decide(made, policy, target, method=method)
     assert caught.value.status == 403
     assert f"{where}.operations" in caught.value.message
 
 
 @pytest.mark.parametrize(("target", "is_allowed"), [("/@acme/x", False), ("/@zeta/x", True), ("/@nobody/x", False)])
 def test_accounts(tmp_path: Path, of_caller: bool, target: str, is_allowed: bool) -> None:
-    made, permit, where = permitted(tmp_path, {"accounts": ["zeta"]}, of_caller)
+    made, policy, where = permitted(tmp_path, {"accounts": ["zeta"]}, of_caller)
     if is_allowed:
-        assert decide(made, permit, target).account == "zeta"
+        assert decide(made, policy, target).account == "zeta"
         return
     with pytest.raises(NotAllowed) as caught:
-        decide(made, permit, target)
+        decide(made, policy, target)
     assert f"{where}.accounts" in caught.value.message
     assert "acme" not in caught.value.message
 
 
 def test_the_only_account_allowed_is_the_usual_one_and_a_default_that_is_not_allowed_is_refused(tmp_path: Path) -> None:
-    made, permit, _ = permitted(tmp_path, {"accounts": ["zeta"]}, of_caller=True)
-    assert decide(made, permit, "/x").account == "zeta"
+    made, policy, _ = permitted(tmp_path, {"accounts": ["zeta"]}, of_caller=True)
+    assert decide(made, policy, "/x").account == "zeta"
     for accounts in ([], ["acme", "zeta"]):
-        made, permit, _ = permitted(tmp_path, {"accounts": accounts}, of_caller=True)
+        made, policy, _ = permitted(tmp_path, {"accounts": accounts}, of_caller=True)
         if accounts:
-            assert decide(made, permit, "/x").account == "acme"
+            assert decide(made, policy, "/x").account == "acme"
         else:
             with pytest.raises(NotAllowed):
-                decide(made, permit, "/x")
+                decide(made, policy, "/x")
 
 
 ADDRESS, BUYER = f"{ORDER}/address", f"{ORDER}/buyerInfo"
@@ -169,20 +169,20 @@ def test_personal_data(
     kind: str,
     given: tuple[str, ...],
 ) -> None:
-    made, permit, where = permitted(tmp_path, {"data_elements": elements} if elements is not None else {}, of_caller)
+    made, policy, where = permitted(tmp_path, {"data_elements": elements} if elements is not None else {}, of_caller)
     if kind == "refused":
         with pytest.raises(NotAllowed) as caught:
-            decide(made, permit, target, *fields)
+            decide(made, policy, target, *fields)
         assert f"{where}.data_elements" in caught.value.message
         return
-    decided = decide(made, permit, target, *fields)
-    assert (decided.credential.kind, decided.credential.data_elements) == (kind, given)
+    decided = decide(made, policy, target, *fields)
+    assert (decided.token_key.kind, decided.token_key.data_elements) == (kind, given)
 
 
 def test_who_may_not_have_personal_data_may_not_have_a_token_for_it_either(tmp_path: Path) -> None:
-    made, permit, _ = permitted(tmp_path, {"data_elements": []}, of_caller=True)
+    made, policy, _ = permitted(tmp_path, {"data_elements": []}, of_caller=True)
     with pytest.raises(NotAllowed):
-        decide(made, permit, "/tokens/2021-03-01/restrictedDataToken", method="POST")
+        decide(made, policy, "/tokens/2021-03-01/restrictedDataToken", method="POST")
 
 
 def test_every_restricted_operation_brings_something_but_those_that_do_without() -> None:
@@ -203,12 +203,12 @@ def test_listener_and_caller_must_both_allow(tmp_path: Path) -> None:
         operations=["GET *"],
         data_elements=["shippingAddress"],
     )
-    permit = build_policies(made, 0)["job"]
-    assert decide(made, permit, ORDERS).credential.kind == "lwa"
+    policy = build_policies(made, 0)["job"]
+    assert decide(made, policy, ORDERS).token_key.kind == "lwa"
     with pytest.raises(NotAllowed, match=r"listen\[0\]\.operations"):
-        decide(made, permit, f"{ORDER}/shipment", method="POST")
+        decide(made, policy, f"{ORDER}/shipment", method="POST")
     with pytest.raises(NotAllowed, match=r"callers\.job\.operations"):
-        decide(made, permit, "/reports/2021-06-30/reports")
+        decide(made, policy, "/reports/2021-06-30/reports")
 
 
 def test_the_only_account_that_both_allow_is_the_usual_one(tmp_path: Path) -> None:
@@ -225,12 +225,12 @@ def test_a_pattern_that_fits_nothing_is_a_mistake(tmp_path: Path, of_caller: boo
 
 
 async def test_a_refusal_costs_amazon_nothing(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     proxy = await start_proxy(listen={"address": "127.0.0.1:0", "operations": ["READ *"]})
     got = await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}")
     assert (got.status, got.error) == (403, "NotAllowed")
     assert b"listen[0].operations does not allow POST feeds.2021-06-30.createFeed here" in got.body
-    assert not far_side.received
+    assert not fake_upstream.received
     assert not token_host.received
     assert (await call(proxy.addresses[0], "GET", ORDERS)).status == 200

@@ -5,7 +5,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.request.header_cache import MAX_BYTES, MAX_HEADS, HeaderBlock, HeaderCache, Raw
 from proxy.server.runtime import RunningProxy
-from tests.support.fake_upstream import FarSide
+from tests.support.fake_upstream import FakeUpstream
 from tests.support.raw_client import call
 
 
@@ -55,25 +55,29 @@ def test_a_head_that_is_larger_than_all_that_may_be_remembered_is_not() -> None:
     assert heads.get(*fields("x: first")) is first
 
 
-async def test_what_is_remembered_of_one_request_does_not_reach_another(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_what_is_remembered_of_one_request_does_not_reach_another(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     at, path = proxy.addresses[0], "/orders/v0/orders"
     for method, body in (("GET", None), ("POST", b"abc"), ("GET", None), ("POST", b"abc"), ("DELETE", None)):
         assert (await call(at, method, path, body, x_mine="1", content_language="en")).status == 200
-        sent = far_side.received[-1]
+        sent = fake_upstream.received[-1]
         assert (sent.method, sent.get("x-mine"), sent.body) == (method, "1", body or b"")
     for method in ("GET", "PUT", "GET", "PUT"):
         await call(at, method, path, content_type="text/plain")
-        assert (far_side.received[-1].get("content-type") is None) is (method == "GET"), "not without a body"
-    count = len(far_side.received)
+        assert (fake_upstream.received[-1].get("content-type") is None) is (method == "GET"), "not without a body"
+    count = len(fake_upstream.received)
     assert (await call(at, "GET", path, x_mine="1", origin="https://evil.example")).error == "BrowserRefused"
     assert (await call(at, "TRACE", path, x_mine="1", content_language="en")).error == "MethodNotAllowed"
     assert (await call(at, "GET", "//orders", x_mine="1", content_language="en")).error == "BadTarget"
     assert (await call(at, "GET", "http://evil.example/", x_mine="1", content_language="en")).error == "HostRefused"
-    assert len(far_side.received) == count
+    assert len(fake_upstream.received) == count
 
 
-async def test_a_length_that_connection_names_is_no_length_to_go_by(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_a_length_that_connection_names_is_no_length_to_go_by(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     for _ in range(2):
         got = await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}", connection="content-length")
         assert got.status == 200
-        assert (far_side.received[-1].body, far_side.received[-1].get("content-length")) == (b"{}", None)
+        assert (fake_upstream.received[-1].body, fake_upstream.received[-1].get("content-length")) == (b"{}", None)

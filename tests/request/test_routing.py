@@ -59,8 +59,8 @@ def decide(
     headers.setdefault("Host", "localhost")
     sent = CIMultiDictProxy(headers)
     listener = listener or config.listen[0]
-    admitted = validate(method, target, sent, AllowedHosts.from_config(listener, config))
-    return resolve(method, admitted, sent, listener, config, TABLE)
+    validated = validate(method, target, sent, AllowedHosts.from_config(listener, config))
+    return resolve(method, validated, sent, listener, config, TABLE)
 
 
 def fixed(account: str | None = None, region: Any = None, *, require_header: bool = False) -> Listener:
@@ -103,8 +103,8 @@ def test_account_and_region_come_from_the_first_source_that_names_them(
     decided = decide(config(tmp_path), target, *fields, listener=listener)
     assert (decided.account, decided.region) == expected
     assert decided.path_and_query.startswith(ORDERS)
-    assert decided.credential.account == expected[0]
-    assert decided.credential.region == expected[1]
+    assert decided.token_key.account == expected[0]
+    assert decided.token_key.region == expected[1]
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_sources_that_disagree_are_refused_and_both_named(
 
 def test_an_id_that_looks_like_the_parameter_of_another_is_not_decided_as_that(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    decisions = RouteCache(settings.listen[0], settings, TABLE)
+    routes = RouteCache(settings.listen[0], settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ACME, EU]))
 
     def decided(query: str) -> Route:
         target = f"{ORDERS}?{query}"
-        admitted = validate("GET", target, headers, AllowedHosts.from_config(settings.listen[0], settings))
-        return decisions.get("GET", admitted, headers, "", ALLOW_ALL)
+        validated = validate("GET", target, headers, AllowedHosts.from_config(settings.listen[0], settings))
+        return routes.get("GET", validated, headers, "", ALLOW_ALL)
 
     # An id that nobody knows, which Amazon is to judge, since the region is named.
     assert decided(f"%4DarketplaceId=%3D{USA}").region == "eu"
@@ -186,11 +186,11 @@ def test_what_is_missing_or_unknown_is_said(
 @pytest.mark.parametrize("named", ["uk", "UK", "us", "usa", "Europe", "eu-west-1", "far-east", "north_america", "apac"])
 def test_what_looks_like_a_region_behind_the_account_is_no_part_of_the_path(tmp_path: Path, named: str) -> None:
     settings, listener = config(tmp_path), config(tmp_path).listen[0]
-    decisions = RouteCache(listener, settings, TABLE)
+    routes = RouteCache(listener, settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "x-sp-region": "fe"}))
 
     def decided(target: str) -> Route:
-        return decisions.get(
+        return routes.get(
             "GET",
             validate("GET", target, headers, AllowedHosts.from_config(listener, settings)),
             headers,
@@ -218,11 +218,11 @@ def test_what_no_region_makes_an_operation_goes_on_as_a_path(tmp_path: Path, pat
 
 def test_an_account_that_is_not_allowed_is_refused_before_its_region_is_looked_at(tmp_path: Path) -> None:
     settings = config(tmp_path, listen={"address": "127.0.0.1:8080", "accounts": ["acme"]})
-    decisions = RouteCache(settings.listen[0], settings, TABLE)
+    routes = RouteCache(settings.listen[0], settings, TABLE)
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost"}))
-    admitted = validate("GET", f"/@zeta/uk{ORDERS}", headers, AllowedHosts.from_config(settings.listen[0], settings))
+    validated = validate("GET", f"/@zeta/uk{ORDERS}", headers, AllowedHosts.from_config(settings.listen[0], settings))
     with pytest.raises(NotAllowed):
-        decisions.get("GET", admitted, headers, "", build_policies(settings, 0)[""])
+        routes.get("GET", validated, headers, "", build_policies(settings, 0)[""])
 
 
 def test_every_way_to_name_the_region_is_said_where_it_is_missing(tmp_path: Path) -> None:
@@ -320,41 +320,41 @@ def test_the_token_is_chosen_by_the_table_and_by_what_is_asked(
     tmp_path: Path, method: str, path: str, elements: str | None, kind: str, rdt_path: str, granted: tuple[str, ...]
 ) -> None:
     fields = (ACME, EU, *((("x-sp-data-elements", elements),) if elements else ()))
-    credential = decide(config(tmp_path), path, *fields, method=method).credential
-    assert (credential.kind, credential.path, credential.data_elements) == (kind, rdt_path, granted)
+    token_key = decide(config(tmp_path), path, *fields, method=method).token_key
+    assert (token_key.kind, token_key.path, token_key.data_elements) == (kind, rdt_path, granted)
 
 
 def test_an_rdt_path_has_no_query_and_serves_every_order(tmp_path: Path) -> None:
-    first = decide(config(tmp_path), f"{ORDERS}/1-2/address?x=1", ACME, EU).credential
-    second = decide(config(tmp_path), f"{ORDERS}/3-4/address", ACME, EU).credential
+    first = decide(config(tmp_path), f"{ORDERS}/1-2/address?x=1", ACME, EU).token_key
+    second = decide(config(tmp_path), f"{ORDERS}/3-4/address", ACME, EU).token_key
     assert first == second
     assert first.is_shared
-    assert not decide(config(tmp_path), "/reports/2021-06-30/documents/d", ACME, EU).credential.is_shared
+    assert not decide(config(tmp_path), "/reports/2021-06-30/documents/d", ACME, EU).token_key.is_shared
 
 
 def test_an_accounts_own_elements_ask_where_it_is_optional(tmp_path: Path) -> None:
     zeta = ("x-sp-account", "zeta")
-    credential = decide(config(tmp_path), ORDERS, zeta).credential
-    assert (credential.kind, credential.data_elements) == ("rdt", ("buyerInfo", "shippingAddress"))
-    assert decide(config(tmp_path), ORDERS, zeta, ("x-sp-data-elements", "none")).credential.kind == "lwa"
+    token_key = decide(config(tmp_path), ORDERS, zeta).token_key
+    assert (token_key.kind, token_key.data_elements) == ("rdt", ("buyerInfo", "shippingAddress"))
+    assert decide(config(tmp_path), ORDERS, zeta, ("x-sp-data-elements", "none")).token_key.kind == "lwa"
 
 
 def test_the_sandbox_gets_ordinary_tokens(tmp_path: Path) -> None:
     decided = decide(config(tmp_path, environment="sandbox"), f"{ORDERS}/1/address", ACME, EU)
-    assert decided.credential.kind == "lwa"
+    assert decided.token_key.kind == "lwa"
     assert decided.endpoint == "https://sandbox.sellingpartnerapi-eu.amazon.com"
 
 
 def test_a_grantless_call_needs_no_refresh_token_for_its_region(tmp_path: Path) -> None:
     decided = decide(config(tmp_path), "/notifications/v1/destinations", ACME, ("x-sp-region", "fe"))
-    assert (decided.credential.kind, decided.credential.account) == ("grantless", "")
-    assert decided.credential.scope == "sellingpartnerapi::notifications"
+    assert (decided.token_key.kind, decided.token_key.account) == ("grantless", "")
+    assert decided.token_key.scope == "sellingpartnerapi::notifications"
 
 
 def test_everything_that_makes_two_tokens_differ_is_in_the_credential(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    credentials = {
-        decide(settings, target, *fields, method=method).credential
+    token_keys = {
+        decide(settings, target, *fields, method=method).token_key
         for target, fields, method in (
             (ORDERS, (ACME, EU), "GET"),
             (ORDERS, (ACME, ("x-sp-region", "na")), "GET"),
@@ -368,7 +368,7 @@ def test_everything_that_makes_two_tokens_differ_is_in_the_credential(tmp_path: 
             (ORDERS, (("x-sp-account", "zeta"),), "GET"),
         )
     }
-    assert len(credentials) == 10
+    assert len(token_keys) == 10
 
 
 def test_a_description_says_what_and_why(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from proxy.request.tracing import MAX_PHASES, Phase, TracedContext
 from proxy.server.runtime import start_proxy
 from tests.conftest import config_from, settings_for
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.paths import ROOT
 from tests.support.proxy_process import command
 from tests.support.raw_client import call, connect, request
@@ -99,12 +99,14 @@ async def collector() -> AsyncIterator[Collector]:
 
 
 @pytest.fixture
-def traced(far_side: FarSide, token_host: TokenHost, collector: Collector, tmp_path: Path) -> Any:
+def traced(fake_upstream: FakeUpstream, token_host: TokenHost, collector: Collector, tmp_path: Path) -> Any:
     """A proxy that traces; when it has ended, the collector has everything."""
 
     @asynccontextmanager
     async def start(tracing: dict[str, Any] | None = None, **changed: Any) -> AsyncIterator[str]:
-        settings = settings_for(far_side, token_host, tracing={"endpoint": collector.url, **(tracing or {})}, **changed)
+        settings = settings_for(
+            fake_upstream, token_host, tracing={"endpoint": collector.url, **(tracing or {})}, **changed
+        )
         async with start_proxy(config_from(settings, tmp_path)) as proxy:
             yield proxy.addresses[0]
 
@@ -112,7 +114,7 @@ def traced(far_side: FarSide, token_host: TokenHost, collector: Collector, tmp_p
 
 
 async def test_a_request_is_a_span_with_its_waits_and_its_call_below(
-    traced: Any, collector: Collector, far_side: FarSide
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
 ) -> None:
     async with traced() as app:
         got = await call(app, "GET", f"{ORDER}?MarketplaceIds=A1PA6795UKMFR9", x_sp_max_wait="1s")
@@ -133,7 +135,7 @@ async def test_a_request_is_a_span_with_its_waits_and_its_call_below(
     token, out = below(collector.spans)
     assert (token.name, token.kind) == ("wait for token", Span.SPAN_KIND_INTERNAL)
     assert (out.name, out.kind) == ("GET", Span.SPAN_KIND_CLIENT)
-    host, _, port = far_side.url.removeprefix("http://").partition(":")
+    host, _, port = fake_upstream.url.removeprefix("http://").partition(":")
     assert attributes(out) == {
         "http.request.method": "GET",
         "http.response.status_code": 200,
@@ -158,13 +160,13 @@ async def test_no_path_query_id_or_token_is_in_a_trace(traced: Any, collector: C
         assert part not in whole
 
 
-async def test_each_time_it_is_sent_is_a_span(traced: Any, collector: Collector, far_side: FarSide) -> None:
-    answers = iter([answer("503 Service Unavailable"), answer("200 OK")])
+async def test_each_time_it_is_sent_is_a_span(traced: Any, collector: Collector, fake_upstream: FakeUpstream) -> None:
+    responses = iter([http_response("503 Service Unavailable"), http_response("200 OK")])
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(next(answers))
+        writer.write(next(responses))
 
-    far_side.script = script
+    fake_upstream.script = script
     async with traced() as app:
         assert (await call(app, "GET", SELLERS)).status == 200
     first, second = (span for span in below(collector.spans) if span.kind == Span.SPAN_KIND_CLIENT)
@@ -176,13 +178,17 @@ async def test_each_time_it_is_sent_is_a_span(traced: Any, collector: Collector,
     assert attributes(server_of(collector.spans))["spapi.attempts"] == 2
 
 
-async def test_the_wait_for_a_usage_plan_is_a_span(traced: Any, collector: Collector, far_side: FarSide) -> None:
-    answers = iter([answer("200 OK", x_amzn_ratelimit_limit="20"), answer("429 Too Many"), answer("200 OK")])
+async def test_the_wait_for_a_usage_plan_is_a_span(
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
+) -> None:
+    responses = iter(
+        [http_response("200 OK", x_amzn_ratelimit_limit="20"), http_response("429 Too Many"), http_response("200 OK")]
+    )
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(next(answers))
+        writer.write(next(responses))
 
-    far_side.script = script
+    fake_upstream.script = script
     async with traced({"sample": 0}) as app:
         await call(app, "GET", SELLERS)  # the rate is 20 from now on
         assert (await call(app, "GET", SELLERS, traceparent=SAMPLED)).status == 200
@@ -192,11 +198,13 @@ async def test_the_wait_for_a_usage_plan_is_a_span(traced: Any, collector: Colle
     assert 1e7 < wait.end_time_unix_nano - wait.start_time_unix_nano < 5e9
 
 
-async def test_a_call_without_an_answer_is_an_error(traced: Any, collector: Collector, far_side: FarSide) -> None:
+async def test_a_call_without_an_answer_is_an_error(
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
+) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with traced() as app:
         assert (await call(app, "POST", "/feeds/2021-06-30/feeds", b"{}")).status == 502
     server = server_of(collector.spans)
@@ -209,14 +217,14 @@ async def test_a_call_without_an_answer_is_an_error(traced: Any, collector: Coll
 
 
 async def test_an_answer_that_breaks_off_is_an_error_of_the_request_alone(
-    traced: Any, collector: Collector, far_side: FarSide
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
         await writer.drain()
         writer.close()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with traced() as app:
         assert not (await call(app, "GET", SELLERS)).complete
     server = server_of(collector.spans)
@@ -234,14 +242,16 @@ async def test_a_refused_request_is_a_span_without_any_below(traced: Any, collec
     assert server.status.code == Status.STATUS_CODE_UNSET  # the app's own fault
 
 
-async def test_a_client_that_leaves_is_a_span_too(traced: Any, collector: Collector, far_side: FarSide) -> None:
+async def test_a_client_that_leaves_is_a_span_too(
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
+) -> None:
     there, over = asyncio.Event(), asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         there.set()
         await over.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with traced() as app, connect(app) as client:
         client.writer.write(request("GET", SELLERS))
         await there.wait()
@@ -251,14 +261,14 @@ async def test_a_client_that_leaves_is_a_span_too(traced: Any, collector: Collec
 
 
 async def test_the_apps_span_is_the_parent_and_amazon_hears_nothing_of_it(
-    traced: Any, collector: Collector, far_side: FarSide
+    traced: Any, collector: Collector, fake_upstream: FakeUpstream
 ) -> None:
     async with traced({"sample": 0}) as app:
         await call(app, "GET", SELLERS, traceparent=SAMPLED, tracestate="vendor=opaque", baggage="user=7")
     server = server_of(collector.spans)
     assert (server.trace_id.hex(), server.parent_span_id.hex()) == (TRACE, PARENT)
     assert server.trace_state == "vendor=opaque"
-    (received,) = far_side.received
+    (received,) = fake_upstream.received
     names = {name.lower() for name, _ in received.fields}
     assert not names & {"traceparent", "tracestate", "baggage", "b3", "x-b3-traceid", "uber-trace-id"}
     assert TRACE not in str(received.fields)
@@ -290,7 +300,7 @@ async def test_two_parents_are_none(traced: Any, collector: Collector) -> None:
     async with traced() as app, connect(app) as client:
         lines = f"GET {SELLERS} HTTP/1.1\r\nhost: localhost\r\n" + f"traceparent: {SAMPLED}\r\n" * 2 + "\r\n"
         client.writer.write(lines.encode())
-        assert (await client.answer("GET")).status == 200
+        assert (await client.read_response("GET")).status == 200
     assert server_of(collector.spans).trace_id.hex() != TRACE
 
 
@@ -328,8 +338,8 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
     metrics = Metrics()
     traces = spans.open_tracer(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
     for _ in statuses:
-        exchange = traces.begin("GET", traces._now())
-        traces.end(exchange, CIMultiDictProxy(CIMultiDict()))
+        context = traces.begin("GET", traces._now())
+        traces.end(context, CIMultiDictProxy(CIMultiDict()))
         await asyncio.to_thread(traces._processor.force_flush)
     await traces.close()
     assert metrics.registry.get_sample_value("spapi_proxy_trace_spans_lost_total") == 2
@@ -344,23 +354,23 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
 
 def test_the_record_notes_when_its_numbers_change() -> None:
     clock = FakeClock()
-    exchange = TracedContext("GET", clock(), clock)
+    context = TracedContext("GET", clock(), clock)
     began = clock()
     clock.advance(2.0)
-    exchange.token_wait += 2.0
+    context.token_wait += 2.0
     clock.advance(3.0)
-    exchange.rate_limit_wait += 3.0
-    exchange.attempts += 1
+    context.rate_limit_wait += 3.0
+    context.attempts += 1
     clock.advance(1.0)
-    exchange.status = 200
-    exchange.upstream_duration = 1.0
-    exchange.token_wait += 0.0001  # a look at a token that is there
-    assert exchange.phases == [
+    context.status = 200
+    context.upstream_duration = 1.0
+    context.token_wait += 0.0001  # a look at a token that is there
+    assert context.phases == [
         Phase("token", began, began + 2),
         Phase("usage plan", began + 2, began + 5),
         Phase("call", began + 5, began + 6, 200),
     ]
-    assert (exchange.rate_limit_wait, exchange.token_wait, exchange.attempts, exchange.upstream_duration) == (
+    assert (context.rate_limit_wait, context.token_wait, context.attempts, context.upstream_duration) == (
         3.0,
         2.0001,
         1,
@@ -369,11 +379,11 @@ def test_the_record_notes_when_its_numbers_change() -> None:
 
 
 def test_a_record_notes_a_bounded_number_of_steps() -> None:
-    exchange = TracedContext("GET", 0.0, FakeClock())
+    context = TracedContext("GET", 0.0, FakeClock())
     for _ in range(MAX_PHASES * 2):
-        exchange.attempts += 1
-    exchange.close(1.0)
-    assert len(exchange.phases) == MAX_PHASES
+        context.attempts += 1
+    context.close(1.0)
+    assert len(context.phases) == MAX_PHASES
 
 
 # Settings.

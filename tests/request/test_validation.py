@@ -147,15 +147,15 @@ def test_a_misspelt_header_is_refused_each_time_and_a_foreign_host_first() -> No
     ],
 )
 def test_loopback_names_are_taken_in_any_case_and_with_any_port(given_host: str, means: str) -> None:
-    admitted = let_in(host=given_host)
-    assert (admitted.host, admitted.amazon) == (means, None)
+    validated = let_in(host=given_host)
+    assert (validated.host, validated.amazon) == (means, None)
 
 
 @pytest.mark.parametrize("host", sorted(AMAZON))
 def test_a_host_of_amazon_says_environment_and_region(host: str) -> None:
     for written in (host, host.upper(), f"{host}:443"):
-        admitted = let_in(host=written)
-        assert (admitted.host, admitted.amazon) == (host, AMAZON[host])
+        validated = let_in(host=written)
+        assert (validated.host, validated.amazon) == (host, AMAZON[host])
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_there_is_exactly_one_host_header(hosts: tuple[str, ...]) -> None:
     ],
 )
 def test_an_absolute_target_decides_over_the_host_header(target: str, host: str, means: str) -> None:
-    admitted = let_in(target, host=host)
-    assert (admitted.target, admitted.host) == ("/orders", means)
+    validated = let_in(target, host=host)
+    assert (validated.target, validated.host) == ("/orders", means)
 
 
 def test_an_absolute_target_does_not_excuse_a_foreign_host_header() -> None:
@@ -447,10 +447,10 @@ ORIGIN_FORM = st.text(
 @example("/a/..;b", "GET")
 def test_an_admitted_target_comes_out_byte_for_byte(target: str, method: str) -> None:
     try:
-        admitted = let_in(target, method=method)
+        validated = let_in(target, method=method)
     except BadTarget:
         return
-    assert admitted.target == target
+    assert validated.target == target
 
 
 @given(ORIGIN_FORM)
@@ -476,12 +476,12 @@ def test_nothing_whatever_raises_anything_but_an_error_of_ours(target: str, host
         (ORDERS, host, "GET"),
     ):
         try:
-            admitted = let_in(written, host=name, method=verb)
+            validated = let_in(written, host=name, method=verb)
         except ProxyError:
             continue
-        assert admitted.target.startswith("/")
-        assert admitted.target.isascii()
-        assert admitted.host in DOOR.hosts | set(AMAZON)
+        assert validated.target.startswith("/")
+        assert validated.target.isascii()
+        assert validated.host in DOOR.hosts | set(AMAZON)
 
 
 def test_a_browser_is_refused_before_anything_else_is_said() -> None:

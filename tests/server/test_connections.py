@@ -13,7 +13,7 @@ import pytest
 
 from proxy.server.runtime import RunningProxy, start_proxy
 from tests.conftest import StartProxy, config_from, settings_for
-from tests.support.fake_upstream import FarSide, Received, Script, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, Script, TokenHost, http_response
 from tests.support.raw_client import call, connect, request
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -50,19 +50,25 @@ async def ended(reader: asyncio.StreamReader) -> tuple[bytes, str]:
 
 @pytest.mark.parametrize(
     "surplus",
-    [answer("200 OK", b"first's"), answer("200 OK", b"first's")[:20], b"X", b"\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"],
+    [
+        http_response("200 OK", b"first's"),
+        http_response("200 OK", b"first's")[:20],
+        b"X",
+        b"\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+    ],
     ids=["whole answer", "half an answer", "one byte", "a line's end", "interim answer"],
 )
 async def test_what_arrives_on_an_idle_connection_answers_nobody(
-    start_proxy: StartProxy, far_side: FarSide, surplus: bytes
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, surplus: bytes
 ) -> None:
     gone = asyncio.Event()
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         token = received.get("x-amz-access-token") or ""
-        writer.write(answer("200 OK", f"for token {token.rpartition('|')[2]}".encode()))
+        writer.write(http_response("200 OK", f"for token {token.rpartition('|')[2]}".encode()))
         await writer.drain()
-        if len(far_side.received) == 1:
+        if len(fake_upstream.received) == 1:
             await answered.wait()
             writer.write(surplus)
             assert received.reader is not None
@@ -70,7 +76,7 @@ async def test_what_arrives_on_an_idle_connection_answers_nobody(
             gone.set()
 
     answered = asyncio.Event()
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy(accounts=TWO_ACCOUNTS)
     first = await call(proxy.addresses[0], "POST", FEEDS, b"{}", x_sp_account="one")
     answered.set()
@@ -80,11 +86,11 @@ async def test_what_arrives_on_an_idle_connection_answers_nobody(
 
 
 async def test_a_token_that_arrives_unasked_is_nobodys(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     async def respond(received: Received, writer: asyncio.StreamWriter) -> None:
         who = "one" if b"one" in received.body else "two"
-        grant = answer("200 OK", json.dumps({"access_token": f"Atza|{who}", "expires_in": 3600}).encode())
+        grant = http_response("200 OK", json.dumps({"access_token": f"Atza|{who}", "expires_in": 3600}).encode())
         writer.write(grant)
         await writer.drain()
         await asyncio.sleep(0)
@@ -94,20 +100,20 @@ async def test_a_token_that_arrives_unasked_is_nobodys(
     proxy = await start_proxy(accounts=TWO_ACCOUNTS)
     for who in ("one", "two"):
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_account=who)
-    assert [received.get("x-amz-access-token") for received in far_side.received] == ["Atza|one", "Atza|two"]
+    assert [received.get("x-amz-access-token") for received in fake_upstream.received] == ["Atza|one", "Atza|two"]
     assert token_host.connections == 2
 
 
-async def test_a_connection_that_is_still_clean_is_used_again(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_a_connection_that_is_still_clean_is_used_again(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     for _ in range(3):
         await call(proxy.addresses[0], "GET", SELLERS)
-    assert far_side.connections == 1
+    assert fake_upstream.connections == 1
 
 
 async def test_an_idle_connection_that_died_costs_no_token(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
-    far_side.respond = once_a_connection(far_side)  # type: ignore[assignment, method-assign]
+    fake_upstream.respond = once_a_connection(fake_upstream)  # type: ignore[assignment, method-assign]
     token_host.respond = once_a_connection(token_host)  # type: ignore[assignment, method-assign]
     proxy = await start_proxy(accounts=TWO_ACCOUNTS)
     assert (await call(proxy.addresses[0], "POST", FEEDS, b"{}", x_sp_account="one")).status == 200
@@ -117,7 +123,7 @@ async def test_an_idle_connection_that_died_costs_no_token(
     assert (other.status, other.error) == (200, None)
 
 
-def once_a_connection(server: FarSide | TokenHost) -> Script:
+def once_a_connection(server: FakeUpstream | TokenHost) -> Script:
     """Return what answers the first request of each connection, and closes it under the second."""
     seen: set[int] = set()
     respond = server.respond
@@ -137,7 +143,7 @@ def once_a_connection(server: FarSide | TokenHost) -> Script:
 
 @pytest.mark.parametrize("end", [reset, lambda writer: writer.close()], ids=["reset", "eof"])
 async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
-    proxy: RunningProxy, far_side: FarSide, end: Callable[[asyncio.StreamWriter], None]
+    proxy: RunningProxy, fake_upstream: FakeUpstream, end: Callable[[asyncio.StreamWriter], None]
 ) -> None:
     passed_on = asyncio.Event()
 
@@ -147,7 +153,7 @@ async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
         await passed_on.wait()
         end(writer)
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as client:
         await client.send(f"GET {SELLERS} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         await client.reader.readuntil(b"half")
@@ -155,14 +161,16 @@ async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
         assert await ended(client.reader) == (b"", "reset")
 
 
-async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     never = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy(timeouts={"upstream_idle": "100ms"})
     async with connect(proxy.addresses[0]) as client:
         await client.send(f"GET {SELLERS} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
@@ -170,7 +178,7 @@ async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(start_proxy: Start
 
 
 async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(
-    proxy: RunningProxy, far_side: FarSide
+    proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     passed_on = asyncio.Event()
 
@@ -180,7 +188,7 @@ async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(
         await passed_on.wait()
         reset(writer)
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
         await client.reader.readuntil(b"half")
@@ -191,11 +199,11 @@ async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(
 
 
 @pytest.mark.parametrize("status", ["099 Odd", "042 Odd"])
-async def test_a_status_that_is_none_is_an_error(proxy: RunningProxy, far_side: FarSide, status: str) -> None:
+async def test_a_status_that_is_none_is_an_error(proxy: RunningProxy, fake_upstream: FakeUpstream, status: str) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer(status, b"odd"))
+        writer.write(http_response(status, b"odd"))
 
-    far_side.script = script
+    fake_upstream.script = script
     got = await call(proxy.addresses[0], "POST", FEEDS, b"{}")
     assert (got.status, got.error) == (502, "UpstreamBroken")
 
@@ -205,16 +213,16 @@ async def test_a_status_that_is_none_is_an_error(proxy: RunningProxy, far_side: 
 
 @pytest.fixture
 async def stoppable(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> AsyncIterator[tuple[RunningProxy, AsyncExitStack]]:
     """A proxy, and what stops it."""
     async with AsyncExitStack() as stack:
-        settings = settings_for(far_side, token_host, timeouts={"shutdown": "10s"})
+        settings = settings_for(fake_upstream, token_host, timeouts={"shutdown": "10s"})
         yield await stack.enter_async_context(start_proxy(config_from(settings, tmp_path))), stack
 
 
 async def test_what_is_being_sent_up_when_the_proxy_is_told_to_stop_arrives_whole(
-    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], fake_upstream: FakeUpstream
 ) -> None:
     proxy, stack = stoppable
     arrived: list[bytes] = []
@@ -223,18 +231,18 @@ async def test_what_is_being_sent_up_when_the_proxy_is_told_to_stop_arrives_whol
         assert received.reader is not None
         if received.method == "POST":
             arrived.append(await received.reader.readexactly(8))
-        writer.write(answer("200 OK", b"taken"))
+        writer.write(http_response("200 OK", b"taken"))
 
-    far_side.script, far_side.reads_bodies = script, False
+    fake_upstream.script, fake_upstream.reads_bodies = script, False
     async with connect(proxy.addresses[0]) as client, connect(proxy.addresses[0]) as idle:
         await idle.request("GET", SELLERS)
-        far_side.arrived.clear()
+        fake_upstream.arrived.clear()
         await client.send(request("POST", FEEDS, content_length="8") + b"half")
-        await asyncio.wait_for(far_side.arrived.wait(), 10)
+        await asyncio.wait_for(fake_upstream.arrived.wait(), 10)
         stopping = asyncio.create_task(stack.aclose())
         assert await asyncio.wait_for(idle.at_end(), 10), "idle connections end at once"
         await client.send(b"rest")
-        got = await asyncio.wait_for(client.answer(), 10)
+        got = await asyncio.wait_for(client.read_response(), 10)
         assert (arrived, got.body, got.get("connection")) == ([b"halfrest"], b"taken", "close")
         assert await asyncio.wait_for(client.at_end(), 10)
         await stopping
@@ -254,7 +262,7 @@ async def refuses(address: str) -> None:
 
 
 async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_proxys_doing(
-    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], fake_upstream: FakeUpstream
 ) -> None:
     proxy, stack = stoppable
     never = asyncio.Event()
@@ -264,17 +272,17 @@ async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_pr
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as begun, connect(proxy.addresses[0]) as waiting:
         await begun.send(request("GET", SELLERS))
         await begun.reader.readuntil(b"half")
-        far_side.arrived.clear()
+        fake_upstream.arrived.clear()
         await waiting.send(request("POST", FEEDS, b"{}"))
-        await asyncio.wait_for(far_side.arrived.wait(), 10)
+        await asyncio.wait_for(fake_upstream.arrived.wait(), 10)
         proxy.shutdown.immediate.set()
         await asyncio.wait_for(stack.aclose(), 10)
         assert await begun.at_end()
-        got = await waiting.answer()
+        got = await waiting.read_response()
         assert (got.status, got.error, got.get("connection")) == (503, "ShuttingDown", "close")
     count = proxy.metrics.registry.get_sample_value
     assert count("spapi_proxy_errors_total", {"code": "ShuttingDown", "fault": "proxy"}) == 2
@@ -283,7 +291,7 @@ async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_pr
 
 
 async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_connection(
-    stoppable: tuple[RunningProxy, AsyncExitStack], far_side: FarSide
+    stoppable: tuple[RunningProxy, AsyncExitStack], fake_upstream: FakeUpstream
 ) -> None:
     proxy, stack = stoppable
     go_on = asyncio.Event()
@@ -296,7 +304,7 @@ async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_conne
         await (later if received.target == "/later" else go_on).wait()
         writer.write(b"rest")
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as client, connect(proxy.addresses[0]) as other:
         await client.send(request("GET", SELLERS))
         await client.reader.readuntil(b"half")
@@ -312,13 +320,13 @@ async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_conne
 
 
 async def test_clients_that_read_nothing_are_given_up_whatever_is_left_unread(
-    start_proxy: StartProxy, far_side: FarSide, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, tmp_path: Path
 ) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", b"x" * int(received.target.rpartition("/")[2])))
+        writer.write(http_response("200 OK", b"x" * int(received.target.rpartition("/")[2])))
         await writer.drain()
 
-    far_side.script = script
+    fake_upstream.script = script
     # A Unix socket takes about 200 KiB: of some of these answers, all but a little fits in.
     sizes = range(64_000, 512_000, 8_000)
     proxy = await start_proxy(
@@ -346,26 +354,26 @@ def is_hung_up(client: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-async def test_continue_is_not_said_to_http_1_0(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_continue_is_not_said_to_http_1_0(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("POST", FEEDS, b"{}", expect="100-continue").replace(b" HTTP/1.1", b" HTTP/1.0", 1))
         first = await client.reader.readline()
     assert b" 200 " in first
-    assert far_side.received[0].body == b"{}"
+    assert fake_upstream.received[0].body == b"{}"
 
 
-async def test_a_chunk_that_is_none_ends_its_upload_at_once(proxy: RunningProxy, far_side: FarSide) -> None:
-    far_side.reads_bodies = False
+async def test_a_chunk_that_is_none_ends_its_upload_at_once(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+    fake_upstream.reads_bodies = False
     never = asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("POST", FEEDS, transfer_encoding="chunked") + b"4\r\nhalf\r\n")
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         await client.send(b"ZZ\r\n")
-        got = await asyncio.wait_for(client.answer(), 10)
+        got = await asyncio.wait_for(client.read_response(), 10)
         assert (got.status, got.error) == (400, "MalformedRequest")
         assert await client.at_end()

@@ -13,7 +13,7 @@ import pytest
 from proxy.config import load_config
 from proxy.server.hardening import scrub_environment
 from tests.conftest import settings_for
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 from tests.support.proxy_process import command, serving, started
 from tests.support.raw_client import call
 
@@ -41,8 +41,10 @@ def environment_of(pid: int) -> bytes:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such thing elsewhere")
-async def test_no_secret_is_left_where_others_see_the_environment(far_side: FarSide, token_host: TokenHost) -> None:
-    settings = settings_for(far_side, token_host)
+async def test_no_secret_is_left_where_others_see_the_environment(
+    fake_upstream: FakeUpstream, token_host: TokenHost
+) -> None:
+    settings = settings_for(fake_upstream, token_host)
     given = {
         **ENVIRONMENT,
         **{f"SP_API_PROXY_ENDPOINTS_{name.upper()}": url for name, url in settings["endpoints"].items()},
@@ -102,11 +104,11 @@ def test_what_is_made_while_the_collector_is_kept_away_is_left_to_reference_coun
 
 
 async def test_the_audit_log_says_who_did_what_on_whose_account(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "audit.jsonl"
     callers = {"job": {"key": "distinctive-key-of-the-job", "operations": ["orders.*", "GET sellers.*"]}}
-    settings = settings_for(far_side, token_host, callers=callers, audit=str(path))
+    settings = settings_for(fake_upstream, token_host, callers=callers, audit=str(path))
     key = {"x_sp_key": "distinctive-key-of-the-job"}
     async with serving(settings, tmp_path) as proxy:
         address = proxy.addresses[0]
@@ -150,10 +152,10 @@ async def test_the_audit_log_says_who_did_what_on_whose_account(
 
 
 async def test_an_audit_log_that_was_moved_away_goes_on_in_a_new_file(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "audit.jsonl"
-    async with serving(settings_for(far_side, token_host, audit=str(path)), tmp_path) as proxy:
+    async with serving(settings_for(fake_upstream, token_host, audit=str(path)), tmp_path) as proxy:
         await call(proxy.addresses[0], "GET", SELLERS)
         while not path.read_text():
             await call(proxy.addresses[0], "GET", SELLERS)  # the line is written by a thread
@@ -163,20 +165,20 @@ async def test_an_audit_log_that_was_moved_away_goes_on_in_a_new_file(
 
 
 async def test_an_audit_log_that_cannot_be_written_is_a_mistake(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(settings_for(far_side, token_host, audit="/nowhere/audit")))
+    path.write_text(json.dumps(settings_for(fake_upstream, token_host, audit="/nowhere/audit")))
     code, _, complained = await command("serve", "--config", str(path))
     assert code == 2
     assert "audit: /nowhere/audit: No such file or directory" in complained
 
 
 async def test_the_audit_log_may_go_to_standard_output(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(settings_for(far_side, token_host, audit="stdout")))
+    path.write_text(json.dumps(settings_for(fake_upstream, token_host, audit="stdout")))
     path.chmod(0o600)
     async with started("serve", "--config", str(path), "--log-format", "json") as proxy:
         await call(proxy.addresses[0], "GET", SELLERS)

@@ -10,17 +10,17 @@ import pytest
 from proxy.server.runtime import RunningProxy
 from proxy.server.sockets import CannotListen
 from tests.conftest import StartProxy
-from tests.support.fake_upstream import FarSide, Received, answer
-from tests.support.raw_client import Answer, call, connect, request
+from tests.support.fake_upstream import FakeUpstream, Received, http_response
+from tests.support.raw_client import RawResponse, call, connect, request
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 
 
-async def raw(address: str, data: bytes) -> Answer:
+async def raw(address: str, data: bytes) -> RawResponse:
     """Send `data` and return the answer; the connection must then be closed by the proxy."""
     async with connect(address) as client:
         await client.send(data)
-        got = await client.answer()
+        got = await client.read_response()
         assert await client.at_end(), "a connection whose framing is in doubt must not go on"
     return got
 
@@ -43,17 +43,17 @@ async def raw(address: str, data: bytes) -> Answer:
     ],
 )
 async def test_a_broken_request_gets_a_clear_answer_and_goes_nowhere(
-    proxy: RunningProxy, far_side: FarSide, data: bytes
+    proxy: RunningProxy, fake_upstream: FakeUpstream, data: bytes
 ) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(data)
-        got = await client.answer()
+        got = await client.read_response()
     assert (got.status, got.error) == (400, "MalformedRequest")
     error = json.loads(got.body)["errors"][0]
     assert error["code"] == "MalformedRequest"
     assert error["details"]
     assert got.get("x-sp-proxy") == "account=-; region=-; operation=unknown; token=none; attempts=0; wait=0.000"
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 async def test_a_broken_request_is_answered_in_the_version_that_is_spoken_here(proxy: RunningProxy) -> None:
@@ -68,43 +68,45 @@ async def test_a_broken_request_is_not_quoted(proxy: RunningProxy) -> None:
     assert got.get("server") is None
 
 
-async def test_what_follows_a_refused_body_is_not_read_as_a_request(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_what_follows_a_refused_body_is_not_read_as_a_request(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     hidden = request("GET", SELLERS)
     await raw(proxy.addresses[0], request("OPTIONS", SELLERS, hidden))
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 @pytest.mark.parametrize("version", ["HTTP/2.0", "HTTP/0.9", "HTTP/1.10", "HTTP/3.0"])
 async def test_other_versions_are_refused_in_one_that_the_client_can_read(
-    proxy: RunningProxy, far_side: FarSide, version: str
+    proxy: RunningProxy, fake_upstream: FakeUpstream, version: str
 ) -> None:
     async with connect(proxy.addresses[0]) as client:
         await client.send(f"GET {SELLERS} {version}\r\nHost: localhost\r\n\r\n".encode())
         line = await client.reader.readline()
     assert line.startswith((b"HTTP/1.1 505", b"HTTP/1.1 400", b"HTTP/1.0 400"))
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
-async def test_http_1_0_is_served_and_closed(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_http_1_0_is_served_and_closed(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
 
-    far_side.script = script
+    fake_upstream.script = script
     got = await raw(proxy.addresses[0], f"GET {SELLERS} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
     assert (got.status, got.body, got.get("transfer-encoding")) == (200, b"hello", None)
 
 
-async def test_an_upgrade_is_not_made(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_an_upgrade_is_not_made(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     fields = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAAQAAP__"}
     got = await call(proxy.addresses[0], "GET", SELLERS, **fields)
     assert got.status == 200
-    assert far_side.received[0].get("upgrade") is None
+    assert fake_upstream.received[0].get("upgrade") is None
 
 
-async def test_header_blocks_of_32_kib_pass(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_header_blocks_of_32_kib_pass(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     got = await call(proxy.addresses[0], "GET", SELLERS, x_large="a" * 32_000)
     assert got.status == 200
-    assert far_side.received[0].get("x-large") == "a" * 32_000
+    assert fake_upstream.received[0].get("x-large") == "a" * 32_000
 
 
 @pytest.mark.parametrize(
@@ -116,16 +118,18 @@ async def test_header_blocks_of_32_kib_pass(proxy: RunningProxy, far_side: FarSi
     ],
     ids=["many fields", "one large field", "very many small fields"],
 )
-async def test_a_header_block_over_64_kib_is_refused(proxy: RunningProxy, far_side: FarSide, fields: bytes) -> None:
+async def test_a_header_block_over_64_kib_is_refused(
+    proxy: RunningProxy, fake_upstream: FakeUpstream, fields: bytes
+) -> None:
     got = await call_raw(proxy.addresses[0], b"GET / HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n")
     assert (got.status, got.error) == (431, "HeaderTooLarge")
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
-async def call_raw(address: str, data: bytes) -> Answer:
+async def call_raw(address: str, data: bytes) -> RawResponse:
     async with connect(address) as client:
         await client.send(data)
-        return await client.answer()
+        return await client.read_response()
 
 
 async def test_an_endless_head_is_cut_off_early(proxy: RunningProxy) -> None:
@@ -146,14 +150,14 @@ async def test_a_head_over_64_kib_is_refused_before_it_ends(proxy: RunningProxy)
         await client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         for number in range(3):
             await client.send(b"x-%d: %s\r\n" % (number, b"a" * 30_000))
-        assert (await client.answer()).error == "HeaderTooLarge"
+        assert (await client.read_response()).error == "HeaderTooLarge"
 
 
 async def test_a_head_that_drips_runs_out_of_time(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(timeouts={"header": "200ms"})
     async with connect(proxy.addresses[0]) as client:
         await client.send(b"GET / HT")
-        got = await client.answer()
+        got = await client.read_response()
         assert (got.status, got.error) == (408, "HeaderTimeout")
         assert await client.at_end()
 
@@ -163,23 +167,23 @@ async def test_a_slow_second_head_runs_out_of_time_too(start_proxy: StartProxy) 
     async with connect(proxy.addresses[0]) as client:
         assert (await client.request("GET", SELLERS)).status == 200
         await client.send(b"GET / HT")
-        assert (await client.answer()).error == "HeaderTimeout"
+        assert (await client.read_response()).error == "HeaderTimeout"
 
 
-async def test_a_long_answer_is_no_slow_head(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_long_answer_is_no_slow_head(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
     release = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         await release.wait()
-        writer.write(answer("200 OK", b"{}"))
+        writer.write(http_response("200 OK", b"{}"))
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy(timeouts={"header": "50ms"})
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         asyncio.get_running_loop().call_later(0.2, release.set)
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
 
 
 async def test_an_idle_connection_is_closed(start_proxy: StartProxy) -> None:
@@ -195,14 +199,16 @@ async def test_a_silent_connection_is_closed(start_proxy: StartProxy) -> None:
         assert await asyncio.wait_for(client.at_end(), 20)
 
 
-async def test_requests_on_one_connection_are_answered_in_order(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_requests_on_one_connection_are_answered_in_order(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", received.target.encode()))
+        writer.write(http_response("200 OK", received.target.encode()))
 
-    far_side.script = script
+    fake_upstream.script = script
     async with connect(proxy.addresses[0]) as client:
         await client.send(b"".join(request("GET", f"/pipelined/{number}") for number in range(5)))
-        bodies = [(await client.answer()).body for _ in range(5)]
+        bodies = [(await client.read_response()).body for _ in range(5)]
     assert bodies == [f"/pipelined/{number}".encode() for number in range(5)]
 
 

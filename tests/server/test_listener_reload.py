@@ -18,7 +18,7 @@ from proxy.server.runtime import RunningProxy
 from proxy.server.sockets import CannotListen
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.raw_client import call, connect, request
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -30,11 +30,11 @@ BOTH = {"acme": ACME, "other": OTHER}
 
 
 @pytest.fixture
-def configured(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> Any:
+def configured(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> Any:
     """Makes a Config of the tests' usual settings, changed by keywords."""
 
     def make(**changed: Any) -> Config:
-        return config_from(settings_for(far_side, token_host, **changed), tmp_path)
+        return config_from(settings_for(fake_upstream, token_host, **changed), tmp_path)
 
     return make
 
@@ -47,20 +47,20 @@ class Held:
 
     async def __call__(self, _: Received, writer: asyncio.StreamWriter) -> None:
         await self.release.wait()
-        writer.write(answer("200 OK", b"{}"))
+        writer.write(http_response("200 OK", b"{}"))
 
 
 async def test_a_request_of_an_account_that_leaves_completes_and_the_next_is_refused(
-    start_proxy: StartProxy, far_side: FarSide, configured: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, configured: Any
 ) -> None:
     proxy = await start_proxy(accounts=BOTH)
-    far_side.script = held = Held()
+    fake_upstream.script = held = Held()
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS, x_sp_account="other"))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         assert (await proxy.apply_config(configured())).has_changed
         held.release.set()
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
         assert (await client.request("GET", SELLERS, x_sp_account="other")).error == "UnknownAccount"
         assert (await client.request("GET", SELLERS, x_sp_account="acme")).status == 200
 
@@ -80,19 +80,21 @@ async def test_a_request_that_waits_for_its_token_when_its_account_leaves_comple
 
 
 async def test_a_request_that_has_no_token_yet_when_its_account_leaves_gets_one(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, configured: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, configured: Any
 ) -> None:
     proxy = await start_proxy(accounts=BOTH)
-    refused = answer("403 Forbidden", b'{"errors":[{"code":"Unauthorized","message":"The access token expired"}]}')
-    release, scripted = asyncio.Event(), [refused, answer("200 OK", b"{}")]
+    refused = http_response(
+        "403 Forbidden", b'{"errors":[{"code":"Unauthorized","message":"The access token expired"}]}'
+    )
+    release, scripted = asyncio.Event(), [refused, http_response("200 OK", b"{}")]
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         await release.wait()
         writer.write(scripted.pop(0))
 
-    far_side.script = script
+    fake_upstream.script = script
     waiting = asyncio.create_task(call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other"))
-    await far_side.arrived.wait()
+    await fake_upstream.arrived.wait()
     await proxy.apply_config(configured())
     release.set()
     assert (await waiting).status == 200
@@ -116,14 +118,14 @@ async def test_tokens_of_unchanged_accounts_are_kept(
 
 @pytest.mark.parametrize("path", [SELLERS, ADDRESS])
 async def test_a_changed_refresh_token_brings_a_token_of_its_own(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, configured: Any, path: str
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, configured: Any, path: str
 ) -> None:
     proxy = await start_proxy()
     await call(proxy.addresses[0], "GET", path)
-    before = far_side.received[-1].get("x-amz-access-token")
+    before = fake_upstream.received[-1].get("x-amz-access-token")
     await proxy.apply_config(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
     await call(proxy.addresses[0], "GET", path)
-    assert far_side.received[-1].get("x-amz-access-token") != before
+    assert fake_upstream.received[-1].get("x-amz-access-token") != before
     assert b"Atzr%7Cacme-new" in token_host.received[-1].body
 
 
@@ -165,12 +167,12 @@ async def test_after_a_changed_client_secret_old_tokens_serve_and_the_next_excha
 
 
 async def test_an_exchange_that_began_with_an_old_refresh_token_serves_only_who_waits_for_it(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, configured: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, configured: Any
 ) -> None:
     proxy = await start_proxy()
     token_host.held = asyncio.Event()
     grants = [json.dumps({"access_token": f"Atza|{name}", "expires_in": 3600}).encode() for name in ("new", "old")]
-    token_host.answers = [answer("200 OK", grant, content_type="application/json") for grant in grants]
+    token_host.answers = [http_response("200 OK", grant, content_type="application/json") for grant in grants]
     old = asyncio.create_task(call(proxy.addresses[0], "GET", SELLERS))
     await token_host.arrived.wait()
     await proxy.apply_config(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))
@@ -178,22 +180,24 @@ async def test_an_exchange_that_began_with_an_old_refresh_token_serves_only_who_
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
     old_exchange.set()
     assert (await old).status == 200
-    assert {one.get("x-amz-access-token") for one in far_side.received} == {"Atza|old", "Atza|new"}
+    assert {one.get("x-amz-access-token") for one in fake_upstream.received} == {"Atza|old", "Atza|new"}
     await call(proxy.addresses[0], "GET", SELLERS)
-    assert far_side.received[-1].get("x-amz-access-token") == "Atza|new"
+    assert fake_upstream.received[-1].get("x-amz-access-token") == "Atza|new"
     assert len(token_host.received) == 2
 
 
-async def test_usage_plans_and_counters_go_on(start_proxy: StartProxy, far_side: FarSide, configured: Any) -> None:
+async def test_usage_plans_and_counters_go_on(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, configured: Any
+) -> None:
     proxy = await start_proxy()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("429 Too Many Requests", b"{}"))
+        writer.write(http_response("429 Too Many Requests", b"{}"))
 
-    far_side.script = script
+    fake_upstream.script = script
     await call(proxy.addresses[0], "GET", SELLERS, x_sp_max_wait="0s")
     await proxy.apply_config(configured(limits={"max_queue": 7}))
-    far_side.script = None
+    fake_upstream.script = None
     got = await call(proxy.addresses[0], "GET", SELLERS, x_sp_max_wait="0s")
     assert got.error == "UsagePlanExhausted"
     counted = proxy.metrics.registry.get_sample_value(
@@ -225,7 +229,7 @@ def free_port() -> int:
 
 
 async def test_listeners_come_and_go_and_requests_in_flight_on_one_that_goes_complete(
-    start_proxy: StartProxy, far_side: FarSide, configured: Any, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, configured: Any, tmp_path: Path
 ) -> None:
     socket_path = f"unix:{tmp_path}/going.sock"
     proxy = await start_proxy(listen=["127.0.0.1:0", socket_path])
@@ -237,16 +241,16 @@ async def test_listeners_come_and_go_and_requests_in_flight_on_one_that_goes_com
         connect(proxy.addresses[0]) as idle,
     ):
         assert (await idle_there.request("GET", "/other")).error is None
-        far_side.script = held
-        far_side.arrived.clear()
+        fake_upstream.script = held
+        fake_upstream.arrived.clear()
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         await proxy.apply_config(configured(listen=[coming, "127.0.0.1:0"]))
         with pytest.raises(ConnectionRefusedError):
             await call(socket_path, "GET", SELLERS)
         assert await idle_there.at_end()
         held.release.set()
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
         assert await client.at_end()
         assert (await call(coming, "GET", SELLERS)).status == 200
         assert (await idle.request("GET", SELLERS)).status == 200
@@ -311,7 +315,7 @@ async def test_what_would_mean_something_else_without_a_restart_is_refused_with_
 
 
 async def test_a_refused_configuration_leaves_the_connections_to_amazon_alone(
-    start_proxy: StartProxy, far_side: FarSide, configured: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, configured: Any
 ) -> None:
     proxy = await start_proxy()
     assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
@@ -321,7 +325,7 @@ async def test_a_refused_configuration_leaves_the_connections_to_amazon_alone(
             await proxy.apply_config(configured(listen=listen, timeouts={"connect": "3s"}))
     for _ in range(3):
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
-    assert len({received.connection for received in far_side.received}) == 1
+    assert len({received.connection for received in fake_upstream.received}) == 1
 
 
 async def test_another_content_of_the_authority_that_is_trusted_is_a_change(
@@ -339,7 +343,7 @@ async def test_another_content_of_the_authority_that_is_trusted_is_a_change(
 
 
 async def test_a_restricted_token_that_was_minted_for_somebody_else_is_kept_for_nobody(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, configured: Any, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, configured: Any, tmp_path: Path
 ) -> None:
     secret = tmp_path / "refresh-token"
     secret.write_text("Atzr|one")
@@ -352,24 +356,24 @@ async def test_a_restricted_token_that_was_minted_for_somebody_else_is_kept_for_
     assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
     assert (await proxy.apply_config(configured(accounts=accounts))).has_changed
     assert (await call(proxy.addresses[0], "GET", orders)).decided["token"] == "rdt"
-    assert len(far_side.minted) == 2, "the one that was minted with the token of before is not used"
-    assert far_side.minted[0].get("x-amz-access-token") != far_side.minted[1].get("x-amz-access-token")
+    assert len(fake_upstream.minted) == 2, "the one that was minted with the token of before is not used"
+    assert fake_upstream.minted[0].get("x-amz-access-token") != fake_upstream.minted[1].get("x-amz-access-token")
     assert len(token_host.received) == 2
 
 
 async def test_other_settings_of_the_way_out_leave_requests_in_flight_alone(
-    start_proxy: StartProxy, far_side: FarSide, configured: Any
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, configured: Any
 ) -> None:
     proxy = await start_proxy()
-    far_side.script = held = Held()
+    fake_upstream.script = held = Held()
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", SELLERS))
-        await far_side.arrived.wait()
+        await fake_upstream.arrived.wait()
         await proxy.apply_config(configured(pool={"idle": "1s"}))
         held.release.set()
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
         assert (await client.request("GET", SELLERS)).status == 200
-    assert len({one.connection for one in far_side.received}) == 2
+    assert len({one.connection for one in fake_upstream.received}) == 2
 
 
 async def test_certificates_that_cannot_be_used_to_trust_are_refused(

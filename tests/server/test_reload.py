@@ -23,7 +23,7 @@ from proxy.server.reload import ConfigWatcher, Result, file_signatures
 from proxy.server.runtime import RunningProxy, start_proxy
 from tests.bench.reloads import run
 from tests.conftest import StartProxy, config_from, settings_for
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 from tests.support.raw_client import call
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -52,7 +52,7 @@ class Watched:
 
 
 @pytest.fixture
-async def watched(start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> Any:
+async def watched(start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> Any:
     """Starts a proxy from a file of its own, whose secret is in another, and watches both."""
     path = tmp_path / "in use.yaml"
     secret = tmp_path / "secret"
@@ -61,7 +61,7 @@ async def watched(start_proxy: StartProxy, far_side: FarSide, token_host: TokenH
     main = {"client_id": "client", "client_secret": {"file": "secret"}}
 
     def write(**changed: Any) -> None:
-        path.write_text(yaml.safe_dump(settings_for(far_side, token_host, applications={"main": main}, **changed)))
+        path.write_text(yaml.safe_dump(settings_for(fake_upstream, token_host, applications={"main": main}, **changed)))
 
     write()
     load = partial(load_config, str(path), {})
@@ -150,7 +150,7 @@ async def test_a_file_that_the_new_configuration_names_may_come_later(watched: W
 
 
 async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """A mounted ConfigMap: config.yaml → ..data/config.yaml, ..data → ..2026_01, the last of which is replaced."""
     mount = tmp_path / "mount"
@@ -159,7 +159,7 @@ async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
         (mount / version).mkdir(parents=True)
         accounts = {account: {"refresh_tokens": {"eu": f"Atzr|{account}"}}}
         (mount / version / "config.yaml").write_text(
-            yaml.safe_dump(settings_for(far_side, token_host, accounts=accounts))
+            yaml.safe_dump(settings_for(fake_upstream, token_host, accounts=accounts))
         )
         (mount / "..data_tmp").symlink_to(version)
         (mount / "..data_tmp").rename(mount / "..data")
@@ -241,9 +241,9 @@ async def test_the_tokens_of_accounts_that_come_are_fetched_at_once_where_warm_u
 
 
 async def test_the_first_configuration_and_its_secrets_are_gone_when_another_took_its_place(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    first = config_from(settings_for(far_side, token_host, health="127.0.0.1:0", warm_up=True), tmp_path)
+    first = config_from(settings_for(fake_upstream, token_host, health="127.0.0.1:0", warm_up=True), tmp_path)
     is_there = weakref.ref(first)
     async with start_proxy(first) as proxy:
         await proxy.has_started
@@ -251,19 +251,19 @@ async def test_the_first_configuration_and_its_secrets_are_gone_when_another_too
         del first
         assert is_there() is not None
         second = {"accounts": {"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}, "health": "127.0.0.1:0"}
-        await proxy.apply_config(config_from(settings_for(far_side, token_host, **second), tmp_path))
+        await proxy.apply_config(config_from(settings_for(fake_upstream, token_host, **second), tmp_path))
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
         gc.collect()
         assert is_there() is None
 
 
 async def test_a_listener_that_goes_takes_its_configuration_along(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """Without the garbage collector, which leaves alone what was there when a reload ended."""
 
     def config(**settings: Any) -> Config:
-        return config_from(settings_for(far_side, token_host, **settings), tmp_path)
+        return config_from(settings_for(fake_upstream, token_host, **settings), tmp_path)
 
     async with start_proxy(config()) as proxy:
         both = config(listen=["127.0.0.1:0", "127.0.0.1:0"])

@@ -20,8 +20,8 @@ from proxy.server.runtime import RunningProxy
 from proxy.server.sockets import CannotListen, ServerTls, split_fd_limit, validate
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
-from tests.support.fake_upstream import FarSide, TokenHost
-from tests.support.raw_client import Answer, Client, call, request
+from tests.support.fake_upstream import FakeUpstream, TokenHost
+from tests.support.raw_client import Client, RawResponse, call, request
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
 
@@ -47,7 +47,7 @@ async def ask(
     mine: tuple[str, str] | None = None,
     version: ssl.TLSVersion | None = None,
     **fields: str,
-) -> Answer:
+) -> RawResponse:
     """Send one request over TLS."""
     context = ssl.create_default_context(cafile=trusted)
     if mine is not None:
@@ -62,7 +62,7 @@ async def ask(
     try:
         client = Client(reader, writer)
         await client.send(request("GET", SELLERS, **fields))
-        return await client.answer()
+        return await client.read_response()
     finally:
         writer.close()
 
@@ -87,12 +87,12 @@ async def test_a_listener_speaks_tls(
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 async def test_a_listener_does_not_speak_what_is_older(
-    start_proxy: StartProxy, far_side: FarSide, authority: Authority, tmp_path: Path, version: ssl.TLSVersion
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, authority: Authority, tmp_path: Path, version: ssl.TLSVersion
 ) -> None:
     proxy = await start_proxy(listen={"address": "127.0.0.1:0", "tls": tls_of(authority, tmp_path)})
     with pytest.raises((ssl.SSLError, ConnectionError)):
         await ask(proxy.addresses[0], authority.certificate, version=version)
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 def test_no_older_version_is_spoken_whatever_the_system_allows(authority: Authority, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_no_older_version_is_spoken_whatever_the_system_allows(authority: Author
 
 
 async def test_plain_http_to_a_tls_listener_gets_nowhere(
-    start_proxy: StartProxy, far_side: FarSide, authority: Authority, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, authority: Authority, tmp_path: Path
 ) -> None:
     proxy = await start_proxy(listen={"address": "127.0.0.1:0", "tls": tls_of(authority, tmp_path)})
     host, _, port = proxy.addresses[0].rpartition(":")
@@ -110,11 +110,11 @@ async def test_plain_http_to_a_tls_listener_gets_nowhere(
     with contextlib.suppress(ConnectionError):
         assert b"HTTP" not in await reader.read()
     writer.close()
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 async def test_only_certificates_of_the_client_ca_come_in(
-    start_proxy: StartProxy, far_side: FarSide, authority: Authority, tmp_path: Path
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, authority: Authority, tmp_path: Path
 ) -> None:
     proxy = await start_proxy(listen={"address": "127.0.0.1:0", "tls": tls_of(authority, tmp_path, clients=True)})
     address, trusted = proxy.addresses[0], authority.certificate
@@ -123,7 +123,7 @@ async def test_only_certificates_of_the_client_ca_come_in(
     for mine in (None, stranger, authority.issue("old", expired=True)):
         with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
             await ask(address, trusted, mine)
-    assert len(far_side.received) == 1
+    assert len(fake_upstream.received) == 1
 
 
 async def test_the_name_in_a_certificate_is_a_callers(
@@ -215,12 +215,19 @@ async def test_changed_certificates_count_for_new_connections_and_broken_ones_do
     ],
 )
 def test_tls_files_that_cannot_be_used_are_a_mistake(
-    far_side: FarSide, token_host: TokenHost, authority: Authority, tmp_path: Path, changed: dict[str, str], words: str
+    fake_upstream: FakeUpstream,
+    token_host: TokenHost,
+    authority: Authority,
+    tmp_path: Path,
+    changed: dict[str, str],
+    words: str,
 ) -> None:
     tls = tls_of(authority, tmp_path)
     stands_for = {"OTHER": authority.issue("other")[1], "KEY": tls["key"]}
     tls = {**tls, **{key: stands_for.get(value, value) for key, value in changed.items()}}
-    config = config_from(settings_for(far_side, token_host, listen={"address": "127.0.0.1:0", "tls": tls}), tmp_path)
+    config = config_from(
+        settings_for(fake_upstream, token_host, listen={"address": "127.0.0.1:0", "tls": tls}), tmp_path
+    )
     (problem,) = validate(config)
     (setting,) = changed
     assert problem.key == ("listen[0].tls" if changed[setting] in stands_for else f"listen[0].tls.{setting}")
@@ -248,10 +255,10 @@ def test_an_address_is_shown_as_it_is_written() -> None:
 
 
 def test_without_the_strict_parser_nothing_is_listened_on(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(settings_for(far_side, token_host)))
+    path.write_text(json.dumps(settings_for(fake_upstream, token_host)))
     command = [sys.executable, "-m", "proxy", "serve", "--config", str(path)]
     environment = {**os.environ, "AIOHTTP_NO_EXTENSIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=30)

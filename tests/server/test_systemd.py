@@ -16,7 +16,7 @@ import yaml
 
 from proxy.server.systemd import Service
 from tests.conftest import needs, settings_for
-from tests.support.fake_upstream import FarSide, TokenHost
+from tests.support.fake_upstream import FakeUpstream, TokenHost
 from tests.support.paths import ROOT
 from tests.support.proxy_process import ProxyProcess, started
 
@@ -29,10 +29,10 @@ def listening(address: str) -> socket.socket:
 
 
 async def test_it_hears_of_the_start_of_reloads_and_of_the_end(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings_for(far_side, token_host)))
+    path.write_text(yaml.safe_dump(settings_for(fake_upstream, token_host)))
     loop = asyncio.get_running_loop()
     with listening(f"{tmp_path}/notify") as sock:
         arguments = ("serve", "--config", str(path), "--log-format", "json")
@@ -52,12 +52,12 @@ async def test_it_hears_of_the_start_of_reloads_and_of_the_end(
 
 @asynccontextmanager
 async def warming_up(
-    far_side: FarSide, token_host: TokenHost, folder: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, folder: Path
 ) -> AsyncIterator[tuple[ProxyProcess, socket.socket]]:
     """Run a proxy that waits for its first tokens until `token_host.held` is set; yield it, and what systemd hears."""
     token_host.held = asyncio.Event()
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings_for(far_side, token_host, warm_up=True)))
+    path.write_text(yaml.safe_dump(settings_for(fake_upstream, token_host, warm_up=True)))
     with listening(f"{folder}/notify") as sock:
         arguments = ("serve", "--config", str(path), "--log-format", "json")
         async with started(*arguments, environment={"NOTIFY_SOCKET": f"{folder}/notify"}) as proxy:
@@ -65,9 +65,9 @@ async def warming_up(
 
 
 async def test_it_hears_nothing_before_the_tokens_are_there(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    async with warming_up(far_side, token_host, tmp_path) as (_, sock):
+    async with warming_up(fake_upstream, token_host, tmp_path) as (_, sock):
         heard = asyncio.create_task(asyncio.get_running_loop().sock_recv(sock, 4096))
         await token_host.arrived.wait()
         assert not heard.done()
@@ -77,9 +77,9 @@ async def test_it_hears_nothing_before_the_tokens_are_there(
 
 
 async def test_a_reload_before_the_tokens_are_there_makes_it_no_more_ready(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    async with warming_up(far_side, token_host, tmp_path) as (proxy, sock):
+    async with warming_up(fake_upstream, token_host, tmp_path) as (proxy, sock):
         await token_host.arrived.wait()
         proxy.process.send_signal(signal.SIGHUP)
         await proxy.process_says("the configuration is as it was")

@@ -13,7 +13,7 @@ from proxy.simulator import Settings, Simulator
 from proxy.simulator.consent_page import CODE_LIFETIME
 from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET
 from tests.support.clock import FakeClock
-from tests.support.raw_client import Answer, call
+from tests.support.raw_client import RawResponse, call
 
 CONSENT = "/apps/authorize/consent"
 REDIRECT = "https://app.example/redirect"
@@ -37,7 +37,7 @@ def address(simulator: Simulator, service: str) -> str:
     return simulator.endpoints[service].split("/")[2]
 
 
-async def opened(simulator: Simulator, target: str, method: str = "GET") -> Answer:
+async def opened(simulator: Simulator, target: str, method: str = "GET") -> RawResponse:
     return await call(address(simulator, "fe"), method, target)
 
 
@@ -56,8 +56,8 @@ async def code(simulator: Simulator, **more: str) -> str:
 async def exchange(simulator: Simulator, **fields: str) -> tuple[int, dict[str, Any]]:
     body = urlencode({**FOR_CODE, **fields}).encode()
     kind = "application/x-www-form-urlencoded"
-    answer = await call(address(simulator, "lwa"), "POST", "/auth/o2/token", body, content_type=kind)
-    return answer.status, json.loads(answer.body)
+    response = await call(address(simulator, "lwa"), "POST", "/auth/o2/token", body, content_type=kind)
+    return response.status, json.loads(response.body)
 
 
 async def test_a_code_is_good_once_and_gives_an_authorisation_of_its_region(simulator: Simulator) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import MODELS, needs
 from tests.support.clock import FakeClock
 from tests.support.paths import ROOT
 from tests.support.proxy_process import command
-from tests.support.raw_client import Answer, call
+from tests.support.raw_client import RawResponse, call
 
 CLIENT, SECRET = "amzn1.application-oa2-client.simulator", "amzn1.oa2-cs.v1.simulator"
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -50,7 +50,7 @@ def address(simulator: Simulator, service: str) -> str:
     return simulator.endpoints[service].split("/")[2]
 
 
-async def exchange(simulator: Simulator, fields: dict[str, str], content_type: str = "") -> Answer:
+async def exchange(simulator: Simulator, fields: dict[str, str], content_type: str = "") -> RawResponse:
     kind = content_type or "application/x-www-form-urlencoded;charset=UTF-8"
     body = json.dumps(fields) if kind == "application/json" else urlencode(fields)
     return await call(address(simulator, "lwa"), "POST", "/auth/o2/token", body.encode(), content_type=kind)
@@ -62,7 +62,7 @@ async def token(simulator: Simulator, fields: dict[str, str] | None = None) -> s
 
 async def ask(
     simulator: Simulator, method: str, target: str, access: str, body: bytes | None = None, /, **fields: str
-) -> Answer:
+) -> RawResponse:
     """Call the EU region as a well-behaved client does, unless `fields` say otherwise."""
     date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     usual = {"x_amz_access_token": access, "x_amz_date": date, "user_agent": AGENT}
@@ -70,7 +70,7 @@ async def ask(
     return await call(address(simulator, "eu"), method, target, body, **given)
 
 
-async def rdt(simulator: Simulator, method: str, path: str, *elements: str) -> Answer:
+async def rdt(simulator: Simulator, method: str, path: str, *elements: str) -> RawResponse:
     resource: dict[str, Any] = {"method": method, "path": path, **({"dataElements": elements} if elements else {})}
     body = json.dumps({"restrictedResources": [resource]}).encode()
     target = "/tokens/2021-03-01/restrictedDataToken"
@@ -248,12 +248,12 @@ async def test_a_plan_that_is_used_up_answers_429_until_it_fills_again(simulator
     order = {"method": "GET", "path": SELLERS, "rate": 0.5, "burst": 2, "enforce": True}
     assert await control(simulator, "POST", "/plans", order) == (200, {"enforced": True})
     access = await token(simulator)
-    answers = [await ask(simulator, "GET", SELLERS, access) for _ in range(3)]
-    assert [got.status for got in answers] == [200, 200, 429]
-    assert json.loads(answers[2].body)["errors"][0]["code"] == "QuotaExceeded"
-    assert answers[2].get("x-amzn-errortype") == "TooManyRequestsException"
-    assert answers[2].get("x-amzn-ratelimit-limit") is None
-    assert answers[2].get("retry-after") is None
+    responses = [await ask(simulator, "GET", SELLERS, access) for _ in range(3)]
+    assert [got.status for got in responses] == [200, 200, 429]
+    assert json.loads(responses[2].body)["errors"][0]["code"] == "QuotaExceeded"
+    assert responses[2].get("x-amzn-errortype") == "TooManyRequestsException"
+    assert responses[2].get("x-amzn-ratelimit-limit") is None
+    assert responses[2].get("retry-after") is None
     clock.advance(2)
     assert (await ask(simulator, "GET", SELLERS, access)).status == 200
 

@@ -28,7 +28,7 @@ from proxy.store.redis_tokens import RedisTokenStore
 from tests.bench.processes import free_port
 from tests.conftest import StartProxy, needs
 from tests.support.certificates import Authority
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.paths import ROOT
 from tests.support.raw_client import call
 from tests.support.redis_server import PROGRAM, RedisServer, redis_server
@@ -60,7 +60,7 @@ class StartReplicas(Protocol):
 @pytest.fixture
 def replicas(start_proxy: StartProxy, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> StartReplicas:
     # However busy the machine is: nothing here is about a Redis that is slow.
-    monkeypatch.setattr(replicas_module, "RedisClient", partial(RedisClient, patience=5.0))
+    monkeypatch.setattr(replicas_module, "RedisClient", partial(RedisClient, timeout=5.0))
 
     async def start(count: int) -> list[RunningProxy]:
         return [await start_proxy(store=redis.url, store_key=KEY) for _ in range(count)]
@@ -83,8 +83,8 @@ async def opened_store(
 ) -> AsyncIterator[tuple[RedisTokenStore, Metrics]]:
     metrics = Metrics()
     link = RedisClient(parse_store(redis.url), metrics)
-    seal = TokenCipher(tuple(Secret(key) for key in keys or (KEY,)))
-    store = RedisTokenStore(link, seal, metrics, patience=patience, lock_life=lock_life)
+    cipher = TokenCipher(tuple(Secret(key) for key in keys or (KEY,)))
+    store = RedisTokenStore(link, cipher, metrics, timeout=patience, lock_life=lock_life)
     yield store, metrics
     await store.close()
 
@@ -101,22 +101,22 @@ def a_token(text: str = "Atza|1") -> StoredToken:
 
 
 async def test_replicas_make_one_exchange_for_one_credential(
-    replicas: StartReplicas, token_host: TokenHost, far_side: FarSide
+    replicas: StartReplicas, token_host: TokenHost, fake_upstream: FakeUpstream
 ) -> None:
     proxies = await replicas(4)
     assert await asyncio.gather(*(orders(proxy) for proxy in proxies for _ in range(5))) == [200] * 20
     assert len(token_host.received) == 1
-    assert {received.get("x-amz-access-token") for received in far_side.received} == {"Atza|1"}
+    assert {received.get("x-amz-access-token") for received in fake_upstream.received} == {"Atza|1"}
 
 
 async def test_grantless_and_restricted_tokens_are_shared_too(
-    replicas: StartReplicas, token_host: TokenHost, far_side: FarSide
+    replicas: StartReplicas, token_host: TokenHost, fake_upstream: FakeUpstream
 ) -> None:
     for target in (NOTIFICATIONS, ADDRESS):
         for proxy in await replicas(2):
             assert await orders(proxy, target) == 200
     assert len(token_host.received) == 2  # grantless, and the ordinary one that the restricted one is asked for with
-    assert len(far_side.minted) == 1
+    assert len(fake_upstream.minted) == 1
 
 
 async def test_a_replica_that_starts_later_needs_no_exchange(replicas: StartReplicas, token_host: TokenHost) -> None:
@@ -138,24 +138,26 @@ async def test_a_token_at_hand_asks_redis_nothing(replicas: StartReplicas, clien
 
 
 async def test_a_refused_token_is_replaced_once_for_all_and_given_to_nobody(
-    replicas: StartReplicas, token_host: TokenHost, far_side: FarSide
+    replicas: StartReplicas, token_host: TokenHost, fake_upstream: FakeUpstream
 ) -> None:
     async def refuse_the_first(request: Received, writer: asyncio.StreamWriter) -> None:
         if request.get("x-amz-access-token") == "Atza|1":
             error = {"code": "Unauthorized", "message": "Access to requested resource is denied."}
             details = "The access token you provided has expired."
-            writer.write(answer("403 Forbidden", json.dumps({"errors": [{**error, "details": details}]}).encode()))
+            writer.write(
+                http_response("403 Forbidden", json.dumps({"errors": [{**error, "details": details}]}).encode())
+            )
         else:
-            writer.write(answer("200 OK", b"{}"))
+            writer.write(http_response("200 OK", b"{}"))
 
     first, second = await replicas(2)
     await asyncio.gather(first.tokens.get(ACME), second.tokens.get(ACME))
-    far_side.script = refuse_the_first
+    fake_upstream.script = refuse_the_first
     assert [await orders(first), await orders(second)] == [200, 200]
     (third,) = await replicas(1)
     assert await orders(third) == 200
     assert len(token_host.received) == 2
-    assert [received.get("x-amz-access-token") for received in far_side.received].count("Atza|1") == 2
+    assert [received.get("x-amz-access-token") for received in fake_upstream.received].count("Atza|1") == 2
 
 
 async def test_a_refused_token_is_gone_before_its_successor_is_there(redis: RedisServer, client: Redis) -> None:
@@ -342,9 +344,9 @@ def test_a_seal_tells_purposes_keys_and_places_apart() -> None:
     assert one.decrypt("k", sealed) == a_token()
     assert one.encrypt("k", a_token()) != sealed
     assert len({one.name("token", "k"), one.name("lock", "k"), one.name("token", "l"), other.name("token", "k")}) == 4
-    for seal, key in ((one, "l"), (other, "k")):
+    for cipher, key in ((one, "l"), (other, "k")):
         with pytest.raises(DecryptionFailed):
-            seal.decrypt(key, sealed)
+            cipher.decrypt(key, sealed)
 
 
 # How it is reached.
@@ -383,7 +385,7 @@ async def test_tls_is_checked_against_the_ca_that_is_named(tmp_path: Path) -> No
             ("127.0.0.1", f"?ssl_ca_certs={authority.certificate}", False),  # another name than the certificate's
             ("localhost", "", False),
         ):
-            link = RedisClient(parse_store(f"rediss://{host}:{port}/0{query}"), Metrics(), patience=5)
+            link = RedisClient(parse_store(f"rediss://{host}:{port}/0{query}"), Metrics(), timeout=5)
             await link.start()
             assert link.is_up is is_good
             await link.close()

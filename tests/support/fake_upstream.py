@@ -41,7 +41,7 @@ class Received:
         return values[0] if values else None
 
 
-def answer(status: str, body: bytes = b"", **fields: str) -> bytes:
+def http_response(status: str, body: bytes = b"", **fields: str) -> bytes:
     """Return an HTTP/1.1 answer with a Content-Length; `content_type=` becomes `content-type:`."""
     lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
@@ -113,7 +113,7 @@ class RawServer:
         if self.script is not None:
             await self.script(request, writer)
         else:
-            writer.write(answer("200 OK", b'{"payload":[]}', content_type="application/json"))
+            writer.write(http_response("200 OK", b'{"payload":[]}', content_type="application/json"))
             await writer.drain()
 
 
@@ -130,7 +130,7 @@ async def read_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 
 
 @dataclass
-class FarSide(RawServer):
+class FakeUpstream(RawServer):
     """Amazon's API. Mints Restricted Data Tokens by itself; everything else is the script's."""
 
     rdt_answer: bytes | None = None
@@ -143,7 +143,7 @@ class FarSide(RawServer):
         self.received.remove(request)
         self.minted.append(request)
         body = json.dumps({"restrictedDataToken": f"Atz.sprdt|{len(self.minted)}", "expiresIn": 3600}).encode()
-        writer.write(self.rdt_answer or answer("200 OK", body, content_type="application/json"))
+        writer.write(self.rdt_answer or http_response("200 OK", body, content_type="application/json"))
         await writer.drain()
 
 
@@ -168,5 +168,5 @@ class TokenHost(RawServer):
             "expires_in": self.expires_in,
         }
         scripted = self.answers.pop(0) if self.answers else None
-        writer.write(scripted or answer("200 OK", json.dumps(grant).encode(), content_type="application/json"))
+        writer.write(scripted or http_response("200 OK", json.dumps(grant).encode(), content_type="application/json"))
         await writer.drain()

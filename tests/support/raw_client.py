@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Answer:
+class RawResponse:
     """One answer as it came; `complete` is whether its framing says that all of it came."""
 
     status: int
@@ -47,12 +47,12 @@ class Client:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def request(self, method: str, target: str, body: bytes | None = None, /, **fields: str) -> Answer:
+    async def request(self, method: str, target: str, body: bytes | None = None, /, **fields: str) -> RawResponse:
         """Send a request with a Host and the given fields (`x_sp_region=` is `x-sp-region:`); return its answer."""
         await self.send(request(method, target, body, **fields))
-        return await self.answer(method)
+        return await self.read_response(method)
 
-    async def answer(self, method: str = "GET") -> Answer:
+    async def read_response(self, method: str = "GET") -> RawResponse:
         """Read one answer; interim ones (1xx) are skipped."""
         while True:
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -61,12 +61,12 @@ class Client:
             if not 100 <= int(status) < 200 or status == "101":
                 break
         fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
-        answer = Answer(int(status), reason, fields, b"", complete=True)
+        response = RawResponse(int(status), reason, fields, b"", complete=True)
         if method != "HEAD" and int(status) not in {204, 304}:
-            await self._read_body(answer)
-        return answer
+            await self._read_body(response)
+        return response
 
-    async def _read_body(self, answer: Answer) -> None:
+    async def _read_body(self, answer: RawResponse) -> None:
         try:
             if answer.get("transfer-encoding") == "chunked":
                 while size := int(await self.reader.readline() or b"x", 16):
@@ -114,7 +114,7 @@ async def connect(address: str) -> AsyncIterator[Client]:
         writer.close()
 
 
-async def call(address: str, method: str, target: str, body: bytes | None = None, /, **fields: str) -> Answer:
+async def call(address: str, method: str, target: str, body: bytes | None = None, /, **fields: str) -> RawResponse:
     """Send one request on a connection of its own."""
     async with connect(address) as client:
         return await client.request(method, target, body, **fields)

@@ -29,11 +29,11 @@ class Gunzip:
         for begin in range(0, len(data), _SLICE):
             rest = data[begin : begin + _SLICE]
             self._taken += len(rest)
-            for piece in self._unpacked(rest):
-                self._given += len(piece)
+            for chunk in self._unpacked(rest):
+                self._given += len(chunk)
                 if self._given > max(BOMB_THRESHOLD, self._taken * MAX_RATIO):
                     raise GzipBomb("the document unpacks to far too much", "Fetch it packed, and look at it with care.")
-                yield piece
+                yield chunk
 
     def end(self) -> None:
         """Raise BadGzip where the document is not at its end."""
@@ -48,11 +48,11 @@ class Gunzip:
                     return
                 self._member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # another member follows
             try:
-                piece = self._member.decompress(data, CHUNK)
+                chunk = self._member.decompress(data, CHUNK)
             except zlib.error as exc:
                 raise _invalid_gzip("is damaged") from exc
-            if piece:
-                yield piece
+            if chunk:
+                yield chunk
             if self._member.eof:
                 data = self._member.unused_data
             else:

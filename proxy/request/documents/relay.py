@@ -145,7 +145,7 @@ class DocumentRelay:
         config: Config,
         table: OperationTable,
         *,
-        seal: DocumentCipher,
+        cipher: DocumentCipher,
         upstream: Forwarder,
         pool: ConnectionPool,
         metrics: Metrics,
@@ -153,7 +153,7 @@ class DocumentRelay:
     ) -> None:
         self._config = config
         self._table = table
-        self._seal = seal
+        self._seal = cipher
         self._upstream = upstream
         self._pool = pool
         self._metrics = metrics
@@ -165,35 +165,35 @@ class DocumentRelay:
 
     # Answers that name documents.
 
-    def should_rewrite(self, target: Route, answer: Response) -> bool:
+    def should_rewrite(self, route: Route, response: Response) -> bool:
         """Return whether an answer may hold presigned URLs."""
-        return target.operation_name in URL_LOCATIONS and answer.status in {200, 201}
+        return route.operation_name in URL_LOCATIONS and response.status in {200, 201}
 
-    async def rewrite(self, call: UpstreamCall, answer: Response, listener: Listener) -> UpstreamResponse:
+    async def rewrite(self, call: UpstreamCall, response: Response, listener: Listener) -> UpstreamResponse:
         """Pass an answer on to the app, the URLs in it replaced; as it is where it cannot be read, which is told."""
-        read = await self._read(call, answer)
-        if not answer.at_end or len(read) > MAX_REWRITTEN:
+        read = await self._read(call, response)
+        if not response.at_end or len(read) > MAX_REWRITTEN:
             if len(read) > MAX_REWRITTEN:
                 self.keep_original("too_large", call.route)
-            return await self._upstream.stream(call, answer, beginning=read)
-        body = self._rewritten(call, listener, read, answer.first(b"content-encoding") or "")
+            return await self._upstream.stream(call, response, prefix=read)
+        body = self._rewritten(call, listener, read, response.first(b"content-encoding") or "")
         if body is None:
-            return await self._upstream.stream(call, answer, beginning=read)
-        return await self._upstream.stream_rewritten(call, answer, RewrittenHead.of(answer, len(body)), body)
+            return await self._upstream.stream(call, response, prefix=read)
+        return await self._upstream.stream_rewritten(call, response, RewrittenHead.of(response, len(body)), body)
 
-    async def _read(self, call: UpstreamCall, answer: Response) -> bytes:
+    async def _read(self, call: UpstreamCall, response: Response) -> bytes:
         """Return all of an answer, or its beginning where it is too large or breaks off."""
         read = b""
         try:
             while len(read) <= MAX_REWRITTEN:
                 call.deadline.wait_for_upstream()
-                if not (chunk := await answer.read()):
+                if not (chunk := await response.read()):
                     break
                 read += chunk
         except RemoteProtocolError:
             pass  # who passes it on meets the same end, and knows what to do
         except BaseException:
-            await answer.end()
+            await response.end()
             raise
         return read
 
@@ -203,9 +203,9 @@ class DocumentRelay:
         if len(body) > MAX_REWRITTEN:
             self.keep_original("too_large", call.route)
             return None
-        place = URL_LOCATIONS[call.route.operation_name]
+        location = URL_LOCATIONS[call.route.operation_name]
         try:
-            urls = set(urls_in(json.loads(body), place.keys))
+            urls = set(urls_in(json.loads(body), location.keys))
         except (ValueError, RecursionError):
             self.keep_original("unreadable", call.route)
             return None
@@ -221,22 +221,22 @@ class DocumentRelay:
         if parts is None or not self._is_allowed_host(parts.scheme, parts.netloc):
             self.keep_original("foreign_host", call.route)
             return None
-        target, exchange, now = call.route, call.context, self._wall()
-        operation = target.operation
+        route, context, now = call.route, call.context, self._wall()
+        operation = route.operation
         if operation is None:
             return None
         document = Document(
             url,
             is_upload=URL_LOCATIONS[operation.name].is_upload,
-            caller=exchange.caller,
-            region=target.region,
+            caller=context.caller,
+            region=route.region,
             method=operation.method,
             template=operation.template,
             # It is the document that the token was for: what is personal in it cannot be told apart.
-            elements=ALL_ELEMENTS if exchange.token == _RESTRICTED else (),
+            elements=ALL_ELEMENTS if context.token == _RESTRICTED else (),
             expires_at=now + min(lifetime(parts.query, now), MAX_LIFETIME),
         )
-        path = f"/@{target.account}/-/documents/{self._seal.encrypt(target.account, json.dumps(document).encode())}"
+        path = f"/@{route.account}/-/documents/{self._seal.encrypt(route.account, json.dumps(document).encode())}"
         if len(path) > MAX_ADDRESS:
             self.keep_original("too_large", call.route)
             return None
@@ -258,14 +258,14 @@ class DocumentRelay:
             scheme == "https" and is_storage(host) and (not colon or port == "443")
         )
 
-    def keep_original(self, why: str, target: Route) -> None:
+    def keep_original(self, why: str, route: Route) -> None:
         """Note that a URL stays as it is; the log says it once."""
         self._metrics.document_urls.labels(why).inc()
         if why not in self._logged_hosts:
             self._logged_hosts.add(why)
             LOGGER.warning(
                 "a document's URL is left as Amazon gave it",
-                extra=extra(reason=why, operation=target.operation_name, account=target.account),
+                extra=extra(reason=why, operation=route.operation_name, account=route.account),
             )
 
     # Requests for documents.
@@ -278,19 +278,19 @@ class DocumentRelay:
     def open(
         self,
         method: str,
-        admitted: ValidatedTarget,
+        validated: ValidatedTarget,
         head: HeaderBlock,
         listener: Listener,
         caller: str,
-        permit: AccessPolicy,
+        policy: AccessPolicy,
     ) -> OpenedDocument:
         """Return what a request is for; raise the error that says why it may not have it."""
-        found = _PATH.fullmatch(admitted.target)
+        found = _PATH.fullmatch(validated.target)
         if found is None or found[3] not in _UNPACK:
             raise BadTarget(
                 "the address of a document is not whole", "Use it unchanged; ?decompress=1 is all that may be added."
             )
-        account, source = account_of(found[1], head.headers, listener, self._config, permit)
+        account, source = account_of(found[1], head.headers, listener, self._config, policy)
         document = self._unsealed(account, found[2])
         if document.caller != caller:
             raise DocumentRefused("the document's address was given to another caller", _REQUEST_AGAIN)
@@ -299,7 +299,7 @@ class DocumentRelay:
                 f"the document's address is for {'an upload' if document.is_upload else 'a download'}",
                 f"Send {' or '.join(_UPLOADS if document.is_upload else _DOWNLOADS)}.",
             )
-        self._check_policy(document, listener, permit)
+        self._check_policy(document, listener, policy)
         if self._wall() >= document.expires_at:
             raise DocumentExpired("the document's address has expired", _REQUEST_AGAIN)
         unpack = _UNPACK[found[3]]
@@ -316,12 +316,12 @@ class DocumentRelay:
             raise DocumentRefused(_INVALID_ADDRESS, _REQUEST_AGAIN) from None
         return document
 
-    def _check_policy(self, document: Document, listener: Listener, permit: AccessPolicy) -> None:
+    def _check_policy(self, document: Document, listener: Listener, policy: AccessPolicy) -> None:
         """Raise NotAllowed where the call that brought the address would not be allowed here and now."""
         if listener.region not in {None, document.region}:
             raise DocumentRefused("the document's address is of another region than this listener's", _REQUEST_AGAIN)
-        permit.check_operation(document.method, self._table.match(document.method, document.template), "")
-        permit.check_elements(set(document.elements))
+        policy.check_operation(document.method, self._table.match(document.method, document.template), "")
+        policy.check_elements(set(document.elements))
 
     def _target(self, document: Document, account: str, source: str) -> Route:
         parts = parse(document.url)
@@ -342,7 +342,7 @@ class DocumentRelay:
             operation=RELAYED,
             operation_name=RELAYED.name,
             endpoint=f"{parts.scheme}://{parts.netloc}",
-            credential=access_token_key_of(application, account, environment, region),
+            token_key=access_token_key_of(application, account, environment, region),
             elements_source="",
             key=UNCACHED,
             path_and_query=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
@@ -351,10 +351,10 @@ class DocumentRelay:
     async def fetch(self, call: UpstreamCall, *, unpack: bool) -> UpstreamResponse:
         """Send a request to the storage, and stream the answer back, whatever it says."""
         with self._acquire_slot():
-            answer = await self._send(call)
-            if not unpack or answer.status != 200:
-                return await self._upstream.stream(call, answer)
-            return await self._unpacked(call, answer)
+            response = await self._send(call)
+            if not unpack or response.status != 200:
+                return await self._upstream.stream(call, response)
+            return await self._unpacked(call, response)
 
     @contextmanager
     def _acquire_slot(self) -> Iterator[None]:
@@ -374,63 +374,63 @@ class DocumentRelay:
         began = call.deadline.now()
         call.context.attempts += 1
         try:
-            answer = await self._upstream.send_with(call, lines, says_length=says_length)
+            response = await self._upstream.send_with(call, lines, says_length=says_length)
         except UpstreamBroken:
             # An idle connection that was closed just now. A document got or put twice is the same as once.
             if not (call.needs_fresh_connection and call.is_replayable and call.request.method != "POST"):
                 raise
             call.context.attempts += 1
-            answer = await self._upstream.send_with(call, lines, says_length=says_length)
-        call.context.status = answer.status
+            response = await self._upstream.send_with(call, lines, says_length=says_length)
+        call.context.status = response.status
         call.context.upstream_duration = call.deadline.now() - began
-        call.context.amazon_request_id = answer.value(b"x-amz-request-id")
-        return answer
+        call.context.amazon_request_id = response.value(b"x-amz-request-id")
+        return response
 
-    async def _unpacked(self, call: UpstreamCall, answer: Response) -> UpstreamResponse:
+    async def _unpacked(self, call: UpstreamCall, response: Response) -> UpstreamResponse:
         """Stream a document without its gzip; one that has none, as it is."""
         try:
-            begun = await _prefix_of(call, answer)
-            coding = (answer.first(b"content-encoding") or "identity").lower()
+            begun = await _prefix_of(call, response)
+            coding = (response.first(b"content-encoding") or "identity").lower()
             is_packed = coding in _GZIP or (coding == "identity" and begun.startswith(MAGIC))
-            pieces = _chunks(call, answer, begun)
+            chunks = _chunks(call, response, begun)
             # What is no gzip at all can still be said in an answer.
-            first = await anext(pieces, b"") if is_packed else b""
+            first = await anext(chunks, b"") if is_packed else b""
         except RemoteProtocolError as exc:
             raise UpstreamBroken("the document broke off", "Fetch it again.") from exc
         except BaseException:
-            await answer.end()
+            await response.end()
             raise
         if not is_packed:
-            return await self._upstream.stream(call, answer, beginning=begun)
-        return await self._upstream.stream_rewritten(call, answer, RewrittenHead.of(answer, None), first, pieces)
+            return await self._upstream.stream(call, response, prefix=begun)
+        return await self._upstream.stream_rewritten(call, response, RewrittenHead.of(response, None), first, chunks)
 
 
 def _replaced(body: bytes, found: Mapping[str, str]) -> bytes:
     """Return a JSON text with other strings in place of those that are `found`, and not another byte changed."""
-    pieces, done = [], 0
+    chunks, done = [], 0
     for begin, end in literals_in(body):
         # Most are no URL, which is seen at once.
         if not body.startswith(b"http", begin + 1) and b"\\" not in body[begin:end]:
             continue
         address = found.get(json.loads(body[begin:end]))
         if address is not None:
-            pieces += [body[done:begin], json.dumps(address).encode()]
+            chunks += [body[done:begin], json.dumps(address).encode()]
             done = end
-    return b"".join([*pieces, body[done:]])
+    return b"".join([*chunks, body[done:]])
 
 
-async def _prefix_of(call: UpstreamCall, answer: Response) -> bytes:
+async def _prefix_of(call: UpstreamCall, response: Response) -> bytes:
     """Return as much of a document as tells whether it is packed; raise Broken."""
     begun = b""
     while len(begun) < len(MAGIC):
         call.deadline.wait_for_upstream()
-        if not (chunk := await answer.read()):
+        if not (chunk := await response.read()):
             break
         begun += chunk
     return begun
 
 
-async def _chunks(call: UpstreamCall, answer: Response, chunk: bytes) -> AsyncGenerator[bytes, None]:
+async def _chunks(call: UpstreamCall, response: Response, chunk: bytes) -> AsyncGenerator[bytes, None]:
     """Yield what a packed document unpacks to; raise BadGzip, GzipBomb, Broken."""
     gunzip = Gunzip()
     while chunk:
@@ -438,7 +438,7 @@ async def _chunks(call: UpstreamCall, answer: Response, chunk: bytes) -> AsyncGe
             yield piece
             await asyncio.sleep(0)  # a small chunk may be a large piece of work: the others get their turn
         call.deadline.wait_for_upstream()
-        chunk = await answer.read()
+        chunk = await response.read()
     gunzip.end()
 
 

@@ -69,14 +69,14 @@ class PublishedPlan(NamedTuple):
 SANDBOX_PLAN = PublishedPlan("sandbox", 5.0, 15.0)
 
 
-def published_plan(target: Route) -> PublishedPlan:
+def published_plan(route: Route) -> PublishedPlan:
     """Return the plan of an account's calls (DOC "Usage Plans and Rate Limits": by account, application, operation)."""
-    if target.environment == "sandbox":
+    if route.environment == "sandbox":
         return SANDBOX_PLAN
-    operation = target.operation
+    operation = route.operation
     if operation is None:
         # Its path is all there is to go by; the first segments name API and version.
-        path = target.path_and_query.partition("?")[0]
+        path = route.path_and_query.partition("?")[0]
         return PublishedPlan("unknown " + "/".join(path.split("/", 4)[:4])[:100], None, 1.0)
     return _published_by_name(operation.method, operation.name, operation.rate, operation.burst)
 
@@ -87,10 +87,10 @@ def _published_by_name(method: str, name: str, rate: float | None, burst: int | 
     return PublishedPlan(f"{method} {name}", rate, float(burst or 1))
 
 
-def published_application_plan(target: Route) -> PublishedPlan | None:
+def published_application_plan(route: Route) -> PublishedPlan | None:
     """Return the plan of all accounts of the application together, None where the operation has none."""
-    operation = target.operation
-    if operation is None or operation.app_rate is None or target.environment == "sandbox":
+    operation = route.operation
+    if operation is None or operation.app_rate is None or route.environment == "sandbox":
         return None
     # The published burst is that of one account; a tenth of a second's worth is what calls may bunch.
     burst = max(1.0, float(operation.app_burst or operation.app_rate / 10))
@@ -123,36 +123,36 @@ class PlanLimiter:
         self._call_later = call_later
         self._timer: Any = None
 
-    def estimated_wait(self, claim: AdmissionRequest) -> float:
+    def estimated_wait(self, admission: AdmissionRequest) -> float:
         """Return how long a call would wait that came now, in seconds."""
-        ahead = self.queue.position(self._virtual_time_of(claim)) if len(self.queue) else 0
+        ahead = self.queue.position(self._virtual_time_of(admission)) if len(self.queue) else 0
         return self.bucket.wait(self._now(), ahead)
 
-    def _virtual_time_of(self, claim: AdmissionRequest) -> float:
-        caller = (claim.caller, claim.background)
-        return self.queue.next_virtual_time(caller, background=claim.background, first=claim.is_retry)
+    def _virtual_time_of(self, admission: AdmissionRequest) -> float:
+        caller = (admission.caller, admission.background)
+        return self.queue.next_virtual_time(caller, background=admission.background, first=admission.is_retry)
 
-    async def acquire(self, claim: AdmissionRequest) -> None:
+    async def acquire(self, admission: AdmissionRequest) -> None:
         """Wait for a place and take it; raise TimeoutError where it has not come within `claim.max_wait`.
 
         That happens where others came between. A call that is cancelled leaves its place to those behind it.
         """
-        caller = (claim.caller, claim.background)
-        place = Waiter(asyncio.get_running_loop().create_future(), caller, self._now() + claim.max_wait)
-        entry = self.queue.add(caller, self._virtual_time_of(claim), place)
+        caller = (admission.caller, admission.background)
+        waiter = Waiter(asyncio.get_running_loop().create_future(), caller, self._now() + admission.max_wait)
+        entry = self.queue.add(caller, self._virtual_time_of(admission), waiter)
         if self._timer is None:
             self._dispatch_due()
         try:
-            async with asyncio.timeout(claim.max_wait + _GRACE):
-                await place.future
+            async with asyncio.timeout(admission.max_wait + _GRACE):
+                await waiter.future
         except (asyncio.CancelledError, TimeoutError):
-            if place.is_queued:
+            if waiter.is_queued:
                 self.queue.remove(caller, entry)
-            elif not place.future.cancelled():
+            elif not waiter.future.cancelled():
                 self.refund()  # it came in the very moment
             raise
 
-    def has_capacity(self, claim: AdmissionRequest) -> bool:  # noqa: ARG002 - who it is matters where others are asked
+    def has_capacity(self, admission: AdmissionRequest) -> bool:  # noqa: ARG002 - who it is matters where others are asked
         """Return whether a call that comes now has its place at once."""
         now = self._now
         return not self.queue and self.bucket.has_token(now())
@@ -204,12 +204,12 @@ class PlanLimiter:
             if wait > 0:
                 self._timer = self._call_later(wait, self._dispatch_due)
                 return
-            place = self.queue.first()[2]
-            self.queue.pop(place.caller)
-            place.is_queued = False
-            if not place.future.done():  # it may be about to leave
+            waiter = self.queue.first()[2]
+            self.queue.pop(waiter.caller)
+            waiter.is_queued = False
+            if not waiter.future.done():  # it may be about to leave
                 self.bucket.consume()
-                place.future.set_result(None)
+                waiter.future.set_result(None)
 
 
 class RateLimiter:
@@ -238,36 +238,36 @@ class RateLimiter:
         """Go by other settings from now on; what is known of the plans stays."""
         self._pace, self._max_queue = pace, max_queue
 
-    async def acquire(self, target: Route, claim: AdmissionRequest) -> float:
+    async def acquire(self, route: Route, admission: AdmissionRequest) -> float:
         """Wait for a place in the usage plan and return the seconds waited.
 
         Raises UsagePlanExhausted at once where no place comes in time. A caller who is cancelled gives its place back.
         """
-        if self.try_acquire(target, claim):
+        if self.try_acquire(route, admission):
             return 0.0
         began = self._now()
-        plan = self._plan(target)
+        plan = self._plan(route)
         if plan is not None:
-            await self._acquire_from(plan, target, claim)
-        for_all = self._application_plan(target)
+            await self._acquire_from(plan, route, admission)
+        for_all = self._application_plan(route)
         if for_all is not None:
             try:
-                left = max(0.0, claim.max_wait - (self._now() - began))
-                await self._acquire_from(for_all, target, replace(claim, max_wait=left))
+                left = max(0.0, admission.max_wait - (self._now() - began))
+                await self._acquire_from(for_all, route, replace(admission, max_wait=left))
             except BaseException:
                 if plan is not None:
                     plan.refund()
                 raise
         return self._now() - began
 
-    def try_acquire(self, target: Route, claim: AdmissionRequest) -> bool:
+    def try_acquire(self, route: Route, admission: AdmissionRequest) -> bool:
         """Take a place that is free now; return whether there was one. Without pacing there always is."""
         if not self._pace:
             return True
-        found = self._found.get(target.key)
-        plan, for_all = found if found is not None else self._find(target)
-        if (plan is not None and not plan.has_capacity(claim)) or (
-            for_all is not None and not for_all.has_capacity(claim)
+        found = self._found.get(route.key)
+        plan, for_all = found if found is not None else self._find(route)
+        if (plan is not None and not plan.has_capacity(admission)) or (
+            for_all is not None and not for_all.has_capacity(admission)
         ):
             return False
         if plan is not None:
@@ -276,40 +276,40 @@ class RateLimiter:
             for_all.consume()
         return True
 
-    async def _acquire_from(self, plan: PlanLimiter, target: Route, claim: AdmissionRequest) -> None:
-        if plan.has_capacity(claim):
+    async def _acquire_from(self, plan: PlanLimiter, route: Route, admission: AdmissionRequest) -> None:
+        if plan.has_capacity(admission):
             plan.consume()
             return
-        wait = plan.estimated_wait(claim)
-        if wait > claim.max_wait:
-            raise self._exhausted_error(target, wait - plan.bucket.margin, claim.max_wait)
+        wait = plan.estimated_wait(admission)
+        if wait > admission.max_wait:
+            raise self._exhausted_error(route, wait - plan.bucket.margin, admission.max_wait)
         if len(plan.queue) >= self._max_queue:
-            self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()
+            self._metrics.limit_refused.labels(route.account, route.region, route.operation_name).inc()
             raise UsagePlanExhausted(
-                f"{self._max_queue} calls wait for the usage plan of {target.operation_name} already",
+                f"{self._max_queue} calls wait for the usage plan of {route.operation_name} already",
                 "Come back after Retry-After, or raise limits.max_queue.",
                 retry_after=wait - plan.bucket.margin,
             )
         try:
-            await plan.acquire(claim)
+            await plan.acquire(admission)
         except TimeoutError:
             raise self._exhausted_error(
-                target, plan.estimated_wait(claim) - plan.bucket.margin, claim.max_wait
+                route, plan.estimated_wait(admission) - plan.bucket.margin, admission.max_wait
             ) from None
 
-    def observe_response(self, target: Route, status: int, rate_header: str | None, *, waited: bool = False) -> None:
+    def observe_response(self, route: Route, status: int, rate_header: str | None, *, waited: bool = False) -> None:
         """Correct the plan by what Amazon's answer says; no header is normal (DOC "Parse SP-API Responses")."""
         if status == 429:
-            self._metrics.throttled.labels(target.account, target.region, target.operation_name).inc()
-            plan = self._plan(target, make=True)
+            self._metrics.throttled.labels(route.account, route.region, route.operation_name).inc()
+            plan = self._plan(route, make=True)
             if plan is not None:
                 plan.on_429()
             return
-        found = self._found.get(target.key)
-        plan = found[0] if found is not None else self._plan(target)
+        found = self._found.get(route.key)
+        plan = found[0] if found is not None else self._plan(route)
         if plan is None or (not waited and rate_header == plan.last_rate_header):
             return
-        if target.operation is None or target.environment != "production":
+        if route.operation is None or route.environment != "production":
             return
         rate = parse_rate(rate_header) if rate_header is not None else None
         if rate is not None:
@@ -318,50 +318,48 @@ class RateLimiter:
         elif waited:
             plan.on_success()
 
-    def retry_after(self, target: Route, claim: AdmissionRequest) -> float:
+    def retry_after(self, route: Route, admission: AdmissionRequest) -> float:
         """Return in how many seconds a call that came now would have its place."""
-        plan = self._plan(target)
-        return plan.estimated_wait(claim) if plan is not None else 0.0
+        plan = self._plan(route)
+        return plan.estimated_wait(admission) if plan is not None else 0.0
 
-    def _find(self, target: Route) -> tuple[PlanLimiter | None, PlanLimiter | None]:
+    def _find(self, route: Route) -> tuple[PlanLimiter | None, PlanLimiter | None]:
         """Return the plan that the target falls under, and that over all accounts; remember them for its kind."""
-        for_all = self._application_plan(target)
-        found = (self._plan(target), for_all)
+        for_all = self._application_plan(route)
+        found = (self._plan(route), for_all)
         # Without an operation its path decides, and only a 429 tells that there is a plan.
-        is_lasting = target.operation is not None and target.key is not UNCACHED
+        is_lasting = route.operation is not None and route.key is not UNCACHED
         if is_lasting and len(self._plans) < _MAX_PLANS:
             if len(self._found) >= _MAX_FOUND:
                 self._found.clear()
-            self._found[target.key] = found
+            self._found[route.key] = found
         return found
 
-    def _plan(self, target: Route, *, make: bool = False) -> PlanLimiter | None:
+    def _plan(self, route: Route, *, make: bool = False) -> PlanLimiter | None:
         """Return the plan that the target falls under, with its state; None where none is known.
 
         With `make`, one is made where there was none: a 429 tells that there is a plan.
         """
-        published = published_plan(target)
-        key = (target.application, target.credential.account, target.environment, target.region, published.name)
+        published = published_plan(route)
+        key = (route.application, route.token_key.account, route.environment, route.region, published.name)
         plan = self._plans.get(key)
         if plan is None and (make or published.rate is not None):
-            plan = self._new_plan(key, published, target)
+            plan = self._new_plan(key, published, route)
         return plan
 
-    def _application_plan(self, target: Route) -> PlanLimiter | None:
-        published = published_application_plan(target)
+    def _application_plan(self, route: Route) -> PlanLimiter | None:
+        published = published_application_plan(route)
         if published is None:
             return None
-        key = (target.application, "", target.environment, target.region, published.name)
-        return self._plans.get(key) or self._new_plan(key, published, target, account="*")
+        key = (route.application, "", route.environment, route.region, published.name)
+        return self._plans.get(key) or self._new_plan(key, published, route, account="*")
 
-    def _new_plan(
-        self, key: tuple[str, ...], published: PublishedPlan, target: Route, account: str = ""
-    ) -> PlanLimiter:
+    def _new_plan(self, key: tuple[str, ...], published: PublishedPlan, route: Route, account: str = "") -> PlanLimiter:
         if len(self._plans) >= _MAX_PLANS:
             idle = next((known for known, plan in self._plans.items() if not len(plan.queue)), key)
             self._plans.pop(idle, None)
         self._found.clear()  # calls of some kind may fall under this one, where there was none for them
-        where = (account or target.account, target.region, target.operation_name)
+        where = (account or route.account, route.region, route.operation_name)
         call_later = self._call_later or asyncio.get_running_loop().call_later
         plan = self._plans[key] = self._make(key, published, where, call_later)
         return plan
@@ -380,10 +378,10 @@ class RateLimiter:
             numbers[plan.labels] = PlanGauges(plan.bucket.rate, tokens, waiting)
         return numbers
 
-    def _exhausted_error(self, target: Route, wait: float, max_wait: float) -> UsagePlanExhausted:
-        self._metrics.limit_refused.labels(target.account, target.region, target.operation_name).inc()
+    def _exhausted_error(self, route: Route, wait: float, max_wait: float) -> UsagePlanExhausted:
+        self._metrics.limit_refused.labels(route.account, route.region, route.operation_name).inc()
         return UsagePlanExhausted(
-            f"the usage plan of {target.operation_name} has its next place in {wait:.1f} s, "
+            f"the usage plan of {route.operation_name} has its next place in {wait:.1f} s, "
             f"and this call may wait {max_wait:g} s",
             f"Come back after Retry-After, or let the call wait longer: {MAX_WAIT_HEADER}: {math.ceil(wait)}s.",
             retry_after=wait,

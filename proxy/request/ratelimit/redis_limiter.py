@@ -76,8 +76,8 @@ class RedisPlan(PlanLimiter):
         """
         now, needed = self._now(), self.estimate.rate * self._own_fraction
         self.bucket.refill(now)
-        for index, place in enumerate(self.queue.waiting()):
-            needed = max(needed, (index + 1 - self.bucket.tokens) / max(place.deadline - now, _IMMEDIATE))
+        for index, waiter in enumerate(self.queue.waiting()):
+            needed = max(needed, (index + 1 - self.bucket.tokens) / max(waiter.deadline - now, _IMMEDIATE))
         self.bucket.rate = min(needed, self.estimate.rate)
 
     @property
@@ -125,21 +125,21 @@ class RedisPlan(PlanLimiter):
             bucket.rate = self.estimate.rate = held.rate
             self.estimate.rate_before_probe, self.estimate.successes = None, 0
 
-    def estimated_wait(self, claim: AdmissionRequest) -> float:
+    def estimated_wait(self, admission: AdmissionRequest) -> float:
         """Return how long a call would wait that came now, in seconds, if the other processes go on as they do."""
         if self.is_degraded():
-            return super().estimated_wait(claim)
+            return super().estimated_wait(admission)
         now = self._now()
-        ahead = self.queue.position(self._virtual_time_of(claim)) if len(self.queue) else 0
+        ahead = self.queue.position(self._virtual_time_of(admission)) if len(self.queue) else 0
         if self._granted is not None:
             first = max(0.0, self._next_grant_at - now)
         else:
             first = max(0.0, self.bucket.updated - now) + self.bucket.wait(now)
         return first + ahead * max(self.spacing, 1 / self.bucket.rate) if ahead else first
 
-    def has_capacity(self, claim: AdmissionRequest) -> bool:
+    def has_capacity(self, admission: AdmissionRequest) -> bool:
         """Return whether a call has its place without asking anybody else."""
-        return self.is_degraded() and super().has_capacity(claim)
+        return self.is_degraded() and super().has_capacity(admission)
 
     def refund(self) -> None:
         """Return a place that was not used."""
@@ -182,7 +182,7 @@ class RedisPlan(PlanLimiter):
 
     async def _reserve(self) -> None:
         try:
-            place = await self._shared.execute("reserve", (self.to_request(),))
+            reservation = await self._shared.execute("reserve", (self.to_request(),))
         except StoreUnavailable:
             self._reserving = None
             if self.is_degraded():
@@ -193,8 +193,8 @@ class RedisPlan(PlanLimiter):
             self._reserving = None
             raise
         self._reserving = None
-        now, wait = self._now(), place.wait or 0.0
-        self.apply(place.buckets[0], is_mine=True)
+        now, wait = self._now(), reservation.wait or 0.0
+        self.apply(reservation.buckets[0], is_mine=True)
         if self._next_grant_at:
             apart = max(0.0, now + wait - self._next_grant_at)
             self.spacing += (apart - self.spacing) / (SMOOTHING_TIME if self.spacing else 1)
@@ -205,11 +205,11 @@ class RedisPlan(PlanLimiter):
         """Give the place that was reserved to whoever is first now."""
         self._granted = None
         while len(self.queue):
-            place = self.queue.first()[2]
-            self.queue.pop(place.caller)
-            place.is_queued = False
-            if not place.future.done():
-                place.future.set_result(None)
+            waiter = self.queue.first()[2]
+            self.queue.pop(waiter.caller)
+            waiter.is_queued = False
+            if not waiter.future.done():
+                waiter.future.set_result(None)
                 if not len(self.queue):
                     self._next_grant_at = self.spacing = 0.0
                 self._dispatch_due()
@@ -233,38 +233,38 @@ class RedisRateLimiter(RateLimiter):
             if len(plan.queue):
                 plan.dispatch()
 
-    def try_acquire(self, target: Route, claim: AdmissionRequest) -> bool:
+    def try_acquire(self, route: Route, admission: AdmissionRequest) -> bool:
         """Take a place that is free now, where that is known without asking Redis."""
         if self._pace and self._shared.redis.is_up:
-            found = self._found.get(target.key)
-            plan, for_all = found if found is not None else self._find(target)
+            found = self._found.get(route.key)
+            plan, for_all = found if found is not None else self._find(route)
             return plan is None and for_all is None
-        return super().try_acquire(target, claim)
+        return super().try_acquire(route, admission)
 
-    async def acquire(self, target: Route, claim: AdmissionRequest) -> float:
+    async def acquire(self, route: Route, admission: AdmissionRequest) -> float:
         """Wait for a place in the usage plan and return the seconds waited: none where the first answer is yes.
 
         Raises what Limits.admit raises.
         """
-        if self._pace and self._shared.redis.is_up and await self._has_capacity(target):
+        if self._pace and self._shared.redis.is_up and await self._has_capacity(route):
             return 0.0
-        return await super().acquire(target, claim)
+        return await super().acquire(route, admission)
 
-    async def _has_capacity(self, target: Route) -> bool:
+    async def _has_capacity(self, route: Route) -> bool:
         """Take a place in each of the target's plans, where each has one now and nobody waits here."""
-        found = self._found.get(target.key)
-        plans = [plan for plan in (found if found is not None else self._find(target)) if isinstance(plan, RedisPlan)]
+        found = self._found.get(route.key)
+        plans = [plan for plan in (found if found is not None else self._find(route)) if isinstance(plan, RedisPlan)]
         if any(len(plan.queue) for plan in plans):
             return False
         if not plans:
             return True
         try:
-            place = await self._shared.execute("try", [plan.to_request() for plan in plans])
+            reservation = await self._shared.execute("try", [plan.to_request() for plan in plans])
         except StoreUnavailable:
             return False
-        for plan, held in zip(plans, place.buckets, strict=True):
-            plan.apply(held, is_mine=place.wait is not None)
-        return place.wait is not None
+        for plan, held in zip(plans, reservation.buckets, strict=True):
+            plan.apply(held, is_mine=reservation.wait is not None)
+        return reservation.wait is not None
 
     def _make(
         self, key: tuple[str, ...], published: PublishedPlan, where: tuple[str, str, str], call_later: CallLater

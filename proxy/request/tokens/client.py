@@ -83,20 +83,20 @@ def access_token_keys(config: Config) -> Iterator[TokenKey]:
             yield access_token_key_of(application, name, config.environment_of(account), region)
 
 
-def token_source(config: Config, credential: TokenKey) -> tuple[object, ...] | None:
+def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | None:
     """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
 
     A client secret is not part of it: the tokens that were got with an old one are as good (F25).
     """
-    application = config.applications.get(credential.application)
+    application = config.applications.get(token_key.application)
     if application is None:
         return None
-    if credential.kind == "grantless":
+    if token_key.kind == "grantless":
         return (application.client_id,)
-    account = config.accounts.get(credential.account)
-    if account is None or config.application_of(account)[0] != credential.application:
+    account = config.accounts.get(token_key.account)
+    if account is None or config.application_of(account)[0] != token_key.application:
         return None
-    refresh_token = account.refresh_tokens.get(credential.region)
+    refresh_token = account.refresh_tokens.get(token_key.region)
     if refresh_token is None:
         return None
     # Not compared with the credential's own: an account of the sandbox may want a token of production's (sandbox_rdt).
@@ -105,16 +105,16 @@ def token_source(config: Config, credential: TokenKey) -> tuple[object, ...] | N
         application.client_id,
         refresh_token,
         environment,
-        account.target_application if credential.kind == "rdt" else None,
+        account.target_application if token_key.kind == "rdt" else None,
     )
 
 
-def _digest(config: Config | None, credential: TokenKey, refresh_token: Secret | None) -> str:
+def _digest(config: Config | None, token_key: TokenKey, refresh_token: Secret | None) -> str:
     source = ""
     if config is not None:
-        source = config.applications[credential.application].client_id
+        source = config.applications[token_key.application].client_id
         if refresh_token is not None:
-            account = config.accounts[credential.account]
+            account = config.accounts[token_key.account]
             source += f"\x1f{refresh_token.reveal()}\x1f{account.target_application or ''}"
     return sha256(source.encode()).hexdigest()
 
@@ -128,7 +128,7 @@ class TokenClient:
         *,
         lwa_session: ConnectionPool,
         amazon_session: ConnectionPool,
-        limits: RateLimiter,
+        rate_limiter: RateLimiter,
         mint: Operation | None,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
@@ -137,7 +137,7 @@ class TokenClient:
         self.settings = ClientSettings(config, lwa_session, amazon_session)
         # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
         self._earlier: list[weakref.ref[Config]] = []
-        self._limits = limits
+        self._limits = rate_limiter
         self._rdt_operation = mint
         self._metrics = metrics
         self._now = now
@@ -149,68 +149,68 @@ class TokenClient:
         self._earlier.insert(0, weakref.ref(self.settings.config))
         self.settings = ClientSettings(config, lwa_session, amazon_session)
 
-    def _config_of(self, credential: TokenKey) -> Config | None:
+    def _config_of(self, token_key: TokenKey) -> Config | None:
         """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
         known = (self.settings.config, *(earlier() for earlier in self._earlier))
-        return next((one for one in known if one is not None and token_source(one, credential) is not None), None)
+        return next((one for one in known if one is not None and token_source(one, token_key) is not None), None)
 
-    def secrets(self, credential: TokenKey) -> tuple[Secret, ...]:
+    def secrets(self, token_key: TokenKey) -> tuple[Secret, ...]:
         """Return the secrets that an exchange would send now: those of files and variables may have changed."""
-        config = self._config_of(credential)
-        if credential.kind == "rdt" or config is None:
+        config = self._config_of(token_key)
+        if token_key.kind == "rdt" or config is None:
             return ()
-        secret = config.applications[credential.application].client_secret.refreshed()
-        if credential.kind == "grantless":
+        secret = config.applications[token_key.application].client_secret.refreshed()
+        if token_key.kind == "grantless":
             return (secret,)
-        return secret, config.accounts[credential.account].refresh_tokens[credential.region].refreshed()
+        return secret, config.accounts[token_key.account].refresh_tokens[token_key.region].refreshed()
 
-    def fingerprint(self, credential: TokenKey, sent: tuple[Secret, ...] = ()) -> str:
+    def fingerprint(self, token_key: TokenKey, sent: tuple[Secret, ...] = ()) -> str:
         """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
 
         Or, where `sent` are the `secrets` of one, as that one did.
         """
-        config = self._config_of(credential)
-        if config is None or credential.kind == "grantless":
-            return _digest(config, credential, None)
-        held = config.accounts[credential.account].refresh_tokens[credential.region]
-        return _digest(config, credential, sent[1] if len(sent) > 1 else held.refreshed())
+        config = self._config_of(token_key)
+        if config is None or token_key.kind == "grantless":
+            return _digest(config, token_key, None)
+        held = config.accounts[token_key.account].refresh_tokens[token_key.region]
+        return _digest(config, token_key, sent[1] if len(sent) > 1 else held.refreshed())
 
-    def matches_config(self, credential: TokenKey, fingerprint: str) -> bool:
+    def matches_config(self, token_key: TokenKey, fingerprint: str) -> bool:
         """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
-        config = self._config_of(credential)
-        if config is None or credential.kind == "grantless":
-            return fingerprint == _digest(config, credential, None)
-        held = config.accounts[credential.account].refresh_tokens[credential.region]
-        return fingerprint == _digest(config, credential, held)
+        config = self._config_of(token_key)
+        if config is None or token_key.kind == "grantless":
+            return fingerprint == _digest(config, token_key, None)
+        held = config.accounts[token_key.account].refresh_tokens[token_key.region]
+        return fingerprint == _digest(config, token_key, held)
 
-    async def fetch_access_token(self, credential: TokenKey, secrets: tuple[Secret, ...]) -> FetchedToken:
+    async def fetch_access_token(self, token_key: TokenKey, secrets: tuple[Secret, ...]) -> FetchedToken:
         """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
-        config = self._config_of(credential)
+        config = self._config_of(token_key)
         if config is None:
-            raise not_configured(credential)
-        client = (config.applications[credential.application].client_id, secrets[0])
+            raise not_configured(token_key)
+        client = (config.applications[token_key.application].client_id, secrets[0])
         url, session = config.endpoints.lwa, self.settings.lwa_session
 
         def call() -> Awaitable[lwa.TokenResponse]:
-            if credential.kind == "grantless":
-                return lwa.client_credentials_grant(session.post, url, *client, credential.scope)
+            if token_key.kind == "grantless":
+                return lwa.client_credentials_grant(session.post, url, *client, token_key.scope)
             return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
 
-        return await self.with_retries(credential, url, call)
+        return await self.with_retries(token_key, url, call)
 
-    async def create_rdt(self, credential: TokenKey, ordinary: Secret) -> FetchedToken:
+    async def create_rdt(self, token_key: TokenKey, ordinary: Secret) -> FetchedToken:
         """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
 
         Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
         UsagePlanExhausted.
         """
-        config = self._config_of(credential)
+        config = self._config_of(token_key)
         if config is None:
-            raise not_configured(credential)
-        session, agent = self.settings.amazon_session, user_agent_of(config.applications[credential.application])
-        endpoint = endpoint_of(config, credential.environment, credential.region)
-        target = self._rdt_route(credential, endpoint)
-        account = config.accounts[credential.account]
+            raise not_configured(token_key)
+        session, agent = self.settings.amazon_session, user_agent_of(config.applications[token_key.application])
+        endpoint = endpoint_of(config, token_key.environment, token_key.region)
+        route = self._rdt_route(token_key, endpoint)
+        account = config.accounts[token_key.account]
 
         async def call() -> lwa.TokenResponse:
             headers = credential_headers(ordinary, agent, time.time())
@@ -219,38 +219,38 @@ class TokenClient:
                     session.post,
                     endpoint,
                     headers,
-                    credential.method,
-                    credential.path,
-                    credential.data_elements,
+                    token_key.method,
+                    token_key.path,
+                    token_key.data_elements,
                     account.target_application,
                 )
             except lwa.TokenRequestFailed as exc:
                 if exc.reason == "http_429":
-                    self._limits.observe_response(target, 429, None)
+                    self._limits.observe_response(route, 429, None)
                 raise
 
-        await self._limits.acquire(target, AdmissionRequest(config.limits.max_wait))
-        return await self.with_retries(credential, endpoint, call)
+        await self._limits.acquire(route, AdmissionRequest(config.limits.max_wait))
+        return await self.with_retries(token_key, endpoint, call)
 
-    def _rdt_route(self, credential: TokenKey, endpoint: str) -> Route:
+    def _rdt_route(self, token_key: TokenKey, endpoint: str) -> Route:
         return Route(
-            account=credential.account,
+            account=token_key.account,
             account_source="",
-            region=credential.region,
+            region=token_key.region,
             region_source="",
-            environment=credential.environment,
-            application=credential.application,
+            environment=token_key.environment,
+            application=token_key.application,
             operation=self._rdt_operation,
             operation_name=self._rdt_operation.name if self._rdt_operation is not None else "unknown",
             endpoint=endpoint,
-            credential=access_token_key(credential),
+            token_key=access_token_key(token_key),
             elements_source="",
             key=UNCACHED,
             path_and_query=rdt.PATH,
         )
 
     async def with_retries(
-        self, credential: TokenKey, url: str, call: Callable[[], Awaitable[lwa.TokenResponse]]
+        self, token_key: TokenKey, url: str, call: Callable[[], Awaitable[lwa.TokenResponse]]
     ) -> FetchedToken:
         """Make one exchange with the host of `url`, a few times where that may help.
 
@@ -266,55 +266,55 @@ class TokenClient:
                         await self._sleep(pause)
                     asked, reason = self._now(), "timeout"
                     try:
-                        grant = await call()
+                        token_response = await call()
                     except lwa.TokenRequestFailed as exc:
                         reason = exc.reason
                     except (RemoteProtocolError, OSError) as exc:
                         reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
                     else:
-                        self._count(credential, "ok", "", asked)
-                        return FetchedToken(grant, asked, self._now())
-                    self._count(credential, "failed", reason, asked)
+                        self._count(token_key, "ok", "", asked)
+                        return FetchedToken(token_response, asked, self._now())
+                    self._count(token_key, "failed", reason, asked)
         except lwa.OAuthError as exc:
-            config = self._config_of(credential)
-            keys, source = ("", "") if config is None else config_keys(config, credential, exc.reason)
-            self._count(credential, "refused", exc.reason, asked, keys + source)
-            raise _refused(credential, exc, keys, has_source=bool(source)) from exc
+            config = self._config_of(token_key)
+            keys, source = ("", "") if config is None else config_keys(config, token_key, exc.reason)
+            self._count(token_key, "refused", exc.reason, asked, keys + source)
+            raise _refused(token_key, exc, keys, has_source=bool(source)) from exc
         except rdt.RdtRefused as exc:
-            raise self._rdt_refused(credential, exc, asked) from exc
+            raise self._rdt_refused(token_key, exc, asked) from exc
         except TimeoutError as exc:
-            self._count(credential, "failed", "timeout", asked)
-            raise _unavailable(credential, url, "timeout") from exc
-        raise _unavailable(credential, url, reason)
+            self._count(token_key, "failed", "timeout", asked)
+            raise _unavailable(token_key, url, "timeout") from exc
+        raise _unavailable(token_key, url, reason)
 
-    def _rdt_refused(self, credential: TokenKey, exc: rdt.RdtRefused, asked: float) -> Exception:
+    def _rdt_refused(self, token_key: TokenKey, exc: rdt.RdtRefused, asked: float) -> Exception:
         """Return what a refusal of the mint means."""
-        reason, error = f"http_{exc.status}", _rdt_error(credential, exc)
+        reason, error = f"http_{exc.status}", _rdt_error(token_key, exc)
         meaning: Exception = error
-        if exc.means_unrestricted and not credential.is_shared:
+        if exc.means_unrestricted and not token_key.is_shared:
             reason, meaning = "not_restricted", ReportUnrestricted()
-        elif exc.refused_elements & set(credential.data_elements):
+        elif exc.refused_elements & set(token_key.data_elements):
             reason, meaning = "elements", DataElementsDenied(exc.refused_elements)
         elif exc.refusal.is_token_error:
             reason, meaning = "token", AccessTokenRejected(error)
-        self._count(credential, "refused", reason, asked)
+        self._count(token_key, "refused", reason, asked)
         return meaning
 
-    def _count(self, credential: TokenKey, result: str, reason: str, asked: float, look_at: str = "") -> None:
+    def _count(self, token_key: TokenKey, result: str, reason: str, asked: float, look_at: str = "") -> None:
         seconds = self._now() - asked
-        labels = (credential.kind, credential.account, credential.region, result, reason)
+        labels = (token_key.kind, token_key.account, token_key.region, result, reason)
         self._metrics.token_refreshes.labels(*labels).inc()
-        self._metrics.token_refresh_duration.labels(credential.kind).observe(seconds)
+        self._metrics.token_refresh_duration.labels(token_key.kind).observe(seconds)
         LOGGER.log(
             20 if reason in _EXPECTED_ERRORS else _LEVELS[result],
             "token exchange",
             extra=extra(
                 result=result,
                 reason=reason,
-                kind=credential.kind,
-                application=credential.application,
-                account=credential.account,
-                region=credential.region,
+                kind=token_key.kind,
+                application=token_key.application,
+                account=token_key.account,
+                region=token_key.region,
                 duration=round(seconds, 3),
                 **({"look_at": look_at} if look_at else {}),
             ),
@@ -325,46 +325,46 @@ _LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info
 _EXPECTED_ERRORS = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
 
 
-def _owner(credential: TokenKey) -> str:
-    if credential.kind == "grantless":
-        return f"application {credential.application}"
-    return f"account {credential.account} in {credential.region}"
+def _owner(token_key: TokenKey) -> str:
+    if token_key.kind == "grantless":
+        return f"application {token_key.application}"
+    return f"account {token_key.account} in {token_key.region}"
 
 
-def not_configured(credential: TokenKey) -> TokenRefused:
+def not_configured(token_key: TokenKey) -> TokenRefused:
     return TokenRefused(
-        f"{_owner(credential)} is not configured any more", "Put it back into the configuration, or call another one."
+        f"{_owner(token_key)} is not configured any more", "Put it back into the configuration, or call another one."
     )
 
 
 _UNREACHABLE = {"connection": "could not be reached", "timeout": "did not answer in time"}
 
 
-def _unavailable(credential: TokenKey, url: str, reason: str) -> TokenUnavailable:
-    who, state = "Amazon" if credential.kind == "rdt" else "Login with Amazon", "did not give one"
+def _unavailable(token_key: TokenKey, url: str, reason: str) -> TokenUnavailable:
+    who, state = "Amazon" if token_key.kind == "rdt" else "Login with Amazon", "did not give one"
     hint = "Nothing was sent to Amazon's API; try again after Retry-After."
     if reason in _UNREACHABLE:
         who, state = f"{who} at {urlsplit(url).hostname}", _UNREACHABLE[reason]
         hint += " `sp-api-proxy check --live` says why."
     return TokenUnavailable(
-        f"no {credential.kind} token for {_owner(credential)}: {who} {state} ({reason})", hint, reason=reason
+        f"no {token_key.kind} token for {_owner(token_key)}: {who} {state} ({reason})", hint, reason=reason
     )
 
 
-def config_keys(config: Config, credential: TokenKey, reason: str) -> tuple[str, str]:
+def config_keys(config: Config, token_key: TokenKey, reason: str) -> tuple[str, str]:
     """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
 
     The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
     """
-    application, account = config.applications.get(credential.application), config.accounts.get(credential.account)
+    application, account = config.applications.get(token_key.application), config.accounts.get(token_key.account)
     if reason in _ABOUT_THE_ACCOUNT and account is not None:
-        token = account.refresh_tokens.get(credential.region)
-        keys = f"accounts.{credential.account}.refresh_tokens.{credential.region}"
+        token = account.refresh_tokens.get(token_key.region)
+        keys = f"accounts.{token_key.account}.refresh_tokens.{token_key.region}"
         if reason == "unauthorized_client":
-            keys = f"accounts.{credential.account}.application and {keys}"
+            keys = f"accounts.{token_key.account}.application and {keys}"
         return keys, describe_source(token)
     if reason == "invalid_client" and application is not None:
-        keys = f"applications.{credential.application}.client_id and client_secret"
+        keys = f"applications.{token_key.application}.client_id and client_secret"
         return keys, describe_source(application.client_secret)
     return "", ""
 
@@ -374,20 +374,20 @@ def describe_source(secret: Secret | None) -> str:
     return f" (from {secret.source})" if secret is not None and secret.source else ""
 
 
-def _refused(credential: TokenKey, exc: lwa.OAuthError, keys: str, *, has_source: bool) -> TokenRefused:
+def _refused(token_key: TokenKey, exc: lwa.OAuthError, keys: str, *, has_source: bool) -> TokenRefused:
     where = f" Look at {keys}{', in the place that the log names' if has_source else ''}." if keys else ""
     request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
     return TokenRefused(
-        f"Login with Amazon refuses {_owner(credential)}: {exc.reason}{request_id}",
+        f"Login with Amazon refuses {_owner(token_key)}: {exc.reason}{request_id}",
         _REMEDIES.get(exc.reason, "Check the application's and the account's credentials.") + where,
         reason=exc.reason,
     )
 
 
-def _rdt_error(credential: TokenKey, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+def _rdt_error(token_key: TokenKey, exc: rdt.RdtRefused) -> RestrictedDataRefused:
     said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
     return RestrictedDataRefused(
-        f"Amazon gives {_owner(credential)} no Restricted Data Token for {credential.method} {credential.path}: "
+        f"Amazon gives {_owner(token_key)} no Restricted Data Token for {token_key.method} {token_key.path}: "
         f"{exc.status} {said}",
         "Check that the application has the restricted role, and had it when the seller authorised it; "
         "x-sp-data-elements: none asks without personal data where that is possible.",

@@ -55,32 +55,32 @@ class TokenEndpoint:
         return RDT if operation is not None and operation.name == RDT else ""
 
     async def respond(
-        self, request: web.BaseRequest, exchange: RequestContext, permit: AccessPolicy, deadlines: DeadlineTimer
+        self, request: web.BaseRequest, context: RequestContext, policy: AccessPolicy, deadlines: DeadlineTimer
     ) -> PlaceholderResponse:
         """Return the answer; raise the error that stands in for one."""
-        with RequestDeadline(deadlines) as patience:
-            body = await _body(request, exchange, patience)
-        if exchange.local_operation == LWA_TOKEN:
+        with RequestDeadline(deadlines) as deadline:
+            body = await _body(request, context, deadline)
+        if context.local_operation == LWA_TOKEN:
             content = _access_token(request.headers.get("Content-Type", ""), body)
         else:
-            content = self._restricted_data_token(body, permit)
-        exchange.status = 200
-        return PlaceholderResponse(content, exchange.summary())
+            content = self._restricted_data_token(body, policy)
+        context.status = 200
+        return PlaceholderResponse(content, context.summary())
 
-    def _restricted_data_token(self, body: bytes, permit: AccessPolicy) -> Mapping[str, object]:
+    def _restricted_data_token(self, body: bytes, policy: AccessPolicy) -> Mapping[str, object]:
         """Return what createRestrictedDataToken would answer (model tokens_2021-03-01).
 
         What it asks for must be allowed now, and is looked at again when the token is used.
         """
         try:
-            asked = [self._checked(index, resource, permit) for index, resource in enumerate(requested_resources(body))]
+            asked = [self._checked(index, resource, policy) for index, resource in enumerate(requested_resources(body))]
             return {"restrictedDataToken": placeholder_for(asked), "expiresIn": LIFETIME}
         except ValueError as exc:
             raise RestrictedDataTokenInvalid(
                 str(exc), "Ask as Amazon's Tokens API 2021-03-01 wants to be asked."
             ) from exc
 
-    def _checked(self, index: int, resource: Resource, permit: AccessPolicy) -> Resource:
+    def _checked(self, index: int, resource: Resource, policy: AccessPolicy) -> Resource:
         """Return a resource with the path by which it will be called; raise ValueError, or NotAllowed."""
         try:
             path = split_prefix(resource.path)[2]  # some libraries take it from the address that they call
@@ -89,8 +89,8 @@ class TokenEndpoint:
         operation = self._table.match(resource.method, path)
         if resource.method not in METHODS or operation is None or not operation.restricted:
             raise ValueError(f"restrictedResources[{index}] is no restricted operation that this proxy knows")
-        permit.check_operation(resource.method, operation, "")
-        permit.check_elements(set(resource.data_elements))
+        policy.check_operation(resource.method, operation, "")
+        policy.check_elements(set(resource.data_elements))
         is_generic = operation.generic_path and "{" in path
         return Resource(resource.method, operation.template if is_generic else path, resource.data_elements)
 
@@ -102,14 +102,14 @@ def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
         raise TokenRequestRefused(str(exc), "Ask Login with Amazon itself for anything else.", error=exc.code) from exc
 
 
-async def _body(request: web.BaseRequest, exchange: RequestContext, patience: RequestDeadline) -> bytes:
+async def _body(request: web.BaseRequest, context: RequestContext, deadline: RequestDeadline) -> bytes:
     """Return the whole body; raise for one that is larger than any such request, or not well-formed."""
     chunks: list[bytes] = []
     if not request.body_exists:
         return b""
     send_100_continue(request)
     while True:
-        patience.wait_for_client(exchange.request_bytes)
+        deadline.wait_for_client(context.request_bytes)
         try:
             chunk = await request.content.readany()
         except (web.RequestPayloadError, ClientError, ValueError) as exc:
@@ -117,14 +117,14 @@ async def _body(request: web.BaseRequest, exchange: RequestContext, patience: Re
         if not chunk:
             return b"".join(chunks)
         chunks.append(chunk)
-        exchange.request_bytes += len(chunk)
-        if exchange.request_bytes > MAX_BODY:
-            raise _too_large(exchange)
+        context.request_bytes += len(chunk)
+        if context.request_bytes > MAX_BODY:
+            raise _too_large(context)
 
 
-def _too_large(exchange: RequestContext) -> TokenRequestRefused | RestrictedDataTokenInvalid:
+def _too_large(context: RequestContext) -> TokenRequestRefused | RestrictedDataTokenInvalid:
     message = f"the body is larger than {MAX_BODY} bytes"
-    if exchange.local_operation == LWA_TOKEN:
+    if context.local_operation == LWA_TOKEN:
         return TokenRequestRefused(message)
     return RestrictedDataTokenInvalid(message, "Name fewer resources.")
 

@@ -25,27 +25,27 @@ class UnrestrictedReports:
     def __init__(self) -> None:
         self._unrestricted: OrderedDict[Owner, OrderedDict[str, None]] = OrderedDict()
 
-    def is_unrestricted(self, credential: TokenKey) -> bool:
+    def is_unrestricted(self, token_key: TokenKey) -> bool:
         """Return whether the document that `credential` is for is known to need no Restricted Data Token."""
-        known = self._unrestricted.get(_owner(credential))
-        return known is not None and _document(credential) in known
+        known = self._unrestricted.get(_owner(token_key))
+        return known is not None and _document(token_key) in known
 
-    def add_unrestricted(self, credential: TokenKey) -> None:
+    def add_unrestricted(self, token_key: TokenKey) -> None:
         """Learn that Amazon gives no Restricted Data Token for this document, because it needs none."""
-        self._add(_owner(credential), _document(credential))
+        self._add(_owner(token_key), _document(token_key))
 
-    def forget(self, credential: TokenKey) -> None:
+    def forget(self, token_key: TokenKey) -> None:
         """Unlearn a document that Amazon refused without a Restricted Data Token."""
-        self._unrestricted.get(_owner(credential), OrderedDict()).pop(_document(credential), None)
+        self._unrestricted.get(_owner(token_key), OrderedDict()).pop(_document(token_key), None)
 
-    def tap(self, target: Route, answer: Response) -> "BodyTap | None":
+    def tap(self, route: Route, response: Response) -> "BodyTap | None":
         """Return what reads along with an answer that may name documents; None for every other answer."""
-        if target.operation_name not in REPORT_OPERATIONS or answer.status != 200:
+        if route.operation_name not in REPORT_OPERATIONS or response.status != 200:
             return None
-        length = answer.first(b"content-length") or "0"
+        length = response.first(b"content-length") or "0"
         if not length.isdigit() or int(length) > MAX_READ:
             return None
-        return BodyTap(self, _owner(target.credential), answer.first(b"content-encoding") or "")
+        return BodyTap(self, _owner(route.token_key), response.first(b"content-encoding") or "")
 
     def _add(self, owner: Owner, document: str) -> None:
         known = self._unrestricted.setdefault(owner, OrderedDict())
@@ -67,8 +67,8 @@ class UnrestrictedReports:
 class BodyTap:
     """Reads along with one answer, up to a bound, and changes nothing of it."""
 
-    def __init__(self, documents: UnrestrictedReports, owner: Owner, coding: str) -> None:
-        self._documents = documents
+    def __init__(self, unrestricted_reports: UnrestrictedReports, owner: Owner, coding: str) -> None:
+        self._documents = unrestricted_reports
         self._owner = owner
         self._coding = coding
         self._read: bytearray | None = bytearray()
@@ -96,9 +96,9 @@ def decompress(body: bytes, coding: str, most: int) -> bytes:
         return b""
 
 
-def _owner(credential: TokenKey) -> Owner:
-    return credential.environment, credential.account, credential.region
+def _owner(token_key: TokenKey) -> Owner:
+    return token_key.environment, token_key.account, token_key.region
 
 
-def _document(credential: TokenKey) -> str:
-    return credential.path.rpartition("/")[2]
+def _document(token_key: TokenKey) -> str:
+    return token_key.path.rpartition("/")[2]

@@ -72,23 +72,23 @@ class CircuitBreakers:
 
     def check(self, where: Where) -> None:
         """Raise RegionDown where a call to this region would only fail."""
-        circuit = self._circuits.get(where)
-        if circuit is not None and (seconds := circuit.seconds_until_probe(self._now())) > 0:
+        breaker = self._circuits.get(where)
+        if breaker is not None and (seconds := breaker.seconds_until_probe(self._now())) > 0:
             raise RegionDown(
-                f"Amazon's region {where[1]} has not answered properly for {self._now() - circuit.since:.0f} s",
+                f"Amazon's region {where[1]} has not answered properly for {self._now() - breaker.since:.0f} s",
                 "Nothing was sent; the proxy looks for its return, come back after Retry-After.",
                 retry_after=seconds,
             )
 
     def record_failure(self, where: Where, operation: str, *, answered: bool) -> None:
         """Note a failure of this region."""
-        circuit = self._circuits.setdefault(where, CircuitBreaker())
-        circuit.record_failure(operation, self._now(), answered=answered)
-        self._metrics.circuit_open.labels(*where).set(circuit.is_open)
+        breaker = self._circuits.setdefault(where, CircuitBreaker())
+        breaker.record_failure(operation, self._now(), answered=answered)
+        self._metrics.circuit_open.labels(*where).set(breaker.is_open)
 
     def record_success(self, where: Where) -> None:
         """Note that this region is there."""
-        circuit = self._circuits.get(where)
-        if circuit is not None and circuit.failures:
-            circuit.record_success()
+        breaker = self._circuits.get(where)
+        if breaker is not None and breaker.failures:
+            breaker.record_success()
             self._metrics.circuit_open.labels(*where).set(0)

@@ -165,7 +165,7 @@ class Connector:
         """Return a new connection to `origin`, ready for a request; raise OSError, of which `ssl.SSLError` is one."""
         sock = await self._socket(origin)
         try:
-            _, wire = await asyncio.get_running_loop().create_connection(
+            _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: make(sock),
                 sock=sock,
                 ssl=self._tls if origin.is_tls else None,
@@ -174,7 +174,7 @@ class Connector:
         except BaseException:
             sock.close()
             raise
-        return wire
+        return connection
 
     async def _socket(self, origin: Origin) -> socket.socket:
         if self._proxy is None or self._is_direct(origin.host):

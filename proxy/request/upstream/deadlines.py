@@ -50,15 +50,15 @@ class DeadlineTimer:
     def cancel_all(self, error: ProxyError) -> None:
         """Break the waits of all exchanges under way off, each with this error."""
         breaking, self.waiting = self.waiting, set()
-        for patience in breaking:
-            patience.cancel(error)
+        for deadline in breaking:
+            deadline.cancel(error)
 
     def _expire_due(self) -> None:
         self._timer, self.next = None, _NEVER
         now = self.loop.time()
-        for patience in [one for one in self.waiting if one.deadline <= now]:
-            self.waiting.discard(patience)
-            patience.expire()
+        for deadline in [one for one in self.waiting if one.deadline <= now]:
+            self.waiting.discard(deadline)
+            deadline.expire()
         earliest = min((one.deadline for one in self.waiting), default=_NEVER)
         if earliest < _NEVER:
             self.schedule(earliest)

@@ -163,15 +163,15 @@ class UpstreamCall:
         self,
         request: web.BaseRequest,
         head: HeaderBlock,
-        target: Route,
-        exchange: RequestContext,
-        patience: RequestDeadline,
+        route: Route,
+        context: RequestContext,
+        deadline: RequestDeadline,
     ) -> None:
         self.request = request
         self.headers = head
-        self.route = target
-        self.context = exchange
-        self.deadline = patience
+        self.route = route
+        self.context = context
+        self.deadline = deadline
         self.has_account_slot = False  # among the account's requests at Amazon
         self.needs_fresh_connection = False  # the last attempt broke on one that had been idle
         self.redactor: TokenRedactor = _NO_REDACTION  # for the token that went with it
@@ -275,11 +275,11 @@ class Forwarder:
         call.deadline.wait_for_upstream()
         origin, host = _origin_of(call.route.endpoint)
         head, is_chunked = _head(call, host + lines, says_length=says_length)
-        wire = await self._connection(origin, fresh=call.needs_fresh_connection)
-        was_used = wire.served > 0
-        answer = _begin(wire, call, head, is_chunked=is_chunked)
+        connection = await self._connection(origin, fresh=call.needs_fresh_connection)
+        was_used = connection.served > 0
+        response = _begin(connection, call, head, is_chunked=is_chunked)
         try:
-            await answer.head()
+            await response.head()
         except RemoteProtocolError as exc:
             error = call.context.upload_error or UpstreamBroken(
                 f"Amazon gave no proper answer: {exc}",
@@ -289,9 +289,9 @@ class Forwarder:
             call.needs_fresh_connection = was_used and isinstance(error, UpstreamBroken)
             raise error from exc
         except BaseException:
-            await answer.end()
+            await response.end()
             raise
-        return answer
+        return response
 
     def _credentials(self, application: str, token: Token) -> bytes:
         """Return the lines that authenticate a call: the same for all that go out with one token in one second."""
@@ -303,79 +303,79 @@ class Forwarder:
         return token.lines
 
     async def _connection(self, origin: Origin, *, fresh: bool) -> ClientConnection:
-        wire = None if fresh else self._pool.pop_idle(origin)
-        if wire is not None:
-            return wire
+        connection = None if fresh else self._pool.pop_idle(origin)
+        if connection is not None:
+            return connection
         try:
             return await self._pool.acquire(origin, fresh=fresh)
         except OSError as exc:
             raise _connection_error(exc) from exc
 
     async def stream(
-        self, call: UpstreamCall, answer: Response, *, beginning: bytes = b"", reader: BodyTap | None = None
+        self, call: UpstreamCall, response: Response, *, prefix: bytes = b"", reader: BodyTap | None = None
     ) -> UpstreamResponse:
         """Stream the answer to the app; break its connection where Amazon's answer breaks off.
 
         A client must never take half an answer for a whole one. `beginning` is what was read of it before; `reader`
         reads along.
         """
-        request, exchange = call.request, call.context
+        request, context = call.request, call.context
         # Where it came before the upload ended, what still comes is not a request.
         is_early = request.body_exists and not request.content.at_eof()
-        passed = UpstreamResponse(answer, request, exchange, call.redactor, is_last=is_early)
+        passed = UpstreamResponse(response, request, context, call.redactor, is_last=is_early)
         try:
-            exchange.response_started = True
-            if answer.is_complete and reader is None:
-                data = call.redactor.redact(beginning + answer.read_buffered())
-                exchange.response_bytes += len(data)
+            context.response_started = True
+            if response.is_complete and reader is None:
+                data = call.redactor.redact(prefix + response.read_buffered())
+                context.response_bytes += len(data)
                 framed = passed.encode_chunk(data) + passed.end if passed.is_chunked else data
                 if _write(call, passed.head + framed):
                     await _drain(call)
             else:
-                await _stream(call, answer, passed, beginning, reader)
+                await _stream(call, response, passed, prefix, reader)
         except (RemoteProtocolError, ConnectionError):
-            exchange.truncated = True
+            context.truncated = True
             abort_connection(request)
         except asyncio.CancelledError:
             abort_connection(request)
             raise
         finally:
-            if answer.upload is not None or exchange.truncated or not answer.at_end:
-                await answer.end()
+            if response.upload is not None or context.truncated or not response.at_end:
+                await response.end()
         return passed
 
     async def stream_rewritten(
         self,
         call: UpstreamCall,
-        answer: Response,
+        response: Response,
         head: ResponseHead,
-        piece: bytes,
-        pieces: AsyncGenerator[bytes, None] | None = None,
+        chunk: bytes,
+        chunks: AsyncGenerator[bytes, None] | None = None,
     ) -> UpstreamResponse:
         """Stream what was made of an answer, a first piece and all `pieces`, behind a head of its own.
 
         Where it breaks off, so does the app's connection, if anything went out on it. Raises UpstreamBroken before
         that, and what `pieces` raise.
         """
-        request, exchange = call.request, call.context
+        request, context = call.request, call.context
         is_early = request.body_exists and not request.content.at_eof()
-        passed = UpstreamResponse(head, request, exchange, call.redactor, is_last=is_early)
+        passed = UpstreamResponse(head, request, context, call.redactor, is_last=is_early)
         try:
-            await _stream_rewritten(call, passed, piece, pieces)
+            await _stream_rewritten(call, passed, chunk, chunks)
         except BaseException as exc:
-            if not exchange.response_started:
+            if not context.response_started:
                 if isinstance(exc, RemoteProtocolError):
                     raise UpstreamBroken("Amazon's answer broke off", "Try again.") from exc
                 raise
-            exchange.truncated = True
+            context.truncated = True
             abort_connection(request)
             if not isinstance(exc, (RemoteProtocolError, ConnectionError)):
                 raise
         finally:
-            if pieces is not None:
-                await pieces.aclose()
-            if answer.upload is not None or exchange.truncated or not answer.at_end:
-                await answer.end()
+            if chunks is not None:
+                await chunks.aclose()
+            if response.upload is not None or context.truncated or not response.at_end:
+                await response.end()
         return passed
 
 
@@ -390,31 +390,31 @@ def _head(call: UpstreamCall, lines: bytes, *, says_length: bool) -> tuple[bytes
     return b"".join((line, lines, framing)), is_chunked
 
 
-def _begin(wire: ClientConnection, call: UpstreamCall, head: bytes, *, is_chunked: bool) -> Response:
+def _begin(connection: ClientConnection, call: UpstreamCall, head: bytes, *, is_chunked: bool) -> Response:
     """Send what is there of a request; where more of its body is to come, that goes on beside the answer."""
     if not call.request.body_exists:
-        return wire.send(call.request.method, head)
+        return connection.send(call.request.method, head)
     body = call.buffered_body()
     if body is not None:
-        return wire.send(
+        return connection.send(
             call.request.method, head + _encode_chunk(body, is_chunked=is_chunked) + _end(is_chunked=is_chunked)
         )
-    answer = wire.send(call.request.method, head)
-    answer.upload = asyncio.create_task(_upload(wire, call, is_chunked=is_chunked), name="upload")
-    return answer
+    response = connection.send(call.request.method, head)
+    response.upload = asyncio.create_task(_upload(connection, call, is_chunked=is_chunked), name="upload")
+    return response
 
 
-async def _upload(wire: ClientConnection, call: UpstreamCall, *, is_chunked: bool) -> None:
+async def _upload(connection: ClientConnection, call: UpstreamCall, *, is_chunked: bool) -> None:
     """Send the body as it comes. Where it does not come whole, the request must not seem to."""
     try:
         async for chunk in call.body():
-            await wire.write(_encode_chunk(chunk, is_chunked=is_chunked))
+            await connection.write(_encode_chunk(chunk, is_chunked=is_chunked))
         if is_chunked:
-            await wire.write(_end(is_chunked=True))
+            await connection.write(_end(is_chunked=True))
     except RemoteProtocolError:
         pass  # whoever waits for the answer learns of it
     except BaseException as exc:
-        wire.abort()
+        connection.abort()
         if not isinstance(exc, MalformedRequest):
             raise
 
@@ -427,12 +427,12 @@ def _end(*, is_chunked: bool) -> bytes:
     return b"0\r\n\r\n" if is_chunked else b""
 
 
-async def peek(call: UpstreamCall, answer: Response) -> bytes:
+async def peek(call: UpstreamCall, response: Response) -> bytes:
     """Read the beginning of a refusal: all of it, as a rule; `relay` passes it on before the rest."""
     read = b""
     call.deadline.wait_for_upstream()
     try:
-        while len(read) < MAX_ERROR_BODY and (chunk := await answer.read()):
+        while len(read) < MAX_ERROR_BODY and (chunk := await response.read()):
             read += chunk
     except RemoteProtocolError:
         pass  # relay meets the same end, and knows what to do
@@ -440,7 +440,7 @@ async def peek(call: UpstreamCall, answer: Response) -> bytes:
 
 
 async def _stream(
-    call: UpstreamCall, answer: Response, passed: UpstreamResponse, chunk: bytes, reader: BodyTap | None
+    call: UpstreamCall, response: Response, passed: UpstreamResponse, chunk: bytes, reader: BodyTap | None
 ) -> None:
     """Write the answer, behind its head the `chunk` that was read before; what is there goes out in one piece."""
     out = passed.head
@@ -451,14 +451,14 @@ async def _stream(
             data = call.redactor.feed(chunk)
             call.context.response_bytes += len(data)
             out += passed.encode_chunk(data)
-        if answer.at_end:
+        if response.at_end:
             break
-        if out and not answer.is_waiting:
+        if out and not response.is_waiting:
             if _write(call, out):
                 await _drain(call)
             out = b""
         call.deadline.wait_for_upstream()
-        chunk = await answer.read()
+        chunk = await response.read()
     if reader is not None:
         reader.end()
     data = call.redactor.end()
@@ -468,23 +468,23 @@ async def _stream(
 
 
 async def _stream_rewritten(
-    call: UpstreamCall, passed: UpstreamResponse, piece: bytes, pieces: AsyncGenerator[bytes, None] | None
+    call: UpstreamCall, passed: UpstreamResponse, chunk: bytes, chunks: AsyncGenerator[bytes, None] | None
 ) -> None:
     """Write what was made of an answer; nothing goes out before there is a second piece, or no more of them."""
-    exchange, out = call.context, passed.head
+    context, out = call.context, passed.head
     while True:
-        data = call.redactor.feed(piece)
-        exchange.response_bytes += len(data)
+        data = call.redactor.feed(chunk)
+        context.response_bytes += len(data)
         out += passed.encode_chunk(data)
-        piece = await anext(pieces, b"") if pieces is not None else b""
-        if not piece:
+        chunk = await anext(chunks, b"") if chunks is not None else b""
+        if not chunk:
             break
-        exchange.response_started = True
+        context.response_started = True
         if _write(call, out):
             await _drain(call)
         out = b""
-    exchange.response_started, data = True, call.redactor.end()
-    exchange.response_bytes += len(data)
+    context.response_started, data = True, call.redactor.end()
+    context.response_bytes += len(data)
     if _write(call, out + passed.encode_chunk(data) + passed.end):
         await _drain(call)
 

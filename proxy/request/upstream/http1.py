@@ -85,7 +85,7 @@ class Response:
         "version",
     )
 
-    def __init__(self, wire: "ClientConnection", method: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, connection: "ClientConnection", method: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.method = method
         self.status = 0
@@ -94,7 +94,7 @@ class Response:
         self.has_head = False
         self.is_complete = False  # all of it is here, though perhaps not read yet
         self.upload: asyncio.Task[None] | None = None  # of the request's body, where that goes on
-        self._wire: ClientConnection | None = wire
+        self._wire: ClientConnection | None = connection
         self._error: Exception | None = None
         self.chunks: list[bytes] = []  # of the body, that wait to be read, and how many bytes they are
         self.buffered = 0
@@ -253,10 +253,10 @@ class ClientConnection(asyncio.Protocol):
         self._may_be_kept = False
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
-        self._response = answer = Response(self, method, self._loop)
+        self._response = response = Response(self, method, self._loop)
         self._fields = []
         self._transport.write(message)
-        return answer
+        return response
 
     async def write(self, data: bytes) -> None:
         """Send more of the request's body, as fast as the server takes it."""
@@ -292,8 +292,8 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read what came, for the answer that is waited for."""
-        answer, parser = self._response, self._parser
-        if answer is None or parser is None:
+        response, parser = self._response, self._parser
+        if response is None or parser is None:
             self.abort()  # nobody asked for this: it must not become the answer to the next request
             return
         self._between += len(data)
@@ -301,24 +301,24 @@ class ClientConnection(asyncio.Protocol):
             parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._may_be_kept = False
-            if not answer.is_complete:
+            if not response.is_complete:
                 self._give_up(exc)
-        if answer.is_complete:
-            self._end_of(answer)
+        if response.is_complete:
+            self._end_of(response)
         elif self._between > MAX_HEAD_BYTES:
             self._give_up(None)
-        answer.wake()  # once for all that came together
+        response.wake()  # once for all that came together
 
     def eof_received(self) -> None:
         """Let the transport close: no server of ours ends one direction alone."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End what is under way; an answer that only this could end is complete."""
-        answer = self._response
-        if answer is not None and exc is None and answer.has_head and answer.is_close_delimited:
+        response = self._response
+        if response is not None and exc is None and response.has_head and response.is_close_delimited:
             self._response = None
-            answer.completed()
-            answer.wake()
+            response.completed()
+            response.wake()
         self._gone(RemoteProtocolError("the connection ended"))
 
     def pause_writing(self) -> None:
@@ -339,12 +339,12 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
         self._gone(RemoteProtocolError(f"it {text}"))
 
-    def _end_of(self, answer: Response) -> None:
+    def _end_of(self, response: Response) -> None:
         """Keep the connection for another request, where the server lets us and all of this one was sent."""
         self._response = None
-        all_sent = answer.upload is None or answer.upload.done()
-        if not all_sent and answer.upload is not None:
-            answer.upload.cancel()
+        all_sent = response.upload is None or response.upload.done()
+        if not all_sent and response.upload is not None:
+            response.upload.cancel()
         if not (self._may_be_kept and all_sent) or self._transport is None or self._transport.is_closing():
             self.abort()
             return
@@ -357,20 +357,20 @@ class ClientConnection(asyncio.Protocol):
             return
         self._transport = self._parser = None
         self.resume_writing()
-        answer, self._response = self._response, None
-        if answer is not None:
-            answer.failed(error)
+        response, self._response = self._response, None
+        if response is not None:
+            response.failed(error)
         self._on_lost(self)
 
     # What the parser tells. What is raised here becomes the context of its error.
 
     def on_message_begin(self) -> None:
         """Refuse an answer behind the one that was asked for; forget what an interim one brought."""
-        answer = self._response
-        if answer is None or answer.is_complete:
+        response = self._response
+        if response is None or response.is_complete:
             raise _Malformed("is followed by another one")
         self._fields = []
-        answer.reason = b""
+        response.reason = b""
 
     def on_status(self, reason: bytes) -> None:
         """Take the reason phrase, or a part of it."""
@@ -385,25 +385,25 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Judge the head. Interim answers (1xx) are passed over; nobody asked to switch protocols."""
-        answer, parser = self._response, self._parser
-        if answer is None or parser is None:
+        response, parser = self._response, self._parser
+        if response is None or parser is None:
             raise _Malformed("was not asked for")
-        answer.status = status = parser.get_status_code()
+        response.status = status = parser.get_status_code()
         if 100 <= status < 200 and status != 101:
             return
-        answer.version = parser.get_http_version()
-        answer.names = self._known(tuple(self._fields[::2]))
-        answer.values = self._fields[1::2]
-        wrong = validation_error(answer, self._between)
+        response.version = parser.get_http_version()
+        response.names = self._known(tuple(self._fields[::2]))
+        response.values = self._fields[1::2]
+        wrong = validation_error(response, self._between)
         if wrong:
             raise _Malformed(wrong)
         self._fields = []  # what still comes is no part of the head
-        answer.has_head = True
-        if answer.method == "HEAD":
+        response.has_head = True
+        if response.method == "HEAD":
             # The parser does not know the method, and would wait for a body.
             self._may_be_kept = parser.should_keep_alive()
             self._parser = None
-            answer.completed()
+            response.completed()
 
     def _known(self, names: tuple[bytes, ...]) -> HeaderNames:
         is_long = self._between > MAX_ORDER_LENGTH and (
@@ -413,48 +413,52 @@ class ClientConnection(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         """Pass a piece of the body on."""
-        answer = self._response
-        if answer is None or answer.is_complete:
+        response = self._response
+        if response is None or response.is_complete:
             raise _Malformed("has a body that it may not have")
         self._between = 0
-        answer.chunks.append(chunk)
-        answer.buffered += len(chunk)
-        if answer.buffered > HIGH_WATER and not self._is_paused and self._transport is not None:
+        response.chunks.append(chunk)
+        response.buffered += len(chunk)
+        if response.buffered > HIGH_WATER and not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
         """Note the end of an answer; of an interim one, nothing is kept."""
-        answer, parser = self._response, self._parser
-        if answer is None or parser is None or not answer.has_head:
+        response, parser = self._response, self._parser
+        if response is None or parser is None or not response.has_head:
             return
         if len(self._fields) > 2 * MAX_FIELDS:
             raise _Malformed("has a trailer section that is too long")
         self._may_be_kept = parser.should_keep_alive()
-        if _CODING in answer.names.index:
+        if _CODING in response.names.index:
             # The last field of a trailer section would come out as the first one of the next answer.
             self._parser = None
-        answer.completed()
+        response.completed()
 
 
-def validation_error(answer: Response, came: int) -> str:
+def validation_error(response: Response, came: int) -> str:
     """Return what makes an answer unfit to be passed on, though the parser took it; nothing where it is fit.
 
     `came` is of how many bytes the head is at most.
     """
-    if answer.version not in _SUPPORTED_VERSIONS:
+    if response.version not in _SUPPORTED_VERSIONS:
         return "is of an HTTP version that was not asked for"
-    is_too_long = came > MAX_FIELD and max(map(len, chain(answer.names.in_order, answer.values)), default=0) > MAX_FIELD
-    if is_too_long or len(answer.values) > MAX_FIELDS:
+    is_too_long = (
+        came > MAX_FIELD and max(map(len, chain(response.names.in_order, response.values)), default=0) > MAX_FIELD
+    )
+    if is_too_long or len(response.values) > MAX_FIELDS:
         return "has fields that are too many or too long"
-    if answer.status < 200:
+    if response.status < 200:
         return "has no status that ends a request"
-    if _CODING in answer.names.index:
+    if _CODING in response.names.index:
         codings = [
-            value for name, value in zip(answer.names.in_order, answer.values, strict=True) if name.lower() == _CODING
+            value
+            for name, value in zip(response.names.in_order, response.values, strict=True)
+            if name.lower() == _CODING
         ]
-        if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or answer.version == "1.0":
+        if len(codings) > 1 or codings[0].strip(b" \t").lower() != b"chunked" or response.version == "1.0":
             return "has a transfer coding that nobody asked for"  # it would go on as if it were not coded at all
-    if _CONTROL.search(answer.reason):
+    if _CONTROL.search(response.reason):
         return "has a status line with control characters"
     return ""

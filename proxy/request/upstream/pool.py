@@ -48,8 +48,8 @@ class ConnectionPool:
         self._is_closed = True
         if self._sweeping is not None:
             self._sweeping.cancel()
-        for wire in list(self._open):
-            wire.abort()
+        for connection in list(self._open):
+            connection.abort()
         await asyncio.sleep(0)  # in which the transports end
 
     def drain(self) -> None:
@@ -68,10 +68,10 @@ class ConnectionPool:
         """Return an idle connection, None where there is none."""
         free = self._free.get(origin)
         while free:
-            wire = free.pop()
-            if wire.is_usable():
-                return wire
-            wire.abort()
+            connection = free.pop()
+            if connection.is_usable():
+                return connection
+            connection.abort()
         return None
 
     async def acquire(self, origin: Origin, *, fresh: bool = False) -> ClientConnection:
@@ -80,15 +80,15 @@ class ConnectionPool:
         `fresh` takes no idle one. Raises TimeoutError after `timeouts.connect`, and OSError for what goes wrong on the
         way, of which `ssl.SSLError` is one.
         """
-        wire = None if fresh else self.pop_idle(origin)
-        if wire is not None:
-            return wire
+        connection = None if fresh else self.pop_idle(origin)
+        if connection is not None:
+            return connection
         async with asyncio.timeout(self._connect):
             while len(self._open) + self._connecting >= self.limit and not self._close_one_idle():
                 await self._wait_for_connection()
-                wire = None if fresh else self.pop_idle(origin)
-                if wire is not None:
-                    return wire
+                connection = None if fresh else self.pop_idle(origin)
+                if connection is not None:
+                    return connection
             return await self._connect_new(origin)
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
@@ -96,42 +96,42 @@ class ConnectionPool:
 
         No redirect is followed: it would carry the secrets to another address. Raises as `take`, and Broken.
         """
-        answer, read = await self.request("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
-        return answer.status, read
+        response, read = await self.request("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
+        return response.status, read
 
     async def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes, most: int
     ) -> tuple[Response, bytes]:
         """Do what `post` does with any method; return the answer, for its head, and up to `most` + 1 bytes of it."""
         origin = Origin.of(url)
-        wire = await self.acquire(origin, fresh=True)
+        connection = await self.acquire(origin, fresh=True)
         parts = urlsplit(url)
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
         own = {"Host": origin.authority, "Connection": "close", **self._headers}
-        answer = wire.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
+        response = connection.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
         try:
-            await answer.head()
+            await response.head()
             read = b""
-            while len(read) <= most and (chunk := await answer.read()):
+            while len(read) <= most and (chunk := await response.read()):
                 read += chunk
         finally:
-            answer.close()
-        return answer, read[: most + 1]
+            response.close()
+        return response, read[: most + 1]
 
     async def _connect_new(self, origin: Origin) -> ClientConnection:
         self._connecting += 1
         try:
-            wire = await self._connector.connect(
+            connection = await self._connector.connect(
                 origin, lambda sock: ClientConnection(sock, self._on_idle, self._on_lost, self._loop)
             )
         finally:
             self._connecting -= 1
             self._wake()
-        if not wire.is_open:
+        if not connection.is_open:
             raise ConnectionResetError("the connection ended at once")
-        wire.made_at = self._loop.time()
-        self._open[wire] = origin
-        return wire
+        connection.made_at = self._loop.time()
+        self._open[connection] = origin
+        return connection
 
     def _close_one_idle(self) -> bool:
         """Close an idle connection, which is to another host, or was not wanted; return whether there was one."""
@@ -159,26 +159,26 @@ class ConnectionPool:
                 turn.set_result(None)
                 return
 
-    def _on_idle(self, wire: ClientConnection) -> None:
-        origin = self._open.get(wire)
+    def _on_idle(self, connection: ClientConnection) -> None:
+        origin = self._open.get(connection)
         now = self._loop.time()
-        if origin is None or self._is_closed or now - wire.made_at > MAX_AGE:
-            wire.abort()
+        if origin is None or self._is_closed or now - connection.made_at > MAX_AGE:
+            connection.abort()
             return
-        if wire.served == 1 and origin.is_tls:
-            self.tls.remember(origin.host, wire.tls)
-        wire.idle_since = now
-        self._free.setdefault(origin, []).append(wire)
+        if connection.served == 1 and origin.is_tls:
+            self.tls.remember(origin.host, connection.tls)
+        connection.idle_since = now
+        self._free.setdefault(origin, []).append(connection)
         if self._waiting:
             self._wake()
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(self._idle, self._sweep)
 
-    def _on_lost(self, wire: ClientConnection) -> None:
-        origin = self._open.pop(wire, None)
+    def _on_lost(self, connection: ClientConnection) -> None:
+        origin = self._open.pop(connection, None)
         free = self._free.get(origin) if origin is not None else None
-        if free is not None and wire in free:
-            free.remove(wire)
+        if free is not None and connection in free:
+            free.remove(connection)
         self._wake()
 
     def _sweep(self) -> None:

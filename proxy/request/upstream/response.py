@@ -163,25 +163,25 @@ class UpstreamResponse:
 
     def __init__(
         self,
-        answer: ResponseHead,
+        response: ResponseHead,
         request: web.BaseRequest,
-        exchange: RequestContext,
-        mask: TokenRedactor,
+        context: RequestContext,
+        redactor: TokenRedactor,
         *,
         is_last: bool,
     ) -> None:
         is_1_0 = request.version != HttpVersion11
         self.keep_alive = request.keep_alive and not is_last and CLOSE_AFTER not in request
         self.is_chunked = False
-        names, status = answer.names, answer.status
-        line = _status_line if len(answer.reason) <= _MAX_REASON else _status_line.__wrapped__
-        parts = [line(not is_1_0, status, answer.reason)]
+        names, status = response.names, response.status
+        line = _status_line if len(response.reason) <= _MAX_REASON else _status_line.__wrapped__
+        parts = [line(not is_1_0, status, response.reason)]
         if names.lines is None or names.line_beginnings is None:
             _work_out_lines(names)
         if status == 204 or b"connection" in names.index:
-            _add_headers(parts, answer)
+            _add_headers(parts, response)
         else:
-            parts.append((names.lines or b"") % tuple(compress(answer.values, names.line_beginnings or ())))
+            parts.append((names.lines or b"") % tuple(compress(response.values, names.line_beginnings or ())))
         if b"content-length" not in names.index and status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
@@ -190,11 +190,11 @@ class UpstreamResponse:
                 parts.append(b"\r\nTransfer-Encoding: chunked")
         if is_1_0 is self.keep_alive:
             parts.append(b"\r\nConnection: keep-alive" if is_1_0 else b"\r\nConnection: close")
-        parts.append(b"\r\nx-sp-proxy: " + exchange.summary().encode())
-        if exchange.retry_after is not None and b"retry-after" not in names.index:
-            parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(exchange.retry_after)))
+        parts.append(b"\r\nx-sp-proxy: " + context.summary().encode())
+        if context.retry_after is not None and b"retry-after" not in names.index:
+            parts.append(b"\r\nRetry-After: %d" % max(1, math.ceil(context.retry_after)))
         parts.append(b"\r\n\r\n")
-        self.head = mask.redact(b"".join(parts))
+        self.head = redactor.redact(b"".join(parts))
 
     def encode_chunk(self, data: bytes) -> bytes:
         """Return a piece of the body as it is written."""
@@ -211,28 +211,28 @@ def _status_line(minor: int, status: int, reason: bytes) -> bytes:
     return b"HTTP/1.%d %d %b" % (minor, status, reason)
 
 
-def _add_headers(parts: list[bytes], answer: ResponseHead) -> None:
+def _add_headers(parts: list[bytes], response: ResponseHead) -> None:
     """Add what is passed on, where more than the names of the fields decides about it."""
     named = _named(
         [
             value.decode("latin-1")
-            for name, value in zip(answer.names.in_order, answer.values, strict=True)
+            for name, value in zip(response.names.in_order, response.values, strict=True)
             if name.lower() == b"connection"
         ]
     )
     # The length goes on whatever Connection says, where there is a body: without it nobody knew where that ends.
     length = {"content-length"}
-    left_out = named | length if answer.status == 204 else named - length  # RFC 9110 section 8.6
-    lines = zip(answer.names.line_beginnings or (), answer.names.in_order, answer.values, strict=True)
-    for beginning, name, value in lines:
-        if beginning and _plain(name.decode("latin-1")) not in left_out:
-            parts += (beginning, value)
+    left_out = named | length if response.status == 204 else named - length  # RFC 9110 section 8.6
+    lines = zip(response.names.line_beginnings or (), response.names.in_order, response.values, strict=True)
+    for prefix, name, value in lines:
+        if prefix and _plain(name.decode("latin-1")) not in left_out:
+            parts += (prefix, value)
 
 
 def _work_out_lines(names: HeaderNames) -> None:
     """Note each field line up to its value, with the line end before it, and nothing for one that goes no further."""
     names.line_beginnings = tuple(_head_prefix(name) for name in names.in_order)
-    names.lines = b"".join(beginning.replace(b"%", b"%%") + b"%b" for beginning in names.line_beginnings if beginning)
+    names.lines = b"".join(prefix.replace(b"%", b"%%") + b"%b" for prefix in names.line_beginnings if prefix)
 
 
 def _head_prefix(name: bytes) -> bytes:

@@ -20,9 +20,9 @@ MAX_BALANCE = 100.0  # retries that a quiet time can save up for
 INITIAL_BALANCE = 10.0
 
 
-def is_retryable_method(target: Route, method: str) -> bool:
+def is_retryable_method(route: Route, method: str) -> bool:
     """Return whether doing a call twice is the same as doing it once: by its method, or because it only reads."""
-    return method in IDEMPOTENT or (target.operation is not None and target.operation.only_reads)
+    return method in IDEMPOTENT or (route.operation is not None and route.operation.only_reads)
 
 
 def backoff(retry: Retry, failures: int, random_share: float | None = None) -> float:
@@ -104,9 +104,9 @@ class RetryPolicies:
         }
         self._metrics = metrics
 
-    def deposit(self, target: Route) -> None:
+    def deposit(self, route: Route) -> None:
         """Count a call that begins now."""
-        self.budgets[target.application].deposit()
+        self.budgets[route.application].deposit()
 
     def start(self, call: UpstreamCall, *, may_repeat: bool) -> RetryState:
         """Return the attempts of a call that failed for the first time."""

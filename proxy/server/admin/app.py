@@ -160,8 +160,8 @@ def _add_page(app: web.Application, about: AdminContext, metrics: Metrics) -> No
         return web.Response(status=204)  # there is none, and that is no fault
 
     async def status(request: web.Request) -> web.Response:
-        seen, account = (await look()).seen, request.query.get("account")
-        body = await asyncio.to_thread(_status_of, seen, account)
+        snapshot, account = (await look()).seen, request.query.get("account")
+        body = await asyncio.to_thread(_status_of, snapshot, account)
         return web.Response(text=body, content_type="application/json")
 
     async def requests(request: web.Request) -> web.Response:
@@ -212,14 +212,14 @@ def _take_snapshot(
     return TimedSnapshot(seen, now, time.thread_time() - began)
 
 
-def _page_of(seen: Snapshot, account: str | None, every: float) -> bytes:
-    shown = seen if account is None else seen.for_account(account)
-    return status_page.render(shown, diagnose(seen), every=every, account=account).encode()
+def _page_of(snapshot: Snapshot, account: str | None, every: float) -> bytes:
+    shown = snapshot if account is None else snapshot.for_account(account)
+    return status_page.render(shown, diagnose(snapshot), every=every, account=account).encode()
 
 
-def _status_of(seen: Snapshot, account: str | None) -> str:
-    shown = seen if account is None else seen.for_account(account)
-    return json.dumps({**shown.as_json(), "verdict": diagnose(seen).as_json()})
+def _status_of(snapshot: Snapshot, account: str | None) -> str:
+    shown = snapshot if account is None else snapshot.for_account(account)
+    return json.dumps({**shown.as_json(), "verdict": diagnose(snapshot).as_json()})
 
 
 def _requests_of(recent: RequestHistory, found: list[RequestRecord], number: int | None, limit: int) -> str:
@@ -283,12 +283,12 @@ def _is_address(host: str) -> bool:
 @web.middleware
 async def plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        answer = await handler(request)
+        response = await handler(request)
     except web.HTTPException as exc:
-        answer = web.Response(status=exc.status, text=f"{exc.reason}\n")
-    answer.headers["X-Content-Type-Options"] = "nosniff"
-    answer.headers["Cache-Control"] = "no-store"
-    return answer
+        response = web.Response(status=exc.status, text=f"{exc.reason}\n")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) -> None:

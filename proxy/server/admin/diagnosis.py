@@ -74,15 +74,15 @@ class Diagnosis(NamedTuple):
         }
 
 
-def diagnose(seen: Snapshot) -> Diagnosis:
+def diagnose(snapshot: Snapshot) -> Diagnosis:
     """Return the verdict on what is to be seen."""
-    found = sorted(_issues(seen), key=lambda finding: -finding.severity)
-    if seen.state == "starting":
-        return Diagnosis("starting", None, f"Starting: waiting for {seen.waiting_for}.", "Wait; see below.", found)
-    if seen.state == "stopping":
+    found = sorted(_issues(snapshot), key=lambda issue: -issue.severity)
+    if snapshot.state == "starting":
+        return Diagnosis("starting", None, f"Starting: waiting for {snapshot.waiting_for}.", "Wait; see below.", found)
+    if snapshot.state == "stopping":
         return Diagnosis("stopping", None, "Shutting down: requests in flight are finished.", "Nothing.", found)
     if not found or found[0].severity == INFO:
-        count = len(seen.recent)
+        count = len(snapshot.recent)
         says = f"Working: {_plural(count, 'request')} lately, all as it should be."
         if found:
             says = f"Working: {_plural(count, 'request')} lately. {_plural(len(found), 'thing')} to know below."
@@ -94,15 +94,15 @@ def diagnose(seen: Snapshot) -> Diagnosis:
     return Diagnosis(state, first.responsible, first.summary, first.remedy, rest)
 
 
-def _issues(seen: Snapshot) -> Iterator[Issue]:
-    if not seen.accounts:
+def _issues(snapshot: Snapshot) -> Iterator[Issue]:
+    if not snapshot.accounts:
         yield Issue(DOWN, "yours", "No account is configured.", "Add one under accounts.")
-    requests = _relevant(seen)
-    yield from _token_issues(seen.tokens, requests)
-    yield from _region_issues(seen, requests)
-    yield from _request_issues(requests, has_failed_tokens=any(row.error for row in seen.tokens))
-    yield from _configuration_issues(seen)
-    if seen.store_is_up is False:
+    requests = _relevant(snapshot)
+    yield from _token_issues(snapshot.tokens, requests)
+    yield from _region_issues(snapshot, requests)
+    yield from _request_issues(requests, has_failed_tokens=any(row.error for row in snapshot.tokens))
+    yield from _configuration_issues(snapshot)
+    if snapshot.store_is_up is False:
         yield Issue(
             DEGRADED,
             "yours",
@@ -111,10 +111,10 @@ def _issues(seen: Snapshot) -> Iterator[Issue]:
         )
 
 
-def _relevant(seen: Snapshot) -> list[RequestRecord]:
+def _relevant(snapshot: Snapshot) -> list[RequestRecord]:
     """Return the requests to go by: those of the last minute where there are enough, else of the last five."""
-    lately = [request for request in seen.recent if request.status != _CLIENT_CLOSED]
-    just_now = [request for request in lately if seen.now - request.ended <= SHORT_WINDOW]
+    lately = [request for request in snapshot.recent if request.status != _CLIENT_CLOSED]
+    just_now = [request for request in lately if snapshot.now - request.ended <= SHORT_WINDOW]
     return just_now if len(just_now) >= MIN_REQUESTS else lately
 
 
@@ -155,8 +155,8 @@ def _named(rows: Sequence[TokenRow]) -> str:
 # Regions, requests.
 
 
-def _region_issues(seen: Snapshot, requests: Sequence[RequestRecord]) -> Iterator[Issue]:
-    down = {region for _, region in seen.regions_down}
+def _region_issues(snapshot: Snapshot, requests: Sequence[RequestRecord]) -> Iterator[Issue]:
+    down = {region for _, region in snapshot.regions_down}
     if not down:
         return
     in_use = {request.region for request in requests} - {"-"}
@@ -226,18 +226,18 @@ def _remedy_for(name: str) -> str:
 # The configuration.
 
 
-def _configuration_issues(seen: Snapshot) -> Iterator[Issue]:
-    if seen.configuration["problems"]:
+def _configuration_issues(snapshot: Snapshot) -> Iterator[Issue]:
+    if snapshot.configuration["problems"]:
         yield Issue(
             DEGRADED,
             "yours",
             "The newest configuration was refused, and the one before it serves on.",
             "Mend what is listed under Configuration; the proxy takes up the file by itself.",
         )
-    if seen.configuration["needs_restart"]:
-        keys = ", ".join(seen.configuration["needs_restart"])
+    if snapshot.configuration["needs_restart"]:
+        keys = ", ".join(snapshot.configuration["needs_restart"])
         yield Issue(INFO, "yours", f"Settings that count only after a restart have changed: {keys}.", "Restart it.")
-    yield from _secret_issues(seen.secrets_left.items())
+    yield from _secret_issues(snapshot.secrets_left.items())
 
 
 def _secret_issues(left: Iterable[tuple[str, float]]) -> Iterator[Issue]:

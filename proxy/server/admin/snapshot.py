@@ -216,18 +216,18 @@ def _rounded(seconds: float | None, digits: int = 1) -> float | None:
 
 def token_rows(config: Config, tokens: TokenProvider) -> list[TokenRow]:
     """Return how the token of every account and region stands, those first that need somebody."""
-    standing, restricted, failed = dict[Any, TokenStatus](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    status, restricted, failed = dict[Any, TokenStatus](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     grantless: dict[tuple[str, str], TokenStatus] = {}
     for one in tokens.statuses():
-        credential = one.key
-        if credential.kind == "lwa":
-            standing[credential] = one
-        elif credential.kind == "grantless":
-            key = (credential.application, credential.region)
+        token_key = one.token_key
+        if token_key.kind == "lwa":
+            status[token_key] = one
+        elif token_key.kind == "grantless":
+            key = (token_key.application, token_key.region)
             grantless[key] = max(one, grantless.get(key, one), key=lambda each: each.error is not None)
         else:
-            restricted[credential.account, credential.region] += one.left is not None
-            failed[credential.account, credential.region] += one.error is not None
+            restricted[token_key.account, token_key.region] += one.left is not None
+            failed[token_key.account, token_key.region] += one.error is not None
     rows = []
     for name, account in config.accounts.items():
         application, _ = config.application_of(account)
@@ -235,31 +235,31 @@ def token_rows(config: Config, tokens: TokenProvider) -> list[TokenRow]:
         for place in account.refresh_tokens:
             row = _row(
                 TokenRow(name, application, environment, place, "unused"),
-                standing.get(access_token_key_of(application, name, environment, place)),
+                status.get(access_token_key_of(application, name, environment, place)),
             )
             where = (name, place)
             if restricted[where] or failed[where]:
                 row = row._replace(restricted=restricted[where], restricted_failed=failed[where])
             rows.append(row)
     for (application, region), one in grantless.items():
-        rows.append(_row(TokenRow("", application, one.key.environment, region, "unused"), one))
+        rows.append(_row(TokenRow("", application, one.token_key.environment, region, "unused"), one))
     rows.sort(key=lambda row: (_ORDER[row.state], -row.restricted_failed))
     return rows
 
 
-def _row(row: TokenRow, standing: TokenStatus | None) -> TokenRow:
-    if standing is None:
+def _row(row: TokenRow, status: TokenStatus | None) -> TokenRow:
+    if status is None:
         return row
-    error = standing.error
-    state: TokenState = "good" if standing.left is not None else "fetching"
+    error = status.error
+    state: TokenState = "good" if status.left is not None else "fetching"
     if error is not None:
-        state = "failing" if standing.left is not None else "failed"
-    row = row._replace(state=state, left=standing.left, age=standing.age)
+        state = "failing" if status.left is not None else "failed"
+    row = row._replace(state=state, left=status.left, age=status.age)
     if error is None:
         return row
     # Not its message: that may name what Amazon said, and its request id.
     do = "The proxy tries again by itself." if isinstance(error, TokenUnavailable) else error.hint
-    return row._replace(error=error.code, reason=error.reason, do=do, failures=standing.failures, pause=standing.pause)
+    return row._replace(error=error.code, reason=error.reason, do=do, failures=status.failures, pause=status.pause)
 
 
 # Usage plans, errors.

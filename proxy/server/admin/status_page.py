@@ -47,17 +47,19 @@ def file_of(name: str) -> bytes:
     return resources.files("proxy.server.admin").joinpath(f"status_{name}").read_bytes()
 
 
-def render(seen: Snapshot, verdict: Diagnosis, *, every: float = SAMPLE_INTERVAL, account: str | None = None) -> str:
+def render(
+    snapshot: Snapshot, diagnosis: Diagnosis, *, every: float = SAMPLE_INTERVAL, account: str | None = None
+) -> str:
     """Return the page; its script brings it up to date every so many seconds. `account`: it is about this one alone."""
-    title = _TITLES[verdict.state]
+    title = _TITLES[diagnosis.state]
     sections = (
-        _diagnosis(verdict),
-        _chart(seen),
-        _accounts(seen, account),
-        _plans(seen),
-        _requests(seen),
-        _errors(seen),
-        _configuration(seen),
+        _diagnosis(diagnosis),
+        _chart(snapshot),
+        _accounts(snapshot, account),
+        _plans(snapshot),
+        _requests(snapshot),
+        _errors(snapshot),
+        _configuration(snapshot),
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -66,9 +68,9 @@ def render(seen: Snapshot, verdict: Diagnosis, *, every: float = SAMPLE_INTERVAL
         f"<title>{escape(title)} – sp-api-proxy</title>\n"
         '<link rel="stylesheet" href="/page.css">\n<script src="/page.js" defer></script>\n'
         f'<noscript><meta http-equiv="refresh" content="{WITHOUT_SCRIPT}"></noscript>\n</head>\n<body>\n'
-        f"<header><h1>sp-api-proxy</h1><p>{escape(seen.version)}, {_count(seen.accounts, 'account')}, "
-        f"{_count(seen.in_flight, 'request')} in flight, as of "
-        f"<time>{escape(_clock(seen, seen.now))} UTC</time></p></header>\n"
+        f"<header><h1>sp-api-proxy</h1><p>{escape(snapshot.version)}, {_count(snapshot.accounts, 'account')}, "
+        f"{_count(snapshot.in_flight, 'request')} in flight, as of "
+        f"<time>{escape(_clock(snapshot, snapshot.now))} UTC</time></p></header>\n"
         f'<p id="lost" role="alert" hidden>The proxy does not answer any more. What you see is from before.</p>\n'
         f'<main data-every="{every:g}">\n{"".join(sections)}</main>\n'
         '<footer><p>For programs: <a href="/status">/status</a>, <a href="/requests">/requests</a>, '
@@ -100,24 +102,24 @@ def _cell(text: str, kind: str = "") -> str:
 # The sections.
 
 
-def _diagnosis(verdict: Diagnosis) -> str:
-    kind = verdict.state.replace(" ", "-")
-    whose = f" The cause is <strong>{escape(verdict.responsible)}</strong>." if verdict.responsible else ""
-    do = f"<p>What to do: {_prose(verdict.remedy)}</p>\n" if verdict.remedy else ""
+def _diagnosis(diagnosis: Diagnosis) -> str:
+    kind = diagnosis.state.replace(" ", "-")
+    whose = f" The cause is <strong>{escape(diagnosis.responsible)}</strong>." if diagnosis.responsible else ""
+    do = f"<p>What to do: {_prose(diagnosis.remedy)}</p>\n" if diagnosis.remedy else ""
     others = "".join(
         f"<li>{_prose(one.summary)} <em>({escape(one.responsible)})</em> {_prose(one.remedy)}</li>\n"
-        for one in verdict.others[:20]
+        for one in diagnosis.others[:20]
     )
     more = f'<p class="more">To know as well:</p><ul>\n{others}</ul>\n' if others else ""
-    says = f'<p role="status">{_prose(verdict.summary)}{whose}</p>\n'
-    return _section("verdict", _TITLES[verdict.state], says, do, more, kind=kind)
+    says = f'<p role="status">{_prose(diagnosis.summary)}{whose}</p>\n'
+    return _section("verdict", _TITLES[diagnosis.state], says, do, more, kind=kind)
 
 
 _Line = tuple[str, Callable[[float], str], Sequence[float | None], Sequence[float | None], str]
 
 
-def _chart(seen: Snapshot) -> str:
-    samples = list(seen.samples)
+def _chart(snapshot: Snapshot) -> str:
+    samples = list(snapshot.samples)
     minutes = MAX_SAMPLES * SAMPLE_INTERVAL / 60
     lines: Sequence[_Line] = (
         ("Requests per second", _number, [_per_second(sample.requests, sample) for sample in samples], (), ""),
@@ -133,7 +135,7 @@ def _chart(seen: Snapshot) -> str:
     figures = "".join(_figure(*line) for line in lines)
     rows = [
         (
-            f'<th scope="row">{escape(_clock(seen, first.at)[:5])}</th>',
+            f'<th scope="row">{escape(_clock(snapshot, first.at)[:5])}</th>',
             _cell(f"{_per_minute(group, 'requests') / 60:.2f}", "number"),
             _cell(_seconds(_middle(group, "median")), "number"),
             _cell(_seconds(_middle(group, "p95")), "number"),
@@ -202,8 +204,8 @@ def _middle(group: Sequence[Sample], name: str) -> float | None:
     return found[len(found) // 2] if found else None
 
 
-def _accounts(seen: Snapshot, account: str | None) -> str:
-    rows, states = seen.tokens, Counter(row.state for row in seen.tokens)
+def _accounts(snapshot: Snapshot, account: str | None) -> str:
+    rows, states = snapshot.tokens, Counter(row.state for row in snapshot.tokens)
     counted = ", ".join(f"{states[state]} {text}" for state, text in TOKEN_STATES.items() if states[state])
     about = f"<p>{escape(counted) or 'None is configured.'}</p>\n"
     if account is not None:
@@ -263,8 +265,8 @@ def _token_cells(row: TokenRow) -> tuple[str, ...]:
     )
 
 
-def _plans(seen: Snapshot) -> str:
-    if not seen.plans:
+def _plans(snapshot: Snapshot) -> str:
+    if not snapshot.plans:
         return _section("plans", "Usage plans under pressure", "<p>None: no call had to wait for long.</p>\n")
     rows = (
         (
@@ -277,34 +279,34 @@ def _plans(seen: Snapshot) -> str:
             _cell(str(row.refused), "number"),
             _cell(str(row.throttled), "number"),
         )
-        for row in seen.plans[:MAX_PLANS]
+        for row in snapshot.plans[:MAX_PLANS]
     )
     head = ("operation", "account", "region", "rate", "room for", "waiting", "refused", "429 from Amazon")
     table = _table("plan-rows", "Usage plans under pressure", head, rows)
-    return _section("plans", "Usage plans under pressure", table, _left_out(len(seen.plans) - MAX_PLANS))
+    return _section("plans", "Usage plans under pressure", table, _left_out(len(snapshot.plans) - MAX_PLANS))
 
 
-def _requests(seen: Snapshot) -> str:
-    newest = list(reversed(seen.requests))[:MAX_SHOWN]
+def _requests(snapshot: Snapshot) -> str:
+    newest = list(reversed(snapshot.requests))[:MAX_SHOWN]
     if not newest:
         return _section("requests", "Recent requests", "<p>None yet.</p>\n")
     head = (
         *("ended, UTC", "status", "operation", "account", "took"),
         *("plan", "token", "Amazon", "note"),
     )
-    rows = (_request_cells(seen, request) for request in newest)
+    rows = (_request_cells(snapshot, request) for request in newest)
     says = (
         "<p>Of what each took: the wait for its usage plan, for its token, and for Amazon until its answer began.</p>\n"
     )
     return _section("requests", "Recent requests", says, _table("request-rows", "Recent requests", head, rows))
 
 
-def _request_cells(seen: Snapshot, request: RequestRecord) -> tuple[str, ...]:
+def _request_cells(snapshot: Snapshot, request: RequestRecord) -> tuple[str, ...]:
     kind = "bad" if name_of(request) else "other" if request.status >= 400 else "fine"
     sent_again = f"{request.attempts} attempts" if request.attempts > 1 else ""
     notes = (request.error, request.hint, sent_again, request.caller and f"by {request.caller}")
     return (
-        _cell(_clock(seen, request.ended), "number"),
+        _cell(_clock(snapshot, request.ended), "number"),
         _cell(str(request.status), f"number {kind}"),
         f'<th scope="row">{escape(request.method)} {escape(request.operation)}</th>',
         _cell(f"{request.account} {request.region}" if request.account != "-" else "–"),
@@ -316,8 +318,8 @@ def _request_cells(seen: Snapshot, request: RequestRecord) -> tuple[str, ...]:
     )
 
 
-def _errors(seen: Snapshot) -> str:
-    if not seen.errors:
+def _errors(snapshot: Snapshot) -> str:
+    if not snapshot.errors:
         return _section("errors", "Errors by hint", "<p>None since the start.</p>\n")
     rows = (
         (
@@ -327,30 +329,35 @@ def _errors(seen: Snapshot) -> str:
             _cell(str(row.times), "number"),
             f"<td>{_prose(row.meaning)}</td>",
         )
-        for row in seen.errors
+        for row in snapshot.errors
     )
     head = ("error or hint", "whose fault", "in five minutes", "since the start", "what it means")
     return _section("errors", "Errors by hint", _table("error-rows", "Errors by hint", head, rows))
 
 
-def _configuration(seen: Snapshot) -> str:
-    configuration = seen.configuration
+def _configuration(snapshot: Snapshot) -> str:
+    configuration = snapshot.configuration
     last = configuration["last_reload"]
     reload = f"{last['result']}, {last['at']}" if last else "none since the start"
     facts = [("in force since", configuration["good_since"]), ("last reload", reload)]
     if configuration["needs_restart"]:
         facts += [("counts after a restart", ", ".join(configuration["needs_restart"]))]
-    if seen.store_is_up is not None:
-        failures = ", ".join(f"{reason} {count}" for reason, count in seen.store_failures.items()) or "none"
+    if snapshot.store_is_up is not None:
+        failures = ", ".join(f"{reason} {count}" for reason, count in snapshot.store_failures.items()) or "none"
         facts += [
-            ("store that replicas share", "there" if seen.store_is_up else "lost: this one is on its own"),
+            ("store that replicas share", "there" if snapshot.store_is_up else "lost: this one is on its own"),
             ("its failures since the start", failures),
         ]
-    if seen.regions_down:
+    if snapshot.regions_down:
         facts += [
-            ("regions that fail throughout", ", ".join(f"{region} ({where})" for where, region in seen.regions_down))
+            (
+                "regions that fail throughout",
+                ", ".join(f"{region} ({where})" for where, region in snapshot.regions_down),
+            )
         ]
-    facts += [(f"client secret of {name}", _secret(left)) for name, left in list(seen.secrets_left.items())[:MAX_PLANS]]
+    facts += [
+        (f"client secret of {name}", _secret(left)) for name, left in list(snapshot.secrets_left.items())[:MAX_PLANS]
+    ]
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
     problems = "".join(f"<li>{escape(problem)}</li>\n" for problem in configuration["problems"])
     mistakes = f"<p>The newest one was refused:</p><ul>\n{problems}</ul>\n" if problems else ""
@@ -373,8 +380,8 @@ def _prose(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _clock(seen: Snapshot, monotonic: float) -> str:
-    return seen.moment(monotonic)[11:19]
+def _clock(snapshot: Snapshot, monotonic: float) -> str:
+    return snapshot.moment(monotonic)[11:19]
 
 
 def _seconds(seconds: float | None) -> str:

@@ -64,14 +64,14 @@ def _bomb(size: int) -> Iterator[bytes]:
 
 def test_a_bomb_is_given_up_and_never_held() -> None:
     bomb = b"".join(_bomb(4 * BOMB_THRESHOLD))
-    pieces: list[int] = []
+    chunks: list[int] = []
     tracemalloc.start()
     with pytest.raises(GzipBomb):
-        pieces.extend(map(len, Gunzip().feed(bomb)))
+        chunks.extend(map(len, Gunzip().feed(bomb)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(pieces) <= CHUNK
-    assert BOMB_THRESHOLD - CHUNK <= sum(pieces) <= BOMB_THRESHOLD
+    assert max(chunks) <= CHUNK
+    assert BOMB_THRESHOLD - CHUNK <= sum(chunks) <= BOMB_THRESHOLD
     assert peak < 2 * 1024 * 1024
 
 

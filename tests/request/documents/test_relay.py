@@ -21,8 +21,8 @@ from proxy.server.runtime import RunningProxy
 from proxy.store.encryption import DecryptionFailed, DocumentCipher
 from tests.conftest import StartProxy, config_from, needs, settings_for
 from tests.support.certificates import Authority
-from tests.support.fake_upstream import FarSide, RawServer, Received, TokenHost, answer
-from tests.support.raw_client import Answer, Client, call, connect, request
+from tests.support.fake_upstream import FakeUpstream, RawServer, Received, TokenHost, http_response
+from tests.support.raw_client import Client, RawResponse, call, connect, request
 
 FEEDS, REPORTS = "/feeds/2021-06-30/documents", "/reports/2021-06-30/documents"
 REPORT = f"{REPORTS}/amzn1.spdoc.1"
@@ -35,7 +35,7 @@ STORE_KEY = "0123456789abcdef0123456789abcdef"
 async def storage() -> AsyncIterator[RawServer]:
     """Amazon's storage of documents."""
     async with RawServer() as server:
-        serve(server, answer("200 OK", CONTENT, content_type="text/plain", etag='"1"'))
+        serve(server, http_response("200 OK", CONTENT, content_type="text/plain", etag='"1"'))
         yield server
 
 
@@ -51,27 +51,27 @@ def serve(server: RawServer, data: bytes, *, ends: bool = False) -> None:
     server.script = script
 
 
-def named(far_side: FarSide, url: str, field: str = "url", status: str = "200 OK") -> bytes:
+def named(fake_upstream: FakeUpstream, url: str, field: str = "url", status: str = "200 OK") -> bytes:
     """Let Amazon name a document by this URL in all its answers; return the body."""
     body = json.dumps({"reportDocumentId": "amzn1.spdoc.1", field: url, "compressionAlgorithm": "GZIP"}).encode()
-    serve(far_side, answer(status, body, content_type="application/json"))
+    serve(fake_upstream, http_response(status, body, content_type="application/json"))
     return body
 
 
 class Started:
     """A proxy that relays, with what is behind it."""
 
-    def __init__(self, proxy: RunningProxy, far_side: FarSide, storage: RawServer) -> None:
+    def __init__(self, proxy: RunningProxy, fake_upstream: FakeUpstream, storage: RawServer) -> None:
         self.proxy = proxy
         self.address = proxy.addresses[0]
-        self.far_side = far_side
+        self.fake_upstream = fake_upstream
         self.storage = storage
 
     async def document(
         self, target: str = REPORT, query: str = SIGNED, method: str = "GET", address: str = "", **fields: str
     ) -> str:
         """Have Amazon name a document; return the target that stands for it."""
-        named(self.far_side, f"{self.storage.url}/bucket/%2Fa~b?{query}", status="200 OK")
+        named(self.fake_upstream, f"{self.storage.url}/bucket/%2Fa~b?{query}", status="200 OK")
         got = await call(address or self.address, method, target, b"{}" if method == "POST" else None, **fields)
         assert got.status == 200, got.body
         url = json.loads(got.body)["url"]
@@ -93,14 +93,14 @@ class Start(Protocol):
 
 
 @pytest.fixture
-def start(start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, storage: RawServer) -> Start:
+def start(start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, storage: RawServer) -> Start:
     """Starts proxies that relay documents of `storage`."""
 
     async def started(**settings: Any) -> Started:
-        endpoints = {**dict.fromkeys(("na", "eu", "fe"), far_side.url), "lwa": token_host.url}
+        endpoints = {**dict.fromkeys(("na", "eu", "fe"), fake_upstream.url), "lwa": token_host.url}
         endpoints["documents"] = storage.url
         proxy = await start_proxy(**{"documents": "relay", "endpoints": endpoints, **settings})
-        return Started(proxy, far_side, storage)
+        return Started(proxy, fake_upstream, storage)
 
     return started
 
@@ -113,24 +113,26 @@ async def relayed(start: Start) -> Started:
 # Without the setting.
 
 
-async def test_without_the_setting_no_byte_is_another(proxy: RunningProxy, far_side: FarSide) -> None:
-    body = named(far_side, f"https://tortuga-prod-eu.s3.amazonaws.com/a?{SIGNED}")
+async def test_without_the_setting_no_byte_is_another(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+    body = named(fake_upstream, f"https://tortuga-prod-eu.s3.amazonaws.com/a?{SIGNED}")
     got = await call(proxy.addresses[0], "GET", REPORT)
     assert got.body == body
     got = await call(proxy.addresses[0], "GET", "/@acme/-/documents/abc?decompress=1")
     assert got.status == 200
-    assert far_side.received[-1].target == "/-/documents/abc?decompress=1"
+    assert fake_upstream.received[-1].target == "/-/documents/abc?decompress=1"
 
 
 # Answers that name documents.
 
 
-async def test_a_url_becomes_an_address_on_the_proxy_and_all_else_stays(start: Start, far_side: FarSide) -> None:
+async def test_a_url_becomes_an_address_on_the_proxy_and_all_else_stays(
+    start: Start, fake_upstream: FakeUpstream
+) -> None:
     started = await start()
     url = f"https://tortuga-prod-eu.s3.amazonaws.com/a?{SIGNED}"
     before = b'{ "x" : 1.10,\t"url":"' + url.replace("/", "\\/").encode() + b'", "caf\xc3\xa9":"\\u00e9", "n":1e2 }\n'
     fields = {"content_type": "application/json", "etag": '"1"', "x_amzn_requestid": "id"}
-    serve(far_side, answer("200 OK", before, **fields))
+    serve(fake_upstream, http_response("200 OK", before, **fields))
     got = await call(started.address, "GET", REPORT)
     new = json.loads(got.body)["url"]
     assert got.body == before.replace(url.replace("/", "\\/").encode(), new.encode())
@@ -158,7 +160,7 @@ async def test_every_operation_that_names_documents(
     relayed: Started, method: str, target: str, body: dict[str, Any]
 ) -> None:
     text = json.dumps(body).replace("@", f"{relayed.storage.url}/")
-    serve(relayed.far_side, answer("201 Created", text.encode()))
+    serve(relayed.fake_upstream, http_response("201 Created", text.encode()))
     got = await call(relayed.address, method, target, b"{}" if method == "POST" else None)
     assert relayed.storage.url not in got.body.decode()
     assert got.body.decode().count("http://localhost/@acme/-/documents/") == text.count(relayed.storage.url)
@@ -168,7 +170,7 @@ async def test_every_operation_that_names_documents(
 async def test_a_packed_answer_is_unpacked_and_rewritten(relayed: Started, coding: str) -> None:
     body = json.dumps({"url": f"{relayed.storage.url}/1"}).encode()
     packed = gzip.compress(body, mtime=0) if coding == "gzip" else zlib.compress(body)
-    serve(relayed.far_side, answer("200 OK", packed, content_encoding=coding))
+    serve(relayed.fake_upstream, http_response("200 OK", packed, content_encoding=coding))
     got = await call(relayed.address, "GET", REPORT)
     assert json.loads(got.body)["url"].startswith("http://localhost/@acme/")
     assert got.get("content-encoding") is None
@@ -178,7 +180,7 @@ async def test_a_packed_answer_is_unpacked_and_rewritten(relayed: Started, codin
 async def test_an_answer_in_chunks_is_rewritten(relayed: Started) -> None:
     body = json.dumps({"url": f"{relayed.storage.url}/1"}).encode()
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:20], body[20:])) + b"0\r\n\r\n"
-    serve(relayed.far_side, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    serve(relayed.fake_upstream, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
     got = await call(relayed.address, "GET", REPORT)
     assert json.loads(got.body)["url"].startswith("http://localhost/@acme/")
 
@@ -196,7 +198,7 @@ async def test_an_answer_in_chunks_is_rewritten(relayed: Started) -> None:
 async def test_what_leads_elsewhere_stays_as_it_is_and_is_told_once(
     relayed: Started, log: StringIO, url: str, why: str
 ) -> None:
-    body = named(relayed.far_side, url)
+    body = named(relayed.fake_upstream, url)
     for _ in range(2):
         assert (await call(relayed.address, "GET", REPORT)).body == body
     assert relayed.count(why) == 2
@@ -214,7 +216,7 @@ async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
     monkeypatch.setattr(relay_module, "MAX_REWRITTEN", 1000)
     body = json.dumps({"url": f"{relayed.storage.url}/1", "more": "a" * 200_000}).encode()
     sent = gzip.compress(body, mtime=0) if is_packed else body
-    serve(relayed.far_side, answer("200 OK", sent, **({"content_encoding": "gzip"} if is_packed else {})))
+    serve(relayed.fake_upstream, http_response("200 OK", sent, **({"content_encoding": "gzip"} if is_packed else {})))
     assert (await call(relayed.address, "GET", REPORT)).body == sent
     assert relayed.count("too_large") == 1
 
@@ -224,7 +226,7 @@ async def test_an_answer_of_very_many_urls_passes_as_it_is(relayed: Started, mon
     for count in (2, 3):
         urls = [{"uri": f"{relayed.storage.url}/{number}"} for number in range(count)]
         body = json.dumps({"documentDownloads": urls}).encode()
-        serve(relayed.far_side, answer("200 OK", body))
+        serve(relayed.fake_upstream, http_response("200 OK", body))
         got = await call(relayed.address, "POST", "/inbound/fba/2024-03-20/items/labels", b"{}")
         assert (got.body == body) == (count == 3)
     assert relayed.count("too_large") == 1
@@ -233,7 +235,9 @@ async def test_an_answer_of_very_many_urls_passes_as_it_is(relayed: Started, mon
 async def test_a_url_is_found_however_it_is_spelt(relayed: Started) -> None:
     url = f"{relayed.storage.url}/1"
     spelt = "".join(f"\\u{ord(letter):04x}" for letter in url)
-    serve(relayed.far_side, answer("200 OK", f'{{"http": "x", "url": "{spelt}", "note": "{url}"}}'.encode()))
+    serve(
+        relayed.fake_upstream, http_response("200 OK", f'{{"http": "x", "url": "{spelt}", "note": "{url}"}}'.encode())
+    )
     got = json.loads((await call(relayed.address, "GET", REPORT)).body)
     assert got["url"] == got["note"] != url
     assert got["url"].startswith("http://localhost/@acme/")
@@ -241,22 +245,22 @@ async def test_a_url_is_found_however_it_is_spelt(relayed: Started) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"<html>"])
 async def test_an_answer_that_is_no_json_passes_as_it_is(relayed: Started, body: bytes) -> None:
-    serve(relayed.far_side, answer("200 OK", body))
+    serve(relayed.fake_upstream, http_response("200 OK", body))
     assert (await call(relayed.address, "GET", REPORT)).body == body
     assert relayed.count("unreadable") == 1
 
 
 async def test_an_answer_in_an_unknown_coding_passes_as_it_is(relayed: Started) -> None:
-    serve(relayed.far_side, answer("200 OK", b"\x1b\x0f", content_encoding="br"))
+    serve(relayed.fake_upstream, http_response("200 OK", b"\x1b\x0f", content_encoding="br"))
     assert (await call(relayed.address, "GET", REPORT)).body == b"\x1b\x0f"
     assert relayed.count("unreadable") == 1
 
 
 async def test_refusals_and_other_operations_are_not_looked_into(relayed: Started) -> None:
     body = json.dumps({"url": f"{relayed.storage.url}/1"}).encode()
-    serve(relayed.far_side, answer("404 Not Found", body))
+    serve(relayed.fake_upstream, http_response("404 Not Found", body))
     assert (await call(relayed.address, "GET", REPORT)).body == body
-    serve(relayed.far_side, answer("200 OK", body))
+    serve(relayed.fake_upstream, http_response("200 OK", body))
     assert (await call(relayed.address, "GET", "/sellers/v1/marketplaceParticipations")).body == body
     assert relayed.count("relayed") == 0
 
@@ -264,7 +268,7 @@ async def test_refusals_and_other_operations_are_not_looked_into(relayed: Starte
 @pytest.mark.parametrize("body", ['{"url": "', '{"url": "URL"}'])
 async def test_an_answer_that_is_cut_off_looks_cut_off(relayed: Started, body: str) -> None:
     body = body.replace("URL", f"{relayed.storage.url}/1")
-    serve(relayed.far_side, f"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{body}".encode(), ends=True)
+    serve(relayed.fake_upstream, f"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{body}".encode(), ends=True)
     got = await call(relayed.address, "GET", REPORT)
     assert (got.status, got.complete, got.body) == (200, False, body.encode())
 
@@ -295,10 +299,10 @@ async def test_the_address_is_where_the_app_found_the_proxy(
     start: Start, settings: dict[str, Any], line: str, base: str
 ) -> None:
     started = await start(**settings)
-    named(started.far_side, f"{started.storage.url}/1")
+    named(started.fake_upstream, f"{started.storage.url}/1")
     async with connect(started.address) as client:
         await client.send(line.encode())
-        got = await client.answer()
+        got = await client.read_response()
     assert json.loads(got.body)["url"].startswith(f"{base}/@acme/-/documents/")
 
 
@@ -307,7 +311,7 @@ async def test_the_address_says_https_where_the_listener_speaks_tls(start: Start
     authority = Authority.made(tmp_path / "authority")
     certificate, key = authority.issue("localhost", alternative="DNS:localhost")
     started = await start(listen={"address": "127.0.0.1:0", "tls": {"certificate": certificate, "key": key}})
-    named(started.far_side, f"{started.storage.url}/1")
+    named(started.fake_upstream, f"{started.storage.url}/1")
     context, port = ssl.create_default_context(cafile=authority.certificate), int(started.address.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
     got = await Client(reader, writer).request("GET", REPORT)
@@ -362,10 +366,10 @@ async def test_nothing_of_the_apps_goes_to_the_storage_but_what_that_needs(relay
 @pytest.mark.parametrize(
     "data",
     [
-        answer("403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>", content_type="application/xml"),
-        answer("206 Partial Content", b"part", content_range="bytes 0-3/100"),
-        answer("307 Temporary Redirect", b"", location="http://127.0.0.1:1/elsewhere"),
-        answer("503 Slow Down", b""),
+        http_response("403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>", content_type="application/xml"),
+        http_response("206 Partial Content", b"part", content_range="bytes 0-3/100"),
+        http_response("307 Temporary Redirect", b"", location="http://127.0.0.1:1/elsewhere"),
+        http_response("503 Slow Down", b""),
     ],
 )
 async def test_whatever_the_storage_says_is_passed_on(relayed: Started, data: bytes) -> None:
@@ -400,7 +404,7 @@ async def test_a_connection_that_ended_while_it_was_idle_costs_nothing_but_anoth
             first = False
             writer.close()
         else:
-            writer.write(answer("200 OK", CONTENT))
+            writer.write(http_response("200 OK", CONTENT))
             await writer.drain()
 
     relayed.storage.script = script
@@ -463,7 +467,7 @@ async def test_an_upload_in_chunks_goes_on_in_chunks(relayed: Started) -> None:
     target = await relayed.upload()
     async with connect(relayed.address) as client:
         await client.send(request("PUT", target, b"3\r\nabc\r\n0\r\n\r\n", transfer_encoding="chunked"))
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
     assert relayed.storage.received[-1].body == b"abc"
     assert relayed.storage.received[-1].get("transfer-encoding") == "chunked"
 
@@ -630,7 +634,7 @@ async def test_a_document_with_personal_data_stays_with_those_who_may_have_some(
     listen = [{"address": "127.0.0.1:0"}, {"address": "127.0.0.1:0", "data_elements": []}]
     started = await start(listen=listen)
     restricted = await started.document()
-    assert started.far_side.minted
+    assert started.fake_upstream.minted
     assert (await call(started.address, "GET", restricted)).body == CONTENT
     assert await refused(started.proxy.addresses[1], "GET", restricted) == (403, "NotAllowed")
     harmless = await started.document(address=started.proxy.addresses[1])
@@ -666,23 +670,23 @@ def test_a_new_key_opens_what_the_old_one_sealed() -> None:
     assert both.decrypt("acme", sealed) == b"text"
     assert new.decrypt("acme", both.encrypt("acme", b"text")) == b"text"
     assert old.encrypt("acme", b"text") != sealed
-    for seal, account in ((new, "acme"), (both, "zeta"), (DocumentCipher(()), "acme")):
+    for cipher, account in ((new, "acme"), (both, "zeta"), (DocumentCipher(()), "acme")):
         with pytest.raises(DecryptionFailed):
-            seal.decrypt(account, sealed)
+            cipher.decrypt(account, sealed)
 
 
 async def test_an_address_outlives_a_reload(
-    start: Start, far_side: FarSide, token_host: TokenHost, storage: RawServer, tmp_path: Path
+    start: Start, fake_upstream: FakeUpstream, token_host: TokenHost, storage: RawServer, tmp_path: Path
 ) -> None:
     started = await start()
     target = await started.document()
-    settings = settings_for(far_side, token_host, documents="relay", warm_up=True)
+    settings = settings_for(fake_upstream, token_host, documents="relay", warm_up=True)
     settings["endpoints"]["documents"] = storage.url
     assert (await started.proxy.apply_config(config_from(settings, tmp_path))).has_changed
     assert (await call(started.address, "GET", target)).body == CONTENT
     settings["documents"] = "direct"
     await started.proxy.apply_config(config_from(settings, tmp_path))
-    serve(far_side, answer("404 Not Found"))
+    serve(fake_upstream, http_response("404 Not Found"))
     assert (await call(started.address, "GET", target)).status == 404
     settings["documents"] = "relay"
     await started.proxy.apply_config(config_from(settings, tmp_path))
@@ -692,7 +696,7 @@ async def test_an_address_outlives_a_reload(
 # Unpacking.
 
 
-async def unpacked(relayed: Started, data: bytes, **fields: str) -> Answer:
+async def unpacked(relayed: Started, data: bytes, **fields: str) -> RawResponse:
     target = await relayed.document()
     serve(relayed.storage, data)
     return await call(relayed.address, "GET", f"{target}?decompress=1", **fields)
@@ -702,7 +706,7 @@ async def unpacked(relayed: Started, data: bytes, **fields: str) -> Answer:
 async def test_a_packed_document_is_unpacked_on_request(relayed: Started, coding: dict[str, str]) -> None:
     content = CONTENT * 1000
     about = {"etag": '"1"', "accept_ranges": "bytes", "x_amz_checksum_crc32": "AAAA", "content_type": "text/plain"}
-    got = await unpacked(relayed, answer("200 OK", gzip.compress(content, mtime=0), **coding, **about))
+    got = await unpacked(relayed, http_response("200 OK", gzip.compress(content, mtime=0), **coding, **about))
     assert got.body == content
     assert got.complete
     gone = ("content-encoding", "content-length", "etag", "accept-ranges", "x-amz-checksum-crc32")
@@ -712,23 +716,23 @@ async def test_a_packed_document_is_unpacked_on_request(relayed: Started, coding
 
 async def test_an_old_client_gets_an_unpacked_document_to_the_end_of_its_connection(relayed: Started) -> None:
     target = await relayed.document()
-    serve(relayed.storage, answer("200 OK", gzip.compress(CONTENT, mtime=0)))
+    serve(relayed.storage, http_response("200 OK", gzip.compress(CONTENT, mtime=0)))
     async with connect(relayed.address) as client:
         await client.send(f"GET {target}?decompress=1 HTTP/1.0\r\nhost: localhost\r\n\r\n".encode())
-        got = await client.answer()
+        got = await client.read_response()
     assert (got.body, got.get("transfer-encoding"), got.get("connection")) == (CONTENT, None, None)
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        answer("200 OK", CONTENT),
-        answer("200 OK", b""),
-        answer("200 OK", b"\x1f"),
-        answer("200 OK", CONTENT, content_encoding="identity"),
-        answer("200 OK", b"\x1b\x0f", content_encoding="br"),
-        answer("403 Forbidden", gzip.compress(b"<Error/>", mtime=0)),
-        answer("304 Not Modified"),
+        http_response("200 OK", CONTENT),
+        http_response("200 OK", b""),
+        http_response("200 OK", b"\x1f"),
+        http_response("200 OK", CONTENT, content_encoding="identity"),
+        http_response("200 OK", b"\x1b\x0f", content_encoding="br"),
+        http_response("403 Forbidden", gzip.compress(b"<Error/>", mtime=0)),
+        http_response("304 Not Modified"),
     ],
 )
 async def test_what_is_not_packed_is_passed_on_as_it_is(relayed: Started, data: bytes) -> None:
@@ -738,7 +742,7 @@ async def test_what_is_not_packed_is_passed_on_as_it_is(relayed: Started, data: 
 
 
 async def test_no_part_of_a_document_is_unpacked(relayed: Started) -> None:
-    got = await unpacked(relayed, answer("200 OK"), range="bytes=0-9")
+    got = await unpacked(relayed, http_response("200 OK"), range="bytes=0-9")
     assert (got.status, got.error) == (400, "BadOption")
     target = await relayed.upload()
     assert await refused(relayed.address, "PUT", f"{target}?decompress=1", b"x") == (400, "BadOption")
@@ -748,11 +752,11 @@ async def test_no_part_of_a_document_is_unpacked(relayed: Started) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        answer("200 OK", gzip.compress(CONTENT, mtime=0)[:-4]),
-        answer("200 OK", gzip.compress(CONTENT, mtime=0)[:-8] + b"12345678"),
-        answer("200 OK", b"\x1f\x8b and then something else"),
-        answer("200 OK", CONTENT, content_encoding="gzip"),
-        answer("200 OK", gzip.compress(CONTENT, mtime=0) + b"garbage"),
+        http_response("200 OK", gzip.compress(CONTENT, mtime=0)[:-4]),
+        http_response("200 OK", gzip.compress(CONTENT, mtime=0)[:-8] + b"12345678"),
+        http_response("200 OK", b"\x1f\x8b and then something else"),
+        http_response("200 OK", CONTENT, content_encoding="gzip"),
+        http_response("200 OK", gzip.compress(CONTENT, mtime=0) + b"garbage"),
     ],
 )
 async def test_a_document_that_is_no_gzip_is_told(relayed: Started, data: bytes) -> None:
@@ -762,7 +766,7 @@ async def test_a_document_that_is_no_gzip_is_told(relayed: Started, data: bytes)
 
 async def test_damage_further_on_breaks_the_apps_connection(relayed: Started, log: StringIO) -> None:
     packed = gzip.compress(b"".join(b"%d\n" % number for number in range(200_000)))
-    got = await unpacked(relayed, answer("200 OK", packed[:-8] + b"12345678"))
+    got = await unpacked(relayed, http_response("200 OK", packed[:-8] + b"12345678"))
     assert got.status == 200
     assert not got.complete
     assert '"error": "BadGzip"' in log.getvalue()
@@ -781,7 +785,7 @@ async def test_a_packed_document_that_is_cut_off_looks_cut_off(relayed: Started)
 
 async def test_a_bomb_is_given_up(relayed: Started, log: StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.request.documents.gzip_stream.BOMB_THRESHOLD", 1024 * 1024)
-    got = await unpacked(relayed, answer("200 OK", gzip.compress(bytes(20 * 1024 * 1024))))
+    got = await unpacked(relayed, http_response("200 OK", gzip.compress(bytes(20 * 1024 * 1024))))
     assert got.status == 200
     assert not got.complete
     assert len(got.body) < 4 * 1024 * 1024
@@ -800,7 +804,7 @@ async def test_documents_leave_half_of_the_connections_to_calls(start: Start) ->
         if len(started.storage.received) == 2:
             both.set()
         await released.wait()
-        writer.write(answer("200 OK", CONTENT))
+        writer.write(http_response("200 OK", CONTENT))
         await writer.drain()
 
     started.storage.script = script

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needs, settings_for
-from tests.support.fake_upstream import FarSide, RawServer, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, RawServer, Received, TokenHost, http_response
 from tests.support.proxy_process import ProxyProcess, serving, started
 from tests.support.raw_client import call, connect, request
 
@@ -69,17 +69,17 @@ async def storage() -> AsyncIterator[RawServer]:
 
 @pytest.fixture
 async def process(
-    far_side: FarSide, token_host: TokenHost, storage: RawServer, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, storage: RawServer, tmp_path: Path
 ) -> AsyncIterator[ProxyProcess]:
     needs(PROC, "/proc")
-    settings = settings_for(far_side, token_host, documents="relay")
+    settings = settings_for(fake_upstream, token_host, documents="relay")
     settings["endpoints"]["documents"] = storage.url
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", json.dumps({"url": f"{storage.url}/a?X-Amz-Expires=300"}).encode()))
+        writer.write(http_response("200 OK", json.dumps({"url": f"{storage.url}/a?X-Amz-Expires=300"}).encode()))
         await writer.drain()
 
-    far_side.script = script
+    fake_upstream.script = script
     async with serving(settings, tmp_path) as running:
         yield running
 
@@ -162,7 +162,7 @@ async def test_a_hundred_mebibytes_go_up_at_constant_memory(process: ProxyProces
         while left and (data := await received.reader.read(min(left, 256 * 1024))):
             arrived.update(data)
             left -= len(data)
-        writer.write(answer("200 OK"))
+        writer.write(http_response("200 OK"))
         await writer.drain()
 
     storage.script = script
@@ -173,7 +173,7 @@ async def test_a_hundred_mebibytes_go_up_at_constant_memory(process: ProxyProces
         for block in blocks(SIZE):
             sent.update(block)
             await client.send(block)
-        assert (await client.answer()).status == 200
+        assert (await client.read_response()).status == 200
     assert arrived.hexdigest() == sent.hexdigest()
     grown = most_resident(process) - before
     print(f"grown by {grown} KiB")  # noqa: T201 - a figure, for whoever asks with -s

@@ -129,8 +129,8 @@ def config(folder: Path, **changed: Any) -> Config:
 
 def target(config: Config, path: str = ORDERS, account: str = "acme", region: str = "eu", method: str = "GET") -> Route:
     headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "x-sp-account": account, "x-sp-region": region}))
-    admitted = validate(method, path, headers, AllowedHosts.from_config(config.listen[0], config))
-    return resolve(method, admitted, headers, config.listen[0], config, TABLE)
+    validated = validate(method, path, headers, AllowedHosts.from_config(config.listen[0], config))
+    return resolve(method, validated, headers, config.listen[0], config, TABLE)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class Fleet:
 
     async def replica(self) -> RedisRateLimiter:
         metrics = Metrics()
-        link = RedisClient(parse_store(self._redis.url), metrics, patience=5.0)
+        link = RedisClient(parse_store(self._redis.url), metrics, timeout=5.0)
         plans = RedisBuckets(link, TokenCipher((Secret(KEY),)))
         self._stack.push_async_callback(link.close)
         self._stack.push_async_callback(plans.close)
@@ -144,11 +144,11 @@ async def test_calls_of_one_moment_go_in_one_pipeline(fleet: Fleet, content: Rou
     limits = await fleet.replica()
     await limits.acquire(content, AdmissionRequest(0))
     asked: list[int] = []
-    answers = limits._shared._responses
+    responses = limits._shared._responses
 
     async def counted(questions: object) -> list[object]:
         asked.append(len(questions))  # type: ignore[arg-type]
-        return await answers(questions)  # type: ignore[arg-type]
+        return await responses(questions)  # type: ignore[arg-type]
 
     limits._shared._responses = counted  # type: ignore[method-assign]  # listens
     await asyncio.gather(*(limits.acquire(content, AdmissionRequest(0)) for _ in range(8)))

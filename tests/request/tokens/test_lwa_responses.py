@@ -83,18 +83,18 @@ def test_a_byte_order_mark_or_utf_16_is_read_as_json_allows() -> None:
     ],
 )
 def test_a_refusal_is_for_good_and_keeps_reason_and_request_id(status: int, error: str) -> None:
-    answer = {"error": error, "error_description": "The request has an invalid grant parameter", "request_id": "r-1"}
+    response = {"error": error, "error_description": "The request has an invalid grant parameter", "request_id": "r-1"}
     with pytest.raises(OAuthError) as caught:
-        parse_response(status, json.dumps(answer).encode())
+        parse_response(status, json.dumps(response).encode())
     assert (caught.value.reason, caught.value.request_id) == (error, "r-1")
     assert "parameter" not in repr(caught.value)
 
 
 @pytest.mark.parametrize("request_id", [None, 7, ["r"], {"a": "b"}])
 def test_a_request_id_that_is_no_text_is_left_out(request_id: object) -> None:
-    answer = {"error": "invalid_grant", "error_index": "x", "request_id": request_id}
+    response = {"error": "invalid_grant", "error_index": "x", "request_id": request_id}
     with pytest.raises(OAuthError) as caught:
-        parse_response(400, json.dumps(answer).encode())
+        parse_response(400, json.dumps(response).encode())
     assert caught.value.request_id == ""
 
 

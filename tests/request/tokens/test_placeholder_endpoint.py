@@ -24,8 +24,8 @@ from proxy.amazon.placeholder_tokens import (
 from proxy.request.tokens.placeholder_endpoint import MAX_BODY
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
-from tests.support.fake_upstream import FarSide, TokenHost
-from tests.support.raw_client import Answer, call, connect
+from tests.support.fake_upstream import FakeUpstream, TokenHost
+from tests.support.raw_client import RawResponse, call, connect
 
 TOKEN = "/auth/o2/token"
 RDT = "/tokens/2021-03-01/restrictedDataToken"
@@ -55,15 +55,17 @@ async def minted(at: str, *resources: dict[str, Any], **fields: str) -> str:
     return str(content["restrictedDataToken"])
 
 
-async def asked_of_amazon(far_side: FarSide, at: str, target: str, token: str, **fields: str) -> list[Any] | None:
+async def asked_of_amazon(
+    fake_upstream: FakeUpstream, at: str, target: str, token: str, **fields: str
+) -> list[Any] | None:
     """Call with a token of the app's; return what the proxy's own was asked for, None where it was an ordinary one."""
-    far_side.minted.clear()
+    fake_upstream.minted.clear()
     got = await call(at, "GET", target, x_amz_access_token=token, **fields)
     assert got.status == 200, got.body
-    assert far_side.received[-1].all("x-amz-access-token") != [token]
+    assert fake_upstream.received[-1].all("x-amz-access-token") != [token]
     if got.decided["token"] == "lwa":
         return None
-    (request,) = far_side.minted
+    (request,) = fake_upstream.minted
     (wanted,) = json.loads(request.body)["restrictedResources"]
     return [wanted["path"], wanted.get("dataElements", [])]
 
@@ -101,11 +103,11 @@ async def test_a_grantless_token_brings_no_refresh_token(proxy: RunningProxy, bo
 
 
 async def test_neither_amazon_nor_the_log_hears_of_it(
-    proxy: RunningProxy, far_side: FarSide, token_host: TokenHost, log: StringIO
+    proxy: RunningProxy, fake_upstream: FakeUpstream, token_host: TokenHost, log: StringIO
 ) -> None:
     await call(proxy.addresses[0], "POST", TOKEN, REFRESH, **FORM)
     await call(proxy.addresses[0], "POST", TOKEN, b"grant_type=distinctive-grant", **FORM)
-    assert not far_side.received
+    assert not fake_upstream.received
     assert not token_host.received
     assert "distinctive" not in log.getvalue()
     requests = [json.loads(line) for line in log.getvalue().splitlines() if '"request"' in line]
@@ -129,7 +131,7 @@ async def test_neither_amazon_nor_the_log_hears_of_it(
     ],
 )
 async def test_what_cannot_be_answered_is_refused_as_oauth_does(
-    proxy: RunningProxy, far_side: FarSide, body: bytes, kind: str, error: str
+    proxy: RunningProxy, fake_upstream: FakeUpstream, body: bytes, kind: str, error: str
 ) -> None:
     got = await call(proxy.addresses[0], "POST", TOKEN, body, **({"content_type": kind} if kind else {}))
     assert (got.status, got.error) == (400, "TokenRequestRefused")
@@ -137,7 +139,7 @@ async def test_what_cannot_be_answered_is_refused_as_oauth_does(
     assert set(content) == {"error", "error_description"}
     assert content["error"] == error
     assert b"distinctive" not in got.body
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 async def test_a_connection_goes_on_behind_a_token(proxy: RunningProxy) -> None:
@@ -156,9 +158,11 @@ async def test_a_connection_goes_on_behind_a_token(proxy: RunningProxy) -> None:
         ("POST", "/orders/v0/orders?next=/auth/o2/token"),
     ],
 )
-async def test_nothing_else_is_taken_for_it(proxy: RunningProxy, far_side: FarSide, method: str, target: str) -> None:
+async def test_nothing_else_is_taken_for_it(
+    proxy: RunningProxy, fake_upstream: FakeUpstream, method: str, target: str
+) -> None:
     await call(proxy.addresses[0], method, target)
-    assert [request.target for request in far_side.received] == [target]
+    assert [request.target for request in fake_upstream.received] == [target]
 
 
 # Who may ask for one.
@@ -166,7 +170,7 @@ async def test_nothing_else_is_taken_for_it(proxy: RunningProxy, far_side: FarSi
 
 @pytest.mark.parametrize("fields", [{}, {"x_sp_key": "wrong"}])
 async def test_a_token_needs_no_key_and_a_call_with_it_does(
-    start_proxy: StartProxy, far_side: FarSide, fields: dict[str, str]
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, fields: dict[str, str]
 ) -> None:
     proxy = await start_proxy(callers={"one": {"key": KEY}})
     at = proxy.addresses[0]
@@ -174,7 +178,7 @@ async def test_a_token_needs_no_key_and_a_call_with_it_does(
     assert json.loads(got.body)["access_token"] == ACCESS_TOKEN
     refused = await call(at, "GET", ORDERS, x_amz_access_token=ACCESS_TOKEN, **fields)
     assert refused.error == "CallerRefused"
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 @pytest.mark.parametrize(
@@ -191,14 +195,16 @@ async def test_the_guard_stands_before_tokens_too(proxy: RunningProxy, fields: d
 
 
 @pytest.mark.parametrize("port", ["", ":443"])
-async def test_amazons_token_host_is_good_for_tokens_alone(proxy: RunningProxy, far_side: FarSide, port: str) -> None:
+async def test_amazons_token_host_is_good_for_tokens_alone(
+    proxy: RunningProxy, fake_upstream: FakeUpstream, port: str
+) -> None:
     at, fields = proxy.addresses[0], {"host": AMAZONS_LWA + port}
     assert (await call(at, "POST", TOKEN, REFRESH, **FORM, **fields)).status == 200
     for method, target in (("GET", TOKEN), ("POST", ORDERS), ("GET", ORDERS), ("POST", f"{ORDERS}?x={TOKEN}")):
         # Twice: fields that came in before are not looked at as closely.
         for _ in range(2):
             assert (await call(at, method, target, **fields)).error == "HostRefused"
-    assert not far_side.received
+    assert not fake_upstream.received
     absolute = await call(at, "POST", f"http://{AMAZONS_LWA}{TOKEN}", REFRESH, **FORM)
     assert absolute.status == 200
     assert (await call(at, "GET", f"http://{AMAZONS_LWA}{ORDERS}")).error == "HostRefused"
@@ -209,13 +215,13 @@ async def test_amazons_token_host_is_good_for_tokens_alone(proxy: RunningProxy, 
 
 @pytest.mark.parametrize("local_rdt", [False, True])
 async def test_an_app_gets_amazons_token_unless_told_otherwise(
-    start_proxy: StartProxy, far_side: FarSide, local_rdt: bool
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, local_rdt: bool
 ) -> None:
     proxy = await start_proxy(local_rdt=local_rdt)
     got = await call(proxy.addresses[0], "POST", RDT, asking_for(resource(ORDERS, "buyerInfo")))
     token = json.loads(got.body)["restrictedDataToken"]
     assert token.startswith(RDT_PREFIX) is local_rdt
-    assert len(far_side.minted) == (not local_rdt)
+    assert len(fake_upstream.minted) == (not local_rdt)
     assert got.decided["operation"] == "tokens.2021-03-01.createRestrictedDataToken"
     assert got.decided["attempts"] == ("0" if local_rdt else "1")
 
@@ -224,13 +230,13 @@ async def test_an_app_gets_amazons_token_unless_told_otherwise(
     "path", ["/tokens/2021-03-01/restricted%44ataToken", "/@acme/%74okens/2021-03-01/restrictedDataToken"]
 )
 async def test_another_spelling_of_the_path_gets_no_token_of_amazons(
-    start_proxy: StartProxy, far_side: FarSide, path: str
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, path: str
 ) -> None:
     proxy = await start_proxy(local_rdt=True)
     got = await call(proxy.addresses[0], "POST", path, asking_for(resource(ORDERS, "buyerInfo")))
     assert json.loads(got.body)["restrictedDataToken"].startswith(RDT_PREFIX)
-    assert not far_side.minted
-    assert not far_side.received
+    assert not fake_upstream.minted
+    assert not fake_upstream.received
 
 
 @pytest.mark.parametrize("prefix", ["", "/@acme/eu", "/@acme"])
@@ -258,7 +264,7 @@ async def test_another_spelling_of_the_path_gets_no_token_of_amazons(
 )
 async def test_a_placeholder_makes_the_proxy_ask_for_what_it_names(
     start_proxy: StartProxy,
-    far_side: FarSide,
+    fake_upstream: FakeUpstream,
     prefix: str,
     asked: dict[str, Any],
     called: str,
@@ -267,34 +273,38 @@ async def test_a_placeholder_makes_the_proxy_ask_for_what_it_names(
     proxy = await start_proxy(local_rdt=True)
     at = proxy.addresses[0]
     token = await minted(at, asked | {"path": prefix + asked["path"]})
-    assert await asked_of_amazon(far_side, at, prefix + called, token) == wanted
+    assert await asked_of_amazon(fake_upstream, at, prefix + called, token) == wanted
     # And again, when it was decided before.
     again = await call(at, "GET", prefix + called, x_amz_access_token=token)
     assert again.decided["token"] == ("lwa" if wanted is None else "rdt")
 
 
 async def test_a_placeholder_counts_more_than_the_setting_and_less_than_the_header(
-    start_proxy: StartProxy, far_side: FarSide
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     account = {"refresh_tokens": {"eu": "Atzr|acme-eu"}, "data_elements": ["shippingAddress"]}
     proxy = await start_proxy(local_rdt=True, accounts={"acme": account})
     at = proxy.addresses[0]
-    assert await asked_of_amazon(far_side, at, ORDERS, ACCESS_TOKEN) == [ORDERS, ["shippingAddress"]]
+    assert await asked_of_amazon(fake_upstream, at, ORDERS, ACCESS_TOKEN) == [ORDERS, ["shippingAddress"]]
     token = await minted(at, resource(ORDERS, "buyerInfo"))
-    assert await asked_of_amazon(far_side, at, ORDERS, token) == [ORDERS, ["buyerInfo"]]
-    assert await asked_of_amazon(far_side, at, ORDERS, await minted(at, resource(ORDERS))) is None
-    assert await asked_of_amazon(far_side, at, ORDERS, token, x_sp_data_elements="none") is None
+    assert await asked_of_amazon(fake_upstream, at, ORDERS, token) == [ORDERS, ["buyerInfo"]]
+    assert await asked_of_amazon(fake_upstream, at, ORDERS, await minted(at, resource(ORDERS))) is None
+    assert await asked_of_amazon(fake_upstream, at, ORDERS, token, x_sp_data_elements="none") is None
 
 
-async def test_a_placeholder_of_one_replica_is_good_at_another(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_placeholder_of_one_replica_is_good_at_another(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     first, second = await start_proxy(local_rdt=True), await start_proxy(local_rdt=True)
     token = await minted(first.addresses[0], resource(ORDERS, "buyerInfo"))
-    assert await asked_of_amazon(far_side, second.addresses[0], ORDERS, token) == [ORDERS, ["buyerInfo"]]
+    assert await asked_of_amazon(fake_upstream, second.addresses[0], ORDERS, token) == [ORDERS, ["buyerInfo"]]
 
 
-async def test_a_placeholder_means_nothing_where_there_are_none(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_a_placeholder_means_nothing_where_there_are_none(
+    proxy: RunningProxy, fake_upstream: FakeUpstream
+) -> None:
     token = placeholder_for([Resource("GET", ORDERS, ("buyerInfo",))])
-    assert await asked_of_amazon(far_side, proxy.addresses[0], ORDERS, token) is None
+    assert await asked_of_amazon(fake_upstream, proxy.addresses[0], ORDERS, token) is None
 
 
 @pytest.mark.parametrize(
@@ -324,7 +334,7 @@ async def test_a_placeholder_means_nothing_where_there_are_none(proxy: RunningPr
     ],
 )
 async def test_a_malformed_request_for_a_restricted_token_is_amazons_400(
-    start_proxy: StartProxy, far_side: FarSide, body: bytes
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, body: bytes
 ) -> None:
     proxy = await start_proxy(local_rdt=True)
     got = await call(proxy.addresses[0], "POST", RDT, body)
@@ -333,15 +343,15 @@ async def test_a_malformed_request_for_a_restricted_token_is_amazons_400(
     assert set(error) == {"code", "message", "details"}
     assert error["code"] == "InvalidInput"
     assert b"distinctive" not in got.body
-    assert not far_side.received
-    assert not far_side.minted
+    assert not fake_upstream.received
+    assert not fake_upstream.minted
 
 
 @pytest.mark.parametrize(
     "text", ["!", "W10", "e30", "WzFd", "W1sxLDIsM11d", "x" * MAX_TOKEN, "W1siR0VUIiwiL3giLFsieCJdXV0"]
 )
 async def test_a_placeholder_that_is_not_whole_is_refused(
-    start_proxy: StartProxy, far_side: FarSide, text: str
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, text: str
 ) -> None:
     proxy = await start_proxy(local_rdt=True)
     got = await call(proxy.addresses[0], "GET", ORDERS, x_amz_access_token=RDT_PREFIX + text)
@@ -349,7 +359,7 @@ async def test_a_placeholder_that_is_not_whole_is_refused(
         assert got.status == 200
         return
     assert (got.status, got.error) == (400, "InvalidInput")
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 # What may be had.
@@ -363,10 +373,12 @@ async def limited(start_proxy: StartProxy) -> str:
     return proxy.addresses[0]
 
 
-async def test_a_caller_gets_a_placeholder_for_what_it_may_have(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_a_caller_gets_a_placeholder_for_what_it_may_have(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     at = await limited(start_proxy)
     token = await minted(at, resource(ORDERS, "buyerInfo"), x_sp_key=KEY)
-    assert await asked_of_amazon(far_side, at, ORDERS, token, x_sp_key=KEY) == [ORDERS, ["buyerInfo"]]
+    assert await asked_of_amazon(fake_upstream, at, ORDERS, token, x_sp_key=KEY) == [ORDERS, ["buyerInfo"]]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +398,7 @@ async def test_a_caller_gets_no_placeholder_for_more(start_proxy: StartProxy, as
 
 @pytest.mark.parametrize("made_up", [False, True])
 async def test_another_callers_placeholder_gives_no_more_rights(
-    start_proxy: StartProxy, far_side: FarSide, made_up: bool
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, made_up: bool
 ) -> None:
     at = await limited(start_proxy)
     wanted = resource(ORDERS, "shippingAddress")
@@ -395,7 +407,7 @@ async def test_another_callers_placeholder_gives_no_more_rights(
         assert token == await minted(at, wanted, x_sp_key="key-of-another-caller")
     got = await call(at, "GET", ORDERS, x_amz_access_token=token, x_sp_key=KEY)
     assert (got.status, got.error) == (403, "NotAllowed")
-    assert not far_side.received
+    assert not fake_upstream.received
 
 
 async def test_a_restricted_token_needs_a_key(start_proxy: StartProxy) -> None:
@@ -445,7 +457,7 @@ async def test_expect_is_answered_before_the_body_comes(proxy: RunningProxy) -> 
         await client.send(head.encode())
         assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         await client.send(GRANTLESS)
-        got: Answer = await client.answer("POST")
+        got: RawResponse = await client.read_response("POST")
     assert got.status == 200
 
 

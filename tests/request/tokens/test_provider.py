@@ -26,7 +26,7 @@ from proxy.server.runtime import lwa_pool
 from proxy.store import MemoryStore, StoredToken
 from tests.conftest import config_from, settings_for
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 
 TABLE = load_table()
 ACME = TokenKey("lwa", "main", "acme", "production", "eu")
@@ -37,9 +37,9 @@ DOCUMENT = RDT._replace(path="/reports/2021-06-30/documents/d1", is_shared=False
 
 @asynccontextmanager
 async def open_tokens(
-    far_side: FarSide, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
+    fake_upstream: FakeUpstream, token_host: TokenHost, folder: Path, clock: FakeClock, **settings: Any
 ) -> AsyncIterator[tuple[TokenProvider, Metrics]]:
-    config = config_from(settings_for(far_side, token_host, **{"limits": {"pace": False}, **settings}), folder)
+    config = config_from(settings_for(fake_upstream, token_host, **{"limits": {"pace": False}, **settings}), folder)
     metrics, store = Metrics(), MemoryStore()
     async with lwa_pool(config) as lwa_session, amazon_pool(config, 10) as amazon_session:
         limits = RateLimiter(metrics, pace=config.limits.pace, now=clock)
@@ -47,15 +47,15 @@ async def open_tokens(
             config,
             lwa_session=lwa_session,
             amazon_session=amazon_session,
-            limits=limits,
+            rate_limiter=limits,
             mint=TABLE.match("POST", "/tokens/2021-03-01/restrictedDataToken"),
             metrics=metrics,
             now=clock,
             sleep=clock.sleep,
         )
         tokens = TokenProvider(
-            grants=grants,
-            documents=UnrestrictedReports(),
+            token_client=grants,
+            unrestricted_reports=UnrestrictedReports(),
             store=store,
             metrics=metrics,
             now=clock,
@@ -74,9 +74,9 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def tokens(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> AsyncIterator[TokenProvider]:
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (opened, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (opened, _):
         yield opened
 
 
@@ -117,10 +117,12 @@ async def test_a_grantless_exchange_names_its_scope_and_no_seller(tokens: TokenP
     }
 
 
-async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(tokens: TokenProvider, far_side: FarSide) -> None:
+async def test_an_rdt_is_minted_with_the_sellers_token_for_one_path(
+    tokens: TokenProvider, fake_upstream: FakeUpstream
+) -> None:
     token = await tokens.get(RDT._replace(data_elements=("buyerInfo",)))
     assert (token.kind, token.value.reveal()) == ("rdt", "Atz.sprdt|1")
-    (minted,) = far_side.minted
+    (minted,) = fake_upstream.minted
     assert minted.get("x-amz-access-token") == "Atza|1"
     assert minted.get("content-type") == "application/json"
     assert minted.get("x-amz-date")
@@ -204,7 +206,7 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
-    token_host.answers = [answer("500 Internal Server Error")] * 100
+    token_host.answers = [http_response("500 Internal Server Error")] * 100
     for _ in range(20):
         clock.advance(3600 * 0.92 / 20)
         assert await tokens.get(ACME) is first
@@ -217,7 +219,7 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
 async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
-    token_host.answers = [answer("503 Service Unavailable")] * TRIES
+    token_host.answers = [http_response("503 Service Unavailable")] * TRIES
     for _ in range(10):
         with pytest.raises(TokenUnavailable) as caught:
             await tokens.get(ACME)
@@ -256,7 +258,7 @@ async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
     reason: str,
     place: str,
 ) -> None:
-    refused = answer(status, json.dumps(body).encode(), content_type="application/json")
+    refused = http_response(status, json.dumps(body).encode(), content_type="application/json")
     token_host.answers = [refused] * 100
     for _ in range(30):
         with pytest.raises(TokenRefused) as caught:
@@ -270,7 +272,7 @@ async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
 
 
 async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_its_file(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, log: StringIO
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock, log: StringIO
 ) -> None:
     (tmp_path / "acme_eu").write_text("Atzr|acme-eu")
     (tmp_path / "secret").write_text("distinctive-secret")
@@ -278,12 +280,12 @@ async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_it
         "accounts": {"acme": {"refresh_tokens": {"eu": {"file": str(tmp_path / "acme_eu")}}}},
         "applications": {"main": {"client_id": "client", "client_secret": {"file": str(tmp_path / "secret")}}},
     }
-    async with open_tokens(far_side, token_host, tmp_path, clock, **settings) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, **settings) as (tokens, _):
         for reason, keys, file in (
             ("invalid_grant", "accounts.acme.refresh_tokens.eu", tmp_path / "acme_eu"),
             ("invalid_client", "applications.main.client_id and client_secret", tmp_path / "secret"),
         ):
-            token_host.answers = [answer("400 Bad Request", json.dumps({"error": reason}).encode())]
+            token_host.answers = [http_response("400 Bad Request", json.dumps({"error": reason}).encode())]
             with pytest.raises(TokenRefused) as caught:
                 await tokens.get(ACME)
             assert caught.value.hint.endswith(f" Look at {keys}, in the place that the log names.")
@@ -292,29 +294,29 @@ async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_it
 
 
 async def test_one_accounts_trouble_is_not_anothers(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
         with pytest.raises(TokenRefused):
             await tokens.get(ACME)
         assert (await tokens.get(ACME._replace(account="zeta"))).kind == "lwa"
 
 
 NONSENSE = {
-    "html": answer("200 OK", b"<html>busy</html>"),
-    "empty": answer("200 OK"),
-    "array": answer("200 OK", b"[]"),
-    "null": answer("200 OK", b"null"),
-    "no token": answer("200 OK", b'{"expires_in":3600}'),
-    "empty token": answer("200 OK", b'{"access_token":"","expires_in":3600}'),
-    "line break in the token": answer("200 OK", b'{"access_token":"a\\r\\nx: y","expires_in":3600}'),
-    "brackets": answer("200 OK", b"[" * 50_000),
-    "large": answer("200 OK", b'{"access_token":"a","expires_in":3600}' + b" " * 1_000_000),
+    "html": http_response("200 OK", b"<html>busy</html>"),
+    "empty": http_response("200 OK"),
+    "array": http_response("200 OK", b"[]"),
+    "null": http_response("200 OK", b"null"),
+    "no token": http_response("200 OK", b'{"expires_in":3600}'),
+    "empty token": http_response("200 OK", b'{"access_token":"","expires_in":3600}'),
+    "line break in the token": http_response("200 OK", b'{"access_token":"a\\r\\nx: y","expires_in":3600}'),
+    "brackets": http_response("200 OK", b"[" * 50_000),
+    "large": http_response("200 OK", b'{"access_token":"a","expires_in":3600}' + b" " * 1_000_000),
     "not http": b"220 smtp\r\n\r\n",
-    "error with 200": answer("200 OK", b'{"error":"server_error"}'),
-    "429": answer("429 Too Many Requests"),
+    "error with 200": http_response("200 OK", b'{"error":"server_error"}'),
+    "429": http_response("429 Too Many Requests"),
 }
 
 
@@ -334,24 +336,24 @@ async def test_a_redirect_of_the_token_host_is_no_way_to_the_secret(
     tokens: TokenProvider, token_host: TokenHost, status: str
 ) -> None:
     async with TokenHost() as elsewhere:
-        token_host.answers = [answer(status, location=elsewhere.url)] * TRIES
+        token_host.answers = [http_response(status, location=elsewhere.url)] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
         assert not elsewhere.received
 
 
 async def test_a_silent_token_host_runs_out_of_time(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     token_host.held = asyncio.Event()
-    async with open_tokens(far_side, token_host, tmp_path, clock, timeouts={"token": "100ms"}) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, timeouts={"token": "100ms"}) as (tokens, _):
         with pytest.raises(TokenUnavailable, match="timeout"):
             await tokens.get(ACME)
 
 
 @pytest.mark.parametrize("reason", ["connection", "timeout"])
 async def test_a_token_host_that_is_out_of_reach_is_named_with_what_finds_out_why(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, reason: str
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock, reason: str
 ) -> None:
     changed: dict[str, Any] = {"endpoints": {"lwa": token_host.url.replace("127.0.0.1", "localhost")}}
     if reason == "connection":
@@ -359,7 +361,7 @@ async def test_a_token_host_that_is_out_of_reach_is_named_with_what_finds_out_wh
     else:
         token_host.held = asyncio.Event()
         changed["timeouts"] = {"token": "100ms"}
-    async with open_tokens(far_side, token_host, tmp_path, clock, **changed) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, **changed) as (tokens, _):
         with pytest.raises(TokenUnavailable) as caught:
             await tokens.get(ACME)
     assert f"({reason})" in caught.value.message
@@ -377,33 +379,35 @@ async def test_a_refused_token_is_told_apart_from_its_successor(tokens: TokenPro
 
 
 async def test_tokens_of_different_credentials_are_kept_apart(tokens: TokenProvider) -> None:
-    credentials = [ACME, GRANTLESS, RDT, RDT._replace(data_elements=("buyerInfo",)), RDT._replace(method="DELETE")]
-    values = [(await tokens.get(credential)).value.reveal() for credential in credentials]
-    assert len(set(values)) == len(credentials)
-    assert [(await tokens.get(credential)).value.reveal() for credential in credentials] == values
+    token_keys = [ACME, GRANTLESS, RDT, RDT._replace(data_elements=("buyerInfo",)), RDT._replace(method="DELETE")]
+    values = [(await tokens.get(token_key)).value.reveal() for token_key in token_keys]
+    assert len(set(values)) == len(token_keys)
+    assert [(await tokens.get(token_key)).value.reveal() for token_key in token_keys] == values
 
 
 async def test_a_store_that_still_has_a_token_saves_an_exchange(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, _):
         first = await tokens.get(ACME)
         tokens._tokens.clear()
         assert (await tokens.get(ACME)).value == first.value
         assert len(token_host.received) == 1
 
 
-async def test_an_unrestricted_document_gets_the_ordinary_token(tokens: TokenProvider, far_side: FarSide) -> None:
+async def test_an_unrestricted_document_gets_the_ordinary_token(
+    tokens: TokenProvider, fake_upstream: FakeUpstream
+) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
-    far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    fake_upstream.rdt_answer = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
     token = await tokens.get(DOCUMENT)
     assert (token.kind, token.value.reveal()) == ("lwa", "Atza|1")
 
 
-async def test_a_refused_rdt_says_why_and_what_to_do(tokens: TokenProvider, far_side: FarSide) -> None:
+async def test_a_refused_rdt_says_why_and_what_to_do(tokens: TokenProvider, fake_upstream: FakeUpstream) -> None:
     message = "Application does not have access to one or more requested data elements: [shippingAddress]"
     body = json.dumps({"errors": [{"code": "InvalidInput", "message": message}]}).encode()
-    far_side.rdt_answer = answer("400 Bad Request", body)
+    fake_upstream.rdt_answer = http_response("400 Bad Request", body)
     with pytest.raises(RestrictedDataRefused) as caught:
         await tokens.get(RDT)
     assert message in caught.value.message
@@ -418,22 +422,22 @@ async def test_what_is_held_is_bounded(tokens: TokenProvider, monkeypatch: pytes
 
 
 async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"t{number}", "na": f"u{number}"}} for number in range(30)}
-    token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')]
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+    token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         await tokens.warm_up(access_token_keys(tokens._client.settings.config))
         assert len(token_host.received) == 60
         assert len(tokens._tokens) == 59
 
 
 async def test_exchanges_are_counted_by_kind_result_and_reason(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, metrics):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, metrics):
         await tokens.get(ACME)
-        token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_scope"}')]
+        token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_scope"}')]
         with pytest.raises(TokenRefused):
             await tokens.get(GRANTLESS)
         labels = {"account": "acme", "region": "eu", "kind": "lwa"}
@@ -499,7 +503,7 @@ async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
     await tokens.get(ACME)
     clock.advance(3600 * 0.7)
     await tokens.get(ACME)
-    token_host.answers = [answer("500 Internal Server Error")] * TRIES
+    token_host.answers = [http_response("500 Internal Server Error")] * TRIES
     clock.advance(3600 * 0.21)
     await settle(tokens)
     assert len(token_host.received) == 1 + TRIES
@@ -512,19 +516,19 @@ async def test_expired_tokens_of_documents_are_let_go_of(tokens: TokenProvider, 
     for number in range(5):
         await tokens.get(DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}"))
     clock.advance(3600)
-    assert [credential.kind for credential in tokens._tokens] == ["lwa"]
+    assert [token_key.kind for token_key in tokens._tokens] == ["lwa"]
 
 
 async def test_a_passing_fault_is_nobodys_business(tokens: TokenProvider, token_host: TokenHost) -> None:
-    token_host.answers = [answer("503 Service Unavailable"), answer("200 OK", b"<html>")]
+    token_host.answers = [http_response("503 Service Unavailable"), http_response("200 OK", b"<html>")]
     assert (await tokens.get(ACME)).value.reveal() == "Atza|3"
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_a_wall_clock_that_jumps_changes_nothing(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, jump: float
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock, jump: float
 ) -> None:
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, _):
         wall = FakeClock(clock())
         tokens._wall = wall
         first = await tokens.get(ACME)
@@ -539,11 +543,15 @@ async def test_a_wall_clock_that_jumps_changes_nothing(
 
 
 async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_timeout_each(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    fake_upstream: FakeUpstream,
+    token_host: TokenHost,
+    tmp_path: Path,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokens_module, "PROBE_TIMEOUT", 0.05)
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, _):
-        token_host.answers = [answer("503 Service Unavailable")] * TRIES
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, _):
+        token_host.answers = [http_response("503 Service Unavailable")] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
         clock.advance(tokens_module.MAX_PAUSE)
@@ -561,7 +569,7 @@ async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
 ) -> None:
     first = await tokens.get(ACME)
     clock.advance(3590)
-    token_host.answers = [answer("503 Service Unavailable")] * 1000
+    token_host.answers = [http_response("503 Service Unavailable")] * 1000
     moments = []
     while clock() < first.expires_hard - 0.7:
         assert await tokens.get(ACME) is first
@@ -576,13 +584,13 @@ async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
 
 async def test_a_pause_ends_when_the_token_does(tokens: TokenProvider, token_host: TokenHost, clock: FakeClock) -> None:
     first = await tokens.get(ACME)
-    token_host.answers = [answer("503 Service Unavailable")] * TRIES * 4
+    token_host.answers = [http_response("503 Service Unavailable")] * TRIES * 4
     for _ in range(4):
         clock.advance(max(0.0, first.renew_at - clock()) + tokens_module.MAX_PAUSE)
         await tokens.get(ACME)
         await settle(tokens)
     clock.advance(first.expires_at - clock() - 0.5)
-    token_host.answers = [answer("503 Service Unavailable")] * TRIES
+    token_host.answers = [http_response("503 Service Unavailable")] * TRIES
     await tokens.get(ACME)
     await settle(tokens)
     clock.advance(first.expires_hard - clock())
@@ -593,14 +601,16 @@ async def test_a_pause_ends_when_the_token_does(tokens: TokenProvider, token_hos
 
 
 async def test_a_secret_that_was_rotated_is_used_from_the_next_exchange_on(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     secret, refresh = tmp_path / "secret", tmp_path / "refresh"
     secret.write_text("old-secret\n")
     refresh.write_text("Atzr|old\n")
     applications = {"main": {"client_id": "client", "client_secret": {"file": str(secret)}}}
     accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
-    async with open_tokens(far_side, token_host, tmp_path, clock, applications=applications, accounts=accounts) as (
+    async with open_tokens(
+        fake_upstream, token_host, tmp_path, clock, applications=applications, accounts=accounts
+    ) as (
         tokens,
         _,
     ):
@@ -622,13 +632,13 @@ async def test_a_secret_that_was_rotated_is_used_from_the_next_exchange_on(
 
 
 async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("old-secret")
     applications = {"main": {"client_id": "client", "client_secret": {"file": str(secret)}}}
-    async with open_tokens(far_side, token_host, tmp_path, clock, applications=applications) as (tokens, _):
-        token_host.answers = [answer("401 Unauthorized", b'{"error":"invalid_client"}')]
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, applications=applications) as (tokens, _):
+        token_host.answers = [http_response("401 Unauthorized", b'{"error":"invalid_client"}')]
         for _ in range(3):
             with pytest.raises(TokenRefused):
                 await tokens.get(RDT)
@@ -640,7 +650,7 @@ async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
 async def test_refusals_are_asked_about_ever_more_rarely(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
-    token_host.answers = [answer("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
+    token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
     for _ in range(3600):
         with pytest.raises(TokenRefused):
             await tokens.get(ACME)
@@ -678,12 +688,12 @@ async def test_a_successor_that_is_refused_too_is_not_replaced_for_a_while(
 
 
 async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|{number}"}} for number in range(200)}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        credentials = [ACME._replace(account=name) for name in accounts]
-        held = {credential: await tokens.get(credential) for credential in credentials}
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        token_keys = [ACME._replace(account=name) for name in accounts]
+        held = {credential: await tokens.get(credential) for credential in token_keys}
         before = len(token_host.received)
 
         async def refused(credential: TokenKey) -> None:
@@ -691,30 +701,30 @@ async def test_a_storm_of_refusals_is_no_storm_of_exchanges(
             if another is not None:
                 tokens.report_result(credential, another, accepted=False)
 
-        await asyncio.gather(*map(refused, credentials))
+        await asyncio.gather(*map(refused, token_keys))
         assert len(token_host.received) - before < 50
         for _ in range(25 * 60):
             clock.advance(1)
-            await refused(credentials[0])
-            await refused(credentials[-1])
+            await refused(token_keys[0])
+            await refused(token_keys[-1])
         assert len(token_host.received) - before < 75
 
 
 async def test_an_rdt_is_minted_although_the_ordinary_token_was_taken_back(
-    tokens: TokenProvider, far_side: FarSide, token_host: TokenHost
+    tokens: TokenProvider, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     await tokens.get(ACME)
     message = {"code": "Unauthorized", "message": "Access to requested resource is denied.",
                "details": "The access token you provided is revoked, malformed or invalid."}  # fmt: skip
-    inner = far_side.respond
+    inner = fake_upstream.respond
 
     async def respond(received: Received, writer: asyncio.StreamWriter) -> None:
         if received.get("x-amz-access-token") == "Atza|1":
-            writer.write(answer("403 Forbidden", json.dumps({"errors": [message]}).encode()))
+            writer.write(http_response("403 Forbidden", json.dumps({"errors": [message]}).encode()))
         else:
             await inner(received, writer)
 
-    far_side.respond = respond  # type: ignore[assignment, method-assign]
+    fake_upstream.respond = respond  # type: ignore[assignment, method-assign]
     assert (await tokens.get(RDT)).value.reveal() == "Atz.sprdt|1"
     assert len(token_host.received) == 2
 
@@ -724,7 +734,9 @@ async def test_an_rdt_is_minted_although_the_ordinary_token_was_taken_back(
 
 def elements_refused(*names: str) -> bytes:
     text = f"Application does not have access to one or more requested data elements: [{', '.join(names)}]"
-    return answer("400 Bad Request", json.dumps({"errors": [{"code": "InvalidInput", "message": text}]}).encode())
+    return http_response(
+        "400 Bad Request", json.dumps({"errors": [{"code": "InvalidInput", "message": text}]}).encode()
+    )
 
 
 ORDERS = RDT._replace(path="/orders/v0/orders", data_elements=("buyerInfo", "shippingAddress"), optional=True)
@@ -736,77 +748,83 @@ def asked(received: Received) -> list[str]:
 
 
 async def test_an_element_without_a_role_is_left_out_for_an_hour(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+    fake_upstream: FakeUpstream,
+    token_host: TokenHost,
+    tmp_path: Path,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with open_tokens(far_side, token_host, tmp_path, clock) as (tokens, metrics):
-        inner = far_side.respond
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, metrics):
+        inner = fake_upstream.respond
 
         async def respond(received: Received, writer: asyncio.StreamWriter) -> None:
             if "shippingAddress" in asked(received):
-                far_side.received.remove(received)
-                far_side.minted.append(received)
+                fake_upstream.received.remove(received)
+                fake_upstream.minted.append(received)
                 writer.write(elements_refused("shippingAddress"))
             else:
                 await inner(received, writer)
 
-        far_side.respond = respond  # type: ignore[assignment, method-assign]
+        fake_upstream.respond = respond  # type: ignore[assignment, method-assign]
         item = ORDERS._replace(path="/orders/v0/orders/{orderId}")
-        crowd = await asyncio.gather(*(tokens.get(wanted) for wanted in [ORDERS, item] * 20))
-        assert {(token.kind, token.data_elements) for token in crowd} == {("rdt", ("buyerInfo",))}
+        concurrency = await asyncio.gather(*(tokens.get(wanted) for wanted in [ORDERS, item] * 20))
+        assert {(token.kind, token.data_elements) for token in concurrency} == {("rdt", ("buyerInfo",))}
         both = ["buyerInfo", "shippingAddress"]
-        assert sorted(map(asked, far_side.minted)) == [["buyerInfo"], ["buyerInfo"], both, both]
+        assert sorted(map(asked, fake_upstream.minted)) == [["buyerInfo"], ["buyerInfo"], both, both]
         labels = {"account": "acme", "region": "eu", "element": "shippingAddress"}
         assert metrics.registry.get_sample_value("spapi_proxy_data_elements_refused_total", labels) == 2
         assert sum("data element not granted" in record.message for record in caplog.records) == 1
         clock.advance(3601)
         await tokens.get(ORDERS)
-        assert asked(far_side.minted[4]) == both, "the role may have been granted meanwhile"
+        assert asked(fake_upstream.minted[4]) == both, "the role may have been granted meanwhile"
 
 
 async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(
-    tokens: TokenProvider, far_side: FarSide
+    tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
-    far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
     token = await tokens.get(ORDERS)
     assert (token.kind, token.value.reveal(), token.data_elements) == ("lwa", "Atza|1", ())
     await tokens.get(ORDERS)
-    assert len(far_side.minted) == 1
+    assert len(fake_upstream.minted) == 1
 
 
 async def test_with_no_element_left_other_operations_are_refused_clearly(
-    tokens: TokenProvider, far_side: FarSide
+    tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
-    far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
     for _ in range(3):
         with pytest.raises(RestrictedDataRefused, match="no role for any") as caught:
             await tokens.get(ORDERS._replace(optional=False))
         assert caught.value.hint
-    assert len(far_side.minted) == 1
+    assert len(fake_upstream.minted) == 1
 
 
 async def test_elements_refused_for_one_account_are_asked_for_another(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        far_side.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+        fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
         await tokens.get(ORDERS)
-        far_side.rdt_answer = None
+        fake_upstream.rdt_answer = None
         assert (await tokens.get(ORDERS._replace(account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
 
 
-async def test_a_refusal_that_names_other_elements_is_no_endless_loop(tokens: TokenProvider, far_side: FarSide) -> None:
-    far_side.rdt_answer = elements_refused("buyerTaxInformation")
+async def test_a_refusal_that_names_other_elements_is_no_endless_loop(
+    tokens: TokenProvider, fake_upstream: FakeUpstream
+) -> None:
+    fake_upstream.rdt_answer = elements_refused("buyerTaxInformation")
     with pytest.raises(RestrictedDataRefused):
         await tokens.get(ORDERS)
-    assert len(far_side.minted) == 1
+    assert len(fake_upstream.minted) == 1
 
 
 async def test_mints_keep_to_their_own_usage_plan(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     limits = {"pace": True, "max_wait": "0s"}
-    async with open_tokens(far_side, token_host, tmp_path, clock, limits=limits) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, limits=limits) as (tokens, _):
         documents = [DOCUMENT._replace(path=f"/reports/2021-06-30/documents/{number}") for number in range(12)]
         for document in documents[:10]:
             await tokens.get(document)
@@ -814,46 +832,48 @@ async def test_mints_keep_to_their_own_usage_plan(
             await tokens.get(documents[10])
         clock.advance(1)
         await tokens.get(documents[11])
-    assert len(far_side.minted) == 11
+    assert len(fake_upstream.minted) == 11
 
 
 async def test_a_429_of_the_mint_teaches_its_plan(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     limits = {"pace": True, "max_wait": "0s"}
-    async with open_tokens(far_side, token_host, tmp_path, clock, limits=limits) as (tokens, _):
-        far_side.rdt_answer = answer("429 Too Many Requests")
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, limits=limits) as (tokens, _):
+        fake_upstream.rdt_answer = http_response("429 Too Many Requests")
         with pytest.raises(TokenUnavailable):
             await tokens.get(RDT)
         with pytest.raises(UsagePlanExhausted):
             await tokens.get(DOCUMENT)
 
 
-async def test_a_document_that_is_not_restricted_is_asked_about_once(tokens: TokenProvider, far_side: FarSide) -> None:
+async def test_a_document_that_is_not_restricted_is_asked_about_once(
+    tokens: TokenProvider, fake_upstream: FakeUpstream
+) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
-    far_side.rdt_answer = answer("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    fake_upstream.rdt_answer = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
     for _ in range(3):
         assert (await tokens.get(DOCUMENT)).kind == "lwa"
-    assert len(far_side.minted) == 1
+    assert len(fake_upstream.minted) == 1
 
 
 async def test_delegation_names_the_application_that_may_use_the_token(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {"acme": {"refresh_tokens": {"eu": "Atzr|acme"}, "target_application": "amzn1.sp.solution.x"}}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         await tokens.get(RDT)
-    assert json.loads(far_side.minted[0].body)["targetApplication"] == "amzn1.sp.solution.x"
+    assert json.loads(fake_upstream.minted[0].body)["targetApplication"] == "amzn1.sp.solution.x"
 
 
 async def test_a_token_got_by_what_a_file_held_for_a_moment_is_not_kept(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     """Another seller's refresh token was put there, and taken back before the next look at the file."""
     refresh = tmp_path / "refresh"
     refresh.write_text("Atzr|right")
     accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         refresh.write_text("Atzr|wrong")
         await tokens.get(ACME)
         refresh.write_text("Atzr|right")
@@ -867,12 +887,12 @@ async def test_a_token_got_by_what_a_file_held_for_a_moment_is_not_kept(
 
 
 async def test_a_token_got_by_what_a_file_holds_from_now_on_is_kept(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, clock: FakeClock
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     refresh = tmp_path / "refresh"
     refresh.write_text("Atzr|old")
     accounts = {"acme": {"refresh_tokens": {"eu": {"file": str(refresh)}}}}
-    async with open_tokens(far_side, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
+    async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         refresh.write_text("Atzr|new")
         await tokens.get(ACME)
         clock.advance(SETTLED_AFTER)

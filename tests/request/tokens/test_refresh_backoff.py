@@ -18,8 +18,8 @@ def doubts(clock: FakeClock) -> RefreshBackoff:
 
 
 def refuse(doubts: RefreshBackoff, *credentials: str) -> None:
-    for credential in credentials:
-        doubts.record_result(credential, object(), accepted=False)
+    for token_key in credentials:
+        doubts.record_result(token_key, object(), accepted=False)
 
 
 def test_a_credential_without_a_history_may_be_replaced(doubts: RefreshBackoff) -> None:

@@ -11,7 +11,7 @@ from proxy.request.upstream.circuit_breaker import FAILURES, FIRST_PROBE, MAX_PR
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.clock import FakeClock
-from tests.support.fake_upstream import FarSide, Received, answer
+from tests.support.fake_upstream import FakeUpstream, Received, http_response
 from tests.support.raw_client import call, connect, request
 
 EU: Where = ("production", "eu")
@@ -104,23 +104,23 @@ def test_single_calls_look_for_its_return_ever_more_rarely(circuits: CircuitBrea
 
 
 async def test_while_a_region_is_down_nothing_is_sent_but_probes(
-    start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(circuit_module, "MIN_OUTAGE", 0.0)
     monkeypatch.setattr(circuit_module, "FIRST_PROBE", 0.2)
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("503 Unavailable", b"amazons own"))
+        writer.write(http_response("503 Unavailable", b"amazons own"))
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy: RunningProxy = await start_proxy(retry={"attempts": 1}, limits={"pace": False})
     paths = ("/orders/v0/orders", "/sellers/v1/marketplaceParticipations", "/feeds/2021-06-30/feeds")
     got = [await call(proxy.addresses[0], "GET", paths[number % 3]) for number in range(FAILURES)]
     assert {(one.status, one.error, one.body) for one in got} == {(503, None, b"amazons own")}
     down = await call(proxy.addresses[0], "GET", paths[0])
     assert (down.status, down.error, down.get("retry-after")) == (503, "RegionDown", "1")
-    assert len(far_side.received) == FAILURES
-    far_side.script = None
+    assert len(fake_upstream.received) == FAILURES
+    fake_upstream.script = None
     async with asyncio.timeout(10):
         while (await call(proxy.addresses[0], "GET", paths[0])).status != 200:  # noqa: ASYNC110 - nothing tells when
             await asyncio.sleep(0.02)
@@ -128,7 +128,7 @@ async def test_while_a_region_is_down_nothing_is_sent_but_probes(
 
 
 async def test_a_region_that_is_silent_is_down_too(
-    start_proxy: StartProxy, far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(circuit_module, "MIN_OUTAGE", 0.0)
     never = asyncio.Event()
@@ -136,25 +136,27 @@ async def test_a_region_that_is_silent_is_down_too(
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy(limits={"pace": False}, timeouts={"upstream_idle": "100ms"})
     got = await asyncio.gather(*(call(proxy.addresses[0], "GET", "/brand/new") for _ in range(FAILURES)))
     assert {one.error for one in got} == {"UpstreamTimeout"}
     assert (await call(proxy.addresses[0], "GET", "/brand/new")).error == "RegionDown"
 
 
-async def test_clients_that_leave_say_nothing_about_a_region(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_clients_that_leave_say_nothing_about_a_region(
+    start_proxy: StartProxy, fake_upstream: FakeUpstream
+) -> None:
     never = asyncio.Event()
 
     async def script(_: Received, __: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    far_side.script = script
+    fake_upstream.script = script
     proxy = await start_proxy()
     async with connect(proxy.addresses[0]) as client:
         await client.send(request("GET", "/brand/new"))
-        await far_side.arrived.wait()
-    reader = far_side.received[0].reader
+        await fake_upstream.arrived.wait()
+    reader = fake_upstream.received[0].reader
     assert reader is not None
     assert await asyncio.wait_for(reader.read(), 10) == b"", "the connection to Amazon ends with the client's"
     assert (

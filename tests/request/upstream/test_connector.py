@@ -14,7 +14,7 @@ from proxy.config import load_config
 from proxy.request.upstream.connector import DnsCache, Origin, is_loopback
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
-from tests.support.fake_upstream import FarSide, Received, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
 from tests.support.raw_client import call
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -27,11 +27,11 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @asynccontextmanager
-async def over_tls(far_side: FarSide, authority: Authority, name: str) -> AsyncIterator[int]:
+async def over_tls(fake_upstream: FakeUpstream, authority: Authority, name: str) -> AsyncIterator[int]:
     """Serve the far side on another port, as `name`, over TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.issue(name, alternative=f"DNS:{name}"))
-    server = await asyncio.start_server(far_side._connected, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(fake_upstream._connected, "127.0.0.1", 0, ssl=context)
     yield server.sockets[0].getsockname()[1]
     server.close()
 
@@ -82,16 +82,16 @@ async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def test_a_forward_proxy_leads_to_amazon_and_sees_nothing_of_it(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, authority: Authority
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, authority: Authority
 ) -> None:
-    async with over_tls(far_side, authority, NAME) as port, ForwardProxy(port) as forward:
+    async with over_tls(fake_upstream, authority, NAME) as port, ForwardProxy(port) as forward:
         proxy = await start_proxy(
             endpoints={"eu": f"https://{NAME}", "lwa": token_host.url},
             pool={"ca_file": authority.certificate, "proxy": f"http://user:p%40ss@{forward.address}/"},
         )
         got = await call(proxy.addresses[0], "GET", SELLERS)
     assert got.status == 200
-    assert far_side.received[0].get("host") == NAME
+    assert fake_upstream.received[0].get("host") == NAME
     (head,) = forward.heads
     lines = head.split("\r\n")
     assert lines[:2] == [f"CONNECT {NAME}:443 HTTP/1.1", f"Host: {NAME}:443"]
@@ -110,9 +110,9 @@ async def test_a_forward_proxy_leads_to_amazon_and_sees_nothing_of_it(
     ],
 )
 async def test_a_forward_proxy_that_does_not_connect_is_an_error_that_says_so(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, authority: Authority, says: bytes
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, authority: Authority, says: bytes
 ) -> None:
-    async with over_tls(far_side, authority, NAME) as port, ForwardProxy(port, says) as forward:
+    async with over_tls(fake_upstream, authority, NAME) as port, ForwardProxy(port, says) as forward:
         proxy = await start_proxy(
             endpoints={"eu": f"https://{NAME}", "lwa": token_host.url},
             pool={"ca_file": authority.certificate, "proxy": f"http://{forward.address}"},
@@ -121,7 +121,7 @@ async def test_a_forward_proxy_that_does_not_connect_is_an_error_that_says_so(
         )
         got = await call(proxy.addresses[0], "GET", SELLERS)
     assert got.error in {"UpstreamUnreachable", "ConnectTimeout"}
-    assert far_side.received == []
+    assert fake_upstream.received == []
 
 
 @pytest.mark.parametrize("exception", [NAME, ".test", "test", "*.test", "*"])
@@ -143,27 +143,27 @@ async def test_a_host_that_is_excepted_is_reached_directly(
     assert forward.heads == []
 
 
-async def test_hosts_of_this_machine_are_reached_directly(start_proxy: StartProxy, far_side: FarSide) -> None:
+async def test_hosts_of_this_machine_are_reached_directly(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
     async with ForwardProxy(1) as forward:
         proxy = await start_proxy(pool={"proxy": f"http://{forward.address}"})
         assert (await call(proxy.addresses[0], "GET", SELLERS)).status == 200
-    assert (len(far_side.received), forward.heads) == (1, [])
+    assert (len(fake_upstream.received), forward.heads) == (1, [])
 
 
 async def test_a_session_is_taken_up_again_by_the_next_connection(
-    start_proxy: StartProxy, far_side: FarSide, token_host: TokenHost, authority: Authority
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost, authority: Authority
 ) -> None:
     resumed: list[bool] = []
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         resumed.append(writer.get_extra_info("ssl_object").session_reused)
-        writer.write(answer("200 OK", b"{}"))
+        writer.write(http_response("200 OK", b"{}"))
         await writer.drain()
         if len(resumed) == 2:
             writer.close()
 
-    far_side.script = script
-    async with over_tls(far_side, authority, "localhost") as port:
+    fake_upstream.script = script
+    async with over_tls(fake_upstream, authority, "localhost") as port:
         proxy = await start_proxy(
             endpoints={"eu": f"https://localhost:{port}", "lwa": token_host.url},
             pool={"ca_file": authority.certificate},
@@ -178,13 +178,13 @@ async def test_addresses_known_before_serve_on_where_nobody_answers_for_names(
 ) -> None:
     loop = asyncio.get_running_loop()
     found = [(2, 1, 6, "", ("127.0.0.1", 443))]
-    answers: list[Any] = [found, OSError("no name server"), OSError("no name server")]
+    responses: list[Any] = [found, OSError("no name server"), OSError("no name server")]
     asked: list[str] = []
 
     async def getaddrinfo(host: str, *_: Any, **__: Any) -> Any:
         asked.append(host)
         await asyncio.sleep(0)
-        if isinstance(said := answers.pop(0), OSError):
+        if isinstance(said := responses.pop(0), OSError):
             raise said
         return said
 
@@ -220,9 +220,9 @@ def test_which_hosts_are_this_machine(host: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy"])
 def test_the_machines_forward_proxy_is_taken_where_none_is_set(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path, variable: str
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, variable: str
 ) -> None:
-    settings = settings_for(far_side, token_host)
+    settings = settings_for(fake_upstream, token_host)
     path = tmp_path / "config.yaml"
     config_from(settings, tmp_path)
     environ = {variable: "http://proxy.test:3128", "NO_PROXY": "a.test, .b.test"}

@@ -11,25 +11,25 @@ TEXT = TOKEN.partition("|")[2].encode()
 
 
 def passed(mask: TokenRedactor, pieces: list[bytes]) -> bytes:
-    return b"".join([*(mask.feed(piece) for piece in pieces), mask.end()])
+    return b"".join([*(mask.feed(chunk) for chunk in pieces), mask.end()])
 
 
 @given(st.lists(st.sampled_from([TEXT, TEXT[:-1], TEXT[:5], b"A", b"Ab", b"Atza|", b"x", b""]), max_size=12), st.data())
 def test_however_it_is_cut_all_but_the_token_passes(parts: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))
-    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-    mask = TokenRedactor(secret_suffix(TOKEN))
-    got = passed(mask, pieces)
+    chunks = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    redactor = TokenRedactor(secret_suffix(TOKEN))
+    got = passed(redactor, chunks)
     assert got == whole.replace(TEXT, b"*" * len(TEXT))
-    assert mask.matched is (TEXT in whole)
+    assert redactor.matched is (TEXT in whole)
 
 
 def test_nothing_of_a_token_leaves_before_it_is_known_to_be_none() -> None:
-    mask = TokenRedactor(secret_suffix(TOKEN))
-    assert mask.feed(b"said: " + TEXT[:-1]) == b"said: "
-    assert mask.feed(TEXT[-1:]) == b"*" * len(TEXT)
-    assert mask.end() == b""
+    redactor = TokenRedactor(secret_suffix(TOKEN))
+    assert redactor.feed(b"said: " + TEXT[:-1]) == b"said: "
+    assert redactor.feed(TEXT[-1:]) == b"*" * len(TEXT)
+    assert redactor.end() == b""
 
 
 def test_an_ordinary_body_is_passed_on_as_the_object_it_is() -> None:
@@ -39,8 +39,8 @@ def test_an_ordinary_body_is_passed_on_as_the_object_it_is() -> None:
 
 @pytest.mark.parametrize("token", ["Atza|short", "no-prefix-at-all", "Atza|" + "x" * 16, "a|b|" + "y" * 20])
 def test_short_tokens_are_masked_whole_and_long_ones_without_their_prefix(token: str) -> None:
-    mask = TokenRedactor(secret_suffix(token))
-    text = mask.redact(f"before {token} after".encode()).decode()
+    redactor = TokenRedactor(secret_suffix(token))
+    text = redactor.redact(f"before {token} after".encode()).decode()
     assert token not in text
     assert len(text) == len(f"before {token} after")
     assert text.startswith("before ")

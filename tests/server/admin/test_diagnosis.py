@@ -48,9 +48,9 @@ def seen(requests: Sequence[RequestRecord] = (), tokens: Sequence[TokenRow] = (G
 
 
 def test_a_proxy_that_works_says_so() -> None:
-    verdict = diagnose(seen([request()] * 20))
-    assert (verdict.state, verdict.responsible, verdict.others) == ("working", None, [])
-    assert verdict.summary == "Working: 20 requests lately, all as it should be."
+    diagnosis = diagnose(seen([request()] * 20))
+    assert (diagnosis.state, diagnosis.responsible, diagnosis.others) == ("working", None, [])
+    assert diagnosis.summary == "Working: 20 requests lately, all as it should be."
     assert diagnose(seen()).summary.startswith("Working, as far as can be told: no request came")
 
 
@@ -128,10 +128,10 @@ CASES: list[tuple[str, Snapshot, str, str, str]] = [
     ("given", "state", "whose", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
 def test_what_is_wrong_is_said_with_whose_fault_it_is(given: Snapshot, state: str, whose: str, says: str) -> None:
-    verdict = diagnose(given)
-    assert (verdict.state, verdict.responsible) == (state, whose)
-    assert says in verdict.summary
-    assert verdict.remedy.endswith(".")
+    diagnosis = diagnose(given)
+    assert (diagnosis.state, diagnosis.responsible) == (state, whose)
+    assert says in diagnosis.summary
+    assert diagnosis.remedy.endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -153,18 +153,18 @@ def test_little_things_are_remarks(given: Snapshot) -> None:
 
 
 def test_mistakes_of_apps_are_to_be_known_and_each_says_what_to_do() -> None:
-    verdict = diagnose(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
-    assert (verdict.state, verdict.responsible) == ("working", None)
-    assert verdict.summary == "Working: 11 requests lately. 2 things to know below."
-    assert [other.remedy for other in verdict.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
-    verdict = diagnose(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
-    assert (verdict.state, verdict.responsible, len(verdict.others)) == ("degraded", "Amazon's", 1)
+    diagnosis = diagnose(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
+    assert (diagnosis.state, diagnosis.responsible) == ("working", None)
+    assert diagnosis.summary == "Working: 11 requests lately. 2 things to know below."
+    assert [other.remedy for other in diagnosis.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
+    diagnosis = diagnose(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
+    assert (diagnosis.state, diagnosis.responsible, len(diagnosis.others)) == ("degraded", "Amazon's", 1)
 
 
 def test_the_worst_comes_first_and_the_rest_is_not_lost() -> None:
-    verdict = diagnose(seen([request()] * 9 + [request(503)], tokens=[REFUSED], store_is_up=False))
-    assert (verdict.state, verdict.responsible) == ("not working", "yours")
-    assert [other.responsible for other in verdict.others] == ["Amazon's", "yours"]
+    diagnosis = diagnose(seen([request()] * 9 + [request(503)], tokens=[REFUSED], store_is_up=False))
+    assert (diagnosis.state, diagnosis.responsible) == ("not working", "yours")
+    assert [other.responsible for other in diagnosis.others] == ["Amazon's", "yours"]
 
 
 def test_beginning_and_end_are_states_of_their_own() -> None:

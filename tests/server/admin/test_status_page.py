@@ -19,9 +19,9 @@ from proxy.server.admin.status_page import render
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.server.admin.test_diagnosis import CONFIGURATION, GOOD, REFUSED, request, seen
-from tests.support.fake_upstream import FarSide, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, TokenHost, http_response
 from tests.support.proxy_process import serving
-from tests.support.raw_client import Answer, call
+from tests.support.raw_client import RawResponse, call
 
 ORDERS = "/orders/v0/orders"
 ORDER = "/orders/v0/orders/902-1845936-5435065/address?secret-query=1"
@@ -29,7 +29,7 @@ SHOWN = ("/", "/status", "/requests", "/page.css", "/page.js")
 ATTACK = "<script>alert(1)</script>\"'&"
 
 
-async def ask(proxy: RunningProxy, path: str, **fields: str) -> Answer:
+async def ask(proxy: RunningProxy, path: str, **fields: str) -> RawResponse:
     assert proxy.admin is not None
     return await call(proxy.admin, "GET", path, **fields)
 
@@ -40,7 +40,7 @@ async def asked(proxy: RunningProxy, path: str) -> Any:
     return json.loads(got.body)
 
 
-async def test_the_page_says_what_happened(proxy: RunningProxy, far_side: FarSide) -> None:
+async def test_the_page_says_what_happened(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     assert "no request came" in (await ask(proxy, "/")).body.decode()
     await call(proxy.addresses[0], "GET", ORDERS)
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="nobody")
@@ -52,7 +52,7 @@ async def test_the_page_says_what_happened(proxy: RunningProxy, far_side: FarSid
     assert "UnknownAccount" in text
     assert ">acme</a>" in text
     assert "nobody" not in text
-    assert far_side.received
+    assert fake_upstream.received
 
 
 @pytest.mark.parametrize("path", SHOWN)
@@ -120,9 +120,9 @@ def test_every_text_is_escaped() -> None:
 
 
 async def test_a_mistake_in_the_configuration_is_shown_and_does_nothing(
-    far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    settings = settings_for(far_side, token_host)
+    settings = settings_for(fake_upstream, token_host)
     async with serving(settings, tmp_path) as proxy:
         assert proxy.admin is not None
         (tmp_path / "config.yaml").write_text(json.dumps({**settings, "<script>alert(1)</script>": 1}))
@@ -143,19 +143,21 @@ async def mended(proxy: RunningProxy) -> None:
 
 @pytest.mark.parametrize("path", SHOWN)
 async def test_nothing_secret_and_nothing_of_a_request_is_shown(
-    path: str, proxy: RunningProxy, far_side: FarSide, token_host: TokenHost
+    path: str, proxy: RunningProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     refusal = b'{"error": "invalid_grant", "request_id": "amazon-id-1", "error_description": "of Atzr|acme-eu"}'
-    token_host.answers = [answer("400 Bad Request", refusal, content_type="application/json")]
+    token_host.answers = [http_response("400 Bad Request", refusal, content_type="application/json")]
     await call(proxy.addresses[0], "GET", ORDERS)
     refused = (await ask(proxy, path)).body.decode()
     assert ("invalid_grant" in refused) == (path in {"/", "/status"})
     await mended(proxy)
-    far_side.rdt_answer = answer("403 Forbidden", b'{"errors": [{"message": "of order 902-1845936-5435065"}]}')
+    fake_upstream.rdt_answer = http_response(
+        "403 Forbidden", b'{"errors": [{"message": "of order 902-1845936-5435065"}]}'
+    )
     await call(proxy.addresses[0], "GET", ORDER, x_request_id="app-id-1")
     await call(proxy.addresses[0], "GET", "/tokens/902-1845936-5435065", x_request_id="app-id-1")
     body = refused + (await ask(proxy, path)).body.decode()
-    assert far_side.minted
+    assert fake_upstream.minted
     for secret in ("Atza|", "Atzr|", "client-secret", "902-1845936", "secret-query", "app-id-1", "amazon-id-1"):
         assert secret not in body
 
@@ -180,7 +182,9 @@ async def test_an_account_whose_credentials_are_refused_comes_first(
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|a{number}"}} for number in range(30)}
     proxy = await start_proxy(accounts=accounts)
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="a3")
-    token_host.answers = [answer("400 Bad Request", b'{"error": "invalid_grant"}', content_type="application/json")]
+    token_host.answers = [
+        http_response("400 Bad Request", b'{"error": "invalid_grant"}', content_type="application/json")
+    ]
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="a7")
     said = await asked(proxy, "/status")
     first, second, *_ = said["tokens"]

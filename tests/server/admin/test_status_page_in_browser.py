@@ -13,7 +13,7 @@ from playwright.async_api import Browser, Page, async_playwright
 
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, needs, settings_for
-from tests.support.fake_upstream import FarSide, TokenHost, answer
+from tests.support.fake_upstream import FakeUpstream, TokenHost, http_response
 from tests.support.proxy_process import serving
 from tests.support.raw_client import call
 
@@ -27,7 +27,7 @@ FLAGS = (
 PATIENCE = 30_000.0  # milliseconds
 
 ORDERS = "/orders/v0/orders"
-REFUSAL = answer("400 Bad Request", b'{"error": "invalid_grant"}', content_type="application/json")
+REFUSAL = http_response("400 Bad Request", b'{"error": "invalid_grant"}', content_type="application/json")
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -122,10 +122,10 @@ async def test_everybody_can_read_it_on_any_screen(
             assert found.violations_count == 0, found.generate_report()
             assert await one.page.evaluate("document.documentElement.scrollWidth") == width
             grounds.add((scheme, await one.page.evaluate("getComputedStyle(document.body).backgroundColor")))
-            verdict = await one.page.inner_text("#verdict")
-            assert "The cause is yours." in verdict
-            assert "What to do: " in verdict
-            assert ("seller-0007 in eu" in verdict) == (count > 1)
+            diagnosis = await one.page.inner_text("#verdict")
+            assert "The cause is yours." in diagnosis
+            assert "What to do: " in diagnosis
+            assert ("seller-0007 in eu" in diagnosis) == (count > 1)
             assert one.said == []
     assert grounds == {("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")}
 
@@ -188,10 +188,10 @@ async def test_its_policy_is_kept_and_nothing_is_asked_of_anybody_else(browser: 
 
 
 async def test_a_proxy_that_is_gone_is_said_to_be(
-    browser: Browser, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    browser: Browser, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     async with (
-        serving(settings_for(far_side, token_host), tmp_path) as proxy,
+        serving(settings_for(fake_upstream, token_host), tmp_path) as proxy,
         opened(browser, f"http://{proxy.admin}/") as one,
     ):
         assert not await one.page.is_visible("#lost")
