@@ -113,7 +113,21 @@ class Progress:
 
 def as_json(report: Report) -> str:
     """Return the report for programs: `works`, `complete`, and one object with always the same keys for each step."""
-    checks = [{**result._asdict(), "countries": list(result.countries)} for result in report.results]
+    checks = [
+        {
+            "step": result.check,
+            "result": result.result,
+            "application": result.application,
+            "account": result.account,
+            "region": result.region,
+            "host": result.host,
+            "code": result.code,
+            "said": result.detail,
+            "advice": result.advice,
+            "countries": list(result.countries),
+        }
+        for result in report.results
+    ]
     return json.dumps({"works": report.ok, "complete": report.is_complete, "checks": checks}, indent=2)
 
 

@@ -140,11 +140,11 @@ def test_what_a_server_says_at_its_start_is_compared(tmp_path: Path, monkeypatch
 
 
 def not_in_its_program(block: Block) -> list[str]:
-    """Return the lines of a block that the program of tests/libraries/ that is said to run it has not.
+    """Return the lines of a block that the program of tests/integration/libraries/ that is said to run it has not.
 
     The line with the address is the reader's to change; an import may bring less than the program's does.
     """
-    named = re.search(r"tests/libraries/\S+", block.not_run or "")
+    named = re.search(r"tests/integration/libraries/\S+", block.not_run or "")
     assert named is not None
     program = (ROOT / named[0]).read_text(encoding="utf-8")
     has = {line.strip() for line in program.splitlines()}

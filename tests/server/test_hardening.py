@@ -62,7 +62,9 @@ async def test_no_secret_is_left_where_others_see_the_environment(
 
 
 def test_an_exception_that_ends_the_process_is_named_without_its_text() -> None:
-    code = "from proxy import process; process.harden()\ndef fail(): raise ValueError('distinctive')\nfail()\n"
+    code = (
+        "from proxy.server import hardening; hardening.harden()\ndef fail(): raise ValueError('distinctive')\nfail()\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "distinctive" not in done.stderr
@@ -72,7 +74,7 @@ def test_an_exception_that_ends_the_process_is_named_without_its_text() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such thing elsewhere")
 def test_a_hardened_process_is_not_to_be_looked_into() -> None:
     code = (
-        "import ctypes, resource; from proxy import process; process.harden()\n"
+        "import ctypes, resource; from proxy.server import hardening; hardening.harden()\n"
         "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE))\n"  # PR_GET_DUMPABLE
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -81,13 +83,13 @@ def test_a_hardened_process_is_not_to_be_looked_into() -> None:
 
 def test_what_is_made_while_the_collector_is_kept_away_is_left_to_reference_counting() -> None:
     code = (
-        "import gc; from proxy.server.hardening import SETTLED_FOR, Settling\n"
+        "import gc; from proxy.server.hardening import SETTLED_FOR, GcPaused\n"
         "class Ring:\n"
         "    def __init__(self): self.itself = self\n"
-        "gc.disable(); gc.enable(); settling, kept, frozen = Settling(), [], []\n"
+        "gc.disable(); gc.enable(); paused, kept, frozen = GcPaused(), [], []\n"
         "for _ in range(2 * SETTLED_FOR):\n"
         "    old = Ring(); gc.collect()\n"
-        "    with settling:\n"
+        "    with paused:\n"
         "        assert not gc.isenabled()\n"
         "        kept.append([]); Ring()\n"
         "        del old\n"
