@@ -644,7 +644,7 @@ class HttpServer(web.Server):
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
         kind = ServerConnection if self._is_status else ProxyConnection
-        return kind(self, loop=self._loop, options=self._options, room=self._room, listener=self._name, **self._kwargs)
+        return kind(self, loop=self._loop, options=self._options, limiter=self._room, listener=self._name, **self._kwargs)
 
     def annotate(
         self, message: RawRequestMessage, payload: Any, protocol: RequestHandler, *parts: Any
