@@ -128,7 +128,7 @@ class ListenerSet:
     async def _start(self, handler: Handler, config: Config) -> OpenListener:
         listener = handler.listener
         tls = ServerTls(listener.tls) if listener.tls else None
-        server = HttpServer(handler.handle, config, self._metrics, room=self._limiter, name=handler.name)
+        server = HttpServer(handler.handle, config, self._metrics, limiter=self._limiter, name=handler.name)
         listening, turned_out = await listen(server, listener.address, handler.name, listener=listener, tls=tls)
         if not listener.address.is_local:
             protected = "TLS" if tls is not None else "nothing"
@@ -181,7 +181,7 @@ async def status_port(
             plain.request_handler,
             config,
             metrics,
-            room=ConnectionLimiter(STATUS_CONNECTIONS, metrics),
+            limiter=ConnectionLimiter(STATUS_CONNECTIONS, metrics),
             name=setting,
             request_factory=plain.request_factory,
         )
