@@ -590,7 +590,7 @@ class HttpServer(web.Server):
         config: Config,
         metrics: Metrics,
         *,
-        room: ConnectionLimiter,
+        limiter: ConnectionLimiter,
         name: str,
         request_factory: RequestFactory | None = None,
     ) -> None:
@@ -609,7 +609,7 @@ class HttpServer(web.Server):
         self._make = request_factory or web.BaseRequest  # the latter is never called: see ProxiedConnection
         self._is_status = request_factory is not None
         self._options = ConnectionSettings.of(config, metrics)
-        self._limiter = room
+        self._limiter = limiter
         self._name = name
 
     def activate(self, handle: Handle, name: str, config: Config) -> None:
@@ -644,7 +644,9 @@ class HttpServer(web.Server):
     def __call__(self) -> RequestHandler:
         """Return the protocol for a new connection."""
         kind = ServerConnection if self._is_status else ProxyConnection
-        return kind(self, loop=self._loop, options=self._options, limiter=self._limiter, listener=self._name, **self._kwargs)
+        return kind(
+            self, loop=self._loop, options=self._options, limiter=self._limiter, listener=self._name, **self._kwargs
+        )
 
     def annotate(
         self, message: RawRequestMessage, payload: Any, protocol: RequestHandler, *parts: Any
