@@ -8,9 +8,9 @@ CONFIG ?= $(wildcard config.yaml)
 ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
-# Where the libraries are that tests/test_libraries.py runs.
+# Where the libraries are that tests/integration/test_libraries.py runs.
 LIBRARIES := .venv-libraries
-NODE_LIBRARIES := tests/libraries/node_modules
+NODE_LIBRARIES := tests/integration/libraries/node_modules
 
 .PHONY: run test libraries lint types format wheel docs check coverage bench lock operations clean
 
@@ -31,9 +31,9 @@ $(LIBRARIES)/.installed: requirements-libraries.lock
 	@$(LIBRARIES)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
-$(NODE_LIBRARIES)/.installed: tests/libraries/package-lock.json
+$(NODE_LIBRARIES)/.installed: tests/integration/libraries/package-lock.json
 	@echo "Installing the libraries that the tests run into $(NODE_LIBRARIES) …"
-	@npm ci --prefix tests/libraries --ignore-scripts --no-audit --no-fund --silent
+	@npm ci --prefix tests/integration/libraries --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
 lint: $(VENV)/.dev
@@ -79,7 +79,7 @@ lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
 		--group build -o requirements-build.lock $(ARGS)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
-		tests/libraries/requirements.in -o requirements-libraries.lock $(ARGS)
+		tests/integration/libraries/requirements.in -o requirements-libraries.lock $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LIBRARIES) $(NODE_LIBRARIES) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """The generated parts of the reference pages, and of other pages that take text from the code.
 
-`python -m docs.generate` writes them; tests/test_docs.py fails where a page differs from the code. In a page of
+`python -m docs.generate` writes them; tests/project/test_docs.py fails where a page differs from the code. In a page of
 docs/reference/, what stands between `<!-- NAME -->` and `<!-- /NAME -->` is generated; all else is written by hand.
 """
 
@@ -19,27 +19,26 @@ from pydantic import BaseModel
 import proxy
 from docs.log_events import events
 from docs.navigation import ROOT
-from proxy.amazon.rebuild import _parser as rebuild_parser
-from proxy.amazon.reports import RESTRICTED_TYPES
-from proxy.cli import FAILED, INTERRUPTED, OK, USAGE
-from proxy.cli import _parser as proxy_parser
+from proxy.amazon.catalog.rebuild import _parser as rebuild_parser
+from proxy.amazon.report_types import RESTRICTED_TYPES
+from proxy.cli.main import FAILED, INTERRUPTED, OK, USAGE
+from proxy.cli.main import _parser as proxy_parser
+from proxy.cli.options import ALL_FLAGS, add_config_flags
 from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
-from proxy.flags import ALL as CONFIGURATION_FLAGS
-from proxy.flags import add_config_flags
-from proxy.metrics import Metrics
+from proxy.observability.collectors import CallbackCollector
+from proxy.observability.metrics import Metrics
 from proxy.remedies import REMEDIES
-from proxy.request.answers import HOP_BY_HOP
-from proxy.request.callers import KEY_HEADER
-from proxy.request.exchange import Exchange
-from proxy.request.forbidden import HINTS
-from proxy.request.handler import CLIENT_LEFT, _audit_line, _line
-from proxy.request.identify import ACCOUNT_HEADER, ELEMENTS_HEADER, REGION_HEADER
-from proxy.request.limits import MAX_WAIT_HEADER
-from proxy.request.options import CLIENT_HEADER, PRIORITY_HEADER, RETRY_HEADER, TIMEOUT_HEADER
-from proxy.request.upstream import BODY_FIELDS, PRIVATE, PRIVATE_PREFIXES
-from proxy.simulator.command import _parser as simulator_parser
-from proxy.tallies import Tallied
+from proxy.request.authentication import KEY_HEADER
+from proxy.request.context import RequestContext
+from proxy.request.forbidden_hints import HINTS
+from proxy.request.handler import CLIENT_CLOSED_REQUEST, _audit_fields, _log_fields
+from proxy.request.ratelimit.limiter import MAX_WAIT_HEADER
+from proxy.request.request_options import CLIENT_HEADER, PRIORITY_HEADER, RETRY_HEADER, TIMEOUT_HEADER
+from proxy.request.routing import ACCOUNT_HEADER, ELEMENTS_HEADER, REGION_HEADER
+from proxy.request.upstream.forward import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES
+from proxy.request.upstream.response import HOP_BY_HOP
+from proxy.simulator.cli import _parser as simulator_parser
 
 FOLDER = ROOT / "docs"
 REFERENCE = FOLDER / "reference"
@@ -162,7 +161,7 @@ def series() -> Iterator[tuple[str, str, str, str]]:
             kind = str(metric._type)
             name = f"{metric._name}_total" if kind == "counter" else metric._name
             yield f"`{name}`", kind, ", ".join(metric._labelnames), metric._documentation
-        elif isinstance(metric, Tallied):
+        elif isinstance(metric, CallbackCollector):
             yield f"`{metric.name}`", metric.kind, ", ".join(metric.labels), metric.documentation
 
 
@@ -211,8 +210,8 @@ def response_headers_table() -> str:
 
 def outcome_table() -> str:
     """Return the table of what `x-sp-proxy` can hold, in its order."""
-    full = Exchange("GET", 0.0)
-    full.dropped, full.hint = ("buyerInfo",), "role"
+    full = RequestContext("GET", 0.0)
+    full.dropped_elements, full.hint = ("buyerInfo",), "role"
     names = re.findall(r"(\w+)=", full.summary())
     return table(("part", "meaning"), *((f"`{name}`", OUTCOME[name]) for name in names))
 
@@ -226,7 +225,7 @@ def removed_headers_table() -> str:
             "they concern one connection only (RFC 9110 section 7.6.1), as do those that `Connection` names",
         ),
         (
-            _listed({*PRIVATE, *(f"{prefix}…" for prefix in PRIVATE_PREFIXES)}),
+            _listed({*STRIPPED_HEADERS, *(f"{prefix}…" for prefix in STRIPPED_PREFIXES)}),
             "credentials of the app, headers that the proxy sets itself, and those that describe your network",
         ),
         (_listed(BODY_FIELDS), "on GET and HEAD only: Amazon refuses them there"),
@@ -294,14 +293,14 @@ def _command(parser: argparse.ArgumentParser) -> str:
         action
         for action in parser._actions
         if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
-        and not set(action.option_strings) & set(CONFIGURATION_FLAGS)
+        and not set(action.option_strings) & set(ALL_FLAGS)
     ]
-    shared = [flag for flag in CONFIGURATION_FLAGS if flag in parser._option_string_actions]
+    shared = [flag for flag in ALL_FLAGS if flag in parser._option_string_actions]
     parts = [f"### `{_name(parser)}`", _with_code(parser.description or "")]
     if own:
         parts.append(table(("argument", "meaning"), *(_flag(action) for action in own)))
     if shared:
-        which = "all" if len(shared) == len(CONFIGURATION_FLAGS) else ", ".join(f"`{flag}`" for flag in shared)
+        which = "all" if len(shared) == len(ALL_FLAGS) else ", ".join(f"`{flag}`" for flag in shared)
         parts.append(f"[Configuration flags](#configuration-flags): {which}.")
     return "\n\n".join(parts)
 
@@ -336,7 +335,7 @@ _EACH_LINE = {
 _AUDIT_LINE = {"time": _EACH_LINE["time"], "listener": "The listener that the request came in by."}
 REQUEST_FIELDS = {
     **OUTCOME,
-    "code": f"The status of the response; {CLIENT_LEFT}: the client closed the connection before there was one.",
+    "code": f"The status of the response; {CLIENT_CLOSED_REQUEST}: the client disconnected before it began.",
     "status": "The same as `code` of the log.",
     "method": "The method; `other` for one that is not forwarded.",
     "caller": "The caller's name in the configuration; null where none was identified.",
@@ -383,13 +382,13 @@ EVENT_FIELDS = {
 
 def request_line_table() -> str:
     """Return the table of the fields of a request's log line."""
-    fields = _line(Exchange("GET", 0.0), 0.0)
+    fields = _log_fields(RequestContext("GET", 0.0), 0.0)
     return _fields_table({**_EACH_LINE, **{name: REQUEST_FIELDS[name] for name in fields}})
 
 
 def audit_line_table() -> str:
     """Return the table of the fields of a line of the audit log."""
-    fields = _audit_line(Exchange("GET", 0.0))
+    fields = _audit_fields(RequestContext("GET", 0.0))
     return _fields_table({**_AUDIT_LINE, **{name: REQUEST_FIELDS[name] for name in fields}})
 
 

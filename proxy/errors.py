@@ -82,7 +82,7 @@ class HeaderTooLarge(ClientError):
     status, code = 431, "HeaderTooLarge"
 
 
-class HeaderTimeout(ClientError):
+class RequestHeaderTimeout(ClientError):
     """The client did not finish its header block in `timeouts.header`."""
 
     status, code = 408, "HeaderTimeout"

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
-from proxy import logs
-from proxy.app import Running, running
 from proxy.config import Config, load_config
-from tests.far_side import FarSide, TokenHost
-from tests.site import build
+from proxy.observability.logging import LOGGER, set_up
+from proxy.server import runtime
+from proxy.server.runtime import RunningProxy
+from tests.support.fake_upstream import FakeUpstream, TokenHost
+from tests.support.site import build
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
@@ -23,12 +24,12 @@ MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 class StartProxy(Protocol):
     """Starts a proxy whose settings are the defaults of the tests, changed by keywords."""
 
-    def __call__(self, **settings: Any) -> Awaitable[Running]: ...
+    def __call__(self, **settings: Any) -> Awaitable[RunningProxy]: ...
 
 
-def settings_for(far_side: FarSide, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
+def settings_for(fake_upstream: FakeUpstream, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
     """Return the settings of a proxy between the test and its far side."""
-    endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), far_side.url)
+    endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), fake_upstream.url)
     return {
         "listen": "127.0.0.1:0",
         "admin": "127.0.0.1:0",
@@ -47,9 +48,9 @@ def config_from(settings: dict[str, Any], folder: Path) -> Config:
 
 
 @pytest.fixture
-async def far_side() -> AsyncIterator[FarSide]:
+async def fake_upstream() -> AsyncIterator[FakeUpstream]:
     """Amazon's API, answering what the test scripts."""
-    async with FarSide() as server:
+    async with FakeUpstream() as server:
         yield server
 
 
@@ -61,12 +62,12 @@ async def token_host() -> AsyncIterator[TokenHost]:
 
 
 @pytest.fixture
-async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
+async def start_proxy(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
     """Starts proxies that are stopped, in reverse order, when the test ends."""
     started: list[Any] = []
 
-    async def start(**settings: Any) -> Running:
-        context = running(config_from(settings_for(far_side, token_host, **settings), tmp_path))
+    async def start(**settings: Any) -> RunningProxy:
+        context = runtime.start_proxy(config_from(settings_for(fake_upstream, token_host, **settings), tmp_path))
         proxy = await context.__aenter__()
         started.append(context)
         return proxy
@@ -77,7 +78,7 @@ async def start_proxy(far_side: FarSide, token_host: TokenHost, tmp_path: Path) 
 
 
 @pytest.fixture
-async def proxy(start_proxy: StartProxy) -> Running:
+async def proxy(start_proxy: StartProxy) -> RunningProxy:
     """A proxy with the tests' usual settings."""
     return await start_proxy()
 
@@ -86,12 +87,12 @@ async def proxy(start_proxy: StartProxy) -> Running:
 def log() -> Iterator[StringIO]:
     """What goes to the log while a test runs."""
     root, stream = logging.getLogger(), StringIO()
-    before, levels = root.handlers[:], (root.level, logs.LOGGER.level)
-    logs.set_up("debug", "json", stream)
+    before, levels = root.handlers[:], (root.level, LOGGER.level)
+    set_up("debug", "json", stream)
     yield stream
     root.handlers[:] = before
     root.setLevel(levels[0])
-    logs.LOGGER.setLevel(levels[1])
+    LOGGER.setLevel(levels[1])
 
 
 # What may stand in no line that any logger writes, whatever its level: the tests' tokens and secrets.

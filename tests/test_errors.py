@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 from proxy.errors import (
-    HeaderTimeout,
     HostRefused,
     InternalError,
     MethodRefused,
     ProxyError,
+    RequestHeaderTimeout,
     TokenRequestRefused,
     TokenUnavailable,
     UsagePlanExhausted,
@@ -125,6 +125,6 @@ def test_a_refused_method_names_those_that_are_allowed() -> None:
 
 
 def test_every_error_is_a_proxy_error_that_keeps_message_hint_and_time() -> None:
-    error = HeaderTimeout("slow", "Be quick.", retry_after=2.5)
+    error = RequestHeaderTimeout("slow", "Be quick.", retry_after=2.5)
     assert isinstance(error, ProxyError)
     assert (error.message, error.hint, error.retry_after, str(error)) == ("slow", "Be quick.", 2.5, "slow")

@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
-from proxy.amazon.refusals import parse_object
+from proxy.amazon.error_response import parse_object
 from proxy.config import Secret
 
 # An answer larger than this is not a token (an access token has 2048 bytes at most, LWA "Access Tokens").
-MAX_ANSWER = 64 * 1024
+MAX_RESPONSE = 64 * 1024
 MAX_TOKEN = 16 * 1024
 
 # What an exchange can be refused with for good: no later try will succeed until a person acts (LWA "Access Tokens").
-REFUSALS = frozenset(
+OAUTH_ERRORS = frozenset(
     {"invalid_grant", "invalid_client", "unauthorized_client", "invalid_scope", "invalid_request",
      "unsupported_grant_type", "access_denied"}
 )  # fmt: skip
@@ -27,14 +27,14 @@ Post = Callable[[str, Mapping[str, str], bytes, int], Awaitable[tuple[int, bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class TokenResponse:
     """A token as it was granted; `expires_in` is the life in seconds that the answer named."""
 
     value: Secret
     expires_in: float
 
 
-class ExchangeRefused(Exception):
+class OAuthError(Exception):
     """The credentials are refused for good. `reason` is one of OAuth's error codes, `request_id` Amazon's own."""
 
     def __init__(self, reason: str, request_id: str = "") -> None:
@@ -43,7 +43,7 @@ class ExchangeRefused(Exception):
         self.request_id = request_id
 
 
-class ExchangeFailed(Exception):
+class TokenRequestFailed(Exception):
     """No token this time; a later try may succeed. `reason` is a short word for metrics and logs."""
 
     def __init__(self, reason: str) -> None:
@@ -53,19 +53,21 @@ class ExchangeFailed(Exception):
 
 async def refresh_token_grant(
     post: Post, url: str, client_id: str, client_secret: Secret, refresh_token: Secret
-) -> Grant:
+) -> TokenResponse:
     """Exchange a seller's refresh token for an access token (SEED "Request a Login with Amazon access token").
 
     Raises ExchangeRefused, ExchangeFailed, and what `post` raises.
     """
     form = {"grant_type": "refresh_token", "refresh_token": refresh_token.reveal()}
-    return await _exchange(post, url, client_id, client_secret, form)
+    return await _request_token(post, url, client_id, client_secret, form)
 
 
-async def client_credentials_grant(post: Post, url: str, client_id: str, client_secret: Secret, scope: str) -> Grant:
+async def client_credentials_grant(
+    post: Post, url: str, client_id: str, client_secret: Secret, scope: str
+) -> TokenResponse:
     """Get a token for grantless operations of `scope` (DOC "Grantless Operations"); raises as `refresh_token_grant`."""
     form = {"grant_type": "client_credentials", "scope": scope}
-    return await _exchange(post, url, client_id, client_secret, form)
+    return await _request_token(post, url, client_id, client_secret, form)
 
 
 async def authorization_code_grant(
@@ -78,54 +80,56 @@ async def authorization_code_grant(
     form = {"grant_type": "authorization_code", "code": code.reveal()}
     if redirect_uri is not None:
         form["redirect_uri"] = redirect_uri
-    status, body = await _asked(post, url, client_id, client_secret, form)
-    parse_answer(status, body)
+    status, body = await _post_form(post, url, client_id, client_secret, form)
+    parse_response(status, body)
     return parse_token(parse_object(body).get("refresh_token"))
 
 
-async def _exchange(post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]) -> Grant:
-    return parse_answer(*await _asked(post, url, client_id, client_secret, grant))
+async def _request_token(
+    post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
+) -> TokenResponse:
+    return parse_response(*await _post_form(post, url, client_id, client_secret, grant))
 
 
-async def _asked(
+async def _post_form(
     post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
 ) -> tuple[int, bytes]:
     form = {**grant, "client_id": client_id, "client_secret": client_secret.reveal()}
     headers = {"Content-Type": "application/x-www-form-urlencoded;charset=UTF-8", "Accept": "application/json"}
-    return await bounded(post, url, headers, urlencode(form).encode())
+    return await limited_post(post, url, headers, urlencode(form).encode())
 
 
-async def bounded(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+async def limited_post(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
     """Return status and body of an answer; raise ExchangeFailed where it is longer than MAX_ANSWER."""
-    status, answer = await post(url, headers, body, MAX_ANSWER)
-    if len(answer) > MAX_ANSWER:
-        raise ExchangeFailed("answer_too_large")
-    return status, answer
+    status, response = await post(url, headers, body, MAX_RESPONSE)
+    if len(response) > MAX_RESPONSE:
+        raise TokenRequestFailed("answer_too_large")
+    return status, response
 
 
-def parse_answer(status: int, body: bytes) -> Grant:
+def parse_response(status: int, body: bytes) -> TokenResponse:
     """Return the Grant that an answer of Login with Amazon holds; raise ExchangeRefused or ExchangeFailed."""
-    answer = parse_object(body)
+    response = parse_object(body)
     if status == 200:
-        return parse_grant(answer.get("access_token"), answer.get("expires_in"))
-    reason = answer.get("error")
-    if 400 <= status < 500 and status != 429 and isinstance(reason, str) and reason in REFUSALS:
-        request_id = answer.get("request_id")
-        raise ExchangeRefused(reason, request_id if isinstance(request_id, str) else "")
-    raise ExchangeFailed(f"http_{status}")
+        return parse_token_response(response.get("access_token"), response.get("expires_in"))
+    reason = response.get("error")
+    if 400 <= status < 500 and status != 429 and isinstance(reason, str) and reason in OAUTH_ERRORS:
+        request_id = response.get("request_id")
+        raise OAuthError(reason, request_id if isinstance(request_id, str) else "")
+    raise TokenRequestFailed(f"http_{status}")
 
 
-def parse_grant(value: object, expires_in: object) -> Grant:
+def parse_token_response(value: object, expires_in: object) -> TokenResponse:
     """Return the Grant of a token and its life in seconds; raise ExchangeFailed where either makes no sense."""
-    return Grant(parse_token(value), parse_lifetime(expires_in))
+    return TokenResponse(parse_token(value), parse_lifetime(expires_in))
 
 
 def parse_token(value: object) -> Secret:
     """Return a token; raise ExchangeFailed for what cannot be one."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TOKEN:
-        raise ExchangeFailed("no_token")
+        raise TokenRequestFailed("no_token")
     if not (value.isascii() and value.isprintable()) or " " in value:
-        raise ExchangeFailed("malformed_token")  # it goes into a header: no line break may come with it
+        raise TokenRequestFailed("malformed_token")  # it goes into a header: no line break may come with it
     return Secret(value)
 
 

@@ -45,6 +45,6 @@ HOSTS: MappingProxyType[tuple[Environment, Region], str] = MappingProxyType(
         ("sandbox", "fe"): "sandbox.sellingpartnerapi-fe.amazon.com",
     }
 )
-HOST_MEANS: MappingProxyType[str, tuple[Environment, Region]] = MappingProxyType(
+HOST_REGION: MappingProxyType[str, tuple[Environment, Region]] = MappingProxyType(
     {host: meaning for meaning, host in HOSTS.items()}
 )

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 GREEDY = frozenset({"/uploads/2020-11-01/uploadDestinations/{resource}"})
 
 # Characters of a segment that may still be a literal in escapes: three for each of the literal's own.
-_LONGEST_DECODED = 3 * 100
+_MAX_DECODED = 3 * 100
 
 COLUMNS = (
     "api",
@@ -123,7 +123,7 @@ class _Node:
     parameter: "_Node | None" = None
     greedy: "_Node | None" = None
     operations: dict[str, Operation] = field(default_factory=dict)
-    has_several_ways: bool = False  # the first that fits may be the wrong one
+    is_ambiguous: bool = False  # the first that fits may be the wrong one
 
 
 class OperationTable:
@@ -162,7 +162,7 @@ class OperationTable:
             return _find(self._root, method, segments, 1)
         node = self._root
         for segment in segments[1:]:
-            if node.has_several_ways:
+            if node.is_ambiguous:
                 return _find(self._root, method, segments, 1)
             following = node.literals.get(segment) or node.parameter
             if following is None:
@@ -187,7 +187,7 @@ class OperationTable:
             self._literal[operation.template] = node.operations
 
     def _note_ways(self, node: _Node) -> None:
-        node.has_several_ways = node.greedy is not None or bool(node.literals and node.parameter)
+        node.is_ambiguous = node.greedy is not None or bool(node.literals and node.parameter)
         for following in (*node.literals.values(), node.parameter):
             if following is not None:
                 self._note_ways(following)
@@ -211,7 +211,7 @@ def _find(node: _Node, method: str, segments: list[str], index: int) -> Operatio
 
 def _decoded(segment: str) -> str:
     # No literal is that long: a segment of eight thousand escapes is not worth decoding.
-    return unquote(segment) if len(segment) <= _LONGEST_DECODED else segment
+    return unquote(segment) if len(segment) <= _MAX_DECODED else segment
 
 
 def _has_no_empty(rest: str) -> bool:

@@ -51,7 +51,7 @@ _PERSONAL_APIS = frozenset(
 _INCLUDED = {"BUYER": "buyerInfo", "RECIPIENT": "shippingAddress"}
 
 
-def elements_brought(operation: Operation | None, query: str) -> tuple[str, ...]:
+def implied_elements(operation: Operation | None, query: str) -> tuple[str, ...]:
     """Return the data elements that a call may bring with an ordinary token, or with the only token it can have.
 
     An operation outside the table may bring anything.

@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from proxy.amazon.lwa import ExchangeFailed, Grant, Post, bounded, parse_grant
-from proxy.amazon.refusals import Refusal, parse_object, parse_refusal
+from proxy.amazon.error_response import AmazonError, parse_error, parse_object
+from proxy.amazon.lwa import Post, TokenRequestFailed, TokenResponse, limited_post, parse_token_response
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
 
@@ -19,10 +19,10 @@ _ELEMENTS = re.compile(r"requested data elements: \[([^\]]*)\]")
 class RdtRefused(Exception):
     """Amazon refuses the token for this call; `refusal` is what it says."""
 
-    def __init__(self, status: int, refusal: Refusal) -> None:
-        super().__init__(f"{status} {refusal.message}")
+    def __init__(self, status: int, amazon_error: AmazonError) -> None:
+        super().__init__(f"{status} {amazon_error.message}")
         self.status = status
-        self.refusal = refusal
+        self.refusal = amazon_error
 
     @property
     def means_unrestricted(self) -> bool:
@@ -44,7 +44,7 @@ async def create_restricted_data_token(
     path: str,
     data_elements: Sequence[str],
     target_application: str | None = None,
-) -> Grant:
+) -> TokenResponse:
     """Mint an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's ordinary token.
 
     `path` has no query string and no trailing slash. With `target_application`, only that application can use the
@@ -58,16 +58,16 @@ async def create_restricted_data_token(
         asked["targetApplication"] = target_application
     body = json.dumps(asked).encode()
     all_headers = {**headers, "Content-Type": "application/json", "Accept": "application/json"}
-    return parse_answer(*await bounded(post, endpoint + PATH, all_headers, body))
+    return parse_response(*await limited_post(post, endpoint + PATH, all_headers, body))
 
 
-def parse_answer(status: int, body: bytes) -> Grant:
+def parse_response(status: int, body: bytes) -> TokenResponse:
     """Return the Grant of an answer; raise RdtRefused for a refusal and ExchangeFailed for anything else."""
-    answer = parse_object(body)
+    response = parse_object(body)
     if status == 200:
-        payload = answer.get("payload")
-        fields = payload if isinstance(payload, dict) else answer  # old guide pages nest them in `payload`
-        return parse_grant(fields.get("restrictedDataToken"), fields.get("expiresIn"))
+        payload = response.get("payload")
+        fields = payload if isinstance(payload, dict) else response  # old guide pages nest them in `payload`
+        return parse_token_response(fields.get("restrictedDataToken"), fields.get("expiresIn"))
     if status in {400, 401, 403, 404}:
-        raise RdtRefused(status, parse_refusal(body))
-    raise ExchangeFailed(f"http_{status}")
+        raise RdtRefused(status, parse_error(body))
+    raise TokenRequestFailed(f"http_{status}")

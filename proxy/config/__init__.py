@@ -22,9 +22,9 @@ from proxy.config.model import (
     is_loopback,
     parse_duration,
 )
-from proxy.config.read import KeyPath, Problem
 from proxy.config.secret import Secret
 from proxy.config.store_address import StoreAddress
+from proxy.config.yaml_reader import KeyPath, Problem
 
 __all__ = [
     "LOOPBACK_NAMES",

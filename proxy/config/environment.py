@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, get_args, get_origin
 
-from proxy.config.given import has_own_names, is_list, is_mapping, kind_below, parse
 from proxy.config.model import REGIONS, Config, settings_in
-from proxy.config.read import KeyPath, Problem, Tree
+from proxy.config.values import is_list, is_mapping, is_user_keyed, kind_below, parse
+from proxy.config.yaml_reader import KeyPath, Problem, Tree
 
 PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-MOST_TRIED = 100  # names of accounts and the like that are compared with one that was misspelt
+MAX_TRIED = 100  # names of accounts and the like that are compared with one that was misspelt
 
 # Kubernetes sets these for every Service that happens to be called sp-api-proxy; they are not settings.
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
@@ -34,7 +34,7 @@ _REGION_NAMES: dict[str, str] = {
 Found = tuple[KeyPath, Any, str]  # where it belongs, its value, the variable that said so
 
 
-def given(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
+def lookup(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
     """Return the value and the variable of NAME or NAME_FILE (a `{file: …}`), or None where neither is set."""
     if environ.get(name):
         return environ[name], name
@@ -43,8 +43,8 @@ def given(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
     return None
 
 
-def _first_given(environ: Mapping[str, str], names: tuple[str, ...], suffix: str = "") -> tuple[Any, str] | None:
-    return next((found for name in names if (found := given(environ, name + suffix))), None)
+def _first_set(environ: Mapping[str, str], names: tuple[str, ...], suffix: str = "") -> tuple[Any, str] | None:
+    return next((found for name in names if (found := lookup(environ, name + suffix))), None)
 
 
 # Our own names: SP_API_PROXY_ and the upper-case key.
@@ -66,10 +66,10 @@ def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list
             found.append((path, {"file": environ[variable]}, variable))
         else:
             problems.append(Problem(variable, f"names no setting; {_nearest(name, tree)}", "environment"))
-    return sorted(found, key=_place_in_lists), problems
+    return sorted(found, key=_check_list_index), problems
 
 
-def _place_in_lists(found: Found) -> tuple[tuple[int, str], ...]:
+def _check_list_index(found: Found) -> tuple[tuple[int, str], ...]:
     """Sort the tenth item of a list behind the second, and what is above an item before it."""
     return tuple((part, "") if isinstance(part, int) else (-1, part) for part in found[0])
 
@@ -100,7 +100,7 @@ def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str | int, Any]
         number = name.partition("_")[0]
         if number.isascii() and number.isdigit() and len(number) <= 4:
             yield int(number), kind_below(kind, 0)
-    elif has_own_names(kind):
+    elif is_user_keyed(kind):
         value_kind = kind_below(kind, "")
         yield from ((key, value_kind) for key in (tree if isinstance(tree, dict) else ()))
         if not is_mapping(value_kind):
@@ -133,8 +133,8 @@ def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
     keys: Iterable[str | int]
     if is_list(kind):
         keys = (0,) if is_mapping(kind_below(kind, 0)) else ()
-    elif has_own_names(kind):
-        keys = [*islice(tree if isinstance(tree, dict) else (), MOST_TRIED), *new]
+    elif is_user_keyed(kind):
+        keys = [*islice(tree if isinstance(tree, dict) else (), MAX_TRIED), *new]
     else:
         keys = _known_keys(kind)
     for key in keys:
@@ -145,7 +145,7 @@ def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
 # Names that users of other libraries already have.
 
 
-def fill_in(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
+def library_variables(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
     """Return the application and the accounts that well-known variables describe, where `tree` has none."""
     tracing, wrong = _tracing(environ)
     found = [*_forward_proxy(environ, tree), *tracing, *_applications(environ, tree)]
@@ -170,10 +170,10 @@ def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     for prefix, path in zip(_OTLP, ("", "/v1/traces"), strict=True):
         if not found and (endpoint := environ.get(f"{prefix}ENDPOINT")):
             found.append((("tracing", "endpoint"), endpoint.rstrip("/") + path, f"{prefix}ENDPOINT"))
-    protocol = _first_given(environ, tuple(f"{prefix}PROTOCOL" for prefix in _OTLP))
+    protocol = _first_set(environ, tuple(f"{prefix}PROTOCOL" for prefix in _OTLP))
     if found and protocol and protocol[0] != "http/protobuf":
         problems.append(Problem(protocol[1], "must be http/protobuf: nothing else is spoken here", "environment"))
-    if hit := _first_given(environ, tuple(f"{prefix}HEADERS" for prefix in _OTLP)):
+    if hit := _first_set(environ, tuple(f"{prefix}HEADERS" for prefix in _OTLP)):
         found.append((("tracing", "headers"), *hit))
     if name := environ.get("OTEL_SERVICE_NAME"):
         found.append((("tracing", "service_name"), name, "OTEL_SERVICE_NAME"))
@@ -218,7 +218,7 @@ def _applications(environ: Mapping[str, str], tree: Tree) -> list[Found]:
     keys = (("client_id", _CLIENT_ID), ("client_secret", _CLIENT_SECRET))
     found: list[Found] = []
     for key, names in keys:
-        if isinstance(settings or {}, dict) and key not in (settings or {}) and (hit := _first_given(environ, names)):
+        if isinstance(settings or {}, dict) and key not in (settings or {}) and (hit := _first_set(environ, names)):
             found.append((("applications", name, key), *hit))
     return found
 
@@ -229,9 +229,9 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     found += [
         (("accounts", "default", "refresh_tokens", region), *hit)
         for region in REGIONS
-        if (hit := given(environ, f"{_REFRESH_TOKEN}_{region.upper()}"))
+        if (hit := lookup(environ, f"{_REFRESH_TOKEN}_{region.upper()}"))
     ]
-    if hit := given(environ, _REFRESH_TOKEN):
+    if hit := lookup(environ, _REFRESH_TOKEN):
         region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN)
         if region_name:
             found.append((("accounts", "default", "refresh_tokens", region_name), *hit))
@@ -249,7 +249,7 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     return found, problems
 
 
-def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
+def suggest_variable(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
     """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
     names = list(wanted)
     for variable in sorted(environ):
@@ -259,7 +259,7 @@ def meant_for(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
     return ""
 
 
-def instead_of(name: str, environ: Mapping[str, str]) -> str:
+def suggest_replacement(name: str, environ: Mapping[str, str]) -> str:
     """Return `; did you mean LWA_APP_ID?` where such a variable is set, and `name` is close to it."""
     near = next((variable for variable in sorted(environ) if environ[variable] and _is_near(name, variable)), None)
     return f"; did you mean {near}?" if near is not None else ""
@@ -296,15 +296,15 @@ def _account_suffixes(environ: Mapping[str, str]) -> list[str]:
 def _suffixed_account(environ: Mapping[str, str], suffix: str, region: str | None, *, variable: str) -> list[Found]:
     account = suffix.removeprefix("_").lower()
     found: list[Found] = []
-    if region and (hit := given(environ, variable)):
+    if region and (hit := lookup(environ, variable)):
         found.append((("accounts", account, "refresh_tokens", region), *hit))
-    client_id = _first_given(environ, _CLIENT_ID, suffix)
-    client_secret = _first_given(environ, _CLIENT_SECRET, suffix)
+    client_id = _first_set(environ, _CLIENT_ID, suffix)
+    client_secret = _first_set(environ, _CLIENT_SECRET, suffix)
     if client_id and client_secret:
         found.append((("applications", account, "client_id"), *client_id))
         found.append((("applications", account, "client_secret"), *client_secret))
         found.append((("accounts", account, "application"), account, client_id[1]))
-    elif _first_given(environ, _CLIENT_ID):
+    elif _first_set(environ, _CLIENT_ID):
         found.append((("accounts", account, "application"), "main", variable))
     return found
 

@@ -17,13 +17,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxy.config import environment, given
-from proxy.config.draft import Draft
+from proxy.config import environment, values
+from proxy.config.merge import MergedSettings
+from proxy.config.messages import MAX_NAMED, join, message_of, suggest
 from proxy.config.model import Address, Config, dump, is_loopback, parse_address
-from proxy.config.read import MAX_BYTES, Document, KeyPath, Problem, Tree, read_yaml, show_key, shown, without_secret
-from proxy.config.secret import Sourced
+from proxy.config.secret import SourcedStr
 from proxy.config.store_address import StoreAddress, parse_store
-from proxy.config.words import MOST_NAMED, message_of, names_of, there_is
+from proxy.config.yaml_reader import (
+    MAX_BYTES,
+    Document,
+    KeyPath,
+    Problem,
+    Tree,
+    format_path,
+    read_yaml,
+    redact_name,
+    without_secret,
+)
 
 Flags = Sequence[tuple[str, Any, str]]  # a key as people write it, its value, the flag that said so
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\})")
@@ -61,7 +71,7 @@ class Loaded:
                 yield from self._rows(below, (*path, index))
         else:
             yield (
-                show_key(path),
+                format_path(path),
                 json.dumps(value) if isinstance(value, bool | list | dict) else str(value),
                 self._origin(path),
             )
@@ -71,15 +81,15 @@ class Loaded:
             path = path[:-1]
         return self.origins.get(path, "default")
 
-    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+    def with_locations(self, problems: Iterable[Problem]) -> list[Problem]:
         """Return what was found wrong with the Config later, with the places where it is written."""
-        places = {show_key(path): origin for path, origin in self.origins.items()}
+        places = {format_path(path): origin for path, origin in self.origins.items()}
         return [
-            problem if problem.where else replace(problem, where=_place(problem.key, places)) for problem in problems
+            problem if problem.where else replace(problem, where=_locate(problem.key, places)) for problem in problems
         ]
 
 
-def _place(key: str, places: Mapping[str, str]) -> str:
+def _locate(key: str, places: Mapping[str, str]) -> str:
     while key and key not in places:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return places.get(key, "")
@@ -90,18 +100,20 @@ def load_config(path: str | None, environ: Mapping[str, str], flags: Flags = ())
 
     Raises ConfigError with every problem there is.
     """
-    draft = _drafted(path, environ, flags)
-    config = _validated(draft)
+    merged = _merge_sources(path, environ, flags)
+    config = _validated(merged)
     if config is not None:
-        draft.files += _named_files(config)
-    _cross_check(draft, environ)
-    _note_exposed_files(draft, path)
-    _note_open_store(draft)
-    if _is_true(draft.tree.get("strict_permissions")):
-        draft.problems += draft.exposed
-    if draft.problems or config is None:
-        raise ConfigError(_in_order(draft.problems), draft.files)
-    return Loaded(config, draft.origins, tuple(_in_order(draft.exposed + draft.doubtful)), tuple(draft.files))
+        merged.files += _named_files(config)
+    _cross_check(merged, environ)
+    _record_insecure_files(merged, path)
+    _record_insecure_store(merged)
+    if _is_true(merged.tree.get("strict_permissions")):
+        merged.problems += merged.insecure_files
+    if merged.problems or config is None:
+        raise ConfigError(_sorted_problems(merged.problems), merged.files)
+    return Loaded(
+        config, merged.origins, tuple(_sorted_problems(merged.insecure_files + merged.warnings)), tuple(merged.files)
+    )
 
 
 def admin_addresses(path: str | None, environ: Mapping[str, str], flags: Flags = ()) -> list[Address]:
@@ -110,14 +122,14 @@ def admin_addresses(path: str | None, environ: Mapping[str, str], flags: Flags =
     Whatever else may be wrong with the configuration is not looked at: the proxy may be running with an earlier one.
     Raises ConfigError where it cannot be read.
     """
-    draft = _drafted(path, environ, flags)
+    merged = _merge_sources(path, environ, flags)
     found: list[Address] = []
     for key in ("admin", "health"):
-        written = draft.tree.get(key, Config.model_fields[key].default)
+        written = merged.tree.get(key, Config.model_fields[key].default)
         try:
             found += [] if written is None else [parse_address(written)]
         except ValueError as exc:
-            problem = Problem(key, "must be an address such as 127.0.0.1:9090", draft.where((key,)))
+            problem = Problem(key, "must be an address such as 127.0.0.1:9090", merged.location_of((key,)))
             raise ConfigError([problem]) from exc
     return found
 
@@ -127,28 +139,28 @@ def applications_config(path: str | None, environ: Mapping[str, str], flags: Fla
 
     The accounts are not looked at: their refresh tokens may be what is still to be got. Raises ConfigError.
     """
-    draft = _drafted(path, environ, flags)
-    draft.tree = {key: draft.tree[key] for key in _FOR_APPLICATIONS if key in draft.tree}
-    draft.problems = [
-        problem for problem in draft.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
+    merged = _merge_sources(path, environ, flags)
+    merged.tree = {key: merged.tree[key] for key in _FOR_APPLICATIONS if key in merged.tree}
+    merged.problems = [
+        problem for problem in merged.problems if not problem.key or problem.key.split(".")[0] in _FOR_APPLICATIONS
     ]
-    config = _validated(draft)
-    if draft.problems or config is None:
-        raise ConfigError(_in_order(draft.problems), draft.files)
+    config = _validated(merged)
+    if merged.problems or config is None:
+        raise ConfigError(_sorted_problems(merged.problems), merged.files)
     return config
 
 
 _FOR_APPLICATIONS = ("applications", "endpoints", "pool", "timeouts")
 
 
-def _drafted(path: str | None, environ: Mapping[str, str], flags: Flags) -> Draft:
-    draft = Draft(path or "")
+def _merge_sources(path: str | None, environ: Mapping[str, str], flags: Flags) -> MergedSettings:
+    merged = MergedSettings(path or "")
     if path is not None:
-        _add_file(draft, path, environ)
-    _add_environment(draft, environ)
-    _add_flags(draft, flags)
-    draft.list_listeners()
-    return draft
+        _add_file(merged, path, environ)
+    _add_environment(merged, environ)
+    _add_flags(merged, flags)
+    merged.list_listeners()
+    return merged
 
 
 def _named_files(config: Config) -> Iterator[Path]:
@@ -166,44 +178,46 @@ def _is_true(value: object) -> bool:
     return str(value).lower() in {"true", "t", "yes", "y", "on", "1"}
 
 
-def _add_file(draft: Draft, path: str, environ: Mapping[str, str]) -> None:
-    draft.files.append(Path(path))
+def _add_file(merged: MergedSettings, path: str, environ: Mapping[str, str]) -> None:
+    merged.files.append(Path(path))
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as exc:
         problem = Problem("", f"cannot be read: {os.strerror(exc.errno or 0)}", path)
-        raise ConfigError([problem], draft.files) from exc
+        raise ConfigError([problem], merged.files) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError([Problem("", "is not UTF-8", path)], draft.files) from exc
+        raise ConfigError([Problem("", "is not UTF-8", path)], merged.files) from exc
     document = read_yaml(text, path)
     if document.problems and not document.tree:
         # The text as a whole is not readable: what its settings might lack is noise.
-        raise ConfigError(document.problems, draft.files)
-    draft.problems += document.problems
-    draft.origins = document.origins
-    draft.origins.pop((), None)  # what nothing was written about has no line
+        raise ConfigError(document.problems, merged.files)
+    merged.problems += document.problems
+    merged.origins = document.origins
+    merged.origins.pop((), None)  # what nothing was written about has no line
     folder = Path(path).resolve().parent
-    draft.tree = {
-        key: _resolved(value, (key,), document, draft, environ, folder) for key, value in document.tree.items()
+    merged.tree = {
+        key: _resolved(value, (key,), document, merged, environ, folder) for key, value in document.tree.items()
     }
 
 
 def _resolved(
-    value: Any, path: KeyPath, document: Document, draft: Draft, environ: Mapping[str, str], folder: Path
+    value: Any, path: KeyPath, document: Document, merged: MergedSettings, environ: Mapping[str, str], folder: Path
 ) -> Any:
     """Return `value` with every `${NAME}` and `{file: …}` below it replaced by what it stands for."""
     if isinstance(value, dict) and set(value) == {"file"} and isinstance(value["file"], str):
-        name = _expanded(value["file"], path, document, draft, environ)
-        return _from_file(folder / name, path, draft)
+        name = _expanded(value["file"], path, document, merged, environ)
+        return _from_file(folder / name, path, merged)
     if isinstance(value, dict):
-        return {key: _resolved(below, (*path, key), document, draft, environ, folder) for key, below in value.items()}
+        return {key: _resolved(below, (*path, key), document, merged, environ, folder) for key, below in value.items()}
     if isinstance(value, list):
-        return [_resolved(below, (*path, index), document, draft, environ, folder) for index, below in enumerate(value)]
-    return _expanded(value, path, document, draft, environ) if isinstance(value, str) else value
+        return [
+            _resolved(below, (*path, index), document, merged, environ, folder) for index, below in enumerate(value)
+        ]
+    return _expanded(value, path, document, merged, environ) if isinstance(value, str) else value
 
 
-def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, environ: Mapping[str, str]) -> str:
+def _expanded(text: str, path: KeyPath, document: Document, merged: MergedSettings, environ: Mapping[str, str]) -> str:
     """Return `text` with `${NAME}` replaced by the variable and `$$` by a dollar sign."""
 
     def replace(match: re.Match[str]) -> str:
@@ -214,64 +228,68 @@ def _expanded(text: str, path: KeyPath, document: Document, draft: Draft, enviro
         where = document.origins.get(path, document.name)
         if not value:
             # To look for what was meant takes its time where there are thousands of both.
-            meant = environment.instead_of(name, environ) if len(draft.problems) < MOST_NAMED else ""
+            meant = environment.suggest_replacement(name, environ) if len(merged.problems) < MAX_NAMED else ""
             state = "is empty" if name in environ else f"is not set{meant}"
-            draft.problems.append(
-                Problem(show_key(path), f"environment variable {shown(name) or '(no name)'} {state}", where)
+            merged.problems.append(
+                Problem(format_path(path), f"environment variable {redact_name(name) or '(no name)'} {state}", where)
             )
             return "unset"  # stands in, so that the type is not complained about as well
-        draft.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
+        merged.origins[path] = f"{where.partition(', from')[0]}, from environment variable {name}"
         return value
 
     expanded = _VARIABLE.sub(replace, text)
     whole = _VARIABLE.fullmatch(text)
     if whole and whole[1]:
-        return Sourced.of(expanded, partial(environ.get, whole[1]), f"environment variable {whole[1]}")
+        return SourcedStr.of(expanded, partial(environ.get, whole[1]), f"environment variable {whole[1]}")
     return expanded
 
 
-def _from_file(path: Path, key_path: KeyPath, draft: Draft) -> str:
+def _from_file(path: Path, key_path: KeyPath, merged: MergedSettings) -> str:
     """Return a secret file's text without the white space around it."""
-    where, name = draft.origins.get(key_path, ""), without_secret(str(path))
-    draft.files.append(path)
+    where, name = merged.origins.get(key_path, ""), without_secret(str(path))
+    merged.files.append(path)
     try:
         text = _text_of(path)
     except OSError as exc:
-        draft.problems.append(Problem(show_key(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
         return "unset"
     except ValueError:  # undecodable text, or a name that no file can have
-        draft.problems.append(Problem(show_key(key_path), f"file {name} is not UTF-8 text", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name} is not UTF-8 text", where))
         return "unset"
     if not text.strip() or len(text) > _MAX_SECRET_FILE:
         state = "is empty" if not text.strip() else f"is larger than {_MAX_SECRET_FILE // 1024} KiB"
-        draft.problems.append(Problem(show_key(key_path), f"file {name} {state}", where))
+        merged.problems.append(Problem(format_path(key_path), f"file {name} {state}", where))
         return "unset"
-    draft.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
-    draft.exposed += _exposed(path, key_path, where)
-    return Sourced.of(text.strip(), partial(_reread, path), f"file {path}")
+    merged.origins[key_path] = f"{where}, from file {path}" if where else f"file {path}"
+    merged.insecure_files += _is_exposed(path, key_path, where)
+    return SourcedStr.of(text.strip(), partial(_reread, path), f"file {path}")
 
 
-_OTHERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP  # the group may read: so container platforms mount secrets
+_OTHER_READERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP  # the group may read: so container platforms mount secrets
 
 
-def _exposed(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
+def _is_exposed(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
     """Return what is wrong with the rights on a file that holds a secret; nothing where a system has no modes."""
-    if os.name != "posix" or not path.stat().st_mode & _OTHERS:
+    if os.name != "posix" or not path.stat().st_mode & _OTHER_READERS:
         return []
-    return [Problem(show_key(key_path), f"file {path} holds a secret that others can read or change: chmod 600", where)]
+    return [
+        Problem(format_path(key_path), f"file {path} holds a secret that others can read or change: chmod 600", where)
+    ]
 
 
-def _note_exposed_files(draft: Draft, path: str | None) -> None:
+def _record_insecure_files(merged: MergedSettings, path: str | None) -> None:
     """Look at the files whose rights were not looked at when they were read: the configuration, and TLS keys."""
-    written = next((key for key in _secret_keys(draft.tree) if ", from" not in draft.origins.get(key, ", from")), None)
-    if path is not None and written is not None and draft.origins[written].startswith(f"{path}:"):
-        draft.exposed += _exposed(Path(path), written, draft.origins[written])
-    for index, listener in enumerate(_listeners(draft.tree)):
+    written = next(
+        (key for key in _secret_keys(merged.tree) if ", from" not in merged.origins.get(key, ", from")), None
+    )
+    if path is not None and written is not None and merged.origins[written].startswith(f"{path}:"):
+        merged.insecure_files += _is_exposed(Path(path), written, merged.origins[written])
+    for index, listener in enumerate(_listeners(merged.tree)):
         tls = listener.get("tls")
         key_file = tls.get("key") if isinstance(tls, dict) else None
         if isinstance(key_file, str) and Path(key_file).is_file():
             key_path: KeyPath = ("listen", index, "tls", "key")
-            draft.exposed += _exposed(Path(key_file), key_path, draft.where(key_path))
+            merged.insecure_files += _is_exposed(Path(key_file), key_path, merged.location_of(key_path))
 
 
 def _secret_keys(tree: Tree) -> Iterator[KeyPath]:
@@ -307,54 +325,54 @@ def _reread(path: Path) -> str | None:
     return text.strip() if len(text) <= _MAX_SECRET_FILE else None
 
 
-def _add_environment(draft: Draft, environ: Mapping[str, str]) -> None:
-    found, problems = environment.overrides(environ, draft.tree)
-    filled, more = environment.fill_in(environ, draft.tree)
-    draft.problems += problems + more
+def _add_environment(merged: MergedSettings, environ: Mapping[str, str]) -> None:
+    found, problems = environment.overrides(environ, merged.tree)
+    filled, more = environment.library_variables(environ, merged.tree)
+    merged.problems += problems + more
     for path, value, variable in [*filled, *found]:
         origin = f"environment variable {variable}"
         text = isinstance(value, str)
-        _add(draft, path, Sourced.of(value, partial(environ.get, variable), origin) if text else value, origin)
+        _add(merged, path, SourcedStr.of(value, partial(environ.get, variable), origin) if text else value, origin)
 
 
-def _add_flags(draft: Draft, flags: Flags) -> None:
+def _add_flags(merged: MergedSettings, flags: Flags) -> None:
     for key, written, flag in flags:
-        path = given.key_path(key, draft.tree)
-        value, problems = given.parse(path, written, flag) if isinstance(written, str) else (written, [])
-        draft.problems += problems
+        path = values.key_path(key, merged.tree)
+        value, problems = values.parse(path, written, flag) if isinstance(written, str) else (written, [])
+        merged.problems += problems
         if not problems:
-            _add(draft, path, value, flag)
+            _add(merged, path, value, flag)
 
 
-def _add(draft: Draft, path: KeyPath, value: Any, origin: str) -> None:
+def _add(merged: MergedSettings, path: KeyPath, value: Any, origin: str) -> None:
     """Set one value from elsewhere than the file, and read the files that it names (from the working directory)."""
     if path[0] == "listen" and len(path) > 1:
-        draft.need_listeners()
-    if problem := draft.beyond(path, origin):
-        draft.problems.append(problem)
+        merged.ensure_listener()
+    if problem := merged.check_index(path, origin):
+        merged.problems.append(problem)
         return
-    draft.put(path, value, origin)
-    draft.place(path, _with_files(value, path, draft), origin)
+    merged.put(path, value, origin)
+    merged.place(path, _with_files(value, path, merged), origin)
 
 
-def _with_files(value: Any, path: KeyPath, draft: Draft) -> Any:
+def _with_files(value: Any, path: KeyPath, merged: MergedSettings) -> Any:
     """Return `value` with every `{file: …}` in it replaced by the file's text."""
     if isinstance(value, dict):
         if set(value) == {"file"} and isinstance(value["file"], str):
-            return _from_file(Path(value["file"]), path, draft)
-        return {key: _with_files(below, (*path, key), draft) for key, below in value.items()}
+            return _from_file(Path(value["file"]), path, merged)
+        return {key: _with_files(below, (*path, key), merged) for key, below in value.items()}
     if isinstance(value, list):
-        return [_with_files(below, (*path, index), draft) for index, below in enumerate(value)]
+        return [_with_files(below, (*path, index), merged) for index, below in enumerate(value)]
     return value
 
 
 # Checking.
 
 
-def _validated(draft: Draft) -> Config | None:
+def _validated(merged: MergedSettings) -> Config | None:
     # A group that is written with nothing below it (`limits:`) means its defaults.
     may_be_empty = set(Config.model_fields) - {"admin", "health"}
-    tree = {key: value for key, value in draft.tree.items() if value is not None or key not in may_be_empty}
+    tree = {key: value for key, value in merged.tree.items() if value is not None or key not in may_be_empty}
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
@@ -362,8 +380,8 @@ def _validated(draft: Draft) -> Config | None:
             if error["type"] == "too_short" and len(error["loc"]) == 1 and tree.get(str(error["loc"][0])):
                 continue  # it has items, but none that is good, and each says why
             path = tuple(part for part in error["loc"] if part != "[key]")
-            message, where = message_of(error, path), draft.where(path)
-            draft.problems.append(Problem(show_key(_without_misplaced_token(path)), message, where))
+            message, where = message_of(error, path), merged.location_of(path)
+            merged.problems.append(Problem(format_path(_without_misplaced_token(path)), message, where))
         return None
 
 
@@ -373,9 +391,9 @@ def _without_misplaced_token(path: KeyPath) -> KeyPath:
     return tuple(part if fine else "***" for part, fine in zip(path, is_region, strict=True))
 
 
-def _cross_check(draft: Draft, environ: Mapping[str, str]) -> None:
+def _cross_check(merged: MergedSettings, environ: Mapping[str, str]) -> None:
     """Note the mistakes that no single setting shows; works on the raw tree, so that all problems come at once."""
-    tree = draft.tree
+    tree = merged.tree
     accounts, applications = _mapping(tree, "accounts"), _mapping(tree, "applications")
     problems = [
         *_missing_parts(accounts, applications, environ),
@@ -386,10 +404,10 @@ def _cross_check(draft: Draft, environ: Mapping[str, str]) -> None:
         *_wrong_store(tree),
         *_wrong_tracing(tree),
     ]
-    draft.problems += [Problem(show_key(path), message, draft.where(path)) for path, message in problems]
+    merged.problems += [Problem(format_path(path), message, merged.location_of(path)) for path, message in problems]
 
 
-Wrong = Iterator[tuple[KeyPath, str]]
+Violations = Iterator[tuple[KeyPath, str]]
 
 
 def _mapping(tree: Tree, key: str) -> dict[str, Any]:
@@ -397,27 +415,27 @@ def _mapping(tree: Tree, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _missing_parts(accounts: Tree, applications: Tree, environ: Mapping[str, str]) -> Wrong:
+def _missing_parts(accounts: Tree, applications: Tree, environ: Mapping[str, str]) -> Violations:
     if not applications:
-        meant = environment.meant_for(environment.APPLICATION_NAMES, environ)
+        meant = environment.suggest_variable(environment.APPLICATION_NAMES, environ)
         message = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
         yield ("applications",), message + meant
     if not accounts:
-        meant = environment.meant_for(environment.ACCOUNT_NAMES, environ)
+        meant = environment.suggest_variable(environment.ACCOUNT_NAMES, environ)
         yield ("accounts",), f"is missing: give an account with its refresh_tokens, or set SP_API_REFRESH_TOKEN{meant}"
 
 
-def _wrong_applications(accounts: Tree, applications: Tree) -> Wrong:
+def _wrong_applications(accounts: Tree, applications: Tree) -> Violations:
     for name, account in accounts.items():
         chosen = account.get("application") if isinstance(account, dict) else None
         path: KeyPath = ("accounts", name, "application")
         if chosen is None and len(applications) > 1:
-            yield path, f"is missing: say which; there is {names_of(map(shown, applications))}"
+            yield path, f"is missing: say which; there is {join(map(redact_name, applications))}"
         elif isinstance(chosen, str) and applications and chosen not in applications:
-            yield path, f"names no application; {there_is(applications, chosen)}"
+            yield path, f"names no application; {suggest(applications, chosen)}"
 
 
-def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
+def _wrong_account_names(tree: Tree, accounts: Tree) -> Violations:
     named: list[tuple[KeyPath, Any]] = [(("default_account",), tree.get("default_account"))]
     for index, listener in enumerate(_listeners(tree)):
         named.append((("listen", index, "account"), listener.get("account")))
@@ -427,14 +445,14 @@ def _wrong_account_names(tree: Tree, accounts: Tree) -> Wrong:
             named += _names_in(("callers", caller, "accounts"), settings.get("accounts"))
     wrong = [(path, name) for path, name in named if isinstance(name, str) and accounts and name not in accounts]
     for number, (path, name) in enumerate(wrong):
-        yield path, f"names no account; {there_is(accounts, name if number < MOST_NAMED else '')}"
+        yield path, f"names no account; {suggest(accounts, name if number < MAX_NAMED else '')}"
 
 
 def _names_in(path: KeyPath, value: object) -> list[tuple[KeyPath, Any]]:
     return [((*path, index), name) for index, name in enumerate(value)] if isinstance(value, list) else []
 
 
-def _wrong_callers(tree: Tree) -> Wrong:
+def _wrong_callers(tree: Tree) -> Violations:
     """Two callers that cannot be told apart, and what no listener can see."""
     callers = {name: caller for name, caller in _mapping(tree, "callers").items() if isinstance(caller, dict)}
     for mark in ("key", "certificate", "uid"):
@@ -444,7 +462,10 @@ def _wrong_callers(tree: Tree) -> Wrong:
                 continue
             first = seen.setdefault(str(value).strip(), name)
             if first != name:
-                yield ("callers", name, mark), f"is that of callers.{shown(first)} too: the two cannot be told apart"
+                yield (
+                    ("callers", name, mark),
+                    f"is that of callers.{redact_name(first)} too: the two cannot be told apart",
+                )
     listeners = list(_listeners(tree))
     if not any(isinstance(tls := one.get("tls"), dict) and tls.get("client_ca") for one in listeners):
         for name in (name for name, caller in callers.items() if caller.get("certificate") is not None):
@@ -460,7 +481,7 @@ _NO_STORE_KEY = (
 )
 
 
-def _wrong_store(tree: Tree) -> Wrong:
+def _wrong_store(tree: Tree) -> Violations:
     """What others keep for us must be sealed."""
     if _store_of(tree).is_shared and not tree.get("store_key"):
         yield ("store_key",), _NO_STORE_KEY
@@ -473,15 +494,15 @@ def _store_of(tree: Tree) -> StoreAddress:
         return StoreAddress()  # no address at all, which is noted elsewhere
 
 
-def _note_open_store(draft: Draft) -> None:
+def _record_insecure_store(merged: MergedSettings) -> None:
     """Warn of a way to Redis that others can listen on: sealed tokens stay sealed, but a password goes in the clear."""
-    store = _store_of(draft.tree)
+    store = _store_of(merged.tree)
     if store.kind == "redis" and not is_loopback(store.host):
         message = "goes over the network in the clear: use rediss:// where others can listen or interfere"
-        draft.doubtful.append(Problem("store", message, draft.where(("store",))))
+        merged.warnings.append(Problem("store", message, merged.location_of(("store",))))
 
 
-def _wrong_tracing(tree: Tree) -> Wrong:
+def _wrong_tracing(tree: Tree) -> Violations:
     """Traces are wanted, and what makes them is not installed."""
     if _mapping(tree, "tracing").get("endpoint") is not None and not _is_installed(*_TRACING_NEEDS):
         yield ("tracing", "endpoint"), f"needs OpenTelemetry, which is not installed: {_how_to_install(_CHECKOUT)}"
@@ -520,7 +541,7 @@ _OPEN_LISTENER = (
 )
 
 
-def _open_listeners(tree: Tree) -> Wrong:
+def _open_listeners(tree: Tree) -> Violations:
     """An address that other machines reach must be meant: whoever reaches the port acts as the seller."""
     callers = _mapping(tree, "callers").values()
     has_keys = any(isinstance(caller, dict) and caller.get("key") is not None for caller in callers)
@@ -542,7 +563,7 @@ def _is_open(address: object) -> bool:
         return False  # not an address at all, which is noted elsewhere
 
 
-def _in_order(problems: list[Problem]) -> list[Problem]:
+def _sorted_problems(problems: list[Problem]) -> list[Problem]:
     """Return each problem once, in the order of the file's lines."""
 
     def line(problem: Problem) -> tuple[str, int, str]:

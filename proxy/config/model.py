@@ -37,8 +37,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-SHORTEST_STORE_KEY = 32  # characters: its key is derived at once, so that a password would be guessed
-LONGEST_DURATION = 366 * 86400.0
+MIN_STORE_KEY = 32  # characters: its key is derived at once, so that a password would be guessed
+MAX_DURATION = 366 * 86400.0
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
 HEADER_LIST = re.compile(
@@ -49,7 +49,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 TARGET_APPLICATION = r"^amzn1\.[A-Za-z0-9._-]{1,200}$"
 
 
-def wrong(message: str) -> PydanticCustomError:
+def setting_error(message: str) -> PydanticCustomError:
     """Return a validation error whose text is `message` alone; it must hold no value, a value may be a secret."""
     return PydanticCustomError("setting", message)
 
@@ -61,9 +61,9 @@ def parse_duration(value: object) -> float:
     elif isinstance(value, str) and (match := DURATION.fullmatch(value.strip(" \t"))):
         seconds = float(match[1]) * DURATION_UNITS[match[2]]
     else:
-        raise wrong("must be a duration such as 500ms, 10s, 2m or 1h")
-    if seconds > LONGEST_DURATION:
-        raise wrong("must not be longer than a year")
+        raise setting_error("must be a duration such as 500ms, 10s, 2m or 1h")
+    if seconds > MAX_DURATION:
+        raise setting_error("must not be longer than a year")
     return seconds
 
 
@@ -78,7 +78,7 @@ def show_duration(seconds: float) -> str:
 
 def _positive(seconds: float) -> float:
     if seconds <= 0:
-        raise wrong("must be longer than 0s")
+        raise setting_error("must be longer than 0s")
     return seconds
 
 
@@ -136,12 +136,12 @@ def parse_address(value: object) -> Address:
     text = value if isinstance(value, str) else ""
     if text.startswith("unix:"):
         if not text.startswith("unix:/"):
-            raise wrong("a Unix socket needs an absolute path: unix:/run/sp-api-proxy.sock")
+            raise setting_error("a Unix socket needs an absolute path: unix:/run/sp-api-proxy.sock")
         return Address(path=text.removeprefix("unix:"))
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not _is_host(host) or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise wrong("must be an address such as 127.0.0.1:8080, [::1]:8080 or unix:/run/sp-api-proxy.sock")
+        raise setting_error("must be an address such as 127.0.0.1:8080, [::1]:8080 or unix:/run/sp-api-proxy.sock")
     return Address(host=host, port=int(port))
 
 
@@ -168,18 +168,18 @@ def check_endpoint(value: str) -> str:
     """Return the base URL without a trailing slash; plain http only to this machine, no user info, query or path."""
     parts = _url_in(value)
     if parts is None:
-        raise wrong("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
+        raise setting_error("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        raise wrong("must be https: a token is sent in the clear only to this machine's loopback")
+        raise setting_error("must be https: a token is sent in the clear only to this machine's loopback")
     if parts.username is not None or "?" in value or "#" in value:
-        raise wrong("must have no user, query or fragment")
+        raise setting_error("must have no user, query or fragment")
     return value.rstrip("/")
 
 
 def _check_region_endpoint(value: str) -> str:
     url = check_endpoint(value)
     if urlsplit(url).path:
-        raise wrong("must have no path: the app's own path is sent as it is")
+        raise setting_error("must have no path: the app's own path is sent as it is")
     return url
 
 
@@ -187,7 +187,7 @@ def _check_public_url(value: str) -> str:
     """Return the base URL under which apps reach the proxy, without a trailing slash; no token goes there."""
     parts = _url_in(value)
     if parts is None or "@" in parts.netloc or "?" in value or "#" in value:
-        raise wrong("must be a URL such as https://sp-api.example.com, without user, query or fragment")
+        raise setting_error("must be a URL such as https://sp-api.example.com, without user, query or fragment")
     return value.rstrip("/")
 
 
@@ -206,7 +206,7 @@ def _address_alone(value: object) -> object:
 def _check_host_name(value: str) -> str:
     host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if not _is_host(host):
-        raise wrong("must be a bare host name or address, without a port, scheme or wildcard")
+        raise setting_error("must be a bare host name or address, without a port, scheme or wildcard")
     return host.lower()
 
 
@@ -230,8 +230,10 @@ StoreSetting = Annotated[
 
 
 def _check_store_key(secret: Secret) -> Secret:
-    if len(secret.reveal()) < SHORTEST_STORE_KEY:
-        raise wrong(f"must be at least {SHORTEST_STORE_KEY} random characters, as openssl rand -base64 32 makes them")
+    if len(secret.reveal()) < MIN_STORE_KEY:
+        raise setting_error(
+            f"must be at least {MIN_STORE_KEY} random characters, as openssl rand -base64 32 makes them"
+        )
     return secret
 
 
@@ -271,7 +273,9 @@ class Tls(Settings):
 
 def _check_pattern(value: object) -> object:
     if isinstance(value, str) and not OPERATIONS_PATTERN.fullmatch(value):
-        raise wrong("must be a method and a name such as GET *, READ *, reports.* or POST feeds.2021-06-30.createFeed")
+        raise setting_error(
+            "must be a method and a name such as GET *, READ *, reports.* or POST feeds.2021-06-30.createFeed"
+        )
     return value
 
 
@@ -295,7 +299,7 @@ class Policy(Settings):
 def _check_mode(value: object) -> object:
     if isinstance(value, str) and SOCKET_MODE.fullmatch(value):
         return int(value, 8)
-    raise wrong("must be three octal digits, such as 0600 or 0660")
+    raise setting_error("must be three octal digits, such as 0600 or 0660")
 
 
 SocketMode = Annotated[
@@ -332,7 +336,7 @@ class Listener(Policy):
 
 def _printable(value: object) -> object:
     if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-        raise wrong("must hold printable ASCII characters only")
+        raise setting_error("must hold printable ASCII characters only")
     return value
 
 
@@ -353,7 +357,7 @@ class Caller(Policy):
     @model_validator(mode="after")
     def _is_known_by_something(self) -> "Caller":
         if self.key is None and self.certificate is None and self.uid is None:
-            raise wrong("needs a key, a certificate or a uid to be known by")
+            raise setting_error("needs a key, a certificate or a uid to be known by")
         return self
 
 
@@ -479,7 +483,7 @@ def _forward_proxy(secret: Secret) -> Secret:
     except ValueError:
         is_right = False
     if not is_right:
-        raise wrong("must be http://host:port or http://user:password@host:port")
+        raise setting_error("must be http://host:port or http://user:password@host:port")
     return secret
 
 
@@ -524,13 +528,13 @@ def _collector(value: object) -> object:
     except ValueError:
         is_right = False
     if not is_right or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or parts.query or parts.fragment:
-        raise wrong("must be http://host:port or https://host:port, with or without a path")
+        raise setting_error("must be http://host:port or https://host:port, with or without a path")
     return value if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
 
 
 def _header_list(secret: Secret) -> Secret:
     if not HEADER_LIST.fullmatch(secret.reveal()):
-        raise wrong("must be name=value, several with commas between them")
+        raise setting_error("must be name=value, several with commas between them")
     return secret
 
 

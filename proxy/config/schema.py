@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from proxy.config.model import SHORTEST_STORE_KEY, Config, Policy, Settings, default_as_written
+from proxy.config.model import MIN_STORE_KEY, Config, Policy, Settings, default_as_written
 
 _FROM_FILE = {
     "type": "object",
@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
         "description": schema["properties"]["listen"]["description"],
         "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
     }
-    key = {"type": "string", "minLength": SHORTEST_STORE_KEY, "writeOnly": True}
+    key = {"type": "string", "minLength": MIN_STORE_KEY, "writeOnly": True}
     one = {"anyOf": [key, _FROM_ENVIRONMENT, _FROM_FILE]}
     schema["properties"]["store_key"] = {
         "description": schema["properties"]["store_key"]["description"],

@@ -8,7 +8,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
-class Sourced(str):
+class SourcedStr(str):
     """A text that remembers where it came from, in words: `source`.
 
     `reread` returns what stands there now, None where nothing usable.
@@ -19,7 +19,7 @@ class Sourced(str):
     source: str
 
     @classmethod
-    def of(cls, text: str, reread: Callable[[], str | None], source: str) -> "Sourced":
+    def of(cls, text: str, reread: Callable[[], str | None], source: str) -> "SourcedStr":
         """Return `text` with its source."""
         sourced = cls(text)
         sourced.reread, sourced.source = reread, source
@@ -39,7 +39,7 @@ class Secret:
         self._reread = reread
         self.source = source
 
-    def current(self) -> "Secret":
+    def refreshed(self) -> "Secret":
         """Return the secret as its file or variable holds it now; this one where that is gone, or empty.
 
         So a secret that is rotated under way is used from the next exchange on.
@@ -86,7 +86,7 @@ class Secret:
         if isinstance(value, Secret):
             return value
         if isinstance(value, str) and value.strip():
-            if isinstance(value, Sourced):
+            if isinstance(value, SourcedStr):
                 return cls(value.strip(), value.reread, value.source)
             return cls(value.strip())
         # Never the value itself: this text is printed.

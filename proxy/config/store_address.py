@@ -9,7 +9,7 @@ from proxy.config.secret import Secret
 
 FORMS = "memory, redis://host:6379/0, rediss://user:password@host:6379/0 or unix:///run/redis.sock?db=0"
 DEFAULT_PORT = 6379
-MOST_DATABASES = 10_000
+MAX_DATABASES = 10_000
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -89,6 +89,6 @@ def _database(text: str, options: dict[str, str]) -> int:
     """Return the number of a database; nothing may be left of the options."""
     if options:
         raise _wrong("has options that are not known: only db with unix://, and ssl_ca_certs with rediss://")
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < MOST_DATABASES):
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < MAX_DATABASES):
         raise _wrong("needs the number of a database: redis://host:6379/0")
     return int(text)

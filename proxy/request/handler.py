@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from proxy.amazon.refusals import Refusal, parse_refusal
+from proxy.amazon.error_response import AmazonError, parse_error
 from proxy.config import Address, Config, Listener
 from proxy.errors import (
     AccountRequired,
@@ -25,42 +25,42 @@ from proxy.errors import (
     RegionRequired,
     VersionRefused,
 )
-from proxy.logs import AUDIT, LOGGER, fields
-from proxy.metrics import Metrics
-from proxy.request.answers import AmazonsAnswer, OwnAnswer, PlaceholderAnswer
-from proxy.request.callers import Callers, peer_of
-from proxy.request.circuit import Circuits
-from proxy.request.crowd import Crowd
-from proxy.request.documents import Documents, unpacked
-from proxy.request.exchange import Exchange
-from proxy.request.forbidden import REFUSED, Experience
-from proxy.request.guard import Admitted, Doorway, admit_with, asks_for_token, check_message
-from proxy.request.heads import Head, KnownHeads
-from proxy.request.http1 import Answer
-from proxy.request.identify import Decisions
-from proxy.request.limits import RATE_HEADER, Claim, Limits
-from proxy.request.options import Options, parse_options
-from proxy.request.patience import Deadlines, Patience
-from proxy.request.placeholders import Placeholders
-from proxy.request.policy import Permit
-from proxy.request.retries import NO_ANSWER, RETRIED_STATUSES, AllAttempts, Attempts
-from proxy.request.tokens import Token, Tokens
-from proxy.request.upstream import MOST_OF_REFUSAL, Call, Upstream, beginning_of, check_body
+from proxy.observability.logging import AUDIT, LOGGER, extra
+from proxy.observability.metrics import Metrics
+from proxy.request.authentication import CallerAuthenticator, peer_of
+from proxy.request.authorization import AccessPolicy
+from proxy.request.context import RequestContext
+from proxy.request.forbidden_hints import FORBIDDEN_STATUSES, SuccessHistory
+from proxy.request.header_cache import HeaderBlock, HeaderCache
+from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
+from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
+from proxy.request.request_options import RequestOptions, parse_options
+from proxy.request.routing import RouteCache
+from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
+from proxy.request.tokens.provider import Token, TokenProvider
+from proxy.request.tokens.report_documents import UnrestrictedReports, decompress
+from proxy.request.upstream.circuit_breaker import CircuitBreakers
+from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
+from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, UpstreamCall, check_body, peek
+from proxy.request.upstream.http1 import Response
+from proxy.request.upstream.response import ErrorResponse, PlaceholderResponse, UpstreamResponse
+from proxy.request.upstream.retry import CONNECTION_ERRORS, RETRIED_STATUSES, RetryPolicies, RetryState
+from proxy.request.validation import AllowedHosts, ValidatedTarget, check_message, is_token_request, validate_with
 
 if TYPE_CHECKING:
-    from proxy.request.relay import Relay  # and what seals, for those who have documents relayed
-    from proxy.request.spans import Traces  # needs OpenTelemetry, an extra
+    from proxy.request.documents.relay import DocumentRelay  # and what seals, for those who have documents relayed
+    from proxy.request.spans import Tracer  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 # Errors after which it is not certain where the next request begins (RFC 9112 section 6.3).
-_UNCLEAR = (MalformedRequest, VersionRefused, HeaderTooLarge)
+_CLOSES_CONNECTION = (MalformedRequest, VersionRefused, HeaderTooLarge)
 
 # What is answered where a request says nothing, as that of a person who only looks what is here.
-_NAMES_NOTHING = (AccountRequired, RegionRequired)
+_NO_SUCH_RESOURCE = (AccountRequired, RegionRequired)
 
-AGED = 0.05  # seconds of waiting after which a token is looked at again
-CLIENT_LEFT = 499  # as nginx logs it: there is nobody to answer
+TOKEN_RECHECK_AFTER = 0.05  # seconds of waiting after which a token is looked at again
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it: there is nobody to answer
 
 
 @dataclass(slots=True)
@@ -70,24 +70,24 @@ class Handler:
     config: Config
     listener: Listener
     name: str  # of the listener, in metrics and log
-    doorway: Doorway
-    heads: KnownHeads
-    callers: Callers
-    permits: Mapping[str, Permit]  # by caller
-    crowd: Crowd
-    decisions: Decisions
-    placeholders: Placeholders
-    limits: Limits
-    tokens: Tokens
-    upstream: Upstream
-    attempts: AllAttempts
-    circuits: Circuits
-    documents: Documents
-    experience: Experience
-    deadlines: Deadlines
+    allowed_hosts: AllowedHosts
+    header_cache: HeaderCache
+    callers: CallerAuthenticator
+    policies: Mapping[str, AccessPolicy]  # by caller
+    concurrency: ConcurrencyLimiter
+    routes: RouteCache
+    token_endpoint: TokenEndpoint
+    limits: RateLimiter
+    tokens: TokenProvider
+    forwarder: Forwarder
+    retry_policies: RetryPolicies
+    circuit_breakers: CircuitBreakers
+    unrestricted_reports: UnrestrictedReports
+    success_history: SuccessHistory
+    deadline_timer: DeadlineTimer
     metrics: Metrics
-    traces: "Traces | None" = None
-    relay: "Relay | None" = None
+    tracer: "Tracer | None" = None
+    document_relay: "DocumentRelay | None" = None
     now: Callable[[], float] = time.monotonic
     # Settings that every request asks for.
     _max_wait: float = field(init=False)
@@ -97,303 +97,320 @@ class Handler:
         self._max_wait = self.config.limits.max_wait
         self._header_size = self.config.bounds.header_size
 
-    async def handle(self, request: web.BaseRequest) -> AmazonsAnswer | PlaceholderAnswer | OwnAnswer:
+    async def handle(self, request: web.BaseRequest) -> UpstreamResponse | PlaceholderResponse | ErrorResponse:
         """Answer one request; every outcome is counted and logged once."""
-        traces, now = self.traces, self.now
-        exchange = Exchange(request.method, now()) if traces is None else traces.begin(request.method, now())
+        traces, now = self.tracer, self.now
+        context = RequestContext(request.method, now()) if traces is None else traces.begin(request.method, now())
         self.metrics.in_flight += 1
         entered: str | None = None
-        admitted: Admitted | None = None
-        answer: AmazonsAnswer | PlaceholderAnswer | OwnAnswer
+        validated: ValidatedTarget | None = None
+        response: UpstreamResponse | PlaceholderResponse | ErrorResponse
         try:
-            head = self.heads.of(request.raw_headers, request.headers, getattr(request, "head_block", None))
-            admitted = self._admitted(request, head, exchange)
-            self.crowd.enter(exchange.caller or self.name)
-            entered = exchange.caller or self.name
-            answer = await self._serve(request, head, admitted, exchange)
+            head = self.header_cache.get(request.raw_headers, request.headers, getattr(request, "head_block", None))
+            validated = self._validate(request, head, context)
+            self.concurrency.acquire_caller(context.caller or self.name)
+            entered = context.caller or self.name
+            response = await self._route(request, head, validated, context)
         except ProxyError as error:
-            if exchange.begun:
+            if context.response_started:
                 # Half an answer is out: a second one behind it would be taken for its end.
-                exchange.error, exchange.fault, exchange.broken = error.code, error.fault, True
+                context.error, context.fault, context.truncated = error.code, error.fault, True
                 raise ConnectionAbortedError(error.code) from error
-            if admitted is not None and exchange.target is None:
-                exchange.own = exchange.own or self.decisions.operation_at(request.method, admitted.target)
-                if (request.method, admitted.target) == ("GET", "/") and isinstance(error, _NAMES_NOTHING):
-                    error.hint = f"{_for_browsers(self.config.admin)} {error.hint}"
-            answer = refusal(request, error, exchange)
+            if validated is not None and context.target is None:
+                context.local_operation = context.local_operation or self.routes.operation_at(
+                    request.method, validated.target
+                )
+                if (request.method, validated.target) == ("GET", "/") and isinstance(error, _NO_SUCH_RESOURCE):
+                    error.hint = f"{_browser_hint(self.config.admin)} {error.hint}"
+            response = error_response(request, error, context)
         except asyncio.CancelledError:
-            exchange.status, exchange.error = CLIENT_LEFT, "ClientLeft"
+            context.status, context.error = CLIENT_CLOSED_REQUEST, "ClientLeft"
             raise
         except Exception as exc:
             # The last net: the app gets an answer where none has begun, the log the place.
             LOGGER.error("internal error", exc_info=exc)
-            if exchange.begun:
-                exchange.error, exchange.fault, exchange.broken = InternalError.code, InternalError.fault, True
+            if context.response_started:
+                context.error, context.fault, context.truncated = InternalError.code, InternalError.fault, True
                 raise ConnectionAbortedError(InternalError.code) from exc
-            answer = refusal(request, InternalError("the proxy failed", "Its log says more; try again."), exchange)
+            response = error_response(
+                request, InternalError("the proxy failed", "Its log says more; try again."), context
+            )
         finally:
             self.metrics.in_flight -= 1
             if entered is not None:
-                self.crowd.leave(entered)
-            self._record(exchange)
+                self.concurrency.release_caller(entered)
+            self._log_request(context)
             if traces is not None:
-                traces.end(exchange, request.headers)
-        return answer
+                traces.end(context, request.headers)
+        return response
 
-    def _admitted(self, request: web.BaseRequest, head: Head, exchange: Exchange) -> Admitted:
+    def _validate(self, request: web.BaseRequest, head: HeaderBlock, context: RequestContext) -> ValidatedTarget:
         """Return what may come in, and note who sent it; nothing was looked up for it yet."""
         if "x-request-id" in head.names:
-            exchange.request_id = head.headers["x-request-id"]
+            context.request_id = head.headers["x-request-id"]
         check_message(request, head, self._header_size)
-        admitted = admit_with(head, request.method, request.raw_path, self.doorway)
+        validated = validate_with(head, request.method, request.raw_path, self.allowed_hosts)
         check_body(request.method, head)
-        if self.callers.has_any:
+        if self.callers.is_configured:
             try:
-                exchange.caller = self.callers.who(head.headers, peer_of(request), self.listener)
+                context.caller = self.callers.authenticate(head.headers, peer_of(request), self.listener)
             except CallerRefused:
                 # Libraries fetch their token without the headers that they add to calls; it is good for nothing.
-                if not asks_for_token(request.method, admitted.target):
+                if not is_token_request(request.method, validated.target):
                     raise
-        return admitted
+        return validated
 
-    async def _serve(
-        self, request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
-    ) -> AmazonsAnswer | PlaceholderAnswer:
-        headers, permit, relay = head.headers, self.permits[exchange.caller], self.relay
-        if request.method == "POST" and (own := self.placeholders.answered(admitted.target)):
-            exchange.own = own
-            return await self.placeholders.answer(request, exchange, permit, self.deadlines)
-        if relay is not None and relay.is_for(admitted.target):
-            return await self._relay(relay, request, head, admitted, exchange)
+    async def _route(
+        self, request: web.BaseRequest, head: HeaderBlock, validated: ValidatedTarget, context: RequestContext
+    ) -> UpstreamResponse | PlaceholderResponse:
+        headers, policy, relay = head.headers, self.policies[context.caller], self.document_relay
+        if request.method == "POST" and (own := self.token_endpoint.match(validated.target)):
+            context.local_operation = own
+            return await self.token_endpoint.respond(request, context, policy, self.deadline_timer)
+        if relay is not None and relay.matches(validated.target):
+            return await self._relay(relay, request, head, validated, context)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
-        exchange.target = target = self.decisions.target(request.method, admitted, headers, exchange.caller, permit)
-        options = parse_options(headers, head.names, (self.name, exchange.caller), self._max_wait)
-        with Patience(self.deadlines, options.timeout) as patience:
-            call = Call(request, head, target, exchange, patience)
+        context.target = route = self.routes.get(request.method, validated, headers, context.caller, policy)
+        options = parse_options(headers, head.names, (self.name, context.caller), self._max_wait)
+        with RequestDeadline(self.deadline_timer, options.timeout) as deadline:
+            call = UpstreamCall(request, head, route, context, deadline)
             try:
-                response, beginning = await self._answered(call, options)
-                if relay is not None and relay.concerns(target, response):
-                    return await relay.pass_on(call, response, self.listener)
-                reader = self.documents.reader(target, response)
-                return await self.upstream.relay(call, response, beginning=beginning, reader=reader)
+                response, prefix = await self._send_with_retries(call, options)
+                if relay is not None and relay.should_rewrite(route, response):
+                    return await relay.rewrite(call, response, self.listener)
+                reader = self.unrestricted_reports.tap(route, response)
+                return await self.forwarder.stream(call, response, prefix=prefix, reader=reader)
             finally:
-                if call.has_place:
-                    self.crowd.come_back(target.account)
-                if call.mask.was_needed:
+                if call.has_account_slot:
+                    self.concurrency.release_account(route.account)
+                if call.redactor.matched:
                     self.metrics.masked_tokens.inc()
 
     async def _relay(
-        self, relay: "Relay", request: web.BaseRequest, head: Head, admitted: Admitted, exchange: Exchange
-    ) -> AmazonsAnswer:
+        self,
+        relay: "DocumentRelay",
+        request: web.BaseRequest,
+        head: HeaderBlock,
+        validated: ValidatedTarget,
+        context: RequestContext,
+    ) -> UpstreamResponse:
         """Serve a document; no usage plan is for it, and no token."""
-        permit = self.permits[exchange.caller]
-        opened = relay.opened(request.method, admitted, head, self.listener, exchange.caller, permit)
-        exchange.target, exchange.elements = opened.target, opened.elements
-        options = parse_options(head.headers, head.names, (self.name, exchange.caller), self._max_wait)
-        with Patience(self.deadlines, options.timeout) as patience:
-            call = Call(request, head, opened.target, exchange, patience)
-            return await relay.fetched(call, unpack=opened.unpack)
+        policy = self.policies[context.caller]
+        opened = relay.open(request.method, validated, head, self.listener, context.caller, policy)
+        context.target, context.data_elements = opened.target, opened.elements
+        options = parse_options(head.headers, head.names, (self.name, context.caller), self._max_wait)
+        with RequestDeadline(self.deadline_timer, options.timeout) as deadline:
+            call = UpstreamCall(request, head, opened.target, context, deadline)
+            return await relay.fetch(call, unpack=opened.unpack)
 
-    async def _answered(self, call: Call, options: Options) -> tuple[Answer, bytes]:
+    async def _send_with_retries(self, call: UpstreamCall, options: RequestOptions) -> tuple[Response, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.
 
         Raises the error that stands in for an answer.
         """
-        target, exchange, claim = call.target, call.exchange, options.claim
-        self.attempts.note_call(target)
-        attempts: Attempts | None = None
+        route, context, admission = call.route, call.context, options.claim
+        self.retry_policies.deposit(route)
+        retry_state: RetryState | None = None
         while True:
-            if exchange.attempts:
-                call.patience.for_proxy()
-            self.circuits.check((target.environment, target.region))
+            if context.attempts:
+                call.deadline.wait_for_proxy()
+            self.circuit_breakers.check((route.environment, route.region))
             # Before the wait, so that no exchange delays a call that has its place: Amazon counts when it arrives.
-            token = self.tokens.at_hand(target.credential) or await self._token(call)
-            is_admitted = self.limits.admits_at_once(target, claim)
-            if not is_admitted or not (call.has_place or self.crowd.goes_at_once(target.account)):
-                token = await self._placed(call, claim, token, is_admitted=is_admitted)
-            call.has_place = True
+            token = self.tokens.cached(route.token_key) or await self._token(call)
+            is_admitted = self.limits.try_acquire(route, admission)
+            if not is_admitted or not (call.has_account_slot or self.concurrency.try_acquire_account(route.account)):
+                token = await self._acquire_slots(call, admission, token, is_admitted=is_admitted)
+            call.has_account_slot = True
             try:
                 response = await self._send(call, token)
-            except NO_ANSWER:
-                attempts = attempts or self.attempts.of(call, may_repeat=options.may_repeat)
-                pause = attempts.after_no_answer(call)
+            except CONNECTION_ERRORS:
+                retry_state = retry_state or self.retry_policies.start(call, may_repeat=options.retry_enabled)
+                pause = retry_state.backoff_after_error(call)
                 if pause is None:
                     raise
             else:
                 if response.status == 429:
-                    claim = replace(claim, max_wait=options.claim.max_wait - exchange.waited, first=True)
-                    pause = self._after_429(call, claim, may_repeat=options.may_repeat)
+                    admission = replace(
+                        admission, max_wait=options.claim.max_wait - context.rate_limit_wait, is_retry=True
+                    )
+                    pause = self._throttle_backoff(call, admission, may_repeat=options.retry_enabled)
                 elif response.status in RETRIED_STATUSES:
-                    attempts = attempts or self.attempts.of(call, may_repeat=options.may_repeat)
-                    pause = attempts.after_status(response.status, call)
+                    retry_state = retry_state or self.retry_policies.start(call, may_repeat=options.retry_enabled)
+                    pause = retry_state.backoff_after_status(response.status, call)
                 else:
                     pause = None
                 if pause is None:
-                    return await self._refused(call, response, token) if response.status in REFUSED else (response, b"")
+                    return (
+                        await self._handle_forbidden(call, response, token)
+                        if response.status in FORBIDDEN_STATUSES
+                        else (response, b"")
+                    )
                 response.close()
-            call.patience.for_proxy()
+            call.deadline.wait_for_proxy()
             await asyncio.sleep(pause)
 
-    async def _placed(self, call: Call, claim: Claim, token: Token, *, is_admitted: bool) -> Token:
+    async def _acquire_slots(
+        self, call: UpstreamCall, admission: AdmissionRequest, token: Token, *, is_admitted: bool
+    ) -> Token:
         """Wait for the places that a call needs; return its token, which may have aged in the queue."""
         began = self.now()
         if not is_admitted:
-            call.exchange.waited += await self.limits.admit(call.target, claim)
-        if not call.has_place:
-            await self.crowd.go(call.target.account, claim.max_wait)
-            call.has_place = True
-        return await self._token(call) if self.now() - began > AGED else token
+            call.context.rate_limit_wait += await self.limits.acquire(call.route, admission)
+        if not call.has_account_slot:
+            await self.concurrency.acquire_account(call.route.account, admission.max_wait)
+            call.has_account_slot = True
+        return await self._token(call) if self.now() - began > TOKEN_RECHECK_AFTER else token
 
-    async def _token(self, call: Call) -> Token:
+    async def _token(self, call: UpstreamCall) -> Token:
         asked = self.now()
-        token = await self.tokens.get(call.target.credential)
-        call.exchange.token_wait += self.now() - asked
+        token = await self.tokens.get(call.route.token_key)
+        call.context.token_wait += self.now() - asked
         return token
 
-    def _after_429(self, call: Call, claim: Claim, *, may_repeat: bool) -> float | None:
+    def _throttle_backoff(self, call: UpstreamCall, admission: AdmissionRequest, *, may_repeat: bool) -> float | None:
         """Return the pause before a throttled call is sent again, None where it is passed on; it was not executed."""
-        wait = self.limits.retry_after(call.target, claim)
-        in_time = wait <= min(claim.max_wait, call.patience.left)
-        if may_repeat and in_time and self.config.limits.pace and call.can_be_sent_again:
+        wait = self.limits.retry_after(call.route, admission)
+        in_time = wait <= min(admission.max_wait, call.deadline.remaining)
+        if may_repeat and in_time and self.config.limits.pace and call.is_replayable:
             self.metrics.retries.labels("throttled").inc()
             return 0.0  # its place in the queue is the pause
-        call.exchange.retry_after = wait
+        call.context.retry_after = wait
         return None
 
-    async def _send(self, call: Call, token: Token) -> Answer:
+    async def _send(self, call: UpstreamCall, token: Token) -> Response:
         """Send the request with this token, and note what the head of its answer says."""
-        exchange = call.exchange
-        now, target = self.now, call.target
-        exchange.note_token(token.kind, token.data_elements)
-        sent, where = now(), (target.environment, target.region)
+        context = call.context
+        now, route = self.now, call.route
+        context.set_token_type(token.kind, token.data_elements)
+        sent, where = now(), (route.environment, route.region)
         try:
-            response = await self.upstream.send(call, token)
-        except NO_ANSWER:
-            self.circuits.failed(where, target.operation_name, answered=False)
+            response = await self.forwarder.send(call, token)
+        except CONNECTION_ERRORS:
+            self.circuit_breakers.record_failure(where, route.operation_name, answered=False)
             raise
         except asyncio.CancelledError:
-            if call.patience.amazon_was_silent:
-                self.circuits.failed(where, target.operation_name, answered=False)
+            if call.deadline.upstream_timed_out:
+                self.circuit_breakers.record_failure(where, route.operation_name, answered=False)
             raise
-        exchange.status = status = response.status
-        exchange.upstream_duration = now() - sent
-        exchange.amazon_request_id = response.value(b"x-amzn-requestid")
+        context.status = status = response.status
+        context.upstream_duration = now() - sent
+        context.amazon_request_id = response.value(b"x-amzn-requestid")
         if status >= 500:
-            self.circuits.failed(where, target.operation_name, answered=True)
+            self.circuit_breakers.record_failure(where, route.operation_name, answered=True)
         else:
-            self.circuits.worked(where)
-            if status not in REFUSED:
-                self.experience.note_worked(target)
-        if status == 429 or RATE_HEADER in response.names.at or exchange.waited:
-            self.limits.learn(target, status, response.first(RATE_HEADER), waited=exchange.waited > 0)
+            self.circuit_breakers.record_success(where)
+            if status not in FORBIDDEN_STATUSES:
+                self.success_history.record(route)
+        if status == 429 or RATE_HEADER in response.names.index or context.rate_limit_wait:
+            self.limits.observe_response(route, status, response.first(RATE_HEADER), waited=context.rate_limit_wait > 0)
         return response
 
-    async def _refused(self, call: Call, response: Answer, token: Token) -> tuple[Answer, bytes]:
+    async def _handle_forbidden(self, call: UpstreamCall, response: Response, token: Token) -> tuple[Response, bytes]:
         """Send a refused call once more where another token may help; return the answer that counts, and its beginning.
 
         What was refused was not executed, so any method may be sent again.
         """
-        credential = call.target.credential
-        beginning = await beginning_of(call, response)
-        refusal = refusal_of(response, beginning)
-        if refusal.blames_token and call.can_be_sent_again:
-            call.patience.for_proxy()
-            another = await self.tokens.replacement(credential, token)
+        token_key = call.route.token_key
+        prefix = await peek(call, response)
+        amazon_error = error_in(response, prefix)
+        if amazon_error.is_token_error and call.is_replayable:
+            call.deadline.wait_for_proxy()
+            another = await self.tokens.refresh_rejected(token_key, token)
             if another is not None:
                 response.close()
                 token = another
                 self.metrics.retries.labels("token").inc()
                 response = await self._send(call, token)
-                beginning = await beginning_of(call, response) if response.status in REFUSED else b""
-                refusal = refusal_of(response, beginning)
-                self.tokens.judge(credential, token, accepted=not refusal.blames_token)
-        if response.status in REFUSED:
-            self._explain(call, token, refusal)
-        return response, beginning
+                prefix = await peek(call, response) if response.status in FORBIDDEN_STATUSES else b""
+                amazon_error = error_in(response, prefix)
+                self.tokens.report_result(token_key, token, accepted=not amazon_error.is_token_error)
+        if response.status in FORBIDDEN_STATUSES:
+            self._record_hint(call, token, amazon_error)
+        return response, prefix
 
-    def _explain(self, call: Call, token: Token, refusal: Refusal) -> None:
+    def _record_hint(self, call: UpstreamCall, token: Token, amazon_error: AmazonError) -> None:
         """Note what is probably behind a refusal of Amazon's."""
-        target, exchange = call.target, call.exchange
-        exchange.token_age = self.now() - token.since
-        exchange.hint = self.experience.hint(call.request.method, target, token, refusal)
-        self.metrics.forbidden.labels(target.account, target.region, target.operation_name, exchange.hint).inc()
-        if token.kind == "lwa" and not target.credential.reusable:
-            self.documents.forget(target.credential)  # it was taken for unrestricted
+        route, context = call.route, call.context
+        context.token_age = self.now() - token.issued_at
+        context.hint = self.success_history.diagnose(call.request.method, route, token, amazon_error)
+        self.metrics.forbidden.labels(route.account, route.region, route.operation_name, context.hint).inc()
+        if token.kind == "lwa" and not route.token_key.is_shared:
+            self.unrestricted_reports.forget(route.token_key)  # it was taken for unrestricted
 
-    def _record(self, exchange: Exchange) -> None:
+    def _log_request(self, context: RequestContext) -> None:
         """Count and log one finished request."""
-        metrics, now, target, status = self.metrics, self.now, exchange.target, exchange.status
-        duration = now() - exchange.started
-        if exchange.broken:
-            metrics.cut_off.inc()
-        if exchange.fault is not None:
-            metrics.errors.labels(exchange.error, exchange.fault).inc()
+        metrics, now, route, status = self.metrics, self.now, context.target, context.status
+        duration = now() - context.started
+        if context.truncated:
+            metrics.truncated.inc()
+        if context.fault is not None:
+            metrics.errors.labels(context.error, context.fault).inc()
         account, region, operation = (
-            (target.account, target.region, target.operation_name) if target is not None else exchange.where()
+            (route.account, route.region, route.operation_name) if route is not None else context.labels()
         )
-        source = "amazon" if not exchange.error and not exchange.own else _source(exchange)
-        labels = (account, region, operation, _label(exchange.method), str(status), exchange.token, source)
-        series = metrics.known_series.get(labels) or metrics.series_of(*labels)
+        source = "amazon" if not context.error and not context.local_operation else _source(context)
+        labels = (account, region, operation, _method_label(context.method), str(status), context.token, source)
+        series = metrics.series_cache.get(labels) or metrics.series_of(*labels)
         series.requests += 1
         series.duration.observe(duration)
-        recent = metrics.recent
+        recent = metrics.history
         if recent is not None:
             # Names and numbers alone: what else is known of the request ends with it.
-            recent.keep(
+            recent.append(
                 (
                     recent.number(),
                     series.labels,
-                    exchange.caller,
-                    exchange.started,
+                    context.caller,
+                    context.started,
                     duration,
-                    exchange.waited,
-                    exchange.token_wait,
-                    exchange.upstream_duration,
-                    exchange.attempts,
-                    exchange.error,
-                    exchange.hint,
+                    context.rate_limit_wait,
+                    context.token_wait,
+                    context.upstream_duration,
+                    context.attempts,
+                    context.error,
+                    context.hint,
                 )
             )
-        if target is not None:
-            if exchange.waited:
-                metrics.limit_wait.observe(exchange.waited)
+        if route is not None:
+            if context.rate_limit_wait:
+                metrics.limit_wait.observe(context.rate_limit_wait)
             else:
-                metrics.limit_wait.none += 1
-        if exchange.upstream_duration is not None:
-            series.upstream_duration.observe(exchange.upstream_duration)
-            if exchange.token_wait:
-                metrics.token_wait.observe(exchange.token_wait)
+                metrics.limit_wait.zero_count += 1
+        if context.upstream_duration is not None:
+            series.upstream_duration.observe(context.upstream_duration)
+            if context.token_wait:
+                metrics.token_wait.observe(context.token_wait)
             else:
-                metrics.token_wait.none += 1
+                metrics.token_wait.zero_count += 1
             traffic = series.traffic
-            traffic.sent += exchange.request_bytes
-            traffic.received += exchange.response_bytes
+            traffic.sent += context.request_bytes
+            traffic.received += context.response_bytes
         if LOGGER.isEnabledFor(logging.INFO):
-            LOGGER.info("request", extra=fields(**_line(exchange, duration)))
+            LOGGER.info("request", extra=extra(**_log_fields(context, duration)))
         if AUDIT.isEnabledFor(logging.INFO):
-            AUDIT.info("request", extra=fields(listener=self.name, **_audit_line(exchange)))
+            AUDIT.info("request", extra=extra(listener=self.name, **_audit_fields(context)))
 
 
-def refusal_of(response: Answer, beginning: bytes) -> Refusal:
+def error_in(response: Response, prefix: bytes) -> AmazonError:
     """Return what Amazon says in a refusal, whatever its content coding."""
     coding = response.first(b"content-encoding") or ""
-    body = unpacked(beginning, coding, MOST_OF_REFUSAL * 4)
-    return parse_refusal(body, response.first(b"x-amzn-errortype") or "")
+    body = decompress(prefix, coding, MAX_ERROR_BODY * 4)
+    return parse_error(body, response.first(b"x-amzn-errortype") or "")
 
 
-def _source(exchange: Exchange) -> str:
+def _source(context: RequestContext) -> str:
     """Return who answered where it was not Amazon: the proxy, or nobody, since the client had left."""
-    return "client" if exchange.error and exchange.status == CLIENT_LEFT else "proxy"
+    return "client" if context.error and context.status == CLIENT_CLOSED_REQUEST else "proxy"
 
 
-def _for_browsers(admin: Address | None) -> str:
+def _browser_hint(admin: Address | None) -> str:
     """Return what to tell a person who opened the apps' port in a browser: nothing of Amazon's is at `/`."""
     page = f"; the status page is at http://{admin}/" if admin is not None and admin.port else ""
     return f"This port is for apps{page}."
 
 
-def _label(method: str) -> str:
+def _method_label(method: str) -> str:
     return method if method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} else "other"
 
 
@@ -404,53 +421,53 @@ def _well_formed_id(text: str | bytes | None) -> str:
     return text if text is not None and _ID.fullmatch(text) else ""
 
 
-def _line(exchange: Exchange, duration: float) -> dict[str, object]:
+def _log_fields(context: RequestContext, duration: float) -> dict[str, object]:
     """Return the fields of a request's log line: nothing in it comes from the app but the method and a plain id."""
-    upstream = exchange.upstream_duration
+    upstream = context.upstream_duration
     return {
-        "code": exchange.status,
-        "method": _label(exchange.method),
-        "caller": exchange.caller or None,
-        "account": exchange.account,
-        "region": exchange.region,
-        "operation": exchange.operation,
-        "token": exchange.token,
-        "dropped": ",".join(exchange.dropped) or None,
-        "token_age": round(exchange.token_age) if exchange.hint else None,
-        "hint": exchange.hint or None,
+        "code": context.status,
+        "method": _method_label(context.method),
+        "caller": context.caller or None,
+        "account": context.account,
+        "region": context.region,
+        "operation": context.operation,
+        "token": context.token,
+        "dropped": ",".join(context.dropped_elements) or None,
+        "token_age": round(context.token_age) if context.hint else None,
+        "hint": context.hint or None,
         "duration": round(duration, 4),
         "upstream": None if upstream is None else round(upstream, 4),
-        "wait": round(exchange.waited, 3),
-        "attempts": exchange.attempts,
-        "amazon_request_id": _well_formed_id(exchange.amazon_request_id),
-        "request_id": _well_formed_id(exchange.request_id),
-        "error": exchange.error,
-        "broken": exchange.broken or None,
+        "wait": round(context.rate_limit_wait, 3),
+        "attempts": context.attempts,
+        "amazon_request_id": _well_formed_id(context.amazon_request_id),
+        "request_id": _well_formed_id(context.request_id),
+        "error": context.error,
+        "broken": context.truncated or None,
     }
 
 
-def _audit_line(exchange: Exchange) -> dict[str, object]:
+def _audit_fields(context: RequestContext) -> dict[str, object]:
     """Return who did what, for the audit log: nothing in it is personal data."""
     return {
-        "caller": exchange.caller or None,
-        "account": exchange.account,
-        "region": exchange.region,
-        "method": _label(exchange.method),
-        "operation": exchange.operation,
-        "token": exchange.token,
-        "data_elements": list(exchange.elements),
-        "status": exchange.status,
-        "error": exchange.error or None,
-        "attempts": exchange.attempts,
-        "amazon_request_id": _well_formed_id(exchange.amazon_request_id) or None,
-        "request_id": _well_formed_id(exchange.request_id) or None,
+        "caller": context.caller or None,
+        "account": context.account,
+        "region": context.region,
+        "method": _method_label(context.method),
+        "operation": context.operation,
+        "token": context.token,
+        "data_elements": list(context.data_elements),
+        "status": context.status,
+        "error": context.error or None,
+        "attempts": context.attempts,
+        "amazon_request_id": _well_formed_id(context.amazon_request_id) or None,
+        "request_id": _well_formed_id(context.request_id) or None,
     }
 
 
-def refusal(request: web.BaseRequest, error: ProxyError, exchange: Exchange) -> OwnAnswer:
+def error_response(request: web.BaseRequest, error: ProxyError, context: RequestContext) -> ErrorResponse:
     """Return the answer for an error of ours, and note it in the exchange."""
-    exchange.status, exchange.error, exchange.fault = error.status, error.code, error.fault
-    answer = OwnAnswer(error, exchange.summary(), with_body=request.method != "HEAD")
-    if isinstance(error, _UNCLEAR) or (request.body_exists and not request.content.at_eof()):
-        answer.force_close()  # what follows on this connection is the unread body, or who knows what: not a request
-    return answer
+    context.status, context.error, context.fault = error.status, error.code, error.fault
+    response = ErrorResponse(error, context.summary(), with_body=request.method != "HEAD")
+    if isinstance(error, _CLOSES_CONNECTION) or (request.body_exists and not request.content.at_eof()):
+        response.force_close()  # what follows on this connection is the unread body, or who knows what: not a request
+    return response

@@ -27,12 +27,12 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from proxy.config import Tracing
-from proxy.logs import LOGGER, fields
-from proxy.metrics import Metrics
-from proxy.request.exchange import Exchange
-from proxy.request.traces import Step, TracedExchange
+from proxy.observability.logging import LOGGER, extra
+from proxy.observability.metrics import Metrics
+from proxy.request.context import RequestContext
+from proxy.request.tracing import Phase, TracedContext
 
-FLUSH = 3.0  # seconds that spans get at the end
+FLUSH_TIMEOUT = 3.0  # seconds that spans get at the end
 
 # OpenTelemetry's semantic conventions for HTTP: what is not in this list is `_OTHER`.
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
@@ -42,7 +42,7 @@ Attributes = dict[str, str | int | bool]
 _FAILED, _UNSET = Status(StatusCode.ERROR), Status()
 
 
-class _Watched(SpanExporter):
+class LoggingExporter(SpanExporter):
     """Brings spans to the collector; says once when they do not arrive, and counts those lost."""
 
     def __init__(self, exporter: SpanExporter, host: str, metrics: Metrics) -> None:
@@ -56,11 +56,11 @@ class _Watched(SpanExporter):
         result = self._exporter.export(spans)
         arrive = result is SpanExportResult.SUCCESS
         if not arrive:
-            self._metrics.lost_spans.inc(len(spans))
+            self._metrics.dropped_spans.inc(len(spans))
         if arrive != self._arrive:
             self._arrive = arrive
             text = "the collector takes spans again" if arrive else "the collector takes no spans: they are lost"
-            LOGGER.log(logging.INFO if arrive else logging.WARNING, text, extra=fields(collector=self._host))
+            LOGGER.log(logging.INFO if arrive else logging.WARNING, text, extra=extra(collector=self._host))
         return result
 
     def shutdown(self) -> None:
@@ -68,7 +68,7 @@ class _Watched(SpanExporter):
         self._exporter.shutdown()
 
 
-class Traces:
+class Tracer:
     """Makes spans of finished requests; `now` is the monotonic clock of their records, `wall` in nanoseconds."""
 
     def __init__(
@@ -88,16 +88,16 @@ class Traces:
         self._now = now
         self._wall = wall
 
-    def begin(self, method: str, started: float) -> TracedExchange:
+    def begin(self, method: str, started: float) -> TracedContext:
         """Return the record of a request that may be traced."""
-        return TracedExchange(method, started, self._now)
+        return TracedContext(method, started, self._now)
 
-    def end(self, exchange: Exchange, headers: CIMultiDictProxy[str]) -> None:
+    def end(self, context: RequestContext, headers: CIMultiDictProxy[str]) -> None:
         """Make the spans of a request that is over; never raise."""
         try:
             parent = _parent(headers) if "traceparent" in headers else None
-            if isinstance(exchange, TracedExchange) and self._is_wanted(parent):
-                self._make(exchange, parent)
+            if isinstance(context, TracedContext) and self._is_wanted(parent):
+                self._make(context, parent)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the request has its answer
             LOGGER.error("a request could not be traced", exc_info=exc)
 
@@ -107,27 +107,27 @@ class Traces:
             return random.random() < self._share  # noqa: S311 - a sample
         return parent.trace_flags.sampled
 
-    def _make(self, exchange: TracedExchange, parent: SpanContext | None) -> None:
+    def _make(self, context: TracedContext, parent: SpanContext | None) -> None:
         now, wall = self._now(), self._wall()
-        exchange.close(now)
+        context.close(now)
 
         def at(moment: float) -> int:
             return wall - round((now - moment) * 1e9)
 
         whole = self._context(parent)
         calls = 0
-        for step in exchange.steps:
+        for step in context.phases:
             if step.name == "call":
-                name, kind, attributes = _method(exchange.method), SpanKind.CLIENT, _of_call(exchange, step, calls)
+                name, kind, attributes = _method(context.method), SpanKind.CLIENT, _of_call(context, step, calls)
                 calls += 1
             else:
                 name, kind, attributes = f"wait for {step.name}", SpanKind.INTERNAL, {}
             # A call that failed, whoever is to blame; of a request only what is not its client's own fault.
             status = _FAILED if "error.type" in attributes else _UNSET
             self._put(name, self._context(whole), whole, kind, status, attributes, at(step.began), at(step.ended))
-        status = _FAILED if exchange.status >= 500 or exchange.broken else _UNSET
-        attributes = _of_request(exchange)
-        self._put(_name(exchange), whole, parent, SpanKind.SERVER, status, attributes, at(exchange.started), wall)
+        status = _FAILED if context.status >= 500 or context.truncated else _UNSET
+        attributes = _of_request(context)
+        self._put(_name(context), whole, parent, SpanKind.SERVER, status, attributes, at(context.started), wall)
 
     def _context(self, above: SpanContext | None) -> SpanContext:
         """Return a new span's place: in the trace of the one above it, or in a new one."""
@@ -176,19 +176,19 @@ class Traces:
 
         threading.Thread(target=flush, name="last spans", daemon=True).start()
         with suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH):
+            async with asyncio.timeout(FLUSH_TIMEOUT):
                 await done.wait()
 
 
-def open_traces(settings: Tracing, version: str, metrics: Metrics) -> Traces:
+def open_tracer(settings: Tracing, version: str, metrics: Metrics) -> Tracer:
     """Return what makes spans and brings them to the collector of the settings."""
     endpoint = settings.endpoint or ""
     # Its exporter says the same several times a batch; _Watched says it once.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
     resource = Resource.create({"service.name": settings.service_name, "service.version": version})
     exporter = OTLPSpanExporter(endpoint=endpoint, headers=_headers(settings))
-    processor = BatchSpanProcessor(_Watched(exporter, urlsplit(endpoint).netloc, metrics))
-    return Traces(processor, resource, settings.sample)
+    processor = BatchSpanProcessor(LoggingExporter(exporter, urlsplit(endpoint).netloc, metrics))
+    return Tracer(processor, resource, settings.sample)
 
 
 def _headers(settings: Tracing) -> dict[str, str]:
@@ -213,50 +213,50 @@ def _method(method: str) -> str:
     return method if method in _METHODS else "HTTP"
 
 
-def _name(exchange: Exchange) -> str:
-    route = _route(exchange)
-    return f"{_method(exchange.method)} {route}" if route else _method(exchange.method)
+def _name(context: RequestContext) -> str:
+    route = _route(context)
+    return f"{_method(context.method)} {route}" if route else _method(context.method)
 
 
-def _route(exchange: Exchange) -> str:
+def _route(context: RequestContext) -> str:
     """Return the operation's path with its placeholders: a real path holds ids."""
-    operation = exchange.target.operation if exchange.target else None
+    operation = context.target.operation if context.target else None
     return operation.template if operation else ""
 
 
-def _of_request(exchange: Exchange) -> Attributes:
+def _of_request(context: RequestContext) -> Attributes:
     """Return a request's attributes; there is no path, query, id or token among them."""
     found: Attributes = {
-        "http.request.method": exchange.method if exchange.method in _METHODS else "_OTHER",
-        "http.response.status_code": exchange.status,
-        "spapi.account": exchange.account,
-        "spapi.region": exchange.region,
-        "spapi.operation": exchange.operation,
-        "spapi.token": exchange.token,
-        "spapi.attempts": exchange.attempts,
+        "http.request.method": context.method if context.method in _METHODS else "_OTHER",
+        "http.response.status_code": context.status,
+        "spapi.account": context.account,
+        "spapi.region": context.region,
+        "spapi.operation": context.operation,
+        "spapi.token": context.token,
+        "spapi.attempts": context.attempts,
     }
-    if route := _route(exchange):
+    if route := _route(context):
         found["http.route"] = route
-    if exchange.caller:
-        found["spapi.caller"] = exchange.caller
-    if exchange.hint:
-        found["spapi.hint"] = exchange.hint
-    if exchange.error:
-        found["error.type"] = exchange.error
-    elif exchange.broken:
+    if context.caller:
+        found["spapi.caller"] = context.caller
+    if context.hint:
+        found["spapi.hint"] = context.hint
+    if context.error:
+        found["error.type"] = context.error
+    elif context.truncated:
         found["error.type"] = "cut off"
-    elif exchange.status >= 500:
-        found["error.type"] = str(exchange.status)
-    if exchange.fault:
-        found["spapi.fault"] = exchange.fault
+    elif context.status >= 500:
+        found["error.type"] = str(context.status)
+    if context.fault:
+        found["spapi.fault"] = context.fault
     return found
 
 
-def _of_call(exchange: Exchange, step: Step, before: int) -> Attributes:
+def _of_call(context: RequestContext, step: Phase, before: int) -> Attributes:
     """Return the attributes of one call to Amazon, `before` of which went out already."""
-    found: Attributes = {"http.request.method": exchange.method if exchange.method in _METHODS else "_OTHER"}
-    if exchange.target is not None:
-        parts = urlsplit(exchange.target.endpoint)
+    found: Attributes = {"http.request.method": context.method if context.method in _METHODS else "_OTHER"}
+    if context.target is not None:
+        parts = urlsplit(context.target.endpoint)
         found["server.address"] = parts.hostname or ""
         found["server.port"] = parts.port or (443 if parts.scheme == "https" else 80)
         found["url.scheme"] = parts.scheme
@@ -267,5 +267,5 @@ def _of_call(exchange: Exchange, step: Step, before: int) -> Attributes:
     if step.status >= 400:
         found["error.type"] = str(step.status)
     elif not step.status:
-        found["error.type"] = exchange.error or "no answer"
+        found["error.type"] = context.error or "no answer"
     return found

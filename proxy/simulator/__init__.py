@@ -7,9 +7,9 @@ It imports nothing from the rest of the package: a mistake of the proxy's must n
         simulator.journal    # what came in, the newest last
 """
 
-from proxy.simulator.command import main
-from proxy.simulator.models import Example, examples
+from proxy.simulator.cli import main
 from proxy.simulator.server import Simulator
 from proxy.simulator.state import Fault, Recorded, Seller, Settings
+from proxy.simulator.swagger_examples import Example, examples
 
 __all__ = ["Example", "Fault", "Recorded", "Seller", "Settings", "Simulator", "examples", "main"]

@@ -1,5 +1,5 @@
 """`python -m proxy.simulator` is `sp-api-proxy simulate`."""
 
-from proxy.simulator.command import main
+from proxy.simulator.cli import main
 
 raise SystemExit(main())

@@ -16,11 +16,11 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
-from proxy.simulator.reply import Reply
+from proxy.simulator.responses import Response
 
 PATH = "/_documents"
-LIFE = 300  # seconds
-MOST_KEPT = 100  # documents: the newest
+LIFETIME = 300  # seconds
+MAX_KEPT = 100  # documents: the newest
 _DATE = "%Y%m%dT%H%M%SZ"
 # The paths of documents, with the field of the answer that says which one it is.
 _DOWNLOADS = {
@@ -42,7 +42,7 @@ class Documents:
     def put(self, name: str, content_type: str, content: bytes) -> None:
         """Keep a document."""
         self.stored[name] = content_type, content
-        while len(self.stored) > MOST_KEPT:
+        while len(self.stored) > MAX_KEPT:
             del self.stored[next(iter(self.stored))]
 
     def report(self, name: str) -> None:
@@ -58,13 +58,13 @@ class Documents:
             "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
             "X-Amz-Date": date,
             "X-Amz-SignedHeaders": "content-type%3Bhost" if content_type else "host",
-            "X-Amz-Expires": str(LIFE),
+            "X-Amz-Expires": str(LIFETIME),
             "X-Amz-Credential": f"SIMULATED%2F{date[:8]}%2Fus-east-1%2Fs3%2Faws4_request",
         }
         query = "&".join(f"{key}={value}" for key, value in pairs.items())
         return f"{self.base}{path}?{query}&X-Amz-Signature={self._signature(method, path, query, content_type)}"
 
-    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
+    def respond(self, method: str, target: str, headers: Mapping[str, str], body: bytes, now: float) -> Response:
         """Answer a request for a document; `headers` by lower-case name, `now` in Unix time."""
         path, _, query = target.partition("?")
         signed, _, signature = query.partition("&X-Amz-Signature=")
@@ -79,7 +79,7 @@ class Documents:
         name = unquote(path.removeprefix(f"{PATH}/"))
         if method == "PUT":
             self.put(name, headers.get("content-type", "binary/octet-stream"), body)
-            return Reply(200, b"", {})
+            return Response(200, b"", {})
         if name not in self.stored:
             return _refused(404, "NoSuchKey", "The specified key does not exist.")
         return _part(*self.stored[name], headers.get("range", ""))
@@ -118,19 +118,19 @@ def _content_type(body: bytes) -> str:
     return str(wanted.get("contentType") or "") if isinstance(wanted, dict) else ""
 
 
-def _part(content_type: str, content: bytes, wanted: str) -> Reply:
+def _part(content_type: str, content: bytes, wanted: str) -> Response:
     """Return a document, or the bytes of it that `Range: bytes=FIRST-LAST` wants."""
     headers = {"Content-Type": content_type, "Accept-Ranges": "bytes"}
     first, dash, last = wanted.removeprefix("bytes=").partition("-")
     if not dash or not first.isdigit() or not last.isdigit():
-        return Reply(200, content, headers)
+        return Response(200, content, headers)
     part = content[int(first) : int(last) + 1]
     headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
-    return Reply(206, part, headers)
+    return Response(206, part, headers)
 
 
-def _refused(status: int, code: str, message: str) -> Reply:
+def _refused(status: int, code: str, message: str) -> Response:
     text = f"<Error><Code>{escape(code)}</Code><Message>{escape(message)}</Message></Error>"
-    return Reply(
+    return Response(
         status, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'.encode(), {"Content-Type": "application/xml"}
     )

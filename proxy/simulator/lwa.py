@@ -5,13 +5,13 @@ import json
 import secrets
 from urllib.parse import parse_qs
 
-from proxy.simulator.reply import Reply, as_json, request_id
+from proxy.simulator.responses import Response, as_json, request_id
 from proxy.simulator.state import SCOPES, Issued, Seller, State
 
 PATH = "/auth/o2/token"
 
 
-def exchange(state: State, method: str, path: str, content_type: str, body: bytes) -> Reply:
+def exchange(state: State, method: str, path: str, content_type: str, body: bytes) -> Response:
     """Return the answer to one token request."""
     if path != PATH:
         return _refused(404, "not_found", "There is nothing here")
@@ -37,7 +37,7 @@ def _fields(content_type: str, body: bytes) -> dict[str, str] | None:
     return None
 
 
-def _granted(state: State, fields: dict[str, str]) -> Reply:
+def _granted(state: State, fields: dict[str, str]) -> Response:
     grant, client = fields.get("grant_type"), fields.get("client_id", "")
     if grant not in {"refresh_token", "client_credentials", "authorization_code"}:
         return _refused(400, "unsupported_grant_type", "The authorization grant type is not supported")
@@ -55,7 +55,7 @@ def _granted(state: State, fields: dict[str, str]) -> Reply:
     return _for_seller(state, client, fields) if grant == "refresh_token" else _for_scope(state, client, fields)
 
 
-def _for_seller(state: State, client: str, fields: dict[str, str]) -> Reply:
+def _for_seller(state: State, client: str, fields: dict[str, str]) -> Response:
     refresh_token = fields["refresh_token"]
     seller = state.sellers.get(refresh_token)
     if seller is None or refresh_token in state.revoked_sellers:
@@ -67,7 +67,7 @@ def _for_seller(state: State, client: str, fields: dict[str, str]) -> Reply:
     return as_json(200, {**_token(state, "Atza|", issued), "refresh_token": refresh_token})
 
 
-def _for_code(state: State, client: str, fields: dict[str, str]) -> Reply:
+def _for_code(state: State, client: str, fields: dict[str, str]) -> Response:
     """Exchange an authorization code, once, for a new authorisation (LWA "Authorization Code Grant")."""
     if not fields.get("code"):
         return _refused(400, "invalid_request", "The request is missing a required parameter : code")
@@ -86,7 +86,7 @@ def _for_code(state: State, client: str, fields: dict[str, str]) -> Reply:
     return as_json(200, {**_token(state, "Atza|", issued), "refresh_token": refresh_token})
 
 
-def _for_scope(state: State, client: str, fields: dict[str, str]) -> Reply:
+def _for_scope(state: State, client: str, fields: dict[str, str]) -> Response:
     scopes = tuple(fields["scope"].split(" "))
     if not set(scopes) <= set(SCOPES):
         return _refused(400, "invalid_scope", "The request has an invalid parameter : scope")
@@ -99,5 +99,5 @@ def _token(state: State, prefix: str, issued: Issued) -> dict[str, object]:
     return {"access_token": state.issue(prefix, issued), "token_type": "bearer", "expires_in": lifetime}
 
 
-def _refused(status: int, error: str, description: str) -> Reply:
+def _refused(status: int, error: str, description: str) -> Response:
     return as_json(status, {"error": error, "error_description": description, "request_id": request_id()})

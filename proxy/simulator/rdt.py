@@ -3,15 +3,15 @@
 import json
 from typing import Any
 
-from proxy.simulator.reply import Reply, as_json, invalid_input
-from proxy.simulator.restricted import is_restricted_document, restricted
+from proxy.simulator.responses import Response, as_json, invalid_input
+from proxy.simulator.restricted_operations import is_restricted_document, restricted
 from proxy.simulator.state import Issued, Resource, State, template_pattern
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
 METHODS = frozenset({"GET", "PUT", "POST", "DELETE"})
 
 
-def create(state: State, caller: Issued, body: bytes) -> Reply:
+def create(state: State, caller: Issued, body: bytes) -> Response:
     """Return the answer to a seller's request for an RDT."""
     try:
         asked = json.loads(body)["restrictedResources"]
@@ -36,7 +36,7 @@ def _resource(item: dict[str, Any]) -> Resource:
     return Resource(str(item["method"]), str(item["path"]), tuple(map(str, item.get("dataElements") or ())))
 
 
-def _refused(state: State, resource: Resource) -> Reply | None:
+def _refused(state: State, resource: Resource) -> Response | None:
     operation = restricted(resource.method, resource.path)
     if resource.method not in METHODS or "?" in resource.path or operation is None:
         return invalid_input("Application do not have access to some or all requested resource")

@@ -15,14 +15,14 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.simulator import answers, consent, control, documents, gate, lwa, rdt
-from proxy.simulator.models import Models, read_models
-from proxy.simulator.plans import WELL_KNOWN, Plans, announced
-from proxy.simulator.reply import Reply, as_json, forbidden, invalid_input
+from proxy.simulator import canned_responses, consent_page, control_api, documents, lwa, rdt, request_checks
+from proxy.simulator.responses import Response, as_json, forbidden, invalid_input
 from proxy.simulator.state import REGIONS, Fault, Issued, Recorded, Settings, State
+from proxy.simulator.swagger_examples import Models, read_models
+from proxy.simulator.usage_plans import WELL_KNOWN, Plans, announced
 
-MOST_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
-MOST_HEADER = 64 * 1024
+MAX_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
+MAX_HEADER = 64 * 1024
 _CHUNK = bytes(64 * 1024)
 
 
@@ -58,7 +58,7 @@ class Incoming:
 class Outcome:
     """The answer to a request, and what the journal says of it."""
 
-    reply: Reply
+    response: Response
     token: Issued | None = None
     operation: str = ""
 
@@ -99,7 +99,7 @@ class Simulator:
             await self._stack.aclose()
             raise
         self.endpoints["documents"] = self.documents.base = self.endpoints["lwa"]
-        self.endpoints["control"] = self.endpoints["lwa"] + control.PATH
+        self.endpoints["control"] = self.endpoints["lwa"] + control_api.PATH
         self.endpoints["lwa"] += lwa.PATH
         return self
 
@@ -115,8 +115,8 @@ class Simulator:
             access_log=None,
             auto_decompress=False,
             handler_cancellation=True,
-            max_line_size=MOST_HEADER,
-            max_field_size=MOST_HEADER,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
         )
         runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await runner.setup()
@@ -141,34 +141,34 @@ class Simulator:
         if service == "lwa" and request.raw_path.startswith(documents.PATH):
             service = "documents"
         incoming = await _read(service, request)
-        if service == "lwa" and incoming.path.startswith(control.PATH):
-            return await _send(request, control.answer(self, incoming.method, incoming.path, incoming.body))
+        if service == "lwa" and incoming.path.startswith(control_api.PATH):
+            return await _send(request, control_api.respond(self, incoming.method, incoming.path, incoming.body))
         fault = self.state.fault(service, incoming.method, incoming.path)
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
-        outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._answer(incoming)
+        outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._respond(incoming)
         self._record(incoming, outcome)
         if fault is not None and fault.kind in _BREAKS:
-            return await _BREAKS[fault.kind](request, fault, outcome.reply)
-        return await _send(request, outcome.reply)
+            return await _BREAKS[fault.kind](request, fault, outcome.response)
+        return await _send(request, outcome.response)
 
-    def _answer(self, incoming: Incoming) -> Outcome:
+    def _respond(self, incoming: Incoming) -> Outcome:
         if incoming.service == "documents":
             return Outcome(
-                self.documents.answer(
+                self.documents.respond(
                     incoming.method, incoming.target, incoming.named, incoming.body, self.state.wall()
                 )
             )
         if incoming.service == "lwa":
             content_type = incoming.named.get("content-type", "")
             return Outcome(lwa.exchange(self.state, incoming.method, incoming.path, content_type, incoming.body))
-        if incoming.path.startswith(consent.PATH):
+        if incoming.path.startswith(consent_page.PATH):
             state, service = self.state, incoming.service
-            return Outcome(consent.page(state, service, incoming.method, incoming.path, incoming.query))
+            return Outcome(consent_page.page(state, service, incoming.method, incoming.path, incoming.query))
         names = [name.lower() for name, _ in incoming.headers]
-        refused = gate.well_formed(incoming.method, names)
+        refused = request_checks.well_formed(incoming.method, names)
         if refused is None:
-            token = gate.token_of(self.state, incoming.service, incoming.headers)
+            token = request_checks.token_of(self.state, incoming.service, incoming.headers)
             if isinstance(token, Issued):
                 return self._call(incoming, token)
             refused = token
@@ -177,7 +177,9 @@ class Simulator:
     def _call(self, incoming: Incoming, token: Issued) -> Outcome:
         """Answer a call whose token is good: the headers, what the token is for, the plan, then the answer itself."""
         method, path = incoming.method, incoming.path
-        refused = gate.headers_in_order(self.state, incoming.named) or gate.permitted(token, method, path)
+        refused = request_checks.headers_in_order(self.state, incoming.named) or request_checks.permitted(
+            token, method, path
+        )
         if refused is not None:
             return Outcome(refused, token)
         plan = self.plans.plan(method, path)
@@ -186,7 +188,7 @@ class Simulator:
         if throttled is not None:
             return Outcome(throttled, token)
         outcome = self._content(incoming, token)
-        outcome.reply.headers.update(announced(plan, outcome.reply.status))
+        outcome.response.headers.update(announced(plan, outcome.response.status))
         return outcome
 
     def _content(self, incoming: Incoming, token: Issued) -> Outcome:
@@ -200,20 +202,20 @@ class Simulator:
             return Outcome(forbidden(), token)
         if not operation.statics:
             return Outcome(self._plain(incoming, token), token, operation.name)
-        static = self.models.answer(operation, path, incoming.query, incoming.named, incoming.body)
+        static = self.models.respond(operation, path, incoming.query, incoming.named, incoming.body)
         if static is None:
             return Outcome(invalid_input("Could not match input arguments"), token, operation.name)
-        return Outcome(_as_reply(static.status, static.content), token, operation.name)
+        return Outcome(_as_response(static.status, static.content), token, operation.name)
 
-    def _plain(self, incoming: Incoming, token: Issued) -> Reply:
+    def _plain(self, incoming: Incoming, token: Issued) -> Response:
         """Answer without a model."""
         method, path = incoming.method, incoming.path
         named = self.documents.call(method, path, incoming.body, self.state.wall())
-        status, content = named or answers.answer(token, method, path, incoming.query)
-        return _as_reply(status, content)
+        status, content = named or canned_responses.respond(token, method, path, incoming.query)
+        return _as_response(status, content)
 
     def _record(self, incoming: Incoming, outcome: Outcome) -> None:
-        token, status = outcome.token, outcome.reply.status
+        token, status = outcome.token, outcome.response.status
         self.state.count(f"answers.{incoming.service}.{status}")
         self.state.journal.append(
             Recorded(
@@ -232,15 +234,17 @@ class Simulator:
         )
 
 
-def _as_reply(status: int, content: object) -> Reply:
+def _as_response(status: int, content: object) -> Response:
     if content is None:
-        reply = as_json(status, {})
-        return Reply(status, b"", {name: value for name, value in reply.headers.items() if name != "Content-Type"})
+        response = as_json(status, {})
+        return Response(
+            status, b"", {name: value for name, value in response.headers.items() if name != "Content-Type"}
+        )
     return as_json(status, content)
 
 
-def _made_up(fault: Fault) -> Reply:
-    return Reply(fault.status, fault.body.encode(), dict(fault.headers))
+def _made_up(fault: Fault) -> Response:
+    return Response(fault.status, fault.body.encode(), dict(fault.headers))
 
 
 async def _read(service: str, request: web.BaseRequest) -> Incoming:
@@ -249,15 +253,15 @@ async def _read(service: str, request: web.BaseRequest) -> Incoming:
     async for chunk in request.content.iter_any():
         digest.update(chunk)
         size += len(chunk)
-        if len(kept) < MOST_KEPT:
+        if len(kept) < MAX_KEPT:
             kept += chunk
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers)
-    body = kept if size <= MOST_KEPT else b""
+    body = kept if size <= MAX_KEPT else b""
     return Incoming(service, request.method, request.raw_path, headers, body, size, digest.hexdigest())
 
 
-async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
-    answer = web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+async def _send(request: web.BaseRequest, response: Response) -> web.StreamResponse:
+    answer = web.Response(status=response.status, body=response.body, headers=response.headers)
     await answer.prepare(request)
     await answer.write_eof()
     return answer
@@ -266,30 +270,30 @@ async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
 # Faults that break off, and large answers.
 
 
-async def _reset(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+async def _reset(request: web.BaseRequest, _: Fault, __: Response) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
 
 
-async def _close(request: web.BaseRequest, _: Fault, __: Reply) -> web.StreamResponse:
+async def _close(request: web.BaseRequest, _: Fault, __: Response) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.close()
     return web.Response()
 
 
-async def _truncate(request: web.BaseRequest, _: Fault, reply: Reply) -> web.StreamResponse:
-    answer = web.StreamResponse(status=reply.status, headers=reply.headers)
-    answer.content_length = len(reply.body) + 1
+async def _truncate(request: web.BaseRequest, _: Fault, response: Response) -> web.StreamResponse:
+    answer = web.StreamResponse(status=response.status, headers=response.headers)
+    answer.content_length = len(response.body) + 1
     await answer.prepare(request)
-    await answer.write(reply.body)
+    await answer.write(response.body)
     if request.transport is not None:
         request.transport.close()
     return answer
 
 
-async def _large(request: web.BaseRequest, fault: Fault, reply: Reply) -> web.StreamResponse:
-    headers = {**reply.headers, "Content-Type": "application/octet-stream"}
+async def _large(request: web.BaseRequest, fault: Fault, response: Response) -> web.StreamResponse:
+    headers = {**response.headers, "Content-Type": "application/octet-stream"}
     answer = web.StreamResponse(status=200, headers=headers)
     if not fault.chunked:
         answer.content_length = fault.size

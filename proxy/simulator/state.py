@@ -18,8 +18,8 @@ DEMO_CLIENT = "amzn1.application-oa2-client.simulator"
 DEMO_APPLICATION = "amzn1.sp.solution.simulator"
 DEMO_SECRET = "amzn1.oa2-cs.v1.simulator"  # noqa: S105 - made up, and printed by --help
 
-MOST_RECORDED = 10_000
-MOST_TOKENS = 100_000
+MAX_RECORDED = 10_000
+MAX_TOKENS = 100_000
 _ALPHABET = string.ascii_letters + string.digits + "-_"
 
 
@@ -154,7 +154,7 @@ class State:
     sellers: dict[str, Seller] = field(default_factory=dict)
     revoked_sellers: set[str] = field(default_factory=set)
     tokens: dict[str, Issued] = field(default_factory=dict)
-    journal: deque[Recorded] = field(default_factory=lambda: deque(maxlen=MOST_RECORDED))
+    journal: deque[Recorded] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
     faults: list[Fault] = field(default_factory=list)
     applications: dict[str, WebApplication] = field(default_factory=lambda: {DEMO_APPLICATION: WebApplication()})
     codes: dict[str, Code] = field(default_factory=dict)
@@ -175,7 +175,7 @@ class State:
 
     def issue(self, prefix: str, issued: Issued) -> str:
         """Give a token: a random text that begins with `prefix` and is as long as Amazon's."""
-        if len(self.tokens) >= MOST_TOKENS:
+        if len(self.tokens) >= MAX_TOKENS:
             self.tokens = {text: token for text, token in self.tokens.items() if token.expires_at > self.now()}
         text = prefix + "".join(secrets.choice(_ALPHABET) for _ in range(360))
         self.tokens[text] = issued

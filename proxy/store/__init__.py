@@ -4,7 +4,7 @@ Whatever happens to Redis, the proxy goes on with what the process keeps itself.
 that are imported only where it is used: `link.py`, `seal.py`, `shared.py`, `plans.py`.
 """
 
+from proxy.store.interface import Store, StoredToken
 from proxy.store.memory import MemoryStore
-from proxy.store.token import Store, StoredToken
 
 __all__ = ["MemoryStore", "Store", "StoredToken"]

@@ -10,20 +10,22 @@ from contextlib import asynccontextmanager
 from aiocache import SimpleMemoryCache
 
 from proxy.config import Secret
-from proxy.store.token import Fits, StoredToken
+from proxy.store.interface import IsUsable, StoredToken
 
 
 class MemoryStore:
     """A Store that does not outlive the process."""
 
-    patience = 0.0  # nobody waits here
+    timeout = 0.0  # nobody waits here
 
     def __init__(self) -> None:
         # No timeout: memory answers at once, and the default would make a task of every look-up.
         self._cache = SimpleMemoryCache(timeout=None)
 
     @asynccontextmanager
-    async def turn(self, key: str, fits: Fits, refused: Secret | None = None) -> AsyncIterator[StoredToken | None]:
+    async def get_or_lock(
+        self, key: str, fits: IsUsable, refused: Secret | None = None
+    ) -> AsyncIterator[StoredToken | None]:
         """Give the token under `key` where it fits; one process needs no lock, its requests share one exchange."""
         found = await self._cache.get(key)
         if isinstance(found, StoredToken) and found.value == refused:

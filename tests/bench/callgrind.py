@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.bench.contenders import PATH, Contender, bare_aiohttp, far_end, sp_api_proxy
+from tests.bench.compared_proxies import PATH, Contender, bare_aiohttp, far_end, sp_api_proxy
 from tests.bench.processes import HOST, Cores, end_on_signals
 from tests.bench.upstream import ANSWER_SIZE
 

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from tests.bench.contenders import PATH, Contender, bare_aiohttp, far_end, nginx, sp_api_proxy, waited
+from tests.bench.compared_proxies import PATH, Contender, bare_aiohttp, far_end, nginx, sp_api_proxy, waited
 from tests.bench.gateways import caddy, envoy
 from tests.bench.load import Sample, measure
 from tests.bench.plot import Group, svg

@@ -25,9 +25,9 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.bench.harness import ORDINARY, running_simulator, settings_of
 from tests.bench.processes import HOST, Cores, Started, cpu_seconds, end_on_signals, free_port, python, started
-from tests.bench.world import ORDINARY, running_simulator, settings_of
-from tests.redis_server import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, redis_server
 
 ACCOUNTS = 100
 RENEWALS = 3  # of each token in one run
@@ -68,9 +68,9 @@ class Fleet:
         """Send one request and count its status."""
         try:
             headers = {"x-sp-account": f"a{account}"}
-            async with self.session.get(proxy.address + target, headers=headers) as answer:
-                await answer.read()
-                status, error = answer.status, answer.headers.get("x-sp-proxy-error", "")
+            async with self.session.get(proxy.address + target, headers=headers) as response:
+                await response.read()
+                status, error = response.status, response.headers.get("x-sp-proxy-error", "")
         except (aiohttp.ClientError, OSError):
             status, error = GONE, "no answer"
         if status == GONE and not proxy.is_alive:
@@ -85,16 +85,16 @@ class Fleet:
 
     async def counts(self) -> dict[str, int]:
         """Return what the simulator counted."""
-        async with self.session.get(f"{self.control}/state") as answer:
-            counts: dict[str, int] = (await answer.json())["counts"]
+        async with self.session.get(f"{self.control}/state") as response:
+            counts: dict[str, int] = (await response.json())["counts"]
             return counts
 
     async def up(self) -> list[float]:
         """Return of each replica whether it uses Redis."""
         found = []
         for proxy in self.alive():
-            async with self.session.get(f"{proxy.admin}/metrics") as answer:
-                text = await answer.text()
+            async with self.session.get(f"{proxy.admin}/metrics") as response:
+                text = await response.text()
             match = re.search(r"^spapi_proxy_store_up (\S+)$", text, re.MULTILINE)
             assert match is not None
             found.append(float(match[1]))
@@ -115,13 +115,13 @@ async def fleet(replicas: int, lifetime: float, *, shared: bool = True) -> Async
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=limits))
         for number in range(ACCOUNTS):
             seller = {"name": f"a{number}", "region": "eu", "refresh_token": f"Atzr|a{number}"}
-            async with session.post(f"{control}/sellers", json=seller) as answer:
-                assert answer.status == 200
+            async with session.post(f"{control}/sellers", json=seller) as response:
+                assert response.status == 200
         store: dict[str, Any] = {"store": redis.url, "store_key": KEY} if shared else {}
         proxies = [_proxy(stack, folder, simulator, number, everywhere, store) for number in range(replicas)]
         plan = {"method": "GET", "path": TEMPLATE, "rate": RATE, "burst": BURST, "announce": True, "enforce": True}
-        async with session.post(f"{control}/plans", json=plan) as answer:
-            assert answer.status == 200
+        async with session.post(f"{control}/plans", json=plan) as response:
+            assert response.status == 200
         yield Fleet(proxies, redis, control, session)
 
 
@@ -275,8 +275,8 @@ async def cost(seconds: float, *, shared: bool, connections: int) -> Cost:
         loop, (proxy,) = asyncio.get_running_loop(), here.proxies
         # The plan as if it were endless: what is measured is the question, not the wait.
         plan = {"method": "GET", "path": TEMPLATE, "rate": 10000, "burst": 10000, "announce": True, "enforce": False}
-        async with here.session.post(f"{here.control}/plans", json=plan) as answer:
-            assert answer.status == 200
+        async with here.session.post(f"{here.control}/plans", json=plan) as response:
+            assert response.status == 200
         for account in range(ACCOUNTS):
             assert await here.call("warm", proxy, TARGET, account) == 200
         latencies: list[float] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.compare import measure_one
-from tests.bench.contenders import bare_aiohttp, far_end, sp_api_proxy
+from tests.bench.compared_proxies import bare_aiohttp, far_end, sp_api_proxy
 from tests.bench.load import Sample
 from tests.bench.processes import Cores, end_on_signals
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contenders import Contender, FarEnd
+from tests.bench.compared_proxies import Contender, FarEnd
 from tests.bench.processes import HOST, Cores, free_port, started
 
 _TOKEN_HEADER = "x-amz-access-token"

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
+from tests.bench.harness import World, world
 from tests.bench.processes import end_on_signals
-from tests.bench.world import World, world
 
 TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
 TARGET = "/listings/2021-08-01/items/A1SELLER/sku-{}"

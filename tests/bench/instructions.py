@@ -35,7 +35,7 @@ def parse_count(said: str) -> float | None:
 def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float | None]]:
     """Count from the block's begin on; what is yielded ends that, and returns how many it were, None without perf."""
     control, orders = os.pipe()
-    answers, said = os.pipe()
+    responses, said = os.pipe()
     # With control over pipes, counting begins and ends at a known moment, and not whenever perf is ready.
     command = ["perf", "stat", "-x", ",", "-e", event, "-p", str(pid), "-D", "-1", "--control", f"fd:{control},{said}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=(control, said), text=True) as perf:
@@ -44,7 +44,7 @@ def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float
 
         def order(word: bytes) -> None:
             os.write(orders, word + b"\n")
-            os.read(answers, 16)
+            os.read(responses, 16)
 
         def end() -> float | None:
             order(b"disable")
@@ -58,4 +58,4 @@ def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float
             if perf.poll() is None:
                 perf.kill()
             os.close(orders)
-            os.close(answers)
+            os.close(responses)

@@ -23,13 +23,13 @@ def main() -> None:
     base: Any = importlib.import_module("sp_api.base")
     base.BaseClient.user_agent = "python-amazon-sp-api/2 (Language=Python)"
     retry: Any = importlib.import_module("sp_api.util").throttle_retry
-    credentials = {"lwa_app_id": client_id, "lwa_client_secret": client_secret, "refresh_token": refresh_token}
+    token_keys = {"lwa_app_id": client_id, "lwa_client_secret": client_secret, "refresh_token": refresh_token}
     end = time.monotonic() + float(seconds)
     counts = [0, 0]
     lock = threading.Lock()
 
     def work(number: int) -> None:
-        client = api(credentials=credentials, marketplace=base.Marketplaces.DE)
+        client = api(credentials=token_keys, marketplace=base.Marketplaces.DE)
         client.endpoint = endpoint
 
         one: Any = retry()(lambda: client.get_listings_item("A1SELLER", f"sku-{number}"))

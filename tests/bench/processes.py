@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 HOST = "127.0.0.1"
 START_WITHIN = 15.0  # seconds
 MOST_SAID = 30  # lines

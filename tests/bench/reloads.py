@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
+from tests.bench.harness import ORDINARY, World, world
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port, memory_kib
-from tests.bench.world import ORDINARY, World, world
-from tests.near_side import call, connect
+from tests.support.raw_client import call, connect
 
 KEPT, NEW_EACH_TIME = 6, 2  # clients on open connections, and those that connect for each request
 COMING = 5  # accounts that are there in every other good configuration
@@ -185,8 +185,8 @@ async def _reload(here: World) -> str:
 
 
 async def _last_reload(here: World) -> Any:
-    async with here.session.get(f"{here.admin}/status") as answer:
-        return (await answer.json())["configuration"]["last_reload"]
+    async with here.session.get(f"{here.admin}/status") as response:
+        return (await response.json())["configuration"]["last_reload"]
 
 
 def _write(path: Path, settings: Settings) -> None:

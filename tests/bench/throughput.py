@@ -1,4 +1,4 @@
-"""How fast do large bodies go through the proxy, and through nginx? Part of `python -m tests.bench.big_bodies`.
+"""How fast do large bodies go through the proxy, and through nginx? Part of `python -m tests.bench.large_bodies`.
 
 Both are measured in turn with ends that cost as little as Python allows (`bulk.py`). What else than the proxy limits a
 transfer shows in how much of its core the proxy used.
@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.bulk import Framing, download, upload
-from tests.bench.contenders import Contender, far_end
+from tests.bench.compared_proxies import Contender, far_end
 from tests.bench.payload import MIB
-from tests.bench.peers import bulk_upstream, our_proxy, processes_of, streaming_nginx
 from tests.bench.processes import Cores, cpu_seconds, memory_kib
 from tests.bench.programs import find_nginx
+from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
 
 LEAST_SHARE = 0.5  # of nginx's throughput, which is aimed at
 

@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from proxy.request.tokens import LOOK_AGAIN, RENEW_AT, RENEW_LEAD
+from proxy.request.tokens.provider import CHECK_INTERVAL, RENEW_AT, RENEW_LEAD
+from tests.bench.harness import ORDINARY, World, said, world
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.bench.world import ORDINARY, World, said, world
 
 ADDRESS = "/orders/v0/orders/{}/address"
 
@@ -61,7 +61,7 @@ async def dead_token_host(_: float) -> Result:
             await asyncio.sleep(asked + life - time.monotonic() - 0.1)
             await here.forget_faults()
 
-        await asyncio.gather(here.load(100, life + LOOK_AGAIN), die_and_return())
+        await asyncio.gather(here.load(100, life + CHECK_INTERVAL), die_and_return())
         exchanges = await here.exchanges()
     return f"{said(here.statuses)}; {exchanges} exchanges", set(here.statuses) == {200} and exchanges == 2
 
@@ -99,8 +99,8 @@ async def many_accounts(_: float) -> Result:
 
 async def _until_ready(here: World) -> float:
     while True:
-        async with here.session.get(f"{here.admin}/readyz") as answer:
-            if answer.status == 200:
+        async with here.session.get(f"{here.admin}/readyz") as response:
+            if response.status == 200:
                 return time.monotonic() - here.started_at
         await asyncio.sleep(0.01)
 

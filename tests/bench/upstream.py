@@ -93,16 +93,16 @@ async def large(request: web.BaseRequest) -> web.StreamResponse:
     if request.method != "GET":
         return await _take(request)
     mib = int(request.query["mib"])
-    answer = web.StreamResponse()
+    response = web.StreamResponse()
     if request.query["framing"] == "length":
-        answer.content_length = mib * MIB
+        response.content_length = mib * MIB
     else:
-        answer.enable_chunked_encoding()
-    await answer.prepare(request)
+        response.enable_chunked_encoding()
+    await response.prepare(request)
     for block in blocks(mib):
-        await answer.write(block)
-    await answer.write_eof()
-    return answer
+        await response.write(block)
+    await response.write_eof()
+    return response
 
 
 async def _take(request: web.BaseRequest) -> web.Response:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.security.world import SECRETS, World, request
+from tests.security.harness import SECRETS, World, request
 
 
 @pytest.fixture(scope="session")

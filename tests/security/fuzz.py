@@ -34,12 +34,12 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.far_side import Received, TokenHost, answer
-from tests.near_side import Client, call
-from tests.proxy_process import ProxyProcess, serving
 from tests.security import strict
 from tests.security.grammar import MARKS, Case, Sender, case
 from tests.security.strict import Message
+from tests.support.fake_upstream import Received, TokenHost, http_response
+from tests.support.proxy_process import ProxyProcess, serving
+from tests.support.raw_client import Client, call
 
 ENDED_WITHIN = 15.0  # seconds in which the proxy answers or closes, whatever was sent; its timeouts are 2 s and 5 s
 SLOWLY = 0.02  # seconds
@@ -213,7 +213,7 @@ class World:
         elif message.target == MINT:
             token = self.issue("restricted", grant)
             body = json.dumps({"restrictedDataToken": token, "expiresIn": 60})
-            return answer("200 OK", body.encode(), content_type="application/json")
+            return http_response("200 OK", body.encode(), content_type="application/json")
         elif (fault := not_sent(message, grant, region, worker)) is not None:
             findings.violate("as sent", fault, cases, message.raw)
         return echo(message)
@@ -332,7 +332,7 @@ class _TokenHost(TokenHost):
             grant = Grant(form["client_id"], account.encode(), region)
         said = {"access_token": self.world.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
         self.received.clear()
-        writer.write(answer("200 OK", json.dumps(said).encode(), content_type="application/json"))
+        writer.write(http_response("200 OK", json.dumps(said).encode(), content_type="application/json"))
         await writer.drain()
 
 
@@ -411,8 +411,8 @@ async def play(world: World, one: Case, worker: Worker) -> None:
 
 
 async def _send(one: Case, writer: asyncio.StreamWriter) -> None:
-    for piece, pause in zip(one.pieces, one.pauses, strict=True):
-        writer.write(piece)
+    for chunk, pause in zip(one.pieces, one.pauses, strict=True):
+        writer.write(chunk)
         await writer.drain()
         if pause:
             await asyncio.sleep(pause)
@@ -564,7 +564,7 @@ async def good_request(world: World, port: int) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(data)
-                got = await Client(reader, writer).answer()
+                got = await Client(reader, writer).read_response()
             finally:
                 writer.close()
         if (got.status, got.body.decode()) != (200, f"GET {target}"):

@@ -198,10 +198,10 @@ def case(seed: int, number: int, sender: Sender) -> Case:
             data = random.choice(MUTATIONS)(random, data)[:MOST]
     if random.random() < 0.12:
         data = data[: random.randrange(len(data) + 1)]
-    pieces = _split(random, data)
-    pauses = [random.choice((0.0, 0.0, 0.0, 0.001, 0.004)) if len(pieces) < 10 else 0.0 for _ in pieces]
+    chunks = _split(random, data)
+    pauses = [random.choice((0.0, 0.0, 0.0, 0.001, 0.004)) if len(chunks) < 10 else 0.0 for _ in chunks]
     ending = random.choices(("read", "fin", "reset", "wait"), (81, 9, 9, 1))[0]
-    return Case(number, sender, pieces, pauses, ending, random.random() < 0.3)
+    return Case(number, sender, chunks, pauses, ending, random.random() < 0.3)
 
 
 def _split(random: Random, data: bytes) -> list[bytes]:
@@ -226,8 +226,8 @@ def _flip(random: Random, data: bytes) -> bytes:
 
 def _insert(random: Random, data: bytes) -> bytes:
     at = random.randrange(len(data) + 1)
-    piece = random.choice(PIECES) if random.random() < 0.8 else bytes([random.randrange(256)])
-    return data[:at] + piece + data[at:]
+    chunk = random.choice(PIECES) if random.random() < 0.8 else bytes([random.randrange(256)])
+    return data[:at] + chunk + data[at:]
 
 
 def _delete(random: Random, data: bytes) -> bytes:
@@ -263,8 +263,8 @@ def _line_breaks(random: Random, data: bytes) -> bytes:
 
 def _repeat(random: Random, data: bytes) -> bytes:
     at = random.randrange(len(data) + 1)
-    piece = data[at : at + random.choice((1, 3, 20))]
-    return data[:at] + piece * random.choice((2, 10, 200, 3000)) + data[at:]
+    chunk = data[at : at + random.choice((1, 3, 20))]
+    return data[:at] + chunk * random.choice((2, 10, 200, 3000)) + data[at:]
 
 
 def _change_case(random: Random, data: bytes) -> bytes:

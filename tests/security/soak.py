@@ -30,10 +30,10 @@ from urllib.parse import parse_qs
 from zlib import crc32
 
 from tests.bench.processes import end_on_signals, memory_kib
-from tests.far_side import Received, answer, read_body
-from tests.near_side import Answer, Client, call
-from tests.proxy_process import ProxyProcess, serving
 from tests.security.fuzz import RESET, descriptors_of
+from tests.support.fake_upstream import Received, http_response, read_body
+from tests.support.proxy_process import ProxyProcess, serving
+from tests.support.raw_client import Client, RawResponse, call
 
 REGIONS = ("na", "eu", "fe")
 ACCOUNTS = [f"seller-{number}" for number in range(20)]
@@ -130,8 +130,8 @@ async def chunked(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> 
     body = errand.content()
     writer.write(head(errand, "200 OK", body, "transfer-encoding: chunked"))
     for at in range(0, len(body), 20_000):
-        piece = body[at : at + 20_000]
-        writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        chunk = body[at : at + 20_000]
+        writer.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
         await writer.drain()
     writer.write(b"0\r\n\r\n")
 
@@ -278,7 +278,7 @@ def cut(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def far_side(soak: Soak, region: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def fake_upstream(soak: Soak, region: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Serve one connection from the proxy."""
     try:
         while not writer.is_closing():
@@ -364,21 +364,21 @@ async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.S
 
 async def say_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamWriter, *, may_fail: bool) -> None:
     """Answer an exchange; now and then by something else."""
-    good_answer = answer("200 OK", json.dumps(granted).encode(), content_type="application/json")
+    good_answer = http_response("200 OK", json.dumps(granted).encode(), content_type="application/json")
     kind = soak.random.randrange(100) if may_fail else 99
     soak.faults["token refused or nonsense" if kind < 16 else "token"] += 1
     if kind < 3:
-        writer.write(answer("503 Service Unavailable"))
+        writer.write(http_response("503 Service Unavailable"))
     elif kind < 5:
         cut(writer)
     elif kind < 7:
         writer.close()
     elif kind < 9:
-        writer.write(answer("200 OK", b"<html>not now</html>"))
+        writer.write(http_response("200 OK", b"<html>not now</html>"))
     elif kind < 11:
-        writer.write(answer("200 OK", json.dumps({**granted, "expires_in": "soon", "expiresIn": None}).encode()))
+        writer.write(http_response("200 OK", json.dumps({**granted, "expires_in": "soon", "expiresIn": None}).encode()))
     elif kind < 12:
-        writer.write(answer("400 Bad Request", b'{"error":"invalid_grant"}'))
+        writer.write(http_response("400 Bad Request", b'{"error":"invalid_grant"}'))
     elif kind < 14:
         await asyncio.sleep(1.0)
         writer.write(good_answer)
@@ -405,7 +405,7 @@ class SlowReader(Client):
 
     pause = 0.0
 
-    async def _read_body(self, answer: Answer) -> None:
+    async def _read_body(self, answer: RawResponse) -> None:
         await asyncio.sleep(self.pause)
         await super()._read_body(answer)
 
@@ -452,14 +452,14 @@ def plan(soak: Soak, account: str) -> Plan:
         lines += [f"x-sp-account: {account}", f"x-sp-region: {region}"]
     if soak.one_in(30):
         lines += ["x-sp-timeout: 300ms"]
-    pieces = [body[at : at + 30_000] for at in range(0, len(body), 30_000)]
+    chunks = [body[at : at + 30_000] for at in range(0, len(body), 30_000)]
     if method not in {"GET", "HEAD"}:
         if version == "1.1" and soak.one_in(2):
             lines += ["transfer-encoding: chunked"]
-            pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
+            chunks = [b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks] + [b"0\r\n\r\n"]
         else:
             lines += [f"content-length: {uploaded}"]
-    made = Plan(errand, method, "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode(), pieces)
+    made = Plan(errand, method, "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode(), chunks)
     if soak.one_in(6):
         made.leaves = random.choice(("head", "upload", "waiting", "download"))
     if soak.one_in(12):
@@ -535,7 +535,7 @@ async def one_request(soak: Soak, connection: SlowReader, made: Plan) -> tuple[s
     if made.leaves:
         return f"left: {made.leaves}", False
     try:
-        got = await connection.answer(made.method)
+        got = await connection.read_response(made.method)
     except (asyncio.IncompleteReadError, ConnectionError):
         return "closed without an answer", False
     except ValueError:
@@ -554,16 +554,16 @@ async def send(soak: Soak, connection: SlowReader, made: Plan) -> None:
         await connection.send(made.head[: soak.random.randrange(1, len(made.head))])
         return
     await connection.send(made.head)
-    for number, piece in enumerate(made.body):
+    for number, chunk in enumerate(made.body):
         if made.leaves == "upload" and number == len(made.body) // 2:
-            await connection.send(piece[: len(piece) // 2])
+            await connection.send(chunk[: len(chunk) // 2])
             return
-        await connection.send(piece)
+        await connection.send(chunk)
         if made.pause and number < 20:
             await asyncio.sleep(made.pause)
 
 
-def check(soak: Soak, made: Plan, got: Answer) -> None:
+def check(soak: Soak, made: Plan, got: RawResponse) -> None:
     """Check that a whole answer is for this very request."""
     account = got.decided.get("account")
     if account not in {made.errand.account, "-"}:
@@ -690,7 +690,7 @@ def threads_of(pid: int) -> int:
 @asynccontextmanager
 async def far_sides(soak: Soak) -> AsyncIterator[dict[str, str]]:
     """Let three regions and the token host listen; yield the proxy's `endpoints`."""
-    handlers = {region: partial(far_side, soak, region) for region in REGIONS}
+    handlers = {region: partial(fake_upstream, soak, region) for region in REGIONS}
     servers = {}
     for name, handler in {**handlers, "lwa": partial(token_host, soak)}.items():
         servers[name] = await asyncio.start_server(handler, "127.0.0.1", 0, limit=2**18)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.certificates import Authority
-from tests.security.world import PATIENCE, SELLERS, Arrived, Seen, Server, Stream, World, answer, request
+from tests.security.harness import PATIENCE, SELLERS, Arrived, Seen, Server, Stream, World, answer, request
+from tests.support.certificates import Authority
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -297,10 +297,10 @@ def test_30_nothing_is_sent_that_nobody_wrote(world: World) -> None:
 def test_30_the_token_endpoint_gets_a_form(tmp_path: Path) -> None:
     with World.made(tmp_path) as world:
         world.send(request("/x"))
-        (exchange,) = world.lwa.arrived
-    assert (exchange.get("content-type") or "").startswith("application/x-www-form-urlencoded")
-    assert exchange.line == b"POST /auth/o2/token HTTP/1.1"
-    assert exchange.get("cookie") is None
+        (context,) = world.lwa.arrived
+    assert (context.get("content-type") or "").startswith("application/x-www-form-urlencoded")
+    assert context.line == b"POST /auth/o2/token HTTP/1.1"
+    assert context.get("cookie") is None
 
 
 KEPT = [
@@ -405,8 +405,8 @@ def test_a_token_that_is_echoed_is_masked(world: World, echo: bytes, framing: st
             stream.send(head + b"transfer-encoding: chunked\r\n\r\n")
             size = 7 if framing == "dripped" and len(body) < 1000 else 1000
             for start in range(0, len(body), size):
-                piece = body[start : start + size]
-                stream.send(b"%x\r\n%s\r\n" % (len(piece), piece))
+                chunk = body[start : start + size]
+                stream.send(b"%x\r\n%s\r\n" % (len(chunk), chunk))
             stream.send(b"0\r\n\r\n")
 
     world.api.scripts["/echo"] = script

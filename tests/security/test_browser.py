@@ -19,9 +19,9 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import needs, settings_for
-from tests.far_side import FarSide, RawServer, Received, TokenHost
-from tests.near_side import Answer, call, connect
-from tests.proxy_process import serving
+from tests.support.fake_upstream import FakeUpstream, RawServer, Received, TokenHost
+from tests.support.proxy_process import serving
+from tests.support.raw_client import RawResponse, call, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 RULES = ("MAP *.test 127.0.0.1", "EXCLUDE localhost", "EXCLUDE 127.0.0.1", "EXCLUDE 0.0.0.0", "MAP * ~NOTFOUND")
@@ -148,10 +148,10 @@ class Site:
     page_may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
-        answer = await self._answer(request)
-        answer.headers["Access-Control-Allow-Origin"] = "*"
-        answer.force_close()
-        return answer
+        response = await self._answer(request)
+        response.headers["Access-Control-Allow-Origin"] = "*"
+        response.force_close()
+        return response
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         match request.path:
@@ -190,14 +190,14 @@ class Tap(RawServer):
     """Stands before a listener of the proxy's, and keeps each request with its answer."""
 
     address: str = ""
-    exchanges: list[tuple[Received, Answer]] = field(default_factory=list)
+    exchanges: list[tuple[Received, RawResponse]] = field(default_factory=list)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
         lines = [request.line, *(f"{name}: {value}" for name, value in request.fields), "", ""]
         async with connect(self.address) as client:
             await client.send("\r\n".join(lines).encode("latin-1") + request.body)
-            got = await client.answer(request.method)
+            got = await client.read_response(request.method)
         self.exchanges.append((request, got))
         self.answered.set()
         framing = {"content-length", "transfer-encoding"}
@@ -254,24 +254,24 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
             icons = {f"{door}/favicon.ico" for door in doors}  # the browser asks for them itself, as the same origin
             await tap.has_answered(tried | icons)
     assert {url for url, text in site.report.items() if text} == {f"{own}?{attempt}" for attempt in READERS}
-    answers = [(url_of(request), got) for request, got in tap.exchanges]
-    assert [(url, got.status) for url, got in answers if url in tried and got.status not in {403, 421}] == []
+    responses = [(url_of(request), got) for request, got in tap.exchanges]
+    assert [(url, got.status) for url, got in responses if url in tried and got.status not in {403, 421}] == []
     assert [
-        url for url, got in answers if any(field.lower().startswith("access-control") for field, _ in got.fields)
+        url for url, got in responses if any(field.lower().startswith("access-control") for field, _ in got.fields)
     ] == []
 
 
 @pytest.mark.parametrize("name", ["evil.test", "localhost"])
 @pytest.mark.timeout(120)
 async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_an_answer(
-    name: str, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    name: str, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+    async with serving(settings_for(fake_upstream, token_host), tmp_path) as proxy:
         async with Tap(address=proxy.addresses[0]) as tap:
             await attack(name, tap, (ORDERS,), tmp_path)
-        assert (far_side.received, token_host.received) == ([], [])
+        assert (fake_upstream.received, token_host.received) == ([], [])
         assert (await call(proxy.addresses[0], "GET", ORDERS)).status == 200
-        assert (len(far_side.received), len(token_host.received)) == (1, 1)
+        assert (len(fake_upstream.received), len(token_host.received)) == (1, 1)
     logged = Counter(line["error"] for line in proxy.lines() if line["message"] == "request")
     assert logged >= Counter(got.error for _, got in tap.exchanges)
     assert set(logged) == {"BrowserRefused", "HostRefused", ""}
@@ -281,17 +281,17 @@ async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_an_answer
 @pytest.mark.parametrize("name", ["evil.test", "localhost"])
 @pytest.mark.timeout(120)
 async def test_a_web_page_cannot_read_the_admin_address(
-    name: str, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    name: str, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    async with serving(settings_for(far_side, token_host), tmp_path) as proxy:
+    async with serving(settings_for(fake_upstream, token_host), tmp_path) as proxy:
         assert proxy.admin is not None
         async with Tap(address=proxy.admin) as tap:
             await attack(name, tap, ("/metrics", "/readyz", "/", "/requests"), tmp_path)
-            assert (far_side.received, token_host.received) == ([], [])
+            assert (fake_upstream.received, token_host.received) == ([], [])
             assert (await call(f"127.0.0.1:{tap.port}", "GET", "/metrics")).body.startswith(b"# HELP")
             assert (await call(f"127.0.0.1:{tap.port}", "GET", "/readyz")).body == b"ok\n"
         assert (await call(proxy.addresses[0], "GET", ORDERS)).status == 200
-        assert far_side.received
+        assert fake_upstream.received
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ async def test_a_web_page_cannot_read_the_admin_address(
 )
 @pytest.mark.timeout(120)
 async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
-    listener: str, path: str, posted: int, far_side: FarSide, token_host: TokenHost, tmp_path: Path
+    listener: str, path: str, posted: int, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """DNS rebinding: for the browser the page and the proxy are one origin, so that `Host` alone tells them apart."""
     site = Site()
@@ -314,11 +314,11 @@ async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
             await asyncio.wait_for(site.page_waits.wait(), PATIENCE)
             await before.aclose()
             address = f"127.0.0.1:{port}"
-            async with serving({**settings_for(far_side, token_host), listener: address}, tmp_path) as proxy:
+            async with serving({**settings_for(fake_upstream, token_host), listener: address}, tmp_path) as proxy:
                 site.page_may_go_on.set()
                 await asyncio.wait_for(site.reported.wait(), PATIENCE)
-                assert (far_side.received, token_host.received) == ([], [])
+                assert (fake_upstream.received, token_host.received) == ([], [])
                 assert site.report == {"get": 421, "head": 421, "header": 421, "post": posted}
                 assert (await call(address, "GET", path)).status == 200
                 assert (await call(proxy.addresses[0], "GET", ORDERS)).status == 200
-                assert far_side.received
+                assert fake_upstream.received

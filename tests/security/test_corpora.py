@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from proxy.app import Running
+from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
-from tests.far_side import FarSide, Received, Script, answer
-from tests.near_side import Answer, Client, call, connect
 from tests.security.corpora import Case, Message, gunicorn, llhttp
+from tests.support.fake_upstream import FakeUpstream, Received, Script, http_response
+from tests.support.raw_client import Client, RawResponse, call, connect
 
 LONGEST = 30.0  # seconds for one exchange; the proxy's own patience ends long before
 PATIENCE = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
@@ -170,7 +170,7 @@ async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 
 
 @dataclass
-class Witness(FarSide):
+class Witness(FakeUpstream):
     """Amazon's API, which takes plain requests alone, and notes what was not plain and what broke off."""
 
     not_plain: list[str] = field(default_factory=list)
@@ -202,14 +202,14 @@ class Witness(FarSide):
 
 
 @pytest.fixture
-async def far_side() -> AsyncIterator[Witness]:
+async def fake_upstream() -> AsyncIterator[Witness]:
     """Amazon's API as these tests need it."""
     async with Witness() as server:
         yield server
 
 
 @pytest.fixture
-async def proxy(start_proxy: StartProxy) -> Running:
+async def proxy(start_proxy: StartProxy) -> RunningProxy:
     """A proxy that soon gives up on who says no more."""
     return await start_proxy(timeouts=PATIENCE)
 
@@ -270,30 +270,30 @@ def _body_size(head: bytes, rest: bytes) -> int:
     return last.end() if last is not None and len(framing) == 1 else len(rest)
 
 
-async def answers_of(client: Client, method: str) -> list[Answer]:
+async def answers_of(client: Client, method: str) -> list[RawResponse]:
     """Return the answers up to one that says that it is the last, or up to the connection's end."""
-    answers: list[Answer] = []
+    responses: list[RawResponse] = []
     with suppress(OSError):  # a reset is an end too
         try:
-            while not answers or answers[-1].get("connection") != "close":
-                answers.append(await client.answer(method))
+            while not responses or responses[-1].get("connection") != "close":
+                responses.append(await client.read_response(method))
         except asyncio.IncompleteReadError as exc:
             if exc.partial:
                 raise
-    return answers
+    return responses
 
 
-async def exchange(address: str, data: bytes, *, in_pieces: bool) -> list[Answer]:
+async def exchange(address: str, data: bytes, *, in_pieces: bool) -> list[RawResponse]:
     """Send raw bytes on a connection of their own; return the answers when the proxy has ended it."""
     method = data.lstrip().split(b" ")[0].decode("latin-1")
     async with asyncio.timeout(LONGEST), connect(address) as client:
         reading = asyncio.create_task(answers_of(client, method))
         with suppress(OSError):  # the proxy may end the connection before it has all
             await deliver(data, client.send, in_pieces=in_pieces)
-        answers = await reading
+        responses = await reading
         with suppress(OSError):
             client.writer.write_eof()  # the proxy need not wait for more, and may not say more
-        return answers + await answers_of(client, method)
+        return responses + await answers_of(client, method)
 
 
 def allowed(case: Case) -> int:
@@ -321,32 +321,32 @@ def agrees(request: Received, message: Message) -> bool:
 
 @pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")]))
 async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
-    proxy: Running, far_side: Witness, case: Case
+    proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer("200 OK", x_line=request.line))
+        writer.write(http_response("200 OK", x_line=request.line))
         await writer.drain()
 
-    far_side.script = script
+    fake_upstream.script = script
     most_arrived = 0
     for in_pieces in (False, True):
-        far_side.received.clear()
-        answers = await exchange(proxy.addresses[0], at_our_door(case.data), in_pieces=in_pieces)
-        arrived = far_side.received.copy()
+        fake_upstream.received.clear()
+        responses = await exchange(proxy.addresses[0], at_our_door(case.data), in_pieces=in_pieces)
+        arrived = fake_upstream.received.copy()
         good = await call(proxy.addresses[0], "GET", PATH)
         assert (good.status, good.get("x-line")) == (200, f"GET {PATH} HTTP/1.1")
 
-        assert not far_side.not_plain
+        assert not fake_upstream.not_plain
         assert len(arrived) <= allowed(case)
-        assert may_break_off(case) or not far_side.broken_off
+        assert may_break_off(case) or not fake_upstream.broken_off
         if case.messages:
             read = iter(case.messages)
             assert all(any(agrees(request, message) for message in read) for request in arrived)
 
-        passed = [got for got in answers if got.error is None]
+        passed = [got for got in responses if got.error is None]
         assert [got.get("x-line") for got in passed] == [request.line for request in arrived]
         assert all(got.status == 200 for got in passed)
-        assert all(400 <= got.status <= 505 for got in answers if got.error is not None)
+        assert all(400 <= got.status <= 505 for got in responses if got.error is not None)
         most_arrived = max(most_arrived, len(arrived))
 
     if (case.name in POLICY or not case.is_refused) and case.name not in TOGETHER:
@@ -358,13 +358,15 @@ async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
 
 
 @pytest.mark.parametrize("case", items(llhttp("response")))
-async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: Running, far_side: Witness, case: Case) -> None:
+async def test_an_answer_is_passed_on_whole_or_visibly_not(
+    proxy: RunningProxy, fake_upstream: Witness, case: Case
+) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
     says_its_end = message.is_whole or case.is_refused
     for in_pieces in (False, True):
         for closes in (False, True) if says_its_end else (True,):
-            far_side.received.clear()
-            far_side.script = playing(case.data, far_side, in_pieces=in_pieces, closes=closes)
+            fake_upstream.received.clear()
+            fake_upstream.script = playing(case.data, fake_upstream, in_pieces=in_pieces, closes=closes)
             first = await call_if_answered(proxy.addresses[0])
             second = await call_if_answered(proxy.addresses[0])
             assert is_right(first, message), (in_pieces, closes, first)
@@ -375,7 +377,7 @@ async def test_an_answer_is_passed_on_whole_or_visibly_not(proxy: Running, far_s
             assert (second.status, second.reason, second.body, second.complete) == (200, "OK", b"own", True)
 
 
-def playing(data: bytes, far_side: Witness, *, in_pieces: bool, closes: bool) -> Script:
+def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: bool) -> Script:
     """Return a script that answers the first request with these bytes, and every other one properly."""
 
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -383,8 +385,8 @@ def playing(data: bytes, far_side: Witness, *, in_pieces: bool, closes: bool) ->
             writer.write(piece)
             await writer.drain()
 
-        if request is not far_side.received[0]:
-            await send(answer("200 OK", b"own"))
+        if request is not fake_upstream.received[0]:
+            await send(http_response("200 OK", b"own"))
             return
         await deliver(data, send, in_pieces=in_pieces)
         if closes:
@@ -393,7 +395,7 @@ def playing(data: bytes, far_side: Witness, *, in_pieces: bool, closes: bool) ->
     return script
 
 
-async def call_if_answered(address: str) -> Answer | None:
+async def call_if_answered(address: str) -> RawResponse | None:
     """Send one request that is never repeated; return None where the connection ended instead of an answer."""
     try:
         async with asyncio.timeout(LONGEST):
@@ -402,7 +404,7 @@ async def call_if_answered(address: str) -> Answer | None:
         return None
 
 
-def is_right(got: Answer | None, message: Message) -> bool:
+def is_right(got: RawResponse | None, message: Message) -> bool:
     """Return whether the app can rely on what it got: Amazon's whole answer, or what cannot be taken for one.
 
     The proxy may refuse more than llhttp does. A mistake behind a whole answer does not make that answer wrong.

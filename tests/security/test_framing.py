@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.security.world import SELLERS, Arrived, Stream, World, answer, request, until
+from tests.security.harness import SELLERS, Arrived, Stream, World, answer, request, until
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FEEDS = b"/feeds/2021-06-30/feeds"

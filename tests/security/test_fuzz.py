@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartProxy, needs
-from tests.far_side import FarSide
-from tests.near_side import connect
 from tests.security import strict
 from tests.security.fuzz import Grant, World, check_answers, echo, fuzz
 from tests.security.grammar import Case, Sender, case
+from tests.support.fake_upstream import FakeUpstream
+from tests.support.raw_client import connect
 
 SEED, CASES = 1, 300
 SENDER = Sender(b"ann", b"bob", 1, fixed=True)
@@ -77,16 +77,16 @@ FOUND = {
 
 @pytest.mark.parametrize(("pieces", "never"), FOUND.values(), ids=FOUND.keys())
 async def test_what_was_found_stays_mended(
-    start_proxy: StartProxy, far_side: FarSide, pieces: list[bytes], never: str
+    start_proxy: StartProxy, fake_upstream: FakeUpstream, pieces: list[bytes], never: str
 ) -> None:
     proxy = await start_proxy(timeouts={"header": "300ms", "body_idle": "300ms", "keep_alive": "300ms"})
     async with connect(proxy.addresses[0]) as client:
         await client.send(pieces[0])
-        for piece in pieces[1:]:
-            await client.answer()  # to what came before: so the rest comes in a segment of its own
-            await client.send(piece)
+        for chunk in pieces[1:]:
+            await client.read_response()  # to what came before: so the rest comes in a segment of its own
+            await client.send(chunk)
         await client.reader.read()  # until the proxy has had enough
-    for received in far_side.received:
+    for received in fake_upstream.received:
         assert never not in received.line
         assert not any(never in name.lower() for name, _ in received.fields)
 

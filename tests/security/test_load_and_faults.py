@@ -1,6 +1,7 @@
 """Rows 39 to 52 of the threats, and the faults: whatever clients and Amazon do, others are served and nothing stays.
 
-What is about time alone is looked at with a clock of the tests' own elsewhere (tests/test_tokens.py, test_retries.py).
+What is about time alone is looked at with a clock of the tests' own elsewhere (tests/request/tokens/test_provider.py,
+tests/request/upstream/test_retry.py).
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.world import PATIENCE, SELLERS, Arrived, Stream, World, answer, connect, request, until
+from tests.security.harness import PATIENCE, SELLERS, Arrived, Stream, World, answer, connect, request, until
 
 FEEDS = "/feeds/2021-06-30/feeds"
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.certificates import Authority
-from tests.security.world import CALLER_KEY, Stream, World, connect, request
+from tests.security.harness import CALLER_KEY, Stream, World, connect, request
+from tests.support.certificates import Authority
 
 EU = "sellingpartnerapi-eu.amazon.com"
 
@@ -184,7 +184,7 @@ def test_8_nothing_is_changed_through_the_admin_listener(world: World, path: str
     assert world.process.poll() is None
 
 
-# Account: rows 10 to 14 (who gets whose token is looked at in tests/test_never_mixed.py).
+# Account: rows 10 to 14 (who gets whose token is looked at in tests/integration/test_tenant_isolation.py).
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.security.world import World, request
+from tests.security.harness import World, request
 
 EU = "sellingpartnerapi-eu.amazon.com"
 

@@ -1,0 +1,113 @@
+"""Which answers of Amazon's hold presigned URLs, where in them, to which hosts, and for how long are these good?
+
+A presigned URL is its own credential (S3 user guide, "Download and upload objects with presigned URLs"): whoever has it
+may get or put that one document until it expires, and it must be used whole and unchanged.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, parse_qsl, urlsplit
+
+
+class UrlLocation(NamedTuple):
+    """Where an operation's answer holds URLs: the keys on the way, `*` for each of a list; and what they are for."""
+
+    keys: tuple[str, ...]
+    is_upload: bool = False
+
+
+# By the models, those URLs that lead to Amazon's storage. Others that answers hold are web pages (tracking links) or
+# lead to hosts of their own, such as the ZIP files of Amazon Custom: they are not presigned.
+URL_LOCATIONS: dict[str, UrlLocation] = {
+    "awd.2024-05-09.getInboundShipmentLabels": UrlLocation(("labelDownloadURL",)),
+    "dataKiosk.2023-11-15.getDocument": UrlLocation(("documentUrl",)),
+    "easyShip.2022-03-23.createScheduledPackageBulk": UrlLocation(("printableDocumentsUrl",)),
+    "feeds.2021-06-30.createFeedDocument": UrlLocation(("url",), is_upload=True),
+    "feeds.2021-06-30.getFeedDocument": UrlLocation(("url",)),
+    "fulfillmentInbound.2024-03-20.createMarketplaceItemLabels": UrlLocation(("documentDownloads", "*", "uri")),
+    "fulfillmentInbound.2024-03-20.getDeliveryChallanDocument": UrlLocation(("documentDownload", "uri")),
+    "fulfillmentInbound.v0.getBillOfLading": UrlLocation(("payload", "DownloadURL")),
+    "fulfillmentInbound.v0.getLabels": UrlLocation(("payload", "DownloadURL")),
+    "fulfillmentOutbound.2020-07-01.getFulfillmentOrder": UrlLocation(
+        (
+            *("payload", "fulfillmentShipments", "*", "fulfillmentShipmentPackage", "*"),
+            *("deliveryInformation", "deliveryDocumentList", "*", "url"),
+        )
+    ),
+    "invoices.2024-06-19.getGovernmentInvoiceDocument": UrlLocation(("invoiceDocument", "invoiceDocumentUrl")),
+    "invoices.2024-06-19.getInvoicesDocument": UrlLocation(("invoicesDocument", "invoicesDocumentUrl")),
+    "reports.2021-06-30.getReportDocument": UrlLocation(("url",)),
+    "services.v1.createServiceDocumentUploadDestination": UrlLocation(("payload", "url"), is_upload=True),
+    "uploads.2020-11-01.createUploadDestinationForResource": UrlLocation(("payload", "url"), is_upload=True),
+}
+
+# A bucket's name before it or in the path, and S3's host in one of its spellings, of which Amazon uses several:
+# tortuga-prod-na.s3.amazonaws.com, tortuga-prod-na.s3-external-1.amazonaws.com,
+# tortuga-prod-eu.s3-eu-west-1.amazonaws.com, s3.amazonaws.com (S3 user guide, "Virtual hosting of buckets").
+_REGION = r"[a-z]{2}(?:-[a-z]{2,12}){1,3}-\d{1,2}"
+_S3 = re.compile(
+    r"(?:[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?\.)?"
+    rf"(?:s3|s3-external-1|s3[.-]{_REGION}|s3\.dualstack\.{_REGION}|s3-accelerate(?:\.dualstack)?)\.amazonaws\.com"
+)
+# Where the documents of the static sandbox are (models feeds_2021-06-30, reports_2021-06-30, dataKiosk_2023-11-15).
+_SANDBOX = frozenset({"d34o8swod1owfl.cloudfront.net"})
+
+DEFAULT_LIFETIME = 300.0  # seconds, of a URL that does not say (models feeds_2021-06-30, reports_2021-06-30)
+_URL = re.compile(r"https?://[!-~]+")  # no space, control or non-ASCII character
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+def is_storage(host: str) -> bool:
+    """Return whether a host, in lower case, is one of Amazon's for documents."""
+    return host in _SANDBOX or _S3.fullmatch(host) is not None
+
+
+def parse(url: str) -> SplitResult | None:
+    """Return the parts of a URL that can be sent on as it is written, None for every other one."""
+    if not _URL.fullmatch(url) or "#" in url or "\\" in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_plain = bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return None
+    return parts if is_plain else None
+
+
+def lifetime(query: str, now: float) -> float:
+    """Return for how many seconds from `now`, in Unix time, a presigned URL just made is good, by its query.
+
+    `X-Amz-Expires` counts seconds (signature version 4), `Expires` is a moment (version 2, CloudFront).
+    """
+    given = {name.lower(): value for name, value in parse_qsl(query)}
+    for name, since in (("x-amz-expires", 0.0), ("expires", now)):
+        text = given.get(name, "")
+        if text.isascii() and text.isdigit() and len(text) <= 12:
+            return max(0.0, float(text) - since)
+    return DEFAULT_LIFETIME
+
+
+def signed_headers(query: str) -> frozenset[str]:
+    """Return the names, in lower case, of the header fields that a presigned URL's signature covers."""
+    names = next((value for name, value in parse_qsl(query) if name.lower() == "x-amz-signedheaders"), "")
+    return frozenset(names.lower().split(";")) - {""}
+
+
+def urls_in(content: Any, keys: tuple[str, ...]) -> Iterator[str]:
+    """Yield the URLs at a place of an answer, as far as it has the form that the model says."""
+    if not keys:
+        if isinstance(content, str):
+            yield content
+    elif keys[0] != "*":
+        if isinstance(content, Mapping):
+            yield from urls_in(content.get(keys[0]), keys[1:])
+    elif isinstance(content, list):
+        for one in content:
+            yield from urls_in(one, keys[1:])
+
+
+def literals_in(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each string of a JSON text begins and ends, quotes included."""
+    for match in _STRING.finditer(body):
+        yield match.span()

@@ -1,0 +1,141 @@
+"""How does what a browser was led to come back here: pasted by a person, or by a port of this machine?"""
+
+import asyncio
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from aiohttp import web
+
+from proxy.amazon.consent import Consent, NotAuthorised, WrongState, parse_redirect
+from proxy.config import is_loopback
+
+MAX_PASTES = 3  # addresses that are looked at before a person has to begin again
+MAX_VISITS = 100  # requests that a listener answers before it gives up
+_MAX_LINE = 16 * 1024  # bytes
+
+
+def read_pasted_redirect(state: str, ask: Callable[[str], str], *, again: bool) -> Consent:
+    """Return the consent in the address that a person pastes; `ask` shows a text and returns a line.
+
+    With `again`, one that is no answer to this request is asked for anew. Raises NotAuthorised, and what `ask` raises.
+    """
+    for left in range(MAX_PASTES if again else 1, 0, -1):
+        address = ask("The address that it led to: ")
+        if not address:
+            raise NotAuthorised("nothing was pasted")
+        try:
+            return parse_redirect(address, state)
+        except WrongState as exc:
+            if left == 1:
+                raise
+            sys.stderr.write(f"That is not it: {exc}.\n")
+    raise AssertionError
+
+
+def read_line(prompt: str, timeout: float) -> str:
+    """Return a line of standard input, which is not shown on a terminal; raise TimeoutError after `timeout` seconds.
+
+    A system without terminals of Unix waits for ever.
+    """
+    with _without_echo():
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        try:
+            line = _line(sys.stdin.fileno(), time.monotonic() + timeout)
+        finally:
+            if sys.stdin.isatty():
+                sys.stderr.write("\n")
+    return line.decode("utf-8", "replace").strip()
+
+
+def _line(descriptor: int, end: float) -> bytes:
+    read = b""
+    while b"\n" not in read and len(read) <= _MAX_LINE:
+        if os.name == "posix" and not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise TimeoutError
+        data = os.read(descriptor, 4096)
+        if not data:
+            break
+        read += data
+    return read.partition(b"\n")[0]
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep a terminal from showing what is typed: it stays in its history."""
+    if not sys.stdin.isatty() or os.name != "posix":
+        yield
+        return
+    import termios  # noqa: PLC0415 - there is none on Windows
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -> Consent:
+    """Wait on 127.0.0.1 for the browser, and return the consent it brings; `say` is told the port that is listened on.
+
+    One answer to this request for consent is taken, everything else is turned away. Raises NotAuthorised, and OSError
+    where the port cannot be listened on.
+    """
+    come: asyncio.Future[Consent] = asyncio.get_running_loop().create_future()
+    visits = 0
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal visits
+        visits += 1
+        if visits > MAX_VISITS and not come.done():
+            come.set_exception(NotAuthorised(f"{MAX_VISITS} requests came, and none was an answer to this one"))
+        return _received(request, state, come)
+
+    runner = web.ServerRunner(web.Server(handle, access_log=None, keepalive_timeout=1.0), shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        say(runner.addresses[0][1])
+        return await come
+    finally:
+        await runner.cleanup()
+
+
+def _received(request: web.BaseRequest, state: str, come: "asyncio.Future[Consent]") -> web.Response:
+    """Answer one request of a browser's, and note what it brings."""
+    if not is_loopback(request.url.host or ""):
+        return _page(421, "This is not the host you are looking for.")  # DNS rebinding
+    if request.method != "GET":
+        return _page(405, "Only GET is answered here.")
+    if come.done():
+        return _page(410, "Amazon's answer has come already. You can close this page.")
+    try:
+        consent = parse_redirect(request.raw_path, state)
+    except WrongState:
+        return _page(403, "This is no answer to the request for consent that is waited for.")
+    except NotAuthorised as exc:
+        come.set_exception(exc)
+        return _page(400, "Amazon's answer is no consent. The terminal says more; you can close this page.")
+    come.set_result(consent)
+    return _page(200, "Amazon's answer has come. The terminal says more; you can close this page.")
+
+
+def _page(status: int, text: str) -> web.Response:
+    """Return a page that holds nothing of the request, loads nothing, and leaves its address nowhere."""
+    headers = {
+        "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+    }
+    body = f'<!doctype html><html lang="en"><title>sp-api-proxy</title><p>{text}</p></html>\n'
+    return web.Response(status=status, text=body, content_type="text/html", headers=headers)

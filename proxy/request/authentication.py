@@ -1,0 +1,130 @@
+"""Who sends this request: one of the callers, known by a key, a certificate or a user id, or nobody in particular?
+
+Without callers in the configuration everybody who reaches a listener is let in, as nobody in particular. With them,
+only they are, but where a listener says `anonymous`.
+"""
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+from multidict import CIMultiDictProxy
+
+from proxy.config import Config, Listener, Secret
+from proxy.errors import CallerRefused, MalformedRequest
+
+KEY_HEADER = "x-sp-key"
+ANONYMOUS = ""
+
+_RELOAD_INTERVAL = 1.0  # seconds after which key files are read anew
+_SCHEME = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What a connection itself says of its other end: a user id, the names in a verified certificate."""
+
+    uid: int | None = None
+    names: frozenset[str] = frozenset()
+
+
+UNKNOWN_PEER = Peer()
+PEER = web.RequestKey("peer", Peer)  # the listener's note on a request
+
+
+def peer_of(request: web.BaseRequest) -> Peer:
+    """Return what the connection of a request says of its other end."""
+    return request[PEER] if PEER in request else UNKNOWN_PEER  # noqa: SIM401 - `get` raises and catches where there is none
+
+
+class CallerAuthenticator:
+    """Everybody who is known, and how. `now` is a monotonic clock in seconds."""
+
+    def __init__(self, config: Config, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._keys: dict[str, Secret] = {
+            name: caller.key for name, caller in config.callers.items() if caller.key is not None
+        }
+        self._by_certificate = {
+            caller.certificate: name for name, caller in config.callers.items() if caller.certificate is not None
+        }
+        self._by_uid = {caller.uid: name for name, caller in config.callers.items() if caller.uid is not None}
+        self.is_configured = bool(config.callers)
+        # Keys are looked up by a digest that nobody outside can compute: how long that takes tells nothing of them.
+        self._salt = secrets.token_bytes(32)
+        self._by_digest: dict[bytes, tuple[bytes, str]] = {}
+        self._loaded_at = -_RELOAD_INTERVAL
+
+    def authenticate(self, headers: CIMultiDictProxy[str], peer: Peer, listener: Listener) -> str:
+        """Return the caller's name, ANONYMOUS for nobody in particular; raise CallerRefused.
+
+        A key counts more than a certificate, and that more than a user id: several programs may run as one user. An
+        `Authorization` that is no caller's is the app's own affair.
+        """
+        if not self.is_configured:
+            return ANONYMOUS
+        key = _key(headers)
+        if key is not None:
+            name = self._by_key(key)
+            if name is None:
+                raise CallerRefused(f"the {KEY_HEADER} is no caller's", "Check the key, and callers.*.key.")
+            return name
+        found = self._by_bearer(headers) or self._by_connection(peer)
+        if found is None and not listener.anonymous:
+            raise CallerRefused(
+                "this listener takes only requests of known callers",
+                f"Send the key that was made for you as {KEY_HEADER}, or as Authorization: Bearer.",
+            )
+        return found or ANONYMOUS
+
+    def _by_connection(self, peer: Peer) -> str | None:
+        by_certificate = sorted(self._by_certificate[name] for name in peer.names & self._by_certificate.keys())
+        if len(by_certificate) > 1:
+            raise CallerRefused(
+                f"the client certificate is that of several callers ({', '.join(by_certificate)})",
+                "Give each caller a name that no other certificate holds.",
+            )
+        if by_certificate:
+            return by_certificate[0]
+        return self._by_uid.get(peer.uid) if peer.uid is not None else None
+
+    def _by_bearer(self, headers: CIMultiDictProxy[str]) -> str | None:
+        found = {
+            name
+            for value in headers.getall("Authorization", ())
+            if value[: len(_SCHEME)].lower() == _SCHEME and (name := self._by_key(value[len(_SCHEME) :].strip(" \t")))
+        }
+        if len(found) > 1:
+            raise MalformedRequest("two keys of different callers are given", "Send one.")
+        return found.pop() if found else None
+
+    def _by_key(self, key: str) -> str | None:
+        if self._now() - self._loaded_at >= _RELOAD_INTERVAL:
+            self.reload_keys()
+        digest = self._digest(key)
+        known, name = self._by_digest.get(digest, (b"", ""))
+        return name if hmac.compare_digest(known, digest) else None
+
+    def reload_keys(self) -> None:
+        """Take up the keys as their files hold them now: one or several, so that a new one can overlap the old."""
+        self._loaded_at = self._now()
+        self._keys = {name: key.refreshed() for name, key in self._keys.items()}
+        self._by_digest = {
+            (digest := self._digest(word)): (digest, name)
+            for name, key in self._keys.items()
+            for word in key.reveal().split()
+        }
+
+    def _digest(self, key: str) -> bytes:
+        return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=32).digest()
+
+
+def _key(headers: CIMultiDictProxy[str]) -> str | None:
+    values = headers.getall(KEY_HEADER, ())
+    if len(values) > 1:
+        raise MalformedRequest(f"the header {KEY_HEADER} is given {len(values)} times", "Send it once.")
+    return values[0].strip(" \t") if values else None

@@ -1,0 +1,394 @@
+"""How is one token got: which call is made, how often is it tried, and what is wrong when none comes?
+
+Keeping tokens, and deciding when one is needed, is `tokens.py`'s work.
+"""
+
+import asyncio
+import random
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from proxy.amazon import lwa, rdt
+from proxy.amazon.headers import credential_headers, user_agent_of
+from proxy.amazon.operations import Operation
+from proxy.config import Config, Secret
+from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
+from proxy.observability.logging import LOGGER, extra
+from proxy.observability.metrics import Metrics
+from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter
+from proxy.request.routing import UNCACHED, Route, TokenKey, access_token_key, access_token_key_of, endpoint_of
+from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.request.upstream.pool import ConnectionPool
+
+TRIES = 3  # of one exchange, within timeouts.token
+FIRST_PAUSE = 0.2  # seconds between the first two tries, doubled for the next
+
+_REMEDIES = {
+    "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
+    "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
+    "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
+    "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
+    "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
+}
+_ABOUT_THE_ACCOUNT = frozenset({"invalid_grant", "unauthorized_client"})
+
+
+class ReportUnrestricted(Exception):
+    """Amazon gives no Restricted Data Token for this document, because it needs none."""
+
+
+class DataElementsDenied(Exception):
+    """The application has no role for some of the data elements asked for; `elements` are those."""
+
+    def __init__(self, elements: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(elements)))
+        self.elements = elements
+
+
+class AccessTokenRejected(Exception):
+    """Amazon refuses the ordinary token with which a Restricted Data Token was asked for; `error` says so."""
+
+    def __init__(self, error: ProxyError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedToken:
+    """A token as it was granted; `asked` and `came` are moments of the monotonic clock, in seconds."""
+
+    response: lwa.TokenResponse
+    requested_at: float
+    received_at: float
+
+
+class ClientSettings(NamedTuple):
+    """What exchanges are made by: a configuration, and the connections that belong to it."""
+
+    config: Config
+    lwa_session: ConnectionPool
+    amazon_session: ConnectionPool
+
+
+def access_token_keys(config: Config) -> Iterator[TokenKey]:
+    """Return what the ordinary token of every account and region is asked for by."""
+    for name, account in config.accounts.items():
+        application, _ = config.application_of(account)
+        for region in account.refresh_tokens:
+            yield access_token_key_of(application, name, config.environment_of(account), region)
+
+
+def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | None:
+    """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
+
+    A client secret is not part of it: the tokens that were got with an old one are as good (F25).
+    """
+    application = config.applications.get(token_key.application)
+    if application is None:
+        return None
+    if token_key.kind == "grantless":
+        return (application.client_id,)
+    account = config.accounts.get(token_key.account)
+    if account is None or config.application_of(account)[0] != token_key.application:
+        return None
+    refresh_token = account.refresh_tokens.get(token_key.region)
+    if refresh_token is None:
+        return None
+    # Not compared with the credential's own: an account of the sandbox may want a token of production's (sandbox_rdt).
+    environment = config.environment_of(account)
+    return (
+        application.client_id,
+        refresh_token,
+        environment,
+        account.target_application if token_key.kind == "rdt" else None,
+    )
+
+
+def _digest(config: Config | None, token_key: TokenKey, refresh_token: Secret | None) -> str:
+    source = ""
+    if config is not None:
+        source = config.applications[token_key.application].client_id
+        if refresh_token is not None:
+            account = config.accounts[token_key.account]
+            source += f"\x1f{refresh_token.reveal()}\x1f{account.target_application or ''}"
+    return sha256(source.encode()).hexdigest()
+
+
+class TokenClient:
+    """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        lwa_session: ConnectionPool,
+        amazon_session: ConnectionPool,
+        rate_limiter: RateLimiter,
+        mint: Operation | None,
+        metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.settings = ClientSettings(config, lwa_session, amazon_session)
+        # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
+        self._earlier: list[weakref.ref[Config]] = []
+        self._limits = rate_limiter
+        self._rdt_operation = mint
+        self._metrics = metrics
+        self._now = now
+        self._sleep = sleep
+
+    def activate(self, config: Config, lwa_session: ConnectionPool, amazon_session: ConnectionPool) -> None:
+        """Make exchanges by another configuration from now on, but for whom only an earlier one knows."""
+        self._earlier = [known for known in self._earlier if known() is not None]
+        self._earlier.insert(0, weakref.ref(self.settings.config))
+        self.settings = ClientSettings(config, lwa_session, amazon_session)
+
+    def _config_of(self, token_key: TokenKey) -> Config | None:
+        """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
+        known = (self.settings.config, *(earlier() for earlier in self._earlier))
+        return next((one for one in known if one is not None and token_source(one, token_key) is not None), None)
+
+    def secrets(self, token_key: TokenKey) -> tuple[Secret, ...]:
+        """Return the secrets that an exchange would send now: those of files and variables may have changed."""
+        config = self._config_of(token_key)
+        if token_key.kind == "rdt" or config is None:
+            return ()
+        secret = config.applications[token_key.application].client_secret.refreshed()
+        if token_key.kind == "grantless":
+            return (secret,)
+        return secret, config.accounts[token_key.account].refresh_tokens[token_key.region].refreshed()
+
+    def fingerprint(self, token_key: TokenKey, sent: tuple[Secret, ...] = ()) -> str:
+        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
+
+        Or, where `sent` are the `secrets` of one, as that one did.
+        """
+        config = self._config_of(token_key)
+        if config is None or token_key.kind == "grantless":
+            return _digest(config, token_key, None)
+        held = config.accounts[token_key.account].refresh_tokens[token_key.region]
+        return _digest(config, token_key, sent[1] if len(sent) > 1 else held.refreshed())
+
+    def matches_config(self, token_key: TokenKey, fingerprint: str) -> bool:
+        """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
+        config = self._config_of(token_key)
+        if config is None or token_key.kind == "grantless":
+            return fingerprint == _digest(config, token_key, None)
+        held = config.accounts[token_key.account].refresh_tokens[token_key.region]
+        return fingerprint == _digest(config, token_key, held)
+
+    async def fetch_access_token(self, token_key: TokenKey, secrets: tuple[Secret, ...]) -> FetchedToken:
+        """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
+        config = self._config_of(token_key)
+        if config is None:
+            raise not_configured(token_key)
+        client = (config.applications[token_key.application].client_id, secrets[0])
+        url, session = config.endpoints.lwa, self.settings.lwa_session
+
+        def call() -> Awaitable[lwa.TokenResponse]:
+            if token_key.kind == "grantless":
+                return lwa.client_credentials_grant(session.post, url, *client, token_key.scope)
+            return lwa.refresh_token_grant(session.post, url, *client, secrets[1])
+
+        return await self.with_retries(token_key, url, call)
+
+    async def create_rdt(self, token_key: TokenKey, ordinary: Secret) -> FetchedToken:
+        """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
+
+        Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
+        UsagePlanExhausted.
+        """
+        config = self._config_of(token_key)
+        if config is None:
+            raise not_configured(token_key)
+        session, agent = self.settings.amazon_session, user_agent_of(config.applications[token_key.application])
+        endpoint = endpoint_of(config, token_key.environment, token_key.region)
+        route = self._rdt_route(token_key, endpoint)
+        account = config.accounts[token_key.account]
+
+        async def call() -> lwa.TokenResponse:
+            headers = credential_headers(ordinary, agent, time.time())
+            try:
+                return await rdt.create_restricted_data_token(
+                    session.post,
+                    endpoint,
+                    headers,
+                    token_key.method,
+                    token_key.path,
+                    token_key.data_elements,
+                    account.target_application,
+                )
+            except lwa.TokenRequestFailed as exc:
+                if exc.reason == "http_429":
+                    self._limits.observe_response(route, 429, None)
+                raise
+
+        await self._limits.acquire(route, AdmissionRequest(config.limits.max_wait))
+        return await self.with_retries(token_key, endpoint, call)
+
+    def _rdt_route(self, token_key: TokenKey, endpoint: str) -> Route:
+        return Route(
+            account=token_key.account,
+            account_source="",
+            region=token_key.region,
+            region_source="",
+            environment=token_key.environment,
+            application=token_key.application,
+            operation=self._rdt_operation,
+            operation_name=self._rdt_operation.name if self._rdt_operation is not None else "unknown",
+            endpoint=endpoint,
+            token_key=access_token_key(token_key),
+            elements_source="",
+            key=UNCACHED,
+            path_and_query=rdt.PATH,
+        )
+
+    async def with_retries(
+        self, token_key: TokenKey, url: str, call: Callable[[], Awaitable[lwa.TokenResponse]]
+    ) -> FetchedToken:
+        """Make one exchange with the host of `url`, a few times where that may help.
+
+        Whatever goes wrong is translated into an error of ours.
+        """
+        asked = self._now()
+        reason = "timeout"
+        try:
+            async with asyncio.timeout(self.settings.config.timeouts.token):
+                for attempt in range(TRIES):
+                    if attempt:
+                        pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                        await self._sleep(pause)
+                    asked, reason = self._now(), "timeout"
+                    try:
+                        token_response = await call()
+                    except lwa.TokenRequestFailed as exc:
+                        reason = exc.reason
+                    except (RemoteProtocolError, OSError) as exc:
+                        reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
+                    else:
+                        self._count(token_key, "ok", "", asked)
+                        return FetchedToken(token_response, asked, self._now())
+                    self._count(token_key, "failed", reason, asked)
+        except lwa.OAuthError as exc:
+            config = self._config_of(token_key)
+            keys, source = ("", "") if config is None else config_keys(config, token_key, exc.reason)
+            self._count(token_key, "refused", exc.reason, asked, keys + source)
+            raise _refused(token_key, exc, keys, has_source=bool(source)) from exc
+        except rdt.RdtRefused as exc:
+            raise self._rdt_refused(token_key, exc, asked) from exc
+        except TimeoutError as exc:
+            self._count(token_key, "failed", "timeout", asked)
+            raise _unavailable(token_key, url, "timeout") from exc
+        raise _unavailable(token_key, url, reason)
+
+    def _rdt_refused(self, token_key: TokenKey, exc: rdt.RdtRefused, asked: float) -> Exception:
+        """Return what a refusal of the mint means."""
+        reason, error = f"http_{exc.status}", _rdt_error(token_key, exc)
+        meaning: Exception = error
+        if exc.means_unrestricted and not token_key.is_shared:
+            reason, meaning = "not_restricted", ReportUnrestricted()
+        elif exc.refused_elements & set(token_key.data_elements):
+            reason, meaning = "elements", DataElementsDenied(exc.refused_elements)
+        elif exc.refusal.is_token_error:
+            reason, meaning = "token", AccessTokenRejected(error)
+        self._count(token_key, "refused", reason, asked)
+        return meaning
+
+    def _count(self, token_key: TokenKey, result: str, reason: str, asked: float, look_at: str = "") -> None:
+        seconds = self._now() - asked
+        labels = (token_key.kind, token_key.account, token_key.region, result, reason)
+        self._metrics.token_refreshes.labels(*labels).inc()
+        self._metrics.token_refresh_duration.labels(token_key.kind).observe(seconds)
+        LOGGER.log(
+            20 if reason in _EXPECTED_ERRORS else _LEVELS[result],
+            "token exchange",
+            extra=extra(
+                result=result,
+                reason=reason,
+                kind=token_key.kind,
+                application=token_key.application,
+                account=token_key.account,
+                region=token_key.region,
+                duration=round(seconds, 3),
+                **({"look_at": look_at} if look_at else {}),
+            ),
+        )
+
+
+_LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
+_EXPECTED_ERRORS = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
+
+
+def _owner(token_key: TokenKey) -> str:
+    if token_key.kind == "grantless":
+        return f"application {token_key.application}"
+    return f"account {token_key.account} in {token_key.region}"
+
+
+def not_configured(token_key: TokenKey) -> TokenRefused:
+    return TokenRefused(
+        f"{_owner(token_key)} is not configured any more", "Put it back into the configuration, or call another one."
+    )
+
+
+_UNREACHABLE = {"connection": "could not be reached", "timeout": "did not answer in time"}
+
+
+def _unavailable(token_key: TokenKey, url: str, reason: str) -> TokenUnavailable:
+    who, state = "Amazon" if token_key.kind == "rdt" else "Login with Amazon", "did not give one"
+    hint = "Nothing was sent to Amazon's API; try again after Retry-After."
+    if reason in _UNREACHABLE:
+        who, state = f"{who} at {urlsplit(url).hostname}", _UNREACHABLE[reason]
+        hint += " `sp-api-proxy check --live` says why."
+    return TokenUnavailable(
+        f"no {token_key.kind} token for {_owner(token_key)}: {who} {state} ({reason})", hint, reason=reason
+    )
+
+
+def config_keys(config: Config, token_key: TokenKey, reason: str) -> tuple[str, str]:
+    """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
+
+    The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
+    """
+    application, account = config.applications.get(token_key.application), config.accounts.get(token_key.account)
+    if reason in _ABOUT_THE_ACCOUNT and account is not None:
+        token = account.refresh_tokens.get(token_key.region)
+        keys = f"accounts.{token_key.account}.refresh_tokens.{token_key.region}"
+        if reason == "unauthorized_client":
+            keys = f"accounts.{token_key.account}.application and {keys}"
+        return keys, describe_source(token)
+    if reason == "invalid_client" and application is not None:
+        keys = f"applications.{token_key.application}.client_id and client_secret"
+        return keys, describe_source(application.client_secret)
+    return "", ""
+
+
+def describe_source(secret: Secret | None) -> str:
+    """Return ` (from file /run/secrets/x)` for a secret that does not stand in the configuration itself."""
+    return f" (from {secret.source})" if secret is not None and secret.source else ""
+
+
+def _refused(token_key: TokenKey, exc: lwa.OAuthError, keys: str, *, has_source: bool) -> TokenRefused:
+    where = f" Look at {keys}{', in the place that the log names' if has_source else ''}." if keys else ""
+    request_id = f" (Amazon's request id {exc.request_id})" if exc.request_id.isascii() and exc.request_id else ""
+    return TokenRefused(
+        f"Login with Amazon refuses {_owner(token_key)}: {exc.reason}{request_id}",
+        _REMEDIES.get(exc.reason, "Check the application's and the account's credentials.") + where,
+        reason=exc.reason,
+    )
+
+
+def _rdt_error(token_key: TokenKey, exc: rdt.RdtRefused) -> RestrictedDataRefused:
+    said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
+    return RestrictedDataRefused(
+        f"Amazon gives {_owner(token_key)} no Restricted Data Token for {token_key.method} {token_key.path}: "
+        f"{exc.status} {said}",
+        "Check that the application has the restricted role, and had it when the seller authorised it; "
+        "x-sp-data-elements: none asks without personal data where that is possible.",
+    )

@@ -1,0 +1,148 @@
+"""What does the proxy answer itself to an app that asks for a token: what Amazon would, with a placeholder.
+
+An app that brings its own library moves by changing addresses: the library goes on fetching tokens, and gets some that
+are worth nothing. Of what it sends to get one, its secrets above all, nothing is kept, logged or passed on.
+"""
+
+from collections.abc import Mapping
+
+from aiohttp import ClientError, web
+
+from proxy.amazon.operations import OperationTable
+from proxy.amazon.placeholder_tokens import (
+    LIFETIME,
+    BadTokenRequest,
+    Resource,
+    access_token_response,
+    placeholder_for,
+    requested_resources,
+)
+from proxy.amazon.rdt import METHODS, PATH
+from proxy.errors import BadTarget, MalformedRequest, RestrictedDataTokenInvalid, TokenRequestRefused
+from proxy.request.authorization import AccessPolicy
+from proxy.request.context import RequestContext
+from proxy.request.routing import split_prefix
+from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
+from proxy.request.upstream.forward import send_100_continue
+from proxy.request.upstream.response import PlaceholderResponse
+from proxy.request.validation import is_token_request
+
+# Operation names of the two token requests in logs and metrics; the operation table does not have the first one.
+LWA_TOKEN = "lwa.token"  # noqa: S105 - a name, no secret
+RDT = "tokens.2021-03-01.createRestrictedDataToken"
+
+MAX_BODY = 64 * 1024  # bytes of a request for a token
+_ENDS = (PATH, "/auth/o2/token")
+
+
+class TokenEndpoint:
+    """Answers the two calls by which apps get tokens: the second one only where `local_rdt` says so."""
+
+    def __init__(self, table: OperationTable, *, answers_rdt: bool) -> None:
+        self._table = table
+        self._answers_rdt = answers_rdt
+
+    def match(self, target: str) -> str:
+        """Return the name of what is answered here of a POST, nothing for what goes to Amazon."""
+        path = target.partition("?")[0]
+        if path.endswith(_ENDS):
+            if is_token_request("POST", target):
+                return LWA_TOKEN
+        elif "%" not in path:
+            return ""
+        # By the table, as everything else: Amazon takes a path with its letters encoded for the same.
+        operation = self._table.match("POST", split_prefix(path)[2]) if self._answers_rdt else None
+        return RDT if operation is not None and operation.name == RDT else ""
+
+    async def respond(
+        self, request: web.BaseRequest, context: RequestContext, policy: AccessPolicy, deadlines: DeadlineTimer
+    ) -> PlaceholderResponse:
+        """Return the answer; raise the error that stands in for one."""
+        with RequestDeadline(deadlines) as deadline:
+            body = await _body(request, context, deadline)
+        if context.local_operation == LWA_TOKEN:
+            content = _access_token(request.headers.get("Content-Type", ""), body)
+        else:
+            content = self._restricted_data_token(body, policy)
+        context.status = 200
+        return PlaceholderResponse(content, context.summary())
+
+    def _restricted_data_token(self, body: bytes, policy: AccessPolicy) -> Mapping[str, object]:
+        """Return what createRestrictedDataToken would answer (model tokens_2021-03-01).
+
+        What it asks for must be allowed now, and is looked at again when the token is used.
+        """
+        try:
+            asked = [self._checked(index, resource, policy) for index, resource in enumerate(requested_resources(body))]
+            return {"restrictedDataToken": placeholder_for(asked), "expiresIn": LIFETIME}
+        except ValueError as exc:
+            raise RestrictedDataTokenInvalid(
+                str(exc), "Ask as Amazon's Tokens API 2021-03-01 wants to be asked."
+            ) from exc
+
+    def _checked(self, index: int, resource: Resource, policy: AccessPolicy) -> Resource:
+        """Return a resource with the path by which it will be called; raise ValueError, or NotAllowed."""
+        try:
+            path = split_prefix(resource.path)[2]  # some libraries take it from the address that they call
+        except BadTarget:
+            path = resource.path
+        operation = self._table.match(resource.method, path)
+        if resource.method not in METHODS or operation is None or not operation.restricted:
+            raise ValueError(f"restrictedResources[{index}] is no restricted operation that this proxy knows")
+        policy.check_operation(resource.method, operation, "")
+        policy.check_elements(set(resource.data_elements))
+        is_generic = operation.generic_path and "{" in path
+        return Resource(resource.method, operation.template if is_generic else path, resource.data_elements)
+
+
+def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
+    try:
+        return access_token_response(content_type, body)
+    except BadTokenRequest as exc:
+        raise TokenRequestRefused(str(exc), "Ask Login with Amazon itself for anything else.", error=exc.code) from exc
+
+
+async def _body(request: web.BaseRequest, context: RequestContext, deadline: RequestDeadline) -> bytes:
+    """Return the whole body; raise for one that is larger than any such request, or not well-formed."""
+    chunks: list[bytes] = []
+    if not request.body_exists:
+        return b""
+    send_100_continue(request)
+    while True:
+        deadline.wait_for_client(context.request_bytes)
+        try:
+            chunk = await request.content.readany()
+        except (web.RequestPayloadError, ClientError, ValueError) as exc:
+            raise MalformedRequest("the request's body is not well-formed", "Check its framing.") from exc
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+        context.request_bytes += len(chunk)
+        if context.request_bytes > MAX_BODY:
+            raise _too_large(context)
+
+
+def _too_large(context: RequestContext) -> TokenRequestRefused | RestrictedDataTokenInvalid:
+    message = f"the body is larger than {MAX_BODY} bytes"
+    if context.local_operation == LWA_TOKEN:
+        return TokenRequestRefused(message)
+    return RestrictedDataTokenInvalid(message, "Name fewer resources.")
+
+
+def describe_token_request(own: str, target: str) -> dict[str, str]:
+    """Return what happens with a request that is answered here, in words for a person (`sp-api-proxy explain`)."""
+    if own == LWA_TOKEN:
+        what = "a placeholder: whatever the app sends as its token, the proxy puts the real one in its place"
+        secrets = "not looked at, not kept, not passed on"
+    else:
+        what = (
+            "a placeholder (local_rdt): calls that bring it get the proxy's own Restricted Data Token for what it names"
+        )
+        secrets = "none needed"
+    return {
+        "operation": own,
+        "answered by": "the proxy itself; nothing is sent to Amazon",
+        "token": what,
+        "secrets of the app": secrets,
+        "path": split_prefix(target)[2].partition("?")[0],
+    }

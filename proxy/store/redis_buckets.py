@@ -1,0 +1,264 @@
+"""How do all replicas keep to one usage plan? Each call is one step of a script in Redis, by Redis' own clock.
+
+A bucket is what `request/buckets.py` describes. A call that has to wait takes its place at once, and is told when its
+moment comes: the bucket's last moment is then in the future. What processes ask at the same time goes in one pipeline.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from proxy.store.encryption import TokenCipher
+from proxy.store.redis_client import RedisClient, StoreUnavailable
+
+MAX_BATCH = 256  # steps of one pipeline
+
+# try: take a place in all of the buckets where each has one now. reserve: take the next place. back: return one.
+# look: take none. For each bucket: the sender's rate, whether that is news, burst, margin in seconds, what the sender
+# thinks it holds (where Redis knows nothing), and whether Amazon has just said that it is empty.
+# The answer: seconds until the place, or -1 where there is none yet, then of each bucket what it holds, seconds from
+# now of its last moment, its rate, and how many places were taken so far.
+_SCRIPT_FOR_STEP = """
+local now = redis.call('TIME')
+now = tonumber(now[1]) + tonumber(now[2]) / 1000000
+local mode, buckets, wait = ARGV[1], {}, 0
+for i, key in ipairs(KEYS) do
+  local at = (i - 1) * 6 + 1
+  local rate, news, burst = tonumber(ARGV[at + 1]), ARGV[at + 2], tonumber(ARGV[at + 3])
+  local margin, holds, empty = tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6]
+  local tokens, moment, taken = holds, now, 0
+  local value = redis.pcall('GET', key)
+  if type(value) == 'string' and #value < 200 then
+    local t, m, r, c = string.match(value, '^(%S+) (%S+) (%S+) (%d+)$')
+    t, m, r, c = tonumber(t), tonumber(m), tonumber(r), tonumber(c)
+    local is_sane = t and m and r and c and t == t and m == m and r > 0.000001 and r <= 100000
+    if is_sane and t >= -1 and m <= now + 1000 / r then
+      tokens, moment, taken = math.min(t, burst), m, c % 1000000000
+      if news == '0' then rate = r end
+    end
+  end
+  if moment < now then
+    tokens, moment = math.min(burst, tokens + (now - moment) * rate), now
+  end
+  if empty == '1' then tokens = math.min(tokens, 0) end
+  buckets[i] = {key, tokens, moment, rate, burst, margin, taken}
+  if tokens < 0.999999999 or moment > now then wait = -1 end
+end
+for _, b in ipairs(buckets) do
+  if mode == 'try' and wait == 0 then
+    b[2], b[7] = b[2] - 1, b[7] + 1
+  elseif mode == 'reserve' then
+    local missing = 1 - b[2]
+    if missing > 0.000000001 then
+      local pause = missing / b[4] + b[6]
+      b[2], b[3] = math.min(b[5], b[2] + pause * b[4]), b[3] + pause
+    end
+    b[2], b[7], wait = b[2] - 1, b[7] + 1, b[3] - now
+  elseif mode == 'back' then
+    b[2] = math.min(b[5], b[2] + 1)
+  end
+  local life = b[3] - now + (b[5] - b[2]) / b[4] + 60
+  redis.call('SET', b[1], string.format('%.9f %.6f %.9g %d', b[2], b[3], b[4], b[7]), 'PX', math.ceil(life * 1000))
+end
+local answer = {string.format('%.6f', wait)}
+for _, b in ipairs(buckets) do
+  answer[#answer + 1] = string.format('%.9f %.6f %.9g %d', b[2], b[3] - now, b[4], b[7])
+end
+return table.concat(answer, ' ')
+"""
+
+Mode = Literal["try", "reserve", "back", "look"]
+
+
+class BucketUpdate(NamedTuple):
+    """One bucket, as who asks knows it."""
+
+    name: str
+    rate: float  # calls per second
+    is_new_rate: bool  # the rate was learnt since the last answer
+    burst: float
+    margin: float  # seconds
+    tokens: float
+    is_empty: bool  # Amazon has just said so
+
+
+class BucketState(NamedTuple):
+    """What a bucket holds, at a moment `ahead` seconds from now, its rate, and how many places all took so far."""
+
+    tokens: float
+    reserved_ahead: float
+    rate: float
+    taken: float
+
+
+class Reservation(NamedTuple):
+    """The answer: seconds until the call's place, None where it has none yet."""
+
+    wait: float | None
+    buckets: tuple[BucketState, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    mode: Mode
+    updates: Sequence[BucketUpdate]
+    keys: Sequence[str]
+    args: Sequence[str]
+    response: asyncio.Future[Reservation]
+
+
+class RedisBuckets:
+    """The usage plans that lie in Redis."""
+
+    def __init__(self, redis: RedisClient, cipher: TokenCipher) -> None:
+        self.redis = redis
+        self._cipher = cipher
+        self._script = redis.client.register_script(_SCRIPT_FOR_STEP)
+        self._waiting: list[_Request] = []
+        self._running: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._connection: AbstractConnection | None = None
+        self._is_fresh = True
+        self._epoch = 0
+
+    def name(self, key: tuple[str, ...]) -> str:
+        """Return the name under which Redis keeps the bucket of a plan."""
+        return self._cipher.name("plan", "\x1f".join(key))
+
+    def execute(self, mode: Mode, steps: Sequence[BucketUpdate]) -> "asyncio.Future[Reservation]":
+        """Return what will be the answer; its exception is Lost. All that is asked in one go is one round trip."""
+        response: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        if not self.redis.is_up or self._is_closed:
+            response.set_exception(StoreUnavailable())
+            return response
+        args: list[str] = [mode]
+        for step in steps:
+            args += (
+                repr(step.rate),
+                "1" if step.is_new_rate else "0",
+                repr(step.burst),
+                repr(step.margin),
+                repr(step.tokens),
+                "1" if step.is_empty else "0",
+            )
+        self._waiting.append(_Request(mode, steps, [step.name for step in steps], args, response))
+        if self._running is None:
+            self._running = asyncio.create_task(self._execute_all(), name="shared plans")
+        return response
+
+    def send(self, mode: Mode, steps: Sequence[BucketUpdate]) -> None:
+        """Ask without waiting for the answer: what is lost with it is a place or a hint."""
+        self.execute(mode, steps).add_done_callback(_forget)
+
+    async def _execute_all(self) -> None:
+        questions: list[_Request] = []
+        try:
+            while self._waiting:
+                questions, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                await self._execute_batch(questions)
+        finally:
+            self._running = None
+            for question in (*questions, *self._waiting):
+                if not question.response.done():
+                    question.response.set_exception(StoreUnavailable())
+
+    async def _execute_batch(self, questions: Sequence[_Request]) -> None:
+        """Answer all of the questions whose asker is still there; where Redis does not, with Lost."""
+        try:
+            responses = await self.redis.execute_now(lambda: self._responses(questions))
+            places = [_place(response, len(of.keys)) for of, response in zip(questions, responses, strict=True)]
+        except (StoreUnavailable, RedisError):
+            places = []
+        except ValueError:
+            self.redis.mark_down("nonsense")
+            places = []
+        for index, question in enumerate(questions):
+            if question.response.cancelled():  # whoever asked has left
+                if places and places[index].wait is not None and question.mode in {"try", "reserve"}:
+                    self.send("back", question.updates)
+            elif places:
+                question.response.set_result(places[index])
+            else:
+                question.response.set_exception(StoreUnavailable())
+
+    async def _responses(self, questions: Sequence[_Request]) -> list[object]:
+        """Ask all at once, over a connection that is kept for it; raise what redis-py raises, and ResponseError."""
+        try:
+            return await self._responses_over(await self._connected(), questions)
+        except NoScriptError:  # a new server, or one that was told to forget; none of the steps was taken
+            await self.redis.client.script_load(_SCRIPT_FOR_STEP)
+            return await self._responses_over(await self._connected(), questions)
+        except RedisConnectionError:
+            if self._is_fresh:
+                raise
+            # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
+            return await self._responses_over(await self._connected(), questions)
+
+    async def _connected(self) -> AbstractConnection:
+        connection = self._connection
+        self._is_fresh = connection is None or self._epoch != self.redis.epoch
+        if connection is None or self._is_fresh:
+            await self._disconnect()
+            pool = self.redis.client.connection_pool
+            made: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # not annotated there
+            await made.connect()  # type: ignore[no-untyped-call]  # as above
+            connection, self._epoch = made, self.redis.epoch
+            self._connection = connection
+        return connection
+
+    async def _responses_over(self, connection: AbstractConnection, questions: Sequence[_Request]) -> list[object]:
+        # Not redis-py's pipeline: that costs as much as all else that a call under a plan costs.
+        commands: list[list[str | int]] = [
+            ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
+        ]
+        refusal: ResponseError | None = None
+        responses: list[object] = []
+        try:
+            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            for _ in questions:
+                try:
+                    responses.append(await connection.read_response(disable_decoding=True))
+                except ResponseError as exc:
+                    refusal = exc
+        except BaseException:
+            await self._disconnect()  # what is still to come would be taken for the next answer
+            raise
+        if refusal is not None:
+            raise refusal
+        return responses
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Ask nothing more."""
+        self._is_closed = True
+        if self._running is not None:
+            self._running.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._running
+        await self._disconnect()
+
+
+def _place(response: object, count: int) -> Reservation:
+    """Return what an answer says; raise ValueError for one that is none."""
+    numbers = [float(text) for text in response.split()] if isinstance(response, bytes) else []
+    if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
+        raise ValueError("not the numbers that the script answers")
+    held = tuple(BucketState(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
+    return Reservation(numbers[0] if numbers[0] >= 0 else None, held)
+
+
+def _forget(response: "asyncio.Future[Reservation]") -> None:
+    if not response.cancelled():
+        response.exception()

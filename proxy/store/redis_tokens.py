@@ -1,0 +1,156 @@
+"""How do all replicas share one token, and one exchange to get it?
+
+Who finds no token that fits takes a lock, fetches one, keeps it, and lets go. The others look again, ever more slowly,
+until it is there. The lock lives for LOCK_LIFE and its holder keeps it alive: one that dies delays nobody longer.
+"""
+
+import asyncio
+import hashlib
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+from redis.exceptions import RedisError
+
+from proxy.config import Secret
+from proxy.observability.metrics import Metrics
+from proxy.store.encryption import MAX_BYTES, DecryptionFailed, TokenCipher
+from proxy.store.interface import IsUsable, StoredToken
+from proxy.store.redis_client import RedisClient, StoreUnavailable
+
+LOCK_LIFETIME = 3.0  # seconds
+FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two looks of those who wait
+
+# The value, its life in ms, and whether the lock was got. Where there is a value that is not the one known to be unfit,
+# nothing is locked. A lock that lives for ever is none of ours, and nobody would ever let go of it.
+_CLAIM = """
+local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[3])
+if type(value) ~= 'string' then value = '?' end
+if value ~= '' and redis.sha1hex(value) ~= ARGV[4] then return {value, redis.call('PTTL', KEYS[1]), 0} end
+if redis.call('PTTL', KEYS[2]) == -1 then redis.call('DEL', KEYS[2]) end
+local locked = redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2])
+return {value, -1, locked and 1 or 0}
+"""
+_KEEP = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 0
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_FORGET = """
+local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[1])
+if type(value) ~= 'string' or redis.sha1hex(value) == ARGV[2] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+
+class RedisTokenStore:
+    """A Store in Redis; while that is lost, everybody fetches for himself."""
+
+    def __init__(
+        self,
+        redis: RedisClient,
+        cipher: TokenCipher,
+        metrics: Metrics,
+        *,
+        timeout: float,
+        wall: Callable[[], float] = time.time,
+        lock_life: float = LOCK_LIFETIME,
+    ) -> None:
+        self._redis = redis
+        self._cipher = cipher
+        self._metrics = metrics
+        self.timeout = timeout
+        self._wall = wall
+        self._lock_lifetime = lock_life
+        self._claim = redis.client.register_script(_CLAIM)
+        self._keep = redis.client.register_script(_KEEP)
+        self._release = redis.client.register_script(_RELEASE)
+        self._forget = redis.client.register_script(_FORGET)
+
+    @asynccontextmanager
+    async def get_or_lock(
+        self, key: str, fits: IsUsable, refused: Secret | None = None
+    ) -> AsyncIterator[StoredToken | None]:
+        """Give the token under `key` where it fits, or the turn to fetch one, which no other process has meanwhile."""
+        owner = secrets.token_hex(8)
+        found, is_locked = None, False
+        with suppress(StoreUnavailable, RedisError):
+            found, is_locked = await self._found_or_locked(key, owner, fits, refused)
+        if not is_locked:
+            yield found
+            return
+        keeping = asyncio.create_task(self._kept_alive(key, owner), name="token lock")
+        try:
+            yield None
+        finally:
+            keeping.cancel()
+            with suppress(StoreUnavailable, RedisError):
+                await self._redis.execute(partial(self._release, keys=[self._lock(key)], args=[owner]))
+
+    async def _found_or_locked(
+        self, key: str, owner: str, fits: IsUsable, refused: Secret | None
+    ) -> tuple[StoredToken | None, bool]:
+        """Return a token that fits, or whether the lock was got; neither where the wait was long enough."""
+        end, pause, unfit = time.monotonic() + self.timeout, FIRST_POLL, ""
+        while True:
+            value, life, is_locked = await self._poll(key, owner, unfit)
+            if is_locked:
+                return None, True
+            fingerprint = hashlib.sha1(value, usedforsecurity=False).hexdigest()
+            if value and fingerprint != unfit:
+                token = self._decrypt(key, value, life)
+                if token is not None and token.value == refused:
+                    name = self._cipher.name("token", key)
+                    await self._redis.execute(partial(self._forget, keys=[name], args=[MAX_BYTES, fingerprint]))
+                elif token is not None and fits(token):
+                    return token, False
+                unfit = fingerprint
+                continue  # the same question again, for the lock
+            if time.monotonic() >= end:
+                return None, False
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: waiters do not come together
+            pause = min(MAX_POLL, pause * POLL_BACKOFF)
+
+    async def _poll(self, key: str, owner: str, unfit: str) -> tuple[bytes, float, bool]:
+        names = [self._cipher.name("token", key), self._lock(key)]
+        args: list[str | int] = [owner, round(self._lock_lifetime * 1000), MAX_BYTES, unfit]
+        response = await self._redis.execute(partial(self._claim, keys=names, args=args))
+        match response:
+            case [bytes(value), int(life), int(locked)]:
+                return value, life / 1000, bool(locked)
+        self._redis.mark_down("nonsense")
+        raise StoreUnavailable
+
+    def _decrypt(self, key: str, value: bytes, life: float) -> StoredToken | None:
+        """Return the token in a value; None, counted, where it is none of ours, or not of this key."""
+        try:
+            token = self._cipher.decrypt(key, value)
+        except DecryptionFailed:
+            self._metrics.store_ignored.labels("too_large" if len(value) > MAX_BYTES else "not_ours").inc()
+            return None
+        # Redis counts its life too: so it does not matter whose clock is wrong.
+        return token if life < 0 else StoredToken(token.value, min(token.expires_at, self._wall() + life))
+
+    async def _kept_alive(self, key: str, owner: str) -> None:
+        with suppress(StoreUnavailable, RedisError):
+            keep = partial(self._keep, keys=[self._lock(key)], args=[owner, round(self._lock_lifetime * 1000)])
+            while True:
+                await asyncio.sleep(self._lock_lifetime / 3)
+                await self._redis.execute(keep)
+
+    def _lock(self, key: str) -> str:
+        return self._cipher.name("lock", key)
+
+    async def put(self, key: str, token: StoredToken, life: float) -> None:
+        """Keep `token` for `life` seconds; nowhere while Redis is lost, where each process has its own."""
+        name, value = self._cipher.name("token", key), self._cipher.encrypt(key, token)
+        if len(value) <= MAX_BYTES:
+            with suppress(StoreUnavailable, RedisError):
+                await self._redis.execute(lambda: self._redis.client.set(name, value, px=max(1, int(life * 1000))))
+
+    async def close(self) -> None:
+        """Close the way to Redis, which keeps what the others may need."""
+        await self._redis.close()

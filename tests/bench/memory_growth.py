@@ -1,0 +1,401 @@
+"""Growth of the cost of a request with accounts, operations and headers: `python -m tests.bench.memory_growth`.
+
+Everything is loaded in turn, several rounds of it, and compared within each round with the smallest of its kind.
+"""
+
+import argparse
+import asyncio
+import http.client
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import uvloop
+
+from proxy.amazon.operations import Operation, load_table
+from tests.bench.compare import machine
+from tests.bench.compared_proxies import PATH, FarEnd, far_end
+from tests.bench.instructions import can_count, counting
+from tests.bench.load import LAST_ANSWER, Connection, Tally
+from tests.bench.operations_upstream import filler
+from tests.bench.processes import (
+    HOST,
+    Cores,
+    Started,
+    cpu_seconds,
+    end_on_signals,
+    free_port,
+    memory_kib,
+    python,
+    started,
+)
+from tests.bench.upstream import ANSWER_SIZE
+
+ACCOUNTS = (1, 100, 2000)
+OPERATIONS_EACH = 10  # that every account calls, before memory is looked at once more
+WARM_UP = 0.3  # seconds
+FIRST_TIME = 60.0  # seconds within which every request of a kind must have been answered once
+
+TARGET = "/orders/v0/orders"
+_BODY = b'{"filler": "a small body"}'
+_PARAMETER = re.compile(r"\{[^}]*\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: requests that take turns, through the proxy that has so many accounts."""
+
+    kind: str
+    name: str
+    accounts: int
+    requests: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One measurement of one case. `cpu_us` and `instructions` are those of the proxy, for each request."""
+
+    cpu_us: float
+    instructions: float | None
+    requests_per_second: float
+    core: float
+    faults: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a proxy weighs with so many accounts: MiB of resident memory, and what one look at its metrics takes."""
+
+    accounts: int
+    when: str
+    mib: float
+    metrics_ms: float
+    metrics_kib: float
+    meanwhile_ms: float  # the slowest ordinary request that came then
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy that runs, with so many accounts."""
+
+    accounts: int
+    process: Started
+    port: int
+    admin: int
+
+
+class Rotating(Connection):
+    """Sends the next of all requests each time, for as long as there are any; all connections share them."""
+
+    def __init__(self, requests: Iterator[bytes], tally: Tally) -> None:
+        super().__init__(b"", ANSWER_SIZE, tally)
+        self._requests = requests
+
+    def _send(self) -> None:
+        request = None if self._finishing else next(self._requests, None)
+        if request is None:
+            self._finishing = True
+        else:
+            self._request = request
+        super()._send()
+
+
+def main() -> int:
+    """Measure, print the tables as Markdown; 1 when a request failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.memory_growth", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (default 1.5)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
+    parser.add_argument("--connections", type=int, default=32, help="at once (default 32)")
+    parser.add_argument("--only", metavar="KIND", help="accounts, operations, request or answer (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
+    options = parser.parse_args()
+    end_on_signals()
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    cores = Cores.of_this_machine()
+    measured_with = [*machine(cores), f"- instructions: {'by perf' if can_count() else 'perf cannot count them here'}"]
+    os.sched_setaffinity(0, cores.others)
+    cases = [case for case in all_cases() if (options.only or "") in case.kind]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
+        end = stack.enter_context(far_end(cores, folder))
+        upstream = stack.enter_context(_many_answers(end, cores, folder))
+        proxies = {count: stack.enter_context(_proxy(count, end, upstream, cores, folder)) for count in ACCOUNTS}
+        weights = [_weigh(proxy, "at start") for proxy in proxies.values()]
+        costs = _measure_all(cases, proxies, options)
+        weights += [_weigh(proxy, "in use") for proxy in proxies.values()]
+        for proxy in proxies.values():
+            _once(proxy, list(_every_account(proxy.accounts, _targets_of_reads()[:OPERATIONS_EACH])))
+        weights += [_weigh(proxy, f"{OPERATIONS_EACH} operations each") for proxy in proxies.values()]
+        said = [f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.said())]
+    faults = [f"FAULT: {case.name}: {cost.faults}" for case in cases for cost in costs[case.name] if cost.faults]
+    _say(*measured_with, "", *table(cases, costs, options), "", *_table_of_weights(weights), *said, *faults)
+    if options.json:
+        rows = [
+            {"case": name, "round": n, **asdict(cost)} for name, of in costs.items() for n, cost in enumerate(of, 1)
+        ]
+        content = {"machine": measured_with, "costs": rows, "weights": [asdict(weight) for weight in weights]}
+        options.json.write_text(json.dumps(content, indent=1))
+    return 1 if faults else 0
+
+
+# What is asked.
+
+
+def all_cases() -> list[Case]:
+    """Return what is compared, the smallest of each kind first."""
+    reads = [_request(operation.method, path_of(operation)) for operation in _operations(reading=True)]
+    writes = [_request(operation.method, path_of(operation)) for operation in _operations(reading=False)]
+    one_each = {operation.method: path_of(operation) for operation in reversed(_operations(reading=False))}
+    same_mix = [_request(operation.method, one_each[operation.method]) for operation in _operations(reading=False)]
+    return [
+        *(Case("accounts", f"{n:,} account{'s' * (n > 1)}", n, list(_every_account(n, [TARGET]))) for n in ACCOUNTS),
+        Case("operations that read", "1 GET operation", 1, [_request("GET", TARGET)]),
+        Case("operations that read", f"{len(reads)} GET operations", 1, reads),
+        Case("operations that write", f"{len(one_each)} operations, as many of each method", 1, same_mix),
+        Case("operations that write", f"{len(writes)} operations that are no GET", 1, writes),
+        Case("request headers", "1 KiB of request headers", 1, [_request("GET", TARGET, filler(900))]),
+        Case("request headers", "31 KiB of request headers, 64 fields", 1, [_request("GET", TARGET, filler(31_500))]),
+        Case("request headers", "30 KiB in one request header", 1, [_request("GET", TARGET, filler(30_720, 30_720))]),
+        Case("answer headers", "1 KiB of answer headers", 1, [_request("GET", f"{TARGET}?head=800")]),
+        Case("answer headers", "32 KiB of answer headers, 66 fields", 1, [_request("GET", f"{TARGET}?head=32768")]),
+    ]
+
+
+def _operations(*, reading: bool) -> list[Operation]:
+    return [operation for operation in load_table() if (operation.method == "GET") == reading]
+
+
+def path_of(operation: Operation) -> str:
+    """Return a path of the operation: its template, with something in place of each parameter."""
+    return _PARAMETER.sub("B000000001", operation.template)
+
+
+def _targets_of_reads() -> list[str]:
+    """Return paths of operations that an ordinary token is enough for."""
+    ordinary = [operation for operation in _operations(reading=True) if not (operation.restricted or operation.scope)]
+    return [path_of(operation) for operation in ordinary]
+
+
+def _every_account(count: int, targets: Sequence[str]) -> Iterator[bytes]:
+    return (_request("GET", target, account=number) for target in targets for number in range(count))
+
+
+def _request(method: str, target: str, more: bytes = b"", *, account: int = 0) -> bytes:
+    head = (
+        f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nx-sp-account: a{account}\r\n".encode()
+    )
+    if method in {"POST", "PUT", "PATCH"}:
+        more += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(_BODY)
+        return head + more + b"\r\n" + _BODY
+    return head + more + b"\r\n"
+
+
+# What runs.
+
+
+@contextmanager
+def _many_answers(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
+    """Run the upstream with many answers; yield its port."""
+    port = free_port()
+    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
+    command = python("tests.bench.operations_upstream", "--port", port, *files)
+    with started("many answers", command, port, cores.others, folder):
+        yield port
+
+
+@contextmanager
+def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path) -> Iterator[Proxy]:
+    port, admin = free_port(), free_port()
+    path = folder / f"proxy-{accounts}.yaml"
+    content = {
+        "listen": f"{HOST}:{port}",
+        "admin": f"{HOST}:{admin}",
+        "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
+        "accounts": {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|a{number}"}} for number in range(accounts)},
+        "endpoints": {"eu": f"https://localhost:{upstream}", "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "limits": {"pace": False},
+        "pool": {"ca_file": str(end.certificates.authority)},
+        "log": {"level": "warning"},
+    }
+    path.write_text(json.dumps(content))  # JSON is YAML
+    path.chmod(0o600)
+    command = python("proxy", "serve", "--config", path)
+    with started(f"proxy with {accounts} accounts", command, port, cores.proxy, folder) as process:
+        yield Proxy(accounts, process, port, admin)
+
+
+# How it is measured.
+
+
+def _measure_all(
+    cases: Sequence[Case], proxies: dict[int, Proxy], options: argparse.Namespace
+) -> dict[str, list[Cost]]:
+    counts = can_count()
+    for case in cases:
+        _once(proxies[case.accounts], case.requests)  # tokens, connections: what comes once
+    costs: dict[str, list[Cost]] = {}
+    for number in range(options.rounds):
+        sys.stderr.write(f"round {number + 1} of {options.rounds}\n")
+        turn = number % len(cases)
+        for case in (*cases[turn:], *cases[:turn]):  # another one begins each time
+            proxy = proxies[case.accounts]
+            cost = _measure(proxy, case.requests, options.connections, options.seconds, counts=counts)
+            costs.setdefault(case.name, []).append(cost)
+    return costs
+
+
+def _measure(proxy: Proxy, requests: Sequence[bytes], connections: int, seconds: float, *, counts: bool) -> Cost:
+    async def run() -> Cost:
+        async with _loaded(proxy.port, itertools.cycle(requests), connections) as (tally, _):
+            await asyncio.sleep(WARM_UP)
+            pid = proxy.process.pid
+            counted: AbstractContextManager[Callable[[], float | None]] = (
+                counting(pid) if counts else nullcontext(lambda: None)
+            )
+            with counted as end_count:
+                done, cpu, began = len(tally.latencies), cpu_seconds(pid), time.perf_counter()
+                await asyncio.sleep(seconds)
+                instructions = end_count()
+                done, cpu = len(tally.latencies) - done, cpu_seconds(pid) - cpu
+                took = time.perf_counter() - began
+        if not done:
+            raise SystemExit(f"No answer within {took:.1f} s: {dict(tally.faults)}")
+        each = instructions / done if instructions is not None else None
+        return Cost(cpu / done * 1e6, each, done / took, cpu / took, dict(tally.faults))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def _once(proxy: Proxy, requests: Sequence[bytes]) -> None:
+    """Send every request once."""
+
+    async def run() -> None:
+        async with _loaded(proxy.port, iter(requests), 8) as (tally, opened), asyncio.timeout(FIRST_TIME):
+            for connection in opened:
+                await connection.finished.wait()
+        if tally.faults:
+            raise SystemExit(f"{proxy.process.name}, before anything was measured: {dict(tally.faults)}")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+@asynccontextmanager
+async def _loaded(
+    port: int, requests: Iterator[bytes], connections: int
+) -> AsyncIterator[tuple[Tally, list[Rotating]]]:
+    """Open connections that send requests for as long as the block lasts, and end with their last answer."""
+    loop, tally = asyncio.get_running_loop(), Tally()
+    opened = [
+        (await loop.create_connection(lambda: Rotating(requests, tally), HOST, port))[1] for _ in range(connections)
+    ]
+    try:
+        yield tally, opened
+    finally:
+        for connection in opened:
+            connection.finish()
+        async with asyncio.timeout(LAST_ANSWER):
+            for connection in opened:
+                await connection.finished.wait()
+
+
+def _weigh(proxy: Proxy, when: str) -> Weight:
+    took, size, slowest = [], 0, []
+    with ThreadPoolExecutor(1) as beside:
+        for _ in range(3):
+            began = time.perf_counter()
+            look = beside.submit(_metrics_of, proxy)
+            slowest.append(_slowest_until(look, proxy))
+            took.append(time.perf_counter() - began)
+            size = look.result()
+    mib = memory_kib(proxy.process.pid, "VmRSS") / 1024
+    return Weight(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
+
+
+def _metrics_of(proxy: Proxy) -> int:
+    with urllib.request.urlopen(f"http://{HOST}:{proxy.admin}/metrics") as response:
+        return len(response.read())
+
+
+def _slowest_until(look: "Future[int]", proxy: Proxy) -> float:
+    """Send one request after the other until the look at the metrics is over; return the seconds of the slowest."""
+    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=LAST_ANSWER), 0.0
+    try:
+        while not look.done():
+            began = time.perf_counter()
+            connection.request("GET", PATH, headers={"x-sp-account": "a0"})
+            size = len(connection.getresponse().read())
+            slowest = max(slowest, time.perf_counter() - began)
+            if size != ANSWER_SIZE:
+                raise SystemExit("not the answer that was expected, beside a look at the metrics")
+    finally:
+        connection.close()
+    return slowest
+
+
+# What is said of it.
+
+
+def table(cases: Sequence[Case], costs: dict[str, list[Cost]], options: argparse.Namespace) -> list[str]:
+    """Return the medians of all rounds, and those of each round's ratio to the smallest of the kind, as Markdown."""
+    lines = [
+        f"Medians of {options.rounds} × {options.seconds:g} s, {options.connections} connections (ratio to the first).",
+        "",
+        "| kind | what | CPU µs/request | instructions/request | requests/s | core used |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    first = {case.kind: case for case in reversed(cases)}
+    for case in cases:
+        ours, base = costs[case.name], costs[first[case.kind].name]
+        cpu = _cell([cost.cpu_us for cost in ours], [cost.cpu_us for cost in base])
+        executed = _cell([cost.instructions for cost in ours], [cost.instructions for cost in base])
+        rate = f"{median(cost.requests_per_second for cost in ours):,.0f}"
+        core = f"{median(cost.core for cost in ours):.0%}"
+        lines.append(f"| {case.kind} | {case.name} | {cpu} | {executed} | {rate} | {core} |")
+    return lines
+
+
+def _cell(ours: Sequence[float | None], base: Sequence[float | None]) -> str:
+    pairs = [(one, other) for one, other in zip(ours, base, strict=True) if one is not None and other]
+    if not pairs:
+        return "not counted"
+    return f"{median(one for one, _ in pairs):,.0f} ({median(one / other for one, other in pairs):.2f})"
+
+
+def _table_of_weights(weights: Sequence[Weight]) -> list[str]:
+    return [
+        "| accounts | when | resident MiB | `/metrics` ms | `/metrics` KiB | a request meanwhile, ms at most |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {each.accounts:,} | {each.when} | {each.mib:.1f} | {each.metrics_ms:.0f} | {each.metrics_kib:,.0f} "
+            f"| {each.meanwhile_ms:.0f} |"
+            for each in weights
+        ),
+    ]
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Who stands in for Amazon where one answer is not enough? Every operation, and answers with many headers.
+
+Every answer has a body of the same size, so that only what is asked about differs. `?head=N` asks for N bytes of
+further headers, and whoever mints a Restricted Data Token gets one.
+"""
+
+import argparse
+import asyncio
+import json
+from functools import cache
+from pathlib import Path
+
+import uvloop
+
+from tests.bench.processes import HOST
+from tests.bench.upstream import ANSWER_SIZE, FixedAnswer, api_answer, tls, whole
+
+MINT = b"POST /tokens/2021-03-01/restrictedDataToken"
+FIELD = 500  # bytes of each further header, its name and line end included
+
+_ASKS = b"?head="
+
+
+class AnswerByTarget(FixedAnswer):
+    """Gives the answer that the first line of a request asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(answer_with(0))
+
+    def data_received(self, data: bytes) -> None:
+        """Answer each request that is complete; the proxy does not pipeline, so the buffer begins with its line."""
+        line = (self._buffer or data).split(b"\r\n", 1)[0]
+        self._answer = minted() if line.startswith(MINT) else answer_with(_asked(line))
+        super().data_received(data)
+
+
+def _asked(line: bytes) -> int:
+    """Return the bytes of headers that a request's first line asks for."""
+    _, found, rest = line.partition(_ASKS)
+    return int(rest.split(b" ", 1)[0]) if found else 0
+
+
+@cache
+def answer_with(size: int) -> bytes:
+    """Return the small answer with `size` bytes of further headers."""
+    head, _, body = whole(api_answer()).partition(b"\r\n\r\n")
+    return head + b"\r\n" + filler(size) + b"\r\n" + body
+
+
+@cache
+def minted() -> bytes:
+    """Return the answer to who asks for a Restricted Data Token."""
+    response = {"restrictedDataToken": "Atz.sprdt|benchmark", "expiresIn": 3600, "filler": ""}
+    response["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(response)))
+    return whole(json.dumps(response).encode())
+
+
+def filler(size: int, field: int = FIELD) -> bytes:
+    """Return headers of together `size` bytes, of `field` bytes each but for the last one."""
+    lines = []
+    for number, at in enumerate(range(0, size, field)):
+        name = b"X-Bench-%03d: " % number
+        lines.append(name + b"v" * max(1, min(field, size - at) - len(name) - 2) + b"\r\n")
+    return b"".join(lines)
+
+
+async def _serve(port: int, certificate: Path, key: Path) -> None:
+    await asyncio.get_running_loop().create_server(AnswerByTarget, HOST, port, ssl=tls(certificate, key))
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Serve on the port that the command line names."""
+    parser = argparse.ArgumentParser(description="The benchmark's stand-in for Amazon, with many answers.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--certificate", type=Path, required=True)
+    parser.add_argument("--key", type=Path, required=True)
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(options.port, options.certificate, options.key))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How are our proxy and nginx set up where bodies are large and clients many? Both stream, and spend no disk on it.
+
+Two upstreams stand behind each of them: the one with small answers, and, for requests with `x-sp-region: na`, the one
+with large bodies.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.bench.compared_proxies import Contender, FarEnd
+from tests.bench.processes import HOST, Cores, free_port, python, started
+
+DESCRIPTORS = 20_000  # that nginx may have, where the system lets it
+
+_NGINX = """
+daemon off;
+worker_processes 1;
+worker_rlimit_nofile {descriptors};
+pid {folder}/nginx.pid;
+error_log stderr;
+events {{ worker_connections {descriptors}; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    keepalive_timeout 600s;
+    client_max_body_size 0;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    upstream small {{
+        server 127.0.0.1:{small};
+        keepalive 1000;
+        keepalive_requests 1000000000;
+    }}
+    upstream large {{
+        server 127.0.0.1:{large};
+        keepalive 1000;
+        keepalive_requests 1000000000;
+    }}
+    map $http_x_sp_region $upstream {{
+        default small;
+        na large;
+    }}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location / {{
+            proxy_pass https://$upstream;
+            proxy_http_version 1.1;
+            proxy_request_buffering off;
+            proxy_max_temp_file_size 0;
+            {buffers}
+            proxy_set_header Host localhost;
+            proxy_set_header Connection "";
+            proxy_set_header x-amz-access-token "Atza|benchmark";
+            proxy_ssl_protocols TLSv1.3;
+            proxy_ssl_name localhost;
+            proxy_ssl_server_name on;
+            proxy_ssl_verify on;
+            proxy_ssl_trusted_certificate {authority};
+        }}
+    }}
+}}
+"""
+
+# Its own are 4 or 8 KiB for an answer, and 8 or 16 KiB for a request.
+_LARGE_BUFFERS = (
+    "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k; client_body_buffer_size 256k;"
+)
+
+
+@contextmanager
+def bulk_upstream(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
+    """Run the upstream for large bodies; yield its port."""
+    port = free_port()
+    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
+    with started("bulk", python("tests.bench.bulk", "--port", port, *files), port, cores.others, folder):
+        yield port
+
+
+@contextmanager
+def our_proxy(end: FarEnd, large: int, cores: Cores, folder: Path, **settings: Any) -> Iterator[Contender]:
+    """Run the real thing, unpaced, with further `settings`."""
+    port = free_port()
+    path = folder / "peer.yaml"
+    upstreams = {"eu": f"https://localhost:{end.api_port}", "na": f"https://localhost:{large}"}
+    content = {
+        "listen": f"{HOST}:{port}",
+        "admin": None,
+        "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
+        "accounts": {"bench": {"refresh_tokens": {"eu": "Atzr|eu", "na": "Atzr|na"}}},
+        "endpoints": {**upstreams, "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "limits": {"pace": False},
+        "pool": {"ca_file": str(end.certificates.authority), **settings.pop("pool", {})},
+        "log": {"level": "warning"},
+        **settings,
+    }
+    path.write_text(json.dumps(content))  # JSON is YAML
+    path.chmod(0o600)
+    command = python("proxy", "serve", "--config", path)
+    with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
+        yield Contender("sp-api-proxy", process, port)
+
+
+@contextmanager
+def streaming_nginx(
+    program: str, end: FarEnd, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
+) -> Iterator[Contender]:
+    """Run nginx with one worker, with its own sizes of buffers or with `large_buffers`."""
+    port = free_port()
+    name = "nginx, large buffers" if large_buffers else "nginx"
+    own = folder / name.replace(", ", "-").replace(" ", "-")
+    own.mkdir()
+    values = {"folder": own, "small": end.api_port, "large": large, "port": port, "descriptors": DESCRIPTORS}
+    values |= {"authority": end.certificates.authority, "buffers": _LARGE_BUFFERS if large_buffers else ""}
+    path = own / "nginx.conf"
+    path.write_text(_NGINX.format(**values))
+    command = [program, "-e", "stderr", "-p", str(own), "-c", str(path)]
+    with started(name, command, port, cores.proxy, folder) as process:
+        yield Contender(name, process, port)
+
+
+def processes_of(group: int) -> Sequence[int]:
+    """Return the ids of a contender's processes: nginx works in a child."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == group:
+                found.append(int(entry.name))
+    return found
