@@ -458,9 +458,9 @@ def _with_errors(text: str) -> str:
 
 
 def _about(error: type[ProxyError]) -> str:
-    again = "yes" if error.retryable else "no"
+    retry = "yes" if error.retryable else "no"
     return (
-        f"*{error.status}, fault: {error.fault}, try again: {again}.* {_meaning(error)} **Do:** {REMEDIES[error.code]}"
+        f"*{error.status}, fault: {error.fault}, retry: {retry}.* {_meaning(error)} **Remedy:** {REMEDIES[error.code]}"
     )
 
 
