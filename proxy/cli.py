@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import __version__, ask, follow, live, logs, process, sockets, systemd
+from proxy import __version__, ask, dependencies, follow, live, logs, process, sockets, systemd
 from proxy.amazon import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
 from proxy.app import Running, running
@@ -215,6 +215,10 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(_demo(options))
     environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
     loaded = _load(options, environ)
+    wrong = dependencies.wrong_versions([dependencies.REDIS_RANGE]) if loaded.config.store is not None else []
+    if wrong:
+        _complain("\n".join(wrong))
+        return FAILED
     process.harden()
     process.wipe_variables(process.forget_secrets(os.environ, loaded.config))
     with _logging(loaded.config.log, loaded.config.audit):

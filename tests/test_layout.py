@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "recent": set(),
     "tallies": set(),
     "logs": set(),
+    "dependencies": set(),
     "amazon": GROUND,
     "process": GROUND,
     "store": GROUND,
@@ -52,6 +53,7 @@ ARROWS: dict[str, set[str]] = {
             "app",
             "ask",
             "authorize",
+            "dependencies",
             "flags",
             "follow",
             "live",
@@ -64,7 +66,7 @@ ARROWS: dict[str, set[str]] = {
         ),
         *("request", "amazon", "simulator", *GROUND),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "dependencies"},
 }
 
 # The steps of a request, each of which may import those before it alone.

@@ -193,6 +193,25 @@ class Answer:
             self._waiter.set_result(None)
 
 
+class _SelectPoll:
+    """Does for one socket what `select.poll` does, where there is none (Windows)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._descriptor = sock.fileno()
+
+    def poll(self, timeout: float) -> list[int]:
+        """Return what can be read, within `timeout` milliseconds."""
+        return select.select([self._descriptor], [], [], timeout / 1000)[0]
+
+
+def _poll_of(sock: socket.socket) -> "select.poll | _SelectPoll":
+    if not hasattr(select, "poll"):  # Windows
+        return _SelectPoll(sock)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return poll
+
+
 class Wire(asyncio.Protocol):
     """One connection: idle, or with one request whose answer is not complete.
 
@@ -210,8 +229,7 @@ class Wire(asyncio.Protocol):
         self._loop = loop
         self.served = 0  # requests that were sent
         self.made_at = self.idle_since = 0.0
-        self._looks = select.poll()
-        self._looks.register(sock, select.POLLIN)
+        self._looks = _poll_of(sock)
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from proxy.store import redis_internals
 from proxy.store.link import Link, Lost
 from proxy.store.seal import Seal
 
@@ -124,7 +124,7 @@ class SharedPlans:
         self._waiting: list[_Question] = []
         self._asking: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._connection: AbstractConnection | None = None
+        self._connection: redis_internals.AbstractConnection | None = None
         self._is_fresh = True
         self._of_loss = 0
 
@@ -179,6 +179,11 @@ class SharedPlans:
         except ValueError:
             self.link.lost("nonsense")
             places = []
+        except Exception as exc:  # noqa: BLE001 - a fault of this program, which Link has logged: the calls fail with it
+            for question in questions:
+                if not question.answer.done():
+                    question.answer.set_exception(exc)
+            return
         for index, question in enumerate(questions):
             if question.answer.cancelled():  # whoever asked has left
                 if places and places[index].wait is not None and question.mode in {"try", "reserve"}:
@@ -201,30 +206,29 @@ class SharedPlans:
             # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
             return await self._answers_over(await self._connected(), questions)
 
-    async def _connected(self) -> AbstractConnection:
+    async def _connected(self) -> redis_internals.AbstractConnection:
         connection = self._connection
         self._is_fresh = connection is None or self._of_loss != self.link.losses
         if connection is None or self._is_fresh:
             await self._disconnect()
-            pool = self.link.client.connection_pool
-            made: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # not annotated there
-            await made.connect()  # type: ignore[no-untyped-call]  # as above
+            made = await redis_internals.new_connection(self.link.client.connection_pool)
             connection, self._of_loss = made, self.link.losses
             self._connection = connection
         return connection
 
-    async def _answers_over(self, connection: AbstractConnection, questions: Sequence[_Question]) -> list[object]:
-        # Not redis-py's pipeline: that costs as much as all else that a call under a plan costs.
+    async def _answers_over(
+        self, connection: redis_internals.AbstractConnection, questions: Sequence[_Question]
+    ) -> list[object]:
         commands: list[list[str | int]] = [
             ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
         ]
         refusal: ResponseError | None = None
         answers: list[object] = []
         try:
-            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            await redis_internals.send(connection, commands)
             for _ in questions:
                 try:
-                    answers.append(await connection.read_response(disable_decoding=True))
+                    answers.append(await redis_internals.read_reply(connection))
                 except ResponseError as exc:
                     refusal = exc
         except BaseException:
@@ -238,7 +242,7 @@ class SharedPlans:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
+                await redis_internals.close(connection)
 
     async def close(self) -> None:
         """Ask nothing more."""
