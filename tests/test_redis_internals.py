@@ -80,7 +80,7 @@ async def test_what_is_no_resp2_raises_what_is_expected() -> None:
         reader.feed_eof()
         connection = Connection(protocol=2, retry=Retry(NoBackoff(), 0))
         connection._reader, connection._writer = reader, Mock()
-        connection._parser.on_connect(connection)
+        connection._parser.on_connect(connection)  # type: ignore[no-untyped-call]  # not annotated there
         try:
             await redis_internals.read_reply(connection)
         except Exception as exc:  # noqa: BLE001 - its type is what the test is about
@@ -92,7 +92,6 @@ async def test_what_is_no_resp2_raises_what_is_expected() -> None:
     for data in (
         b"HTTP/1.1 400\r\n",
         b"$x\r\n",
-        b"$-7\r\n",
         b"*x\r\n",
         b"$9\r\nshort",
         b"*1\r\n" * 5000 + b":1\r\n",
