@@ -34,6 +34,7 @@ TESTS = (
 DESELECTED = "tests/test_traces.py::test_without_the_extra_the_start_says_what_to_install"
 TOOLS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
 EXTRA = "otel"
+OLDEST_PYTHON = "3.11"  # all lower bounds have wheels for it; with a later one, `lowest` is the lowest that has
 TESTS_TIMEOUT = 900  # seconds
 
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
@@ -70,23 +71,33 @@ class Environment:
 
     def install(self, *arguments: str | Path) -> None:
         """Install packages under the chosen resolution."""
-        program = [uv.find_uv_bin(), "pip", "install", "--quiet", "--python", self.bin / "python"]
+        program = [uv.find_uv_bin(), "pip", "install", "--quiet", "--no-build", "--python", self.bin / "python"]
         run(*program, *self._options, *arguments, cwd=self.folder)
 
     def versions(self) -> dict[str, str]:
         """Return the version of each installed package."""
-        program = [uv.find_uv_bin(), "pip", "freeze", "--python", self.bin / "python"]
+        program = [uv.find_uv_bin(), "pip", "freeze", "--quiet", "--python", self.bin / "python"]
         pins = [line.split("==") for line in run(*program, cwd=self.folder).splitlines() if "==" in line]
         return {name_of(name): version for name, version in pins}
 
 
-def install(environment: Environment, wheel: Path) -> None:
-    """Install the wheel with exactly what it requires; only direct requirements take part in `lowest`."""
+def install(environment: Environment, wheel: Path) -> dict[str, str]:
+    """Install the wheel with what it requires, and return the versions; `lowest` is about direct requirements only."""
     required, _ = requirements(wheel)
     environment.install(*required, wheel)
     names = sorted({name_of(line) for line in required})
     versions = environment.versions()
     sys.stdout.write("".join(f"  {name} {versions[name]}\n" for name in names if name in versions))
+    return versions
+
+
+def check_floors(wheel: Path, versions: dict[str, str]) -> None:
+    """Raise AssertionError where a lower bound of the metadata is not the version that was tried."""
+    for line in requirements(wheel)[0]:
+        floor = re.search(r">=([\d.]+)", line.partition(";")[0])
+        if "python_version" not in line and floor is not None:
+            tried = versions[name_of(line)]
+            assert re.sub(r"(\.0)+$", "", tried) == floor[1], f"{line}: {tried} is the lowest that can be installed"
 
 
 def run_tests(environment: Environment, wheel: Path) -> None:
@@ -137,7 +148,9 @@ def main() -> None:
         python = run(environment.bin / "python", "-V", cwd=folder).strip()
         sys.stdout.write(f"The {options.which} versions that the metadata allows, {python}\n")
         wheel = build_wheel(folder / "dist")
-        install(environment, wheel)
+        versions = install(environment, wheel)
+        if options.which == "lowest" and python.startswith(f"Python {OLDEST_PYTHON}."):
+            check_floors(wheel, versions)
         smoke_test(environment.bin / "sp-api-proxy", folder)
         run_tests(environment, wheel)
         if options.pre:

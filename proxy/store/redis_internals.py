@@ -12,7 +12,8 @@ from redis.exceptions import RedisError
 
 __all__ = ["FAILURES", "NO_CLIENT_INFO", "AbstractConnection", "close", "new_connection", "read_reply", "send"]
 
-# `driver_info=None`, since redis-py 7.2: a connection sends no CLIENT SETINFO, which is two commands each time.
+# `driver_info=None`: a connection sends no CLIENT SETINFO, which is two commands each time. redis-py before 7.2 does
+# not know the parameter, 7.2 to 7.4 accept it and send the two commands all the same, 8.0 leaves them out.
 NO_CLIENT_INFO: dict[str, Any] = {"driver_info": None}
 
 # What a question raises because of the server or the network; OSError includes TimeoutError. The others are what the
