@@ -2,8 +2,6 @@
 
 import sys
 
-from proxy.dependencies import wrong_versions
-
 # A container's health check runs every few seconds, and needs no more than the standard library.
 _NEEDS_NO_LIBRARY = {"healthcheck", "version", "--version", "-h", "--help"}
 
@@ -11,6 +9,8 @@ _NEEDS_NO_LIBRARY = {"healthcheck", "version", "--version", "-h", "--help"}
 def main() -> int:
     """Run one command and return its exit code: 1 where an installed dependency is out of the range that works."""
     if not _NEEDS_NO_LIBRARY.intersection(sys.argv[1:2]):
+        from proxy.dependencies import wrong_versions  # noqa: PLC0415 - 20 ms for importlib.metadata
+
         wrong = wrong_versions()
         if wrong:
             sys.stderr.write("".join(f"{line}\n" for line in wrong))
