@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "recent": set(),
     "tallies": set(),
     "logs": set(),
+    "dependencies": set(),
     "amazon": GROUND,
     "process": GROUND,
     "store": GROUND,
@@ -54,6 +55,7 @@ ARROWS: dict[str, set[str]] = {
             "app",
             "ask",
             "authorize",
+            "dependencies",
             "flags",
             "follow",
             "live",
@@ -66,7 +68,7 @@ ARROWS: dict[str, set[str]] = {
         ),
         *("request", "amazon", "simulator", *GROUND),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "dependencies"},
 }
 
 # The steps of a request, each of which may import those before it alone.
