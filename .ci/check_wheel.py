@@ -1,7 +1,13 @@
-"""Does the wheel work by itself: built, installed in an empty environment elsewhere, version, request, status page?"""
+"""Smoke test of the wheel: built, installed in an empty environment elsewhere, version, one request, status page.
+
+`check_wheel.py` installs the locked dependencies with the running Python. `check_wheel.py --others` does the same with
+every other supported Python that the machine has, and passes where there is none.
+"""
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300
+SUPPORTED_MINORS = range(11, 15)  # Python 3.11 to 3.14
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -17,11 +24,16 @@ def run(*command: str | Path, cwd: Path) -> str:
     return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT).stdout
 
 
-def install(folder: Path) -> Path:
-    """Build the wheel, install it with the locked dependencies in `folder`, and return the command."""
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", cwd=ROOT)
-    (wheel,) = (folder / "dist").glob("*.whl")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel in `folder` and return its path."""
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def install(wheel: Path, folder: Path, python: str) -> Path:
+    """Install the wheel with the locked dependencies in a new environment of `python`, and return the command."""
+    run(python, "-m", "venv", folder / "venv", cwd=folder)
     pip: list[str | Path] = [
         folder / "venv/bin/python",
         "-m",
@@ -33,6 +45,24 @@ def install(folder: Path) -> Path:
     run(*pip, "--require-hashes", "-r", ROOT / "requirements.lock", cwd=folder)
     run(*pip, "--no-deps", "--no-index", wheel, cwd=folder)
     return folder / "venv/bin/sp-api-proxy"
+
+
+def other_pythons() -> dict[str, str]:
+    """Return the supported Pythons of this machine by version, without the running one."""
+    found: dict[str, str] = {}
+    for minor in SUPPORTED_MINORS:
+        name = f"python3.{minor}"
+        pyenv = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/{name}"))
+        for program in (shutil.which(name), *map(str, pyenv)):
+            if minor == sys.version_info.minor or program is None:
+                continue
+            # pyenv's shim is on PATH for a version that is not selected, and fails; Debian's may lack venv.
+            probe = [program, "-c", "import ensurepip, sys, venv; print(*sys.version_info[:3], sep='.')"]
+            said = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+            if said.returncode == 0:
+                found[said.stdout.strip()] = program
+                break
+    return found
 
 
 def one_request(command: Path, folder: Path) -> None:
@@ -59,14 +89,29 @@ def one_request(command: Path, folder: Path) -> None:
     assert process.returncode == 0, f"ended with {process.returncode}"
 
 
-def main() -> None:
-    """Run the whole check; an exception is a failure."""
+def smoke_test(command: Path, folder: Path) -> None:
+    """Run the installed command: version, operation table, one request; an exception is a failure."""
+    sys.stdout.write(run(command, "--version", cwd=folder))
+    sys.stdout.write(f"{run(command, 'operations', cwd=folder).count(chr(10))} operations\n")
+    one_request(command, folder)
+
+
+def check(version: str, python: str) -> None:
+    """Build, install and try the wheel with one Python."""
+    sys.stdout.write(f"The wheel on Python {version}\n")
+    sys.stdout.flush()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = install(folder)
-        sys.stdout.write(run(command, "--version", cwd=folder))
-        sys.stdout.write(f"{run(command, 'operations', cwd=folder).count(chr(10))} operations\n")
-        one_request(command, folder)
+        smoke_test(install(build_wheel(folder / "dist"), folder, python), folder)
+
+
+def main() -> None:
+    """Run the whole check; an exception is a failure."""
+    if sys.argv[1:] == ["--others"]:
+        for version, python in other_pythons().items():
+            check(version, python)
+    else:
+        check(platform.python_version(), sys.executable)
 
 
 if __name__ == "__main__":

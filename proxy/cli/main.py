@@ -21,7 +21,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy import __version__
 from proxy.amazon.catalog import rebuild
 from proxy.amazon.operations import Operation, OperationTable, load_table
-from proxy.cli import admin_client, live_check, tail
+from proxy.cli import admin_client, dependencies, live_check, tail
 from proxy.cli.authorize import add_flags, authorize
 from proxy.cli.check_report import Progress, Report, as_json, as_text, select
 from proxy.cli.options import (
@@ -220,6 +220,10 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(_demo(options))
     environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
     loaded = _load(options, environ)
+    wrong = dependencies.wrong_versions([dependencies.REDIS_RANGE]) if loaded.config.store is not None else []
+    if wrong:
+        print_err("\n".join(wrong))
+        return FAILED
     hardening.harden()
     hardening.overwrite_environ(hardening.scrub_environment(os.environ, loaded.config))
     with _logging(loaded.config.log, loaded.config.audit):

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from proxy.store import redis_internals
 from proxy.store.encryption import TokenCipher
 from proxy.store.redis_client import RedisClient, StoreUnavailable
 
@@ -124,7 +124,7 @@ class RedisBuckets:
         self._waiting: list[_Request] = []
         self._running: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._connection: AbstractConnection | None = None
+        self._connection: redis_internals.AbstractConnection | None = None
         self._is_fresh = True
         self._epoch = 0
 
@@ -179,6 +179,11 @@ class RedisBuckets:
         except ValueError:
             self.redis.mark_down("nonsense")
             places = []
+        except Exception as exc:  # noqa: BLE001 - a fault of this program, which RedisClient has logged: the calls fail with it
+            for question in questions:
+                if not question.response.done():
+                    question.response.set_exception(exc)
+            return
         for index, question in enumerate(questions):
             if question.response.cancelled():  # whoever asked has left
                 if places and places[index].wait is not None and question.mode in {"try", "reserve"}:
@@ -201,30 +206,29 @@ class RedisBuckets:
             # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
             return await self._responses_over(await self._connected(), questions)
 
-    async def _connected(self) -> AbstractConnection:
+    async def _connected(self) -> redis_internals.AbstractConnection:
         connection = self._connection
         self._is_fresh = connection is None or self._epoch != self.redis.epoch
         if connection is None or self._is_fresh:
             await self._disconnect()
-            pool = self.redis.client.connection_pool
-            made: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # not annotated there
-            await made.connect()  # type: ignore[no-untyped-call]  # as above
+            made = await redis_internals.new_connection(self.redis.client.connection_pool)
             connection, self._epoch = made, self.redis.epoch
             self._connection = connection
         return connection
 
-    async def _responses_over(self, connection: AbstractConnection, questions: Sequence[_Request]) -> list[object]:
-        # Not redis-py's pipeline: that costs as much as all else that a call under a plan costs.
+    async def _responses_over(
+        self, connection: redis_internals.AbstractConnection, questions: Sequence[_Request]
+    ) -> list[object]:
         commands: list[list[str | int]] = [
             ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
         ]
         refusal: ResponseError | None = None
         responses: list[object] = []
         try:
-            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            await redis_internals.send(connection, commands)
             for _ in questions:
                 try:
-                    responses.append(await connection.read_response(disable_decoding=True))
+                    responses.append(await redis_internals.read_reply(connection))
                 except ResponseError as exc:
                     refusal = exc
         except BaseException:
@@ -238,7 +242,7 @@ class RedisBuckets:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
+                await redis_internals.close(connection)
 
     async def close(self) -> None:
         """Ask nothing more."""

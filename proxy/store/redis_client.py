@@ -28,6 +28,7 @@ from redis.exceptions import TimeoutError as RedisTimeout
 from proxy.config import StoreAddress
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
+from proxy.store import redis_internals
 from proxy.store.encryption import PREFIX
 
 TIMEOUT = 0.25  # seconds for a question and its answer, the connection included
@@ -35,6 +36,7 @@ FIRST_PAUSE, MAX_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each ti
 SLOW_AFTER = 1.3  # times PATIENCE: a timer that comes so late says that this process was busy
 MAX_TIMEOUTS = 3  # of those in a row
 CONNECTIONS = 16
+FAULT = "programming error in the store"  # the log line, at level error, with the exception's type and place
 
 Answer = TypeVar("Answer")
 
@@ -85,7 +87,7 @@ class RedisClient:
         try:
             async with asyncio.timeout(self._timeout):
                 response = await question()
-        except Exception as exc:  # of any kind: what a library makes of what does not speak Redis
+        except redis_internals.FAILURES as exc:
             if _is_of_one_value(exc):
                 raise
             reason, took = _reason(exc), time.monotonic() - asked
@@ -95,6 +97,9 @@ class RedisClient:
             else:
                 self.mark_down(reason)
             raise StoreUnavailable from exc
+        except Exception:
+            LOGGER.exception(FAULT)
+            raise
         self._timeouts, self._was_up = 0, True
         return response
 
@@ -125,7 +130,10 @@ class RedisClient:
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._probe()
-            except Exception:  # noqa: BLE001 - whatever a library makes of what is not Redis' protocol
+            except redis_internals.FAILURES:
+                pause = min(MAX_PAUSE, pause * 2)
+            except Exception:  # noqa: BLE001 - it is logged, and another probe may work
+                LOGGER.exception(FAULT)
                 pause = min(MAX_PAUSE, pause * 2)
             else:
                 break
@@ -164,7 +172,7 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),  # the process has something better to do than to wait for it
         "protocol": 2,
-        "driver_info": None,  # two questions fewer for each connection
+        **redis_internals.NO_CLIENT_INFO,
         "max_connections": CONNECTIONS + 4,  # for the questions that do not queue
     }
     kind: type[Connection | UnixDomainSocketConnection] = Connection

@@ -32,7 +32,7 @@ PATIENCE = 30.0
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from proxy.cli.main import main
+from proxy.cli import main
 sys.exit(main())
 """
 

@@ -13,10 +13,16 @@ default_md = sha256
 serial = serial.txt
 policy = any
 copy_extensions = copy
+x509_extensions = issued
 unique_subject = no
 [any]
 commonName = supplied
+[issued]
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
 """
+# RFC 5280 section 4.2.1 wants these; VERIFY_X509_STRICT, the default since Python 3.13, refuses a chain without them.
+_OF_AN_AUTHORITY = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
 _YEARS = {False: ("20200101000000Z", "20990101000000Z"), True: ("20200101000000Z", "20200102000000Z")}
 
 
@@ -34,7 +40,9 @@ class Authority:
         (folder / "index.txt").write_text("")
         authority = cls(folder)
         command = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
-        authority._openssl(*command, "-subj", f"/CN=authority {folder.name}", "-keyout", "ca.key", "-out", "ca.crt")
+        authority._openssl(
+            *command, "-subj", f"/CN=authority {folder.name}", *_OF_AN_AUTHORITY, "-keyout", "ca.key", "-out", "ca.crt"
+        )
         return authority
 
     @property

@@ -198,6 +198,25 @@ class Response:
             self._waiter.set_result(None)
 
 
+class _SelectPoll:
+    """Does for one socket what `select.poll` does, where there is none (Windows)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._descriptor = sock.fileno()
+
+    def poll(self, timeout: float) -> list[int]:
+        """Return what can be read, within `timeout` milliseconds."""
+        return select.select([self._descriptor], [], [], timeout / 1000)[0]
+
+
+def _poll_of(sock: socket.socket) -> "select.poll | _SelectPoll":
+    if not hasattr(select, "poll"):  # Windows
+        return _SelectPoll(sock)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return poll
+
+
 class ClientConnection(asyncio.Protocol):
     """One connection: idle, or with one request whose answer is not complete.
 
@@ -215,8 +234,7 @@ class ClientConnection(asyncio.Protocol):
         self._loop = loop
         self.served = 0  # requests that were sent
         self.made_at = self.idle_since = 0.0
-        self._poll_before_use = select.poll()
-        self._poll_before_use.register(sock, select.POLLIN)
+        self._poll_before_use = _poll_of(sock)
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
