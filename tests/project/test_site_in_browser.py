@@ -11,7 +11,8 @@ from playwright.async_api import Browser, Page, async_playwright
 
 from tests.conftest import needs
 from tests.support.pages import blocks
-from tests.support.site import ROOT, served
+from tests.support.paths import ROOT
+from tests.support.site import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 FLAGS = (
