@@ -21,7 +21,7 @@ from docs.log_events import events
 from docs.navigation import ROOT
 from proxy.amazon.catalog.rebuild import _parser as rebuild_parser
 from proxy.amazon.report_types import RESTRICTED_TYPES
-from proxy.cli.main import FAILED, INTERRUPTED, OK, USAGE
+from proxy.cli.common import FAILED, INTERRUPTED, OK, USAGE
 from proxy.cli.main import _parser as proxy_parser
 from proxy.cli.options import ALL_FLAGS, add_config_flags
 from proxy.config.model import Config, default_as_written, settings_in

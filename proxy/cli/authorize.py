@@ -1,12 +1,13 @@
-"""How does a person get a refresh token: consent at Amazon, the way back, the exchange, and a file that keeps it?
+"""`authorize`: get a refresh token by a selling partner's consent at Amazon, and keep it in a file.
 
-The browser comes back to the https address that the application is registered with. Whoever has that page open pastes
-its address here; or the page sends the browser on to a listener on this machine.
+Amazon redirects the browser to the https address that the application is registered with. The user pastes that address
+here, or the page redirects the browser on to a listener on this machine.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import re
 import secrets
 import shlex
@@ -19,14 +20,28 @@ from urllib.parse import urlsplit
 
 from proxy.amazon import lwa
 from proxy.amazon.consent import SELLER_CENTRALS, Consent, NotAuthorised, SellerCentral, consent_url, seller_central_of
+from proxy.cli.common import FAILED, OK, USAGE, Command
+from proxy.cli.configuration import config_path, reports_config_errors
 from proxy.cli.consent_redirect import read_line, read_pasted_redirect, wait_for_redirect
+from proxy.cli.options import add_config_flags, settings_of
+from proxy.cli.runner import run
 from proxy.cli.secret_file import CannotStore, ensure_writable, write_secret
-from proxy.config import Application, Config, Region, Secret, is_loopback, parse_duration
+from proxy.config import (
+    Application,
+    Config,
+    ConfigError,
+    Problem,
+    Region,
+    Secret,
+    applications_config,
+    is_loopback,
+    parse_duration,
+)
 from proxy.config.model import NAME
 from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.server import hardening
 from proxy.server.runtime import lwa_pool
 
-OK, FAILED, USAGE = 0, 1, 2
 TRIES = 3  # of an exchange, within timeouts.token
 RETRY_PAUSE = 0.5  # seconds between two of them
 
@@ -256,15 +271,6 @@ async def _with_timeout(seconds: float, work: Coroutine[Any, Any, T]) -> T:
         return await work
 
 
-def _print_out(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def _print_err(text: str) -> None:
-    sys.stderr.write(f"sp-api-proxy: {text}\n")
-
-
 # The exchange.
 
 
@@ -340,3 +346,40 @@ def config_snippet(account: str, application: str, region: Region, path: Path) -
             f"      {region}: {{file: {json.dumps(str(path.absolute()))}}}",
         )
     )
+
+
+def _print_out(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()  # before a browser opens or a prompt waits
+
+
+def _print_err(text: str) -> None:
+    sys.stderr.write(f"sp-api-proxy: {text}\n")
+
+
+def _add_all_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+    add_config_flags(parser)
+
+
+@reports_config_errors
+def _authorize(options: argparse.Namespace) -> int:
+    config = applications_config(config_path(options), os.environ, settings_of(options))
+    if not config.applications:
+        missing = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
+        raise ConfigError([Problem("applications", missing)])
+    hardening.harden()
+    hardening.scrub_environment(os.environ, config)  # a browser gets none of them
+    # Where there is no screen, a browser may be one for the terminal, which would take it over.
+    is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return authorize(options, config, has_screen=is_desktop and sys.stdout.isatty(), run=run)
+
+
+COMMANDS = {
+    "authorize": Command(
+        "sp-api-proxy authorize --marketplace DE --application-id amzn1.sp.solution.x --output secrets/acme_eu\n"
+        "a private application: sp-api-proxy authorize --self-authorized --marketplace DE --output secrets/acme_eu",
+        _add_all_flags,
+        _authorize,
+    )
+}

@@ -1,12 +1,11 @@
-"""Which settings does the command line give, and in which form does each flag want its value?"""
+"""Flags that several commands share, and how their values are parsed. Standard library alone."""
 
 import argparse
 from datetime import date
 from typing import Any
 
-from proxy.cli.admin_client import address_in
-from proxy.config import Address, parse_duration
-from proxy.config.environment import CONFIG_VARIABLE
+from proxy.cli.admin_client import AdminAddress, address_in
+from proxy.cli.common import CONFIG_VARIABLE
 
 _HELP = """\
 A flag overrides the environment, which overrides the file, which overrides the default.
@@ -34,14 +33,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--admin": {"metavar": "ADDRESS", "help": "host:port for metrics and health; none for no admin listener"},
     "--default-account": {"metavar": "NAME", "help": "the account of requests that name none"},
-    "--environment": {"choices": ("production", "sandbox"), "help": "which of Amazon's environments"},
+    "--environment": {"choices": ("production", "sandbox"), "help": "Amazon's environment"},
     "--log-level": {
         "choices": ("debug", "info", "warning", "error"),
-        "help": "the least level of the lines that are written (info)",
+        "help": "the lowest level that is logged (info)",
     },
     "--log-format": {
         "choices": ("auto", "text", "json"),
-        "help": "how they are written; auto: text on a terminal, JSON otherwise (auto)",
+        "help": "the format of log lines; auto: text on a terminal, JSON otherwise (auto)",
     },
     "--set": {
         "metavar": "KEY=VALUE",
@@ -68,7 +67,7 @@ _SETTINGS = {
 
 
 def add_config_flags(parser: argparse.ArgumentParser, flags: tuple[str, ...] = ALL_FLAGS) -> None:
-    """Add the flags that say which configuration there is, as many of them as the command has a use for."""
+    """Add those flags about the configuration that the command uses."""
     group = parser.add_argument_group("configuration", _HELP)
     for flag in flags:
         group.add_argument(flag, **_FLAGS[flag])
@@ -107,13 +106,15 @@ def day(text: str) -> str:
 
 def duration(text: str) -> float:
     """Return seconds; raise argparse's error."""
+    from proxy.config import parse_duration  # noqa: PLC0415 - 0.3 s of CPU that `healthcheck` does not need
+
     try:
         return parse_duration(text)
     except ValueError:
         raise argparse.ArgumentTypeError("must be a duration such as 30s or 2m") from None
 
 
-def address(text: str) -> Address:
+def address(text: str) -> AdminAddress:
     """Return the address of a proxy's URL; raise argparse's error."""
     try:
         return address_in(text)

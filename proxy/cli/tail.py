@@ -1,17 +1,20 @@
-"""Which requests does a proxy answer now? They are followed from the command line, as `tail -f` follows a file."""
+"""`requests`: follow the requests that a proxy serves, as `tail -f` follows a file."""
 
 import argparse
 import json
+import os
 import select
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from proxy.cli import admin_client
-from proxy.config import Address
+from proxy.cli.admin_client import AdminAddress
+from proxy.cli.common import FAILED, INTERRUPTED, OK, USAGE, Command, print_err
+from proxy.cli.probe import add_admin_flags, with_admin_address
 
-OK, FAILED, INTERRUPTED = 0, 1, 130  # the last as a shell has it for SIGINT
 POLL_INTERVAL = 0.5  # seconds
 MAX_BYTES = 4 * 1024 * 1024  # of one answer
 
@@ -65,7 +68,7 @@ def filter_from(options: argparse.Namespace) -> RequestFilter:
 
 
 def follow(
-    address: Address,
+    address: AdminAddress,
     which: RequestFilter,
     out: TextIO,
     complain: Callable[[str], None],
@@ -94,7 +97,11 @@ def follow(
 
 
 def _status_body(
-    address: Address, which: RequestFilter, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
+    address: AdminAddress,
+    which: RequestFilter,
+    out: TextIO,
+    complain: Callable[[str], None],
+    sleep: Callable[[float], None],
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the requests that are wanted, as they are answered; end where nobody reads any more.
 
@@ -121,7 +128,7 @@ def _last(requests: list[Mapping[str, Any]], count: int) -> list[Mapping[str, An
 
 
 def poll_until_available(
-    address: Address, cursor: str, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
+    address: AdminAddress, cursor: str, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
 ) -> Mapping[str, Any]:
     """Return the next answer; say once where there is none, and wait; nothing where nobody reads any more."""
     has_said = False
@@ -136,9 +143,9 @@ def poll_until_available(
     return {}
 
 
-def _poll(address: Address, cursor: str) -> Mapping[str, Any]:
+def _poll(address: AdminAddress, cursor: str) -> Mapping[str, Any]:
     """Return what the proxy answers; raise ConnectionError where it is no answer."""
-    response = admin_client.request(address, "GET", f"/requests?after={cursor}", most=MAX_BYTES)
+    response = admin_client.request(address, "GET", f"/requests?after={cursor}", max_bytes=MAX_BYTES)
     if not response.ok:
         raise ConnectionError(response.text)
     try:
@@ -184,3 +191,24 @@ def _seconds(seconds: float | None) -> str:
 def _printable(text: str) -> str:
     """Return a text that can do nothing to a terminal, whoever answered at the address."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add_admin_flags(parser)
+    add_flags(parser)
+
+
+def _requests(options: argparse.Namespace) -> int:
+    try:
+        request_filter = filter_from(options)
+    except ValueError as exc:
+        print_err(f"sp-api-proxy: --status: {exc}")
+        return USAGE
+    is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    with_colour = is_terminal and not os.environ.get("NO_COLOR")
+    return with_admin_address(
+        options, lambda target: follow(target, request_filter, sys.stdout, print_err, with_colour=with_colour)
+    )
+
+
+COMMANDS = {"requests": Command("sp-api-proxy requests --account acme --failed", _add_flags, _requests)}

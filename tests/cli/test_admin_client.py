@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from proxy.cli import admin_client
-from proxy.config import Address
+from proxy.cli.admin_client import AdminAddress
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.support.clock import FakeClock
@@ -98,15 +98,15 @@ async def test_waiting_ends_when_the_proxy_is_ready(start_proxy: StartProxy, tok
 
 def test_waiting_ends_with_its_time() -> None:
     clock = FakeClock()
-    nobody = Address("127.0.0.1", 1)
+    nobody = AdminAddress("127.0.0.1", 1)
     response = admin_client.wait_until_ready(nobody, 5.0, now=clock, sleep=clock.advance)
     assert not response.ok
     assert 4.8 <= clock() - FakeClock()() <= 5.0
 
 
 def test_an_address_that_is_open_to_all_is_asked_at_this_machines_own() -> None:
-    assert ": Connection refused. " in admin_client.request(Address("0.0.0.0", 1), "GET", "/livez").text
-    assert admin_client.address_in("http://[::1]:9090") == Address("::1", 9090)
+    assert ": Connection refused. " in admin_client.request(AdminAddress("0.0.0.0", 1), "GET", "/livez").text
+    assert admin_client.address_in("http://[::1]:9090") == AdminAddress("::1", 9090)
 
 
 async def test_a_post_ends_the_proxy_as_a_signal_does(

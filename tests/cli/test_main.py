@@ -19,7 +19,7 @@ import yaml
 
 from proxy import __version__
 from proxy.amazon.placeholder_tokens import Resource, placeholder_for
-from proxy.cli import main
+from proxy.cli import demo, main
 from proxy.simulator.cli import _for_people
 from tests.conftest import StartProxy, needs, settings_for
 from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
@@ -128,9 +128,9 @@ def test_a_file_that_lies_here_and_was_not_named_is_pointed_at(
     assert "applications: is missing" in without
     Path("config.yaml").write_text("applications: {}\n", encoding="utf-8")
     assert main.main(arguments) == 2
-    assert capsys.readouterr().err == f"{without}config.yaml lies here: --config config.yaml\n"
+    assert capsys.readouterr().err == f"{without}There is a config.yaml here: --config config.yaml\n"
     assert main.main([*arguments, "--config", "config.yaml"]) == 2  # it was named
-    assert "lies here" not in capsys.readouterr().err
+    assert "There is a" not in capsys.readouterr().err
 
 
 async def test_check_shows_what_is_in_force_and_hides_secrets() -> None:
@@ -299,7 +299,7 @@ async def test_the_demos_lines_are_written_at_once(monkeypatch: pytest.MonkeyPat
             return len(text)
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    main._welcome(await start_proxy())
+    demo._welcome(await start_proxy())
     assert len(written) == 1
     assert written[0].count("curl -si") == 3
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from proxy.cli.admin_client import address_in
+from proxy.cli.admin_client import AdminAddress, address_in
 from proxy.cli.tail import RequestFilter, add_flags, filter_from, follow
-from proxy.config import Address
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, settings_for
 from tests.support.fake_upstream import FakeUpstream, TokenHost
@@ -226,7 +225,7 @@ async def test_a_line_can_do_nothing_to_a_terminal(fake_upstream: FakeUpstream) 
 
     fake_upstream.script = script
     out, complaints = StringIO(), list[str]()
-    address = Address("127.0.0.1", fake_upstream.port)
+    address = AdminAddress("127.0.0.1", fake_upstream.port)
     code = await asyncio.to_thread(
         follow, address, RequestFilter(follow=False), out, complaints.append, with_colour=True
     )

@@ -16,7 +16,7 @@ from docs import generate
 from docs.generate import NAMES, generated, settings
 from docs.log_events import Event, events
 from proxy.amazon.catalog import rebuild
-from proxy.cli import main
+from proxy.cli import common, main
 from proxy.cli.options import settings_of
 from proxy.config import environment, load_config
 from proxy.config.model import Config
@@ -269,7 +269,7 @@ def test_the_reference_has_every_flag_of_every_command() -> None:
 
 def test_the_reference_has_every_exit_code() -> None:
     codes = {int(code) for code, _ in cells(part("cli.md", "exit codes"))}
-    assert codes == {main.OK, main.FAILED, main.USAGE, main.INTERRUPTED, 143}
+    assert codes == {common.OK, common.FAILED, common.USAGE, common.INTERRUPTED, 143}
 
 
 def test_the_simulators_control_addresses_in_the_documents_exist() -> None:
