@@ -51,7 +51,7 @@ async def test_the_state_of_a_proxy_is_asked_for_by_url_and_by_configuration(
         code, printed, complained = await command(name, *more, *url)
         assert (code, printed) == (1, "")
         assert complained == (
-            f"no answer from {line['health']}: Connection refused. Is the proxy running? "
+            f"no response from {line['health']}: Connection refused. Is the proxy running? "
             "Name its admin or health address with --url, or the file that says it with --config\n"
         )
 

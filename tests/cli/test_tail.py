@@ -31,7 +31,7 @@ PATIENCE = 30.0
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from proxy.cli import main
+from proxy.cli.main import main
 sys.exit(main())
 """
 
@@ -178,7 +178,7 @@ async def test_nobody_there_is_a_failure_at_once() -> None:
         1,
         "",
         (
-            "no answer from 127.0.0.1:1: Connection refused. Is the proxy running? "
+            "no response from 127.0.0.1:1: Connection refused. Is the proxy running? "
             "Name its admin or health address with --url, or the file that says it with --config\n"
         ),
     )
