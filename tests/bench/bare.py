@@ -33,10 +33,12 @@ async def forward(request: web.Request) -> web.StreamResponse:
         headers=headers,
         data=request.content if request.body_exists else None,
         allow_redirects=False,
-    ) as answer:
-        response = web.StreamResponse(status=answer.status, headers=_end_to_end(answer.headers.items()))
+    ) as upstream_response:
+        response = web.StreamResponse(
+            status=upstream_response.status, headers=_end_to_end(upstream_response.headers.items())
+        )
         await response.prepare(request)
-        async for chunk in answer.content.iter_any():
+        async for chunk in upstream_response.content.iter_any():
             await response.write(chunk)
         await response.write_eof()
         return response

@@ -18,16 +18,24 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from tests.bench.compared_proxies import PATH, Contender, bare_aiohttp, far_end, nginx, sp_api_proxy, waited
+from tests.bench.compared_proxies import (
+    PATH,
+    ComparedProxy,
+    bare_aiohttp,
+    bench_upstream,
+    nginx,
+    plan_wait,
+    sp_api_proxy,
+)
 from tests.bench.gateways import caddy, envoy
 from tests.bench.load import Sample, measure
 from tests.bench.plot import Group, svg
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, pss_mib
 from tests.bench.programs import Program, find_all
-from tests.bench.upstream import ANSWER_SIZE
+from tests.bench.upstream import RESPONSE_SIZE
 
 OURS, BARE, BEST = "sp-api-proxy", "bare aiohttp", "Envoy"
-MOST_WAITED = (
+MAX_WAIT_US = (
     50.0  # microseconds per request, for the turn in a usage plan; more, and it would be that what is measured
 )
 REQUEST = (f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nUser-Agent: bench\r\n\r\n").encode()
@@ -60,23 +68,23 @@ def _options() -> argparse.Namespace:
 def _compare(options: argparse.Namespace) -> int:
     programs, missing = find_all(install=not options.no_install)
     cores = Cores.of_this_machine()
-    measured_with = machine(cores, programs)
-    os.sched_setaffinity(0, cores.others)
+    measured_with = environment_lines(cores, programs)
+    os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        contenders = _start(stack, cores, folder, programs)
-        before = waited(contenders[0])
-        samples = _measure_all(contenders, options)
-        waits = _waits(before, waited(contenders[0]))
-        logs = {contender.name: _complaints(contender.process.said()) for contender in contenders}
+        proxies = _start(stack, cores, folder, programs)
+        before = plan_wait(proxies[0])
+        samples = _measure_all(proxies, options)
+        waits = _waits(before, plan_wait(proxies[0]))
+        logs = {proxy.name: _without_notices(proxy.process.output()) for proxy in proxies}
     _say(*measured_with, f"- {OURS} spent {waits:.1f} µs per request on the turn in its usage plan", *missing, "")
     _say(*table(samples, options))
     faults = [*_faults(samples)]
-    if waits > MOST_WAITED:
+    if waits > MAX_WAIT_US:
         faults.append(f"FAULT: {OURS} paced the load, so that its figures say little")
-    troubles = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
-    if troubles:
-        _say("", *troubles)
+    problems = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
+    if problems:
+        _say("", *problems)
     if options.json:
         options.json.write_text(json.dumps(_as_json(measured_with, samples), indent=1))
     if options.svg:
@@ -84,16 +92,16 @@ def _compare(options: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _start(stack: ExitStack, cores: Cores, folder: Path, programs: Mapping[str, Program]) -> list[Contender]:
-    end = stack.enter_context(far_end(cores, folder))
+def _start(stack: ExitStack, cores: Cores, folder: Path, programs: Mapping[str, Program]) -> list[ComparedProxy]:
+    upstream = stack.enter_context(bench_upstream(cores, folder))
     return [
-        stack.enter_context(sp_api_proxy(end, cores, folder, pace=True)),
+        stack.enter_context(sp_api_proxy(upstream, cores, folder, pace=True)),
         *(
-            stack.enter_context(start(programs[name].path, end, cores, folder))
+            stack.enter_context(start(programs[name].path, upstream, cores, folder))
             for name, start in _STARTED_BY.items()
             if name in programs
         ),
-        stack.enter_context(bare_aiohttp(end, cores, folder)),
+        stack.enter_context(bare_aiohttp(upstream, cores, folder)),
     ]
 
 
@@ -102,39 +110,39 @@ def _waits(before: tuple[float, int], after: tuple[float, int]) -> float:
     return (after[0] - before[0]) / max(1, after[1] - before[1]) * 1e6
 
 
-def _complaints(text: str) -> str:
+def _without_notices(text: str) -> str:
     """Return what a proxy wrote without what is no complaint: Caddy tells where its configuration is."""
     return "\n".join(line for line in text.splitlines() if '"level":"info"' not in line)
 
 
-def _measure_all(contenders: Sequence[Contender], options: argparse.Namespace) -> Samples:
+def _measure_all(proxies: Sequence[ComparedProxy], options: argparse.Namespace) -> Samples:
     samples: Samples = {}
     levels = sorted({1, options.connections})
     for number in range(options.rounds):
         _note(f"round {number + 1} of {options.rounds}")
-        turn = number % len(contenders)
+        turn = number % len(proxies)
         for connections in levels:
-            for contender in (*contenders[turn:], *contenders[:turn]):  # another one begins each time
-                sample = measure_one(contender, connections, options.seconds)
-                samples.setdefault((contender.name, connections), []).append(sample)
-    return {(name, level): samples[name, level] for level in levels for name in (each.name for each in contenders)}
+            for proxy in (*proxies[turn:], *proxies[:turn]):  # another one begins each time
+                sample = measure_one(proxy, connections, options.seconds)
+                samples.setdefault((proxy.name, connections), []).append(sample)
+    return {(name, level): samples[name, level] for level in levels for name in (each.name for each in proxies)}
 
 
-def measure_one(contender: Contender, connections: int, seconds: float) -> Sample:
+def measure_one(proxy: ComparedProxy, connections: int, seconds: float) -> Sample:
     """Load a proxy for `seconds`, not counting the warm-up, and return what it did."""
-    cpu = partial(cpu_seconds, contender.process.pid)
-    sample = measure(contender.port, REQUEST, ANSWER_SIZE, connections=connections, seconds=seconds, cpu=cpu)
-    return replace(sample, memory_mib=pss_mib(contender.process.pid))
+    cpu = partial(cpu_seconds, proxy.process.pid)
+    sample = measure(proxy.port, REQUEST, RESPONSE_SIZE, connections=connections, seconds=seconds, cpu=cpu)
+    return replace(sample, memory_mib=pss_mib(proxy.process.pid))
 
 
-def machine(cores: Cores, programs: Mapping[str, Program] | None = None) -> list[str]:
+def environment_lines(cores: Cores, programs: Mapping[str, Program] | None = None) -> list[str]:
     """Return lines on what the figures were measured with."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop"))
     placed = (
         "one core for the proxy under test, the others for load and upstream"
-        if cores.proxy != cores.others
+        if cores.proxy != cores.other_cores
         else "a single core shared by all, so requests per second and latency say little"
     )
     return [

@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from tests.bench.harness import ORDINARY, running_simulator, settings_of
+from tests.bench.harness import PLAIN_TARGET, running_simulator, settings_of
 from tests.bench.processes import HOST, Cores, Started, cpu_seconds, end_on_signals, free_port, python, started
 from tests.support.redis_server import RedisServer, redis_server
 
@@ -36,7 +36,7 @@ RATE, BURST = 5.0, 10  # of getListingsItem in the table
 TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
 TARGET = "/listings/2021-08-01/items/A1SELLER/sku-1"
 PACED = 4  # accounts whose plans are asked for more than they hold
-LEAST_SHARE, MOST_SHARE, MOST_THROTTLED = 0.98, 1.02, 0.01
+MIN_SHARE, MAX_SHARE, MAX_THROTTLED = 0.98, 1.02, 0.01
 BACKGROUND = 200.0  # requests per second over all accounts and proxies, so that every token is in use everywhere
 KEY = "0123456789abcdef" * 3
 GONE = 0  # what stands for the status of a request that got no answer
@@ -164,9 +164,9 @@ class Outcome:
         if not self.fault:
             if self.exchanges != ACCOUNTS * (RENEWALS + 1):
                 wrong.append(f"{self.exchanges} exchanges instead of {ACCOUNTS * (RENEWALS + 1)}")
-            if not LEAST_SHARE <= self.share <= MOST_SHARE:
+            if not MIN_SHARE <= self.share <= MAX_SHARE:
                 wrong.append(f"{self.share:.1%} of the plan")
-            if self.throttled > MOST_THROTTLED:
+            if self.throttled > MAX_THROTTLED:
                 wrong.append(f"{self.throttled:.1%} of Amazon's answers were 429s")
         return wrong
 
@@ -188,10 +188,12 @@ HEAD = (
 
 async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
     """Load a fleet for so many seconds; with `fault`, kill Redis and a replica half way, and start Redis again."""
-    async with fleet(replicas, seconds * LIFETIME) as here:
+    async with fleet(replicas, seconds * LIFETIME) as harness:
         loop = asyncio.get_running_loop()
-        for proxy in here.proxies:  # tokens and connections: what is measured is a fleet at work
-            await asyncio.gather(*(here.call("background", proxy, ORDINARY, number) for number in range(ACCOUNTS)))
+        for proxy in harness.proxies:  # tokens and connections: what is measured is a fleet at work
+            await asyncio.gather(
+                *(harness.call("background", proxy, PLAIN_TARGET, number) for number in range(ACCOUNTS))
+            )
         begin = loop.time()
         end = begin + seconds
         served = 0
@@ -200,8 +202,8 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             nonlocal served
             turn = number // PACED
             while loop.time() < end:
-                proxies = here.alive()  # one after another, as a service in front of them has it
-                status = await here.call("paced", proxies[turn % len(proxies)], TARGET, number % PACED)
+                proxies = harness.alive()  # one after another, as a service in front of them has it
+                status = await harness.call("paced", proxies[turn % len(proxies)], TARGET, number % PACED)
                 turn += 1
                 served += status == 200 and loop.time() <= end
 
@@ -209,10 +211,10 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             tasks = set[asyncio.Task[int]]()
             for number in range(int(BACKGROUND * seconds)):
                 await asyncio.sleep(max(0.0, begin + number / BACKGROUND - loop.time()))
-                proxies = here.alive()
+                proxies = harness.alive()
                 # Every account at every replica, one after another.
                 proxy, account = proxies[number // ACCOUNTS % len(proxies)], number % ACCOUNTS
-                task = asyncio.create_task(here.call("background", proxy, ORDINARY, account))
+                task = asyncio.create_task(harness.call("background", proxy, PLAIN_TARGET, account))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.gather(*tasks)
@@ -221,26 +223,26 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             if not fault:
                 return
             await asyncio.sleep(seconds / 2)
-            here.redis.stop(signal.SIGKILL)
+            harness.redis.stop(signal.SIGKILL)
             if replicas > 1:
-                here.proxies[-1].is_alive = False
-                os.kill(here.proxies[-1].process.pid, signal.SIGKILL)
+                harness.proxies[-1].is_alive = False
+                os.kill(harness.proxies[-1].process.pid, signal.SIGKILL)
             await asyncio.sleep(seconds / 6)
-            here.redis.start()
+            harness.redis.start()
 
         async def count() -> dict[str, int]:
             await asyncio.sleep(end - loop.time())  # the next renewal is none of this run
-            return await here.counts()
+            return await harness.counts()
 
         clients = (client(number) for number in range(PACED * max(5, 2 * replicas)))
         counting = asyncio.create_task(count())
         await asyncio.gather(kill(), background(), *clients)
         counts = await counting
         throttled = counts.get("answers.eu.429", 0)
-        healed = await here.up() == [1.0] * len(here.alive())
+        healed = await harness.up() == [1.0] * len(harness.alive())
         failed = {
             f"{load} {status or ''} {error}".rstrip(): count
-            for (load, status, error), count in here.statuses.items()
+            for (load, status, error), count in harness.statuses.items()
             if status != 200
         }
         return Outcome(
@@ -248,12 +250,12 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             fault,
             counts.get("exchanges.refresh_token", 0),
             served / (PACED * (BURST + RATE * seconds)),
-            throttled / max(1, throttled + here.statuses["paced", 200, ""]),
+            throttled / max(1, throttled + harness.statuses["paced", 200, ""]),
             failed,
-            here.lost_with_the_replica,
-            sum(here.statuses.values()),
+            harness.lost_with_the_replica,
+            sum(harness.statuses.values()),
             healed,
-            sum(proxy.process.output.read_text().count('"message": "store') for proxy in here.proxies),
+            sum(proxy.process.log_file.read_text().count('"message": "store') for proxy in harness.proxies),
         )
 
 
@@ -271,21 +273,21 @@ class Cost:
 
 async def cost(seconds: float, *, shared: bool, connections: int) -> Cost:
     """Send requests of all accounts, each well below its plan, over so many connections."""
-    async with fleet(1, 3600.0, shared=shared) as here:
-        loop, (proxy,) = asyncio.get_running_loop(), here.proxies
+    async with fleet(1, 3600.0, shared=shared) as harness:
+        loop, (proxy,) = asyncio.get_running_loop(), harness.proxies
         # The plan as if it were endless: what is measured is the question, not the wait.
         plan = {"method": "GET", "path": TEMPLATE, "rate": 10000, "burst": 10000, "announce": True, "enforce": False}
-        async with here.session.post(f"{here.control}/plans", json=plan) as response:
+        async with harness.session.post(f"{harness.control}/plans", json=plan) as response:
             assert response.status == 200
         for account in range(ACCOUNTS):
-            assert await here.call("warm", proxy, TARGET, account) == 200
+            assert await harness.call("warm", proxy, TARGET, account) == 200
         latencies: list[float] = []
         before, end = cpu_seconds(proxy.process.pid), loop.time() + seconds
 
         async def client(first: int) -> None:
             account = first
             while (began := loop.time()) < end:
-                assert await here.call("cost", proxy, TARGET, account % ACCOUNTS) == 200
+                assert await harness.call("cost", proxy, TARGET, account % ACCOUNTS) == 200
                 latencies.append(loop.time() - began)
                 account += connections
 
@@ -318,10 +320,10 @@ def say(text: str) -> None:
 async def runs(options: argparse.Namespace) -> bool:
     """Make the runs and print their table; return whether everything was kept."""
     problems: list[str] = []
-    wanted = {"all": (False, True), "steady": (False,), "faults": (True,), "cost": ()}[options.what]
-    if wanted:
+    selected = {"all": (False, True), "steady": (False,), "faults": (True,), "cost": ()}[options.what]
+    if selected:
         say(HEAD)
-        for fault in wanted:
+        for fault in selected:
             for replicas in options.replicas:
                 outcome = await run(replicas, options.seconds, fault=fault)
                 say(outcome.row() + "\n")

@@ -11,14 +11,14 @@ import sys
 from dataclasses import dataclass
 
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
-from tests.bench.harness import World, world
+from tests.bench.harness import Harness, running_harness
 from tests.bench.processes import end_on_signals
 
 TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
 TARGET = "/listings/2021-08-01/items/A1SELLER/sku-{}"
 RATE, BURST = 5.0, 10  # of getListingsItem in the table
 CLIENTS = 20
-LEAST_SHARE, MOST_THROTTLED = 0.98, 0.01  # what is aimed at where the plan is the table's
+MIN_SHARE, MAX_THROTTLED = 0.98, 0.01  # what is aimed at where the plan is the table's
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,69 +73,69 @@ class Outcome:
         )
 
 
-async def plan(here: World, rate: float, *, announce: bool) -> None:
+async def plan(harness: Harness, rate: float, *, announce: bool) -> None:
     """Set the simulator's plan; its bucket is full then."""
     content = {"method": "GET", "path": TEMPLATE, "rate": rate, "burst": BURST, "announce": announce, "enforce": True}
-    await here.order("/plans", content)
+    await harness.post_control("/plans", content)
 
 
-async def through_the_proxy(scenario: Scenario, seconds: float) -> Outcome:
+async def run_proxy(scenario: Scenario, seconds: float) -> Outcome:
     """Let the clients call through the proxy for so many seconds."""
-    async with world(1, limits={"pace": True}) as here:
-        await plan(here, scenario.rate, announce=scenario.announce)
+    async with running_harness(1, limits={"pace": True}) as harness:
+        await plan(harness, scenario.rate, announce=scenario.announce)
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         statuses: list[int] = []
 
         async def client(number: int) -> None:
             while loop.time() < end:
-                status = await here.call(TARGET.format(number))
+                status = await harness.call(TARGET.format(number))
                 if loop.time() <= end:
                     statuses.append(status)
 
         async def change() -> None:
             if scenario.later is not None:
                 await asyncio.sleep(seconds / 2)
-                await plan(here, scenario.later, announce=scenario.announce)
+                await plan(harness, scenario.later, announce=scenario.announce)
 
         await asyncio.gather(change(), *(client(number) for number in range(CLIENTS)))
-        throttled = await here.answers("eu", 429)
+        throttled = await harness.response_count("eu", 429)
     permitted = BURST + scenario.rate * seconds
     if scenario.later is not None:  # the bucket is full again with the new plan
         permitted = 2 * BURST + (scenario.rate + scenario.later) * seconds / 2
     return Outcome(scenario.name, statuses.count(200), permitted, statuses.count(429), throttled)
 
 
-async def by_the_peer(python: str, seconds: float) -> Outcome:
+async def run_peer(python: str, seconds: float) -> Outcome:
     """Let python-amazon-sp-api do the same work, with the plan as the table says."""
-    async with world(1) as here:
-        await plan(here, RATE, announce=True)
-        arguments = (here.region("eu"), here.token_host, DEMO_CLIENT, DEMO_SECRET, "Atzr|a0")
+    async with running_harness(1) as harness:
+        await plan(harness, RATE, announce=True)
+        arguments = (harness.region("eu"), harness.token_host, DEMO_CLIENT, DEMO_SECRET, "Atzr|a0")
         process = await asyncio.create_subprocess_exec(
             *(python, __file__.replace("goodput.py", "peer.py"), str(seconds), str(CLIENTS), *arguments),
             stdout=asyncio.subprocess.PIPE,
         )
-        said, _ = await process.communicate()
-        served, reached_clients = json.loads(said)
-        throttled = await here.answers("eu", 429)
+        output, _ = await process.communicate()
+        served, reached_clients = json.loads(output)
+        throttled = await harness.response_count("eu", 429)
     return Outcome("python-amazon-sp-api alone", served, BURST + RATE * seconds, reached_clients, throttled)
 
 
-async def run(seconds: float, peer: str | None, wanted: list[str]) -> bool:
+async def run(seconds: float, peer: str | None, selected: list[str]) -> bool:
     """Make the runs, print their table, and return whether what was aimed at was reached."""
     sys.stdout.write(
         "| true plan | served | share | 429s to clients | 429s by Amazon |\n| --- | ---: | ---: | ---: | ---: |\n"
     )
     good = True
     for scenario in SCENARIOS:
-        if not wanted or any(scenario.name.startswith(name) for name in wanted):
-            outcome = await through_the_proxy(scenario, seconds)
+        if not selected or any(scenario.name.startswith(name) for name in selected):
+            outcome = await run_proxy(scenario, seconds)
             sys.stdout.write(f"{outcome.row()}\n")
             sys.stdout.flush()
-            reached = outcome.share >= LEAST_SHARE and outcome.throttled < MOST_THROTTLED
+            reached = outcome.share >= MIN_SHARE and outcome.throttled < MAX_THROTTLED
             good = good and outcome.reached_clients == 0 and (reached or not scenario.has_aim)
     if peer:
-        sys.stdout.write(f"{(await by_the_peer(peer, seconds)).row()}\n")
+        sys.stdout.write(f"{(await run_peer(peer, seconds)).row()}\n")
     return good
 
 

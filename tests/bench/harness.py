@@ -18,12 +18,12 @@ import yaml
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
 from tests.bench.processes import HOST, Cores, Started, free_port, python, started
 
-ORDINARY = "/brand/new"
-WAITED = "0.1"  # seconds: a bucket of the histogram, far above what the proxy needs and below every exchange here
+PLAIN_TARGET = "/brand/new"
+WAIT_BUCKET = "0.1"  # seconds: a bucket of the histogram, far above what the proxy needs and below every exchange here
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """A simulator and a proxy before it."""
 
     proxy: Started
@@ -36,12 +36,12 @@ class World:
     started_at: float
     statuses: Counter[int] = field(default_factory=Counter)
 
-    async def order(self, path: str, content: dict[str, Any]) -> None:
+    async def post_control(self, path: str, content: dict[str, Any]) -> None:
         """Tell the simulator something."""
         async with self.session.post(self.control + path, json=content) as response:
             assert response.status == 200, await response.text()
 
-    async def forget_faults(self) -> None:
+    async def clear_faults(self) -> None:
         """Let everything work again."""
         async with self.session.delete(f"{self.control}/faults") as response:
             assert response.status == 200
@@ -52,7 +52,7 @@ class World:
             counts: dict[str, int] = (await response.json())["counts"]
         return counts.get(f"exchanges.{kind}", 0)
 
-    async def answers(self, service: str, status: int) -> int:
+    async def response_count(self, service: str, status: int) -> int:
         """Return how often a service of the simulator answered with a status."""
         async with self.session.get(f"{self.control}/state") as response:
             counts: dict[str, int] = (await response.json())["counts"]
@@ -75,14 +75,14 @@ class World:
             self.statuses[response.status] += 1
             return response.status
 
-    async def waits(self) -> tuple[int, int]:
+    async def token_waits(self) -> tuple[int, int]:
         """Return how many requests asked for a token so far, and how many of them waited for it."""
         async with self.session.get(f"{self.admin}/metrics") as response:
             text = await response.text()
         count = _sample(text, "spapi_proxy_token_wait_seconds_count")
-        return count, count - _sample(text, f'spapi_proxy_token_wait_seconds_bucket{{le="{WAITED}"}}')
+        return count, count - _sample(text, f'spapi_proxy_token_wait_seconds_bucket{{le="{WAIT_BUCKET}"}}')
 
-    async def load(self, rate: float, seconds: float, target: str = ORDINARY) -> None:
+    async def load(self, rate: float, seconds: float, target: str = PLAIN_TARGET) -> None:
         """Send `rate` requests per second for `seconds`, whether answers come or not."""
         loop = asyncio.get_running_loop()
         begin, tasks = loop.time(), set[asyncio.Task[int]]()
@@ -100,7 +100,7 @@ def _sample(text: str, name: str) -> int:
 
 
 @asynccontextmanager
-async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> AsyncIterator[World]:
+async def running_harness(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> AsyncIterator[Harness]:
     """Start a simulator that knows `accounts` sellers, and a proxy for them."""
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory() as name, running_simulator(Path(name), cores, lifetime) as simulator:
@@ -119,7 +119,7 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
             command = python("proxy", "serve", "--config", path, "--log-level", "error")
             with started("proxy", command, port, cores.proxy, Path(name)) as proxy:
                 at = (f"http://{HOST}:{port}", f"http://{HOST}:{admin}", control, simulator, path)
-                yield World(proxy, *at, session, began)
+                yield Harness(proxy, *at, session, began)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def running_simulator(folder: Path, cores: Cores, lifetime: float) -> Iterator[i
     """Run a simulator whose tokens live for so many seconds; yield its port."""
     port = _four_free_ports()
     command = python("proxy", "simulate", "--port", port, "--token-lifetime", str(lifetime))
-    with started("simulator", command, port, cores.others, folder):
+    with started("simulator", command, port, cores.other_cores, folder):
         yield port
 
 
@@ -161,5 +161,5 @@ def settings_of(accounts: int, simulator: int, port: int, admin: int, settings: 
     }
 
 
-def said(statuses: Counter[int]) -> str:
+def format_statuses(statuses: Counter[int]) -> str:
     return ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))

@@ -23,17 +23,17 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from tests.bench.bulk import DOWN, TO_HERE
-from tests.bench.compare import REQUEST, machine
-from tests.bench.compared_proxies import Contender, far_end
+from tests.bench.bulk import DOWNLOAD, HEADERS
+from tests.bench.compare import REQUEST, environment_lines
+from tests.bench.compared_proxies import ComparedProxy, bench_upstream
 from tests.bench.load import Sample, measure
 from tests.bench.processes import HOST, Cores, cpu_seconds, end_on_signals, memory_kib
 from tests.bench.programs import find_nginx
 from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
-from tests.bench.upstream import ANSWER_SIZE
+from tests.bench.upstream import RESPONSE_SIZE
 
-OTHERS = 8  # connections that send ordinary requests
-SPARE = 1000  # descriptors that are for other things than the crowd
+ACTIVE_CONNECTIONS = 8  # connections that send ordinary requests
+SPARE_DESCRIPTORS = 1000  # descriptors that are for other things than the crowd
 READ, EVERY = 4096, 1.0  # each slow reader takes so many bytes in so many seconds
 RECEIVE_BUFFER = 4096  # bytes that the kernel keeps for a slow reader, so that it does not read in its place
 SETTLED = 0.5  # seconds in which the proxy hardly uses its core: what a crowd left behind is done
@@ -56,7 +56,7 @@ class Phase:
     samples: list[Sample]
     memory_kib: int
     unread_kib: float
-    crowd: int = 0
+    clients: int = 0
     leaving_ms: float = 0.0
     faults: list[str] = field(default_factory=list)
 
@@ -71,12 +71,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
     options = parser.parse_args()
     end_on_signals()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the proxies inherit it
-    if max(options.idle, 2 * options.readers) > most - SPARE:
-        options.idle, options.readers = min(options.idle, most - SPARE), min(options.readers, (most - SPARE) // 2)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # the proxies inherit it
+    if max(options.idle, 2 * options.readers) > limit - SPARE_DESCRIPTORS:
+        options.idle, options.readers = (
+            min(options.idle, limit - SPARE_DESCRIPTORS),
+            min(options.readers, (limit - SPARE_DESCRIPTORS) // 2),
+        )
         _say(
-            f"Only {most} files may be open here: {options.idle} idle connections, {options.readers} slow readers.", ""
+            f"Only {limit} files may be open here: {options.idle} idle connections, {options.readers} slow readers.", ""
         )
     try:
         return _run(options)
@@ -86,20 +89,20 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cores = Cores.of_this_machine()
-    measured_with = machine(cores)
-    os.sched_setaffinity(0, cores.others)
+    measured_with = environment_lines(cores)
+    os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        end = stack.enter_context(far_end(cores, folder))
-        large = stack.enter_context(bulk_upstream(end, cores, folder))
-        proxies = [stack.enter_context(our_proxy(end, large, cores, folder, **_settings(options)))]
+        upstream = stack.enter_context(bench_upstream(cores, folder))
+        large = stack.enter_context(bulk_upstream(upstream, cores, folder))
+        proxies = [stack.enter_context(our_proxy(upstream, large, cores, folder, **_settings(options)))]
         program = find_nginx()
         if program:
-            proxies.append(stack.enter_context(streaming_nginx(program, end, large, cores, folder)))
+            proxies.append(stack.enter_context(streaming_nginx(program, upstream, large, cores, folder)))
         phases = [phase for proxy in proxies for phase in _phases(proxy, options)]
-        said = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.said())]
+        output = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.output())]
     faults = [f"FAULT: {phase.proxy}, {phase.name}: {fault}" for phase in phases for fault in _faults(phase)]
-    _say(*measured_with, "", *table(phases, options), "", *said, *faults)
+    _say(*measured_with, "", *table(phases, options), "", *output, *faults)
     if options.json:
         content = {"machine": measured_with, "phases": [asdict(phase) for phase in phases]}
         options.json.write_text(json.dumps(content, indent=1))
@@ -110,28 +113,28 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
     """Return the settings that make room for the crowds: the bounds are there to refuse them."""
     at_once = options.readers + 100
     return {
-        "bounds": {"connections": options.idle + SPARE, "requests": at_once, "account_requests": at_once},
+        "bounds": {"connections": options.idle + SPARE_DESCRIPTORS, "requests": at_once, "account_requests": at_once},
         "pool": {"max_connections": at_once},
         "timeouts": {"keep_alive": "10m"},
     }
 
 
-def _phases(proxy: Contender, options: argparse.Namespace) -> Iterator[Phase]:
+def _phases(proxy: ComparedProxy, options: argparse.Namespace) -> Iterator[Phase]:
     """Measure one proxy without and with each crowd."""
     _measured(proxy, "", options)  # what comes once
     yield _measured(proxy, "before", options)
     _note(f"{proxy.name}: {options.idle} connections")
     with idle_connections(proxy.port, options.idle) as idle:
-        present = _measured(proxy, f"{options.idle:,} idle connections", options, crowd=len(idle))
-        gone = sum(map(_has_ended, idle))
-    present.faults.extend([f"{gone} were closed"] if gone else [])
+        present = _measured(proxy, f"{options.idle:,} idle connections", options, clients=len(idle))
+        closed_count = sum(map(_is_closed, idle))
+    present.faults.extend([f"{closed_count} were closed"] if closed_count else [])
     yield replace(present, leaving_ms=_one_request(proxy.port) * 1e3)
     yield _settled(proxy, options)
     for count, mib in ((options.readers, SMALL), (options.readers // 10, LARGE)):
         name = f"{count:,} slow readers of {mib} MiB"
         _note(f"{proxy.name}: {name}")
         with slow_readers(proxy.port, count, mib) as readers:
-            present = _measured(proxy, name, options, crowd=count)
+            present = _measured(proxy, name, options, clients=count)
         present.faults.extend(readers.faults)
         yield replace(present, leaving_ms=_one_request(proxy.port) * 1e3)
         yield _settled(proxy, options)
@@ -144,7 +147,7 @@ def _one_request(port: int) -> float:
         return time.perf_counter() - began
 
 
-def _settled(proxy: Contender, options: argparse.Namespace) -> Phase:
+def _settled(proxy: ComparedProxy, options: argparse.Namespace) -> Phase:
     """Measure once the proxy has done what a crowd left behind."""
     end = time.monotonic() + SETTLED_WITHIN
     busy = True
@@ -155,14 +158,14 @@ def _settled(proxy: Contender, options: argparse.Namespace) -> Phase:
     return _measured(proxy, "after they left", options)
 
 
-def _measured(proxy: Contender, name: str, options: argparse.Namespace, crowd: int = 0) -> Phase:
+def _measured(proxy: ComparedProxy, name: str, options: argparse.Namespace, clients: int = 0) -> Phase:
     cpu = partial(cpu_seconds, proxy.process.pid)
     samples = [
-        measure(proxy.port, REQUEST, ANSWER_SIZE, connections=OTHERS, seconds=options.seconds, cpu=cpu)
+        measure(proxy.port, REQUEST, RESPONSE_SIZE, connections=ACTIVE_CONNECTIONS, seconds=options.seconds, cpu=cpu)
         for _ in range(options.rounds if name else 1)
     ]
     memory = sum(memory_kib(pid, "VmRSS") for pid in processes_of(proxy.process.pid))
-    return Phase(proxy.name, name, samples, memory, _unread_kib(proxy.port), crowd)
+    return Phase(proxy.name, name, samples, memory, _unread_kib(proxy.port), clients)
 
 
 def _unread_kib(port: int) -> float:
@@ -184,7 +187,7 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
             sock = socket.create_connection((HOST, port), FIRST_BYTES, (SOURCES[number % len(SOURCES)], 0))
             opened.append(sock)
             sock.sendall(REQUEST)
-            _read_answer(sock)
+            _read_response(sock)
             sock.setblocking(False)
         yield opened
     finally:
@@ -192,17 +195,17 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
             sock.close()
 
 
-def _read_answer(sock: socket.socket) -> None:
+def _read_response(sock: socket.socket) -> None:
     """Read the small answer to its end."""
     read = b""
-    while len(read.partition(b"\r\n\r\n")[2]) < ANSWER_SIZE:
+    while len(read.partition(b"\r\n\r\n")[2]) < RESPONSE_SIZE:
         more = sock.recv(16_384)
         if not more or not (read or more.startswith(b"HTTP/1.1 200")):
             raise SystemExit(f"no answer for a connection of the crowd, but {read + more!r}")
         read += more
 
 
-def _has_ended(sock: socket.socket) -> bool:
+def _is_closed(sock: socket.socket) -> bool:
     """Return whether the other end has closed a connection on which nothing is under way."""
     try:
         return sock.recv(1, socket.MSG_PEEK) == b""
@@ -223,7 +226,7 @@ class Readers:
 
     def begin(self, port: int, count: int, mib: int) -> None:
         """Ask for the downloads, and wait until all have begun."""
-        request = f"GET {DOWN}?mib={mib}&framing=length HTTP/1.1\r\n{TO_HERE}\r\n\r\n".encode()
+        request = f"GET {DOWNLOAD}?mib={mib}&framing=length HTTP/1.1\r\n{HEADERS}\r\n\r\n".encode()
         for number in range(count):
             sock = socket.socket()
             self.sockets.append(sock)
@@ -288,13 +291,13 @@ def slow_readers(port: int, count: int, mib: int) -> Iterator[Readers]:
 def table(phases: Sequence[Phase], options: argparse.Namespace) -> list[str]:
     """Return the medians of each phase as Markdown; those of a crowd with the ratio to those before and after it."""
     lines = [
-        f"{OTHERS} connections of ordinary requests, {options.rounds} × {options.seconds:g} s (ratio to without)",
+        f"{ACTIVE_CONNECTIONS} active connections, {options.rounds} × {options.seconds:g} s (ratio to no load)",
         "",
         "| proxy | when | requests/s | CPU µs | p50 ms | p99 ms | RSS MiB | KiB each | unread KiB | leaving ms |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for number, phase in enumerate(phases):
-        quiet = [*phases[number - 1].samples, *phases[number + 1].samples] if phase.crowd else []
+        quiet = [*phases[number - 1].samples, *phases[number + 1].samples] if phase.clients else []
         cells = [
             _cell([each.requests_per_second for each in of] for of in (phase.samples, quiet)),
             _cell([each.cpu_us for each in of] for of in (phase.samples, quiet)),
@@ -302,11 +305,11 @@ def table(phases: Sequence[Phase], options: argparse.Namespace) -> list[str]:
             _cell(([each.p99_ms for each in of] for of in (phase.samples, quiet)), ".2f"),
             f"{phase.memory_kib / 1024:.1f}",
         ]
-        of_crowd = ["", "", ""]
-        if phase.crowd:
-            grown = (phase.memory_kib - phases[number - 1].memory_kib) / phase.crowd
-            of_crowd = [f"{grown:.1f}", f"{phase.unread_kib / phase.crowd:,.0f}", f"{phase.leaving_ms:,.0f}"]
-        lines.append(f"| {phase.proxy} | {phase.name} | {' | '.join(cells + of_crowd)} |")
+        client_cells = ["", "", ""]
+        if phase.clients:
+            grown = (phase.memory_kib - phases[number - 1].memory_kib) / phase.clients
+            client_cells = [f"{grown:.1f}", f"{phase.unread_kib / phase.clients:,.0f}", f"{phase.leaving_ms:,.0f}"]
+        lines.append(f"| {phase.proxy} | {phase.name} | {' | '.join(cells + client_cells)} |")
     return lines
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 INSTRUCTIONS = "instructions:u"  # of the process itself, not of the kernel for it
-_PATIENCE = 5.0  # seconds until perf must have answered
+_TIMEOUT = 5.0  # seconds until perf must have answered
 
 
 def can_count(event: str = INSTRUCTIONS) -> bool:
@@ -19,13 +19,13 @@ def can_count(event: str = INSTRUCTIONS) -> bool:
     if program is None:
         return False
     command = [program, "stat", "-x", ",", "-e", event, "true"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE).stderr
-    return parse_count(said) is not None
+    output = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT).stderr
+    return parse_count(output) is not None
 
 
-def parse_count(said: str) -> float | None:
+def parse_count(output: str) -> float | None:
     """Return the count in what `perf stat -x ,` says, None where it says that there is none."""
-    for line in said.splitlines():
+    for line in output.splitlines():
         with suppress(ValueError):
             return float(line.partition(",")[0])
     return None
@@ -35,12 +35,25 @@ def parse_count(said: str) -> float | None:
 def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float | None]]:
     """Count from the block's begin on; what is yielded ends that, and returns how many it were, None without perf."""
     control, orders = os.pipe()
-    responses, said = os.pipe()
+    responses, output = os.pipe()
     # With control over pipes, counting begins and ends at a known moment, and not whenever perf is ready.
-    command = ["perf", "stat", "-x", ",", "-e", event, "-p", str(pid), "-D", "-1", "--control", f"fd:{control},{said}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=(control, said), text=True) as perf:
+    command = [
+        "perf",
+        "stat",
+        "-x",
+        ",",
+        "-e",
+        event,
+        "-p",
+        str(pid),
+        "-D",
+        "-1",
+        "--control",
+        f"fd:{control},{output}",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=(control, output), text=True) as perf:
         os.close(control)
-        os.close(said)
+        os.close(output)
 
         def order(word: bytes) -> None:
             os.write(orders, word + b"\n")
@@ -49,7 +62,7 @@ def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float
         def end() -> float | None:
             order(b"disable")
             perf.send_signal(2)
-            return parse_count(perf.communicate(timeout=_PATIENCE)[1])
+            return parse_count(perf.communicate(timeout=_TIMEOUT)[1])
 
         try:
             order(b"enable")

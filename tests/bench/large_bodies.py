@@ -15,19 +15,19 @@ from hashlib import sha256
 from pathlib import Path
 
 from tests.bench import throughput
-from tests.bench.compare import machine
-from tests.bench.compared_proxies import Contender, far_end, sp_api_proxy
+from tests.bench.compare import environment_lines
+from tests.bench.compared_proxies import ComparedProxy, bench_upstream, sp_api_proxy
 from tests.bench.payload import BLOCK, MIB, blocks, digest_of
 from tests.bench.processes import HOST, Cores, end_on_signals, memory_kib
 
-MOST_GROWTH = 32.0  # MiB of resident memory
+MAX_GROWTH = 32.0  # MiB of resident memory
 SLOW_MIB = 128  # size of the bodies that one side takes slowly; several times what may be held back
 SLOW_RATE = 32 * MIB  # bytes per second
 SAMPLE_EVERY = 0.02  # seconds
 SILENCE = 60.0  # seconds without a byte, then the transfer has failed
 
-UP = "/feeds/2021-06-30/feeds"
-DOWN = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9"
+UPLOAD = "/feeds/2021-06-30/feeds"
+DOWNLOAD = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9"
 
 
 @dataclass(slots=True)
@@ -64,21 +64,21 @@ def main() -> int:
     options = parser.parse_args()
     end_on_signals()
     cores = Cores.of_this_machine()
-    os.sched_setaffinity(0, cores.others)
+    os.sched_setaffinity(0, cores.other_cores)
     try:
         if options.peers:
-            return _beside_peers(cores, options.mib, options.rounds)
+            return _compare(cores, options.mib, options.rounds)
         return _run(cores, options.mib)
     except KeyboardInterrupt:
         return 130
 
 
-def _beside_peers(cores: Cores, mib: int, rounds: int) -> int:
+def _compare(cores: Cores, mib: int, rounds: int) -> int:
     with tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-") as name:
-        speeds, said = throughput.compare(cores, Path(name), mib, rounds)
-    _say(*machine(cores), "", *throughput.table(speeds), "", *said)
+        speeds, output = throughput.compare(cores, Path(name), mib, rounds)
+    _say(*environment_lines(cores), "", *throughput.table(speeds), "", *output)
     bad = [f"{each.proxy}, {each.way}: {each.fault}" for each in speeds if each.fault] + throughput.missed(speeds)
-    ours = [each for each in speeds if each.proxy == "sp-api-proxy" and each.grown >= MOST_GROWTH]
+    ours = [each for each in speeds if each.proxy == "sp-api-proxy" and each.grown >= MAX_GROWTH]
     bad += [f"{each.proxy}, {each.way}: memory grew by {each.grown:.1f} MiB" for each in ours]
     _say(*(f"FAULT: {each}" for each in bad))
     return 1 if bad else 0
@@ -87,41 +87,43 @@ def _beside_peers(cores: Cores, mib: int, rounds: int) -> int:
 def _run(cores: Cores, mib: int) -> int:
     with tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-") as name:
         folder = Path(name)
-        with far_end(cores, folder) as end, sp_api_proxy(end, cores, folder, large=True) as proxy:
+        with bench_upstream(cores, folder) as upstream, sp_api_proxy(upstream, cores, folder, large=True) as proxy:
             transfers = _transfers(proxy, mib)
-            said = proxy.process.said()
-    _say(*_table(transfers), "", *([f"The proxy wrote:\n{said}"] if said else []))
-    bad = [each for each in transfers if each.fault or each.memory.growth >= MOST_GROWTH]
+            output = proxy.process.output()
+    _say(*_table(transfers), "", *([f"The proxy wrote:\n{output}"] if output else []))
+    bad = [each for each in transfers if each.fault or each.memory.growth >= MAX_GROWTH]
     for each in bad:
         _say(f"FAULT: {each.name}: {each.fault or f'memory grew by {each.memory.growth:.1f} MiB'}")
     return 1 if bad else 0
 
 
-def _transfers(proxy: Contender, mib: int) -> list[Transfer]:
-    port, few = proxy.port, min(mib, SLOW_MIB)
-    for size in (1, few, mib):
+def _transfers(proxy: ComparedProxy, mib: int) -> list[Transfer]:
+    port, fragments = proxy.port, min(mib, SLOW_MIB)
+    for size in (1, fragments, mib):
         digest_of(size)  # kept, so that working it out is not timed
     for framing in ("length", "chunked"):  # modules, token, connections: what any request costs once
         _upload(port, 1, framing)
         _download(port, 1, framing)
     return [
-        _watched(proxy, "up, Content-Length", mib, lambda: _upload(port, mib, "length")),
-        _watched(proxy, "up, chunked", mib, lambda: _upload(port, mib, "chunked")),
-        _watched(proxy, "up, slow upstream", few, lambda: _upload(port, few, "length", rate=SLOW_RATE)),
-        _watched(proxy, "down, Content-Length", mib, lambda: _download(port, mib, "length")),
-        _watched(proxy, "down, chunked", mib, lambda: _download(port, mib, "chunked")),
-        _watched(proxy, "down, slow reader", few, lambda: _download(port, few, "length", rate=SLOW_RATE)),
+        _with_memory(proxy, "up, Content-Length", mib, lambda: _upload(port, mib, "length")),
+        _with_memory(proxy, "up, chunked", mib, lambda: _upload(port, mib, "chunked")),
+        _with_memory(proxy, "up, slow upstream", fragments, lambda: _upload(port, fragments, "length", rate=SLOW_RATE)),
+        _with_memory(proxy, "down, Content-Length", mib, lambda: _download(port, mib, "length")),
+        _with_memory(proxy, "down, chunked", mib, lambda: _download(port, mib, "chunked")),
+        _with_memory(
+            proxy, "down, slow reader", fragments, lambda: _download(port, fragments, "length", rate=SLOW_RATE)
+        ),
     ]
 
 
-def _watched(proxy: Contender, name: str, mib: int, run: Callable[[], str]) -> Transfer:
-    begun = time.perf_counter()
+def _with_memory(proxy: ComparedProxy, name: str, mib: int, run: Callable[[], str]) -> Transfer:
+    started_transfer = time.perf_counter()
     with _memory_of(proxy.process.pid) as memory:
         try:
             fault = run()
         except (OSError, http.client.HTTPException, ValueError) as exc:
             fault = f"{type(exc).__name__}: {exc}"
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started_transfer
     return Transfer(name, mib, seconds, memory, fault)
 
 
@@ -134,7 +136,7 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
     fields = {"Content-Type": "text/plain"}
     fields |= {"Transfer-Encoding": "chunked"} if framing == "chunked" else {"Content-Length": str(mib * MIB)}
     connection.request(
-        "POST", f"{UP}?rate={rate}", body=blocks(mib), headers=fields, encode_chunked=framing == "chunked"
+        "POST", f"{UPLOAD}?rate={rate}", body=blocks(mib), headers=fields, encode_chunked=framing == "chunked"
     )
     response = connection.getresponse()
     text = response.read()
@@ -149,7 +151,7 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
 def _download(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
     """Fetch `mib` MiB at `rate` bytes per second (0: as fast as can be) and return what is wrong, if anything."""
     connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE)
-    connection.request("GET", f"{DOWN}&mib={mib}&framing={framing}")
+    connection.request("GET", f"{DOWNLOAD}&mib={mib}&framing={framing}")
     response = connection.getresponse()
     if response.status != 200:
         return f"{response.status}: {response.read(500)!r}"
@@ -194,7 +196,7 @@ def _forget_high_water(pid: int) -> None:
 
 def _table(transfers: list[Transfer]) -> list[str]:
     lines = [
-        f"Through the proxy, with its memory in MiB; at most {MOST_GROWTH:g} of growth are allowed.",
+        f"Through the proxy, with its memory in MiB; at most {MAX_GROWTH:g} of growth are allowed.",
         "",
         "| transfer | MiB | seconds | MiB/s | VmRSS before | VmRSS peak | VmHWM | growth | digest |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",

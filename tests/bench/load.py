@@ -18,7 +18,7 @@ import uvloop
 from tests.bench.processes import HOST
 
 WARM_UP = 0.5  # seconds: connections are made, both ways, before anything counts
-LAST_ANSWER = 5.0  # seconds
+FINAL_RESPONSE_TIMEOUT = 5.0  # seconds
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"\r\ncontent-length:"
@@ -145,10 +145,10 @@ async def _finish(opened: list[Connection], tally: Tally) -> None:
         connection.finish()
     for connection in opened:
         try:
-            async with asyncio.timeout(LAST_ANSWER):
+            async with asyncio.timeout(FINAL_RESPONSE_TIMEOUT):
                 await connection.finished.wait()
         except TimeoutError:
-            tally.faults[f"no answer within {LAST_ANSWER:g} s"] += 1
+            tally.faults[f"no answer within {FINAL_RESPONSE_TIMEOUT:g} s"] += 1
 
 
 def _sample(tally: Tally, cpu_used: float, took: float) -> Sample:

@@ -24,10 +24,10 @@ from statistics import median
 import uvloop
 
 from proxy.amazon.operations import Operation, load_table
-from tests.bench.compare import machine
-from tests.bench.compared_proxies import PATH, FarEnd, far_end
+from tests.bench.compare import environment_lines
+from tests.bench.compared_proxies import PATH, BenchUpstream, bench_upstream
 from tests.bench.instructions import can_count, counting
-from tests.bench.load import LAST_ANSWER, Connection, Tally
+from tests.bench.load import FINAL_RESPONSE_TIMEOUT, Connection, Tally
 from tests.bench.operations_upstream import filler
 from tests.bench.processes import (
     HOST,
@@ -40,7 +40,7 @@ from tests.bench.processes import (
     python,
     started,
 )
-from tests.bench.upstream import ANSWER_SIZE
+from tests.bench.upstream import RESPONSE_SIZE
 
 ACCOUNTS = (1, 100, 2000)
 OPERATIONS_EACH = 10  # that every account calls, before memory is looked at once more
@@ -74,7 +74,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class Footprint:
     """What a proxy weighs with so many accounts: MiB of resident memory, and what one look at its metrics takes."""
 
     accounts: int
@@ -82,7 +82,7 @@ class Weight:
     mib: float
     metrics_ms: float
     metrics_kib: float
-    meanwhile_ms: float  # the slowest ordinary request that came then
+    max_latency_ms: float  # the slowest ordinary request that came then
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Rotating(Connection):
     """Sends the next of all requests each time, for as long as there are any; all connections share them."""
 
     def __init__(self, requests: Iterator[bytes], tally: Tally) -> None:
-        super().__init__(b"", ANSWER_SIZE, tally)
+        super().__init__(b"", RESPONSE_SIZE, tally)
         self._requests = requests
 
     def _send(self) -> None:
@@ -129,28 +129,37 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cores = Cores.of_this_machine()
-    measured_with = [*machine(cores), f"- instructions: {'by perf' if can_count() else 'perf cannot count them here'}"]
-    os.sched_setaffinity(0, cores.others)
+    measured_with = [
+        *environment_lines(cores),
+        f"- instructions: {'by perf' if can_count() else 'no counter available to perf'}",
+    ]
+    os.sched_setaffinity(0, cores.other_cores)
     cases = [case for case in all_cases() if (options.only or "") in case.kind]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        end = stack.enter_context(far_end(cores, folder))
-        upstream = stack.enter_context(_many_answers(end, cores, folder))
-        proxies = {count: stack.enter_context(_proxy(count, end, upstream, cores, folder)) for count in ACCOUNTS}
-        weights = [_weigh(proxy, "at start") for proxy in proxies.values()]
+        upstream = stack.enter_context(bench_upstream(cores, folder))
+        api_port = stack.enter_context(operations_upstream(upstream, cores, folder))
+        proxies = {count: stack.enter_context(_proxy(count, upstream, api_port, cores, folder)) for count in ACCOUNTS}
+        footprints = [_measure_memory(proxy, "at start") for proxy in proxies.values()]
         costs = _measure_all(cases, proxies, options)
-        weights += [_weigh(proxy, "in use") for proxy in proxies.values()]
+        footprints += [_measure_memory(proxy, "in use") for proxy in proxies.values()]
         for proxy in proxies.values():
             _once(proxy, list(_every_account(proxy.accounts, _targets_of_reads()[:OPERATIONS_EACH])))
-        weights += [_weigh(proxy, f"{OPERATIONS_EACH} operations each") for proxy in proxies.values()]
-        said = [f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.said())]
+        footprints += [_measure_memory(proxy, f"{OPERATIONS_EACH} operations each") for proxy in proxies.values()]
+        output = [
+            f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.output())
+        ]
     faults = [f"FAULT: {case.name}: {cost.faults}" for case in cases for cost in costs[case.name] if cost.faults]
-    _say(*measured_with, "", *table(cases, costs, options), "", *_table_of_weights(weights), *said, *faults)
+    _say(*measured_with, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
     if options.json:
         rows = [
             {"case": name, "round": n, **asdict(cost)} for name, of in costs.items() for n, cost in enumerate(of, 1)
         ]
-        content = {"machine": measured_with, "costs": rows, "weights": [asdict(weight) for weight in weights]}
+        content = {
+            "machine": measured_with,
+            "costs": rows,
+            "footprints": [asdict(footprint) for footprint in footprints],
+        }
         options.json.write_text(json.dumps(content, indent=1))
     return 1 if faults else 0
 
@@ -211,17 +220,17 @@ def _request(method: str, target: str, more: bytes = b"", *, account: int = 0) -
 
 
 @contextmanager
-def _many_answers(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
-    """Run the upstream with many answers; yield its port."""
+def operations_upstream(upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[int]:
+    """Run the upstream that serves every operation; yield its port."""
     port = free_port()
-    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
+    files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
     command = python("tests.bench.operations_upstream", "--port", port, *files)
-    with started("many answers", command, port, cores.others, folder):
+    with started("operations upstream", command, port, cores.other_cores, folder):
         yield port
 
 
 @contextmanager
-def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path) -> Iterator[Proxy]:
+def _proxy(accounts: int, upstream: BenchUpstream, api_port: int, cores: Cores, folder: Path) -> Iterator[Proxy]:
     port, admin = free_port(), free_port()
     path = folder / f"proxy-{accounts}.yaml"
     content = {
@@ -229,9 +238,12 @@ def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path
         "admin": f"{HOST}:{admin}",
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|a{number}"}} for number in range(accounts)},
-        "endpoints": {"eu": f"https://localhost:{upstream}", "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "endpoints": {
+            "eu": f"https://localhost:{api_port}",
+            "lwa": f"http://{HOST}:{upstream.token_port}/auth/o2/token",
+        },
         "limits": {"pace": False},
-        "pool": {"ca_file": str(end.certificates.authority)},
+        "pool": {"ca_file": str(upstream.certificates.authority)},
         "log": {"level": "warning"},
     }
     path.write_text(json.dumps(content))  # JSON is YAML
@@ -312,22 +324,22 @@ async def _loaded(
     finally:
         for connection in opened:
             connection.finish()
-        async with asyncio.timeout(LAST_ANSWER):
+        async with asyncio.timeout(FINAL_RESPONSE_TIMEOUT):
             for connection in opened:
                 await connection.finished.wait()
 
 
-def _weigh(proxy: Proxy, when: str) -> Weight:
+def _measure_memory(proxy: Proxy, when: str) -> Footprint:
     took, size, slowest = [], 0, []
     with ThreadPoolExecutor(1) as beside:
         for _ in range(3):
             began = time.perf_counter()
-            look = beside.submit(_metrics_of, proxy)
-            slowest.append(_slowest_until(look, proxy))
+            scrape = beside.submit(_metrics_of, proxy)
+            slowest.append(_max_latency_until(scrape, proxy))
             took.append(time.perf_counter() - began)
-            size = look.result()
+            size = scrape.result()
     mib = memory_kib(proxy.process.pid, "VmRSS") / 1024
-    return Weight(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
+    return Footprint(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
 
 
 def _metrics_of(proxy: Proxy) -> int:
@@ -335,16 +347,16 @@ def _metrics_of(proxy: Proxy) -> int:
         return len(response.read())
 
 
-def _slowest_until(look: "Future[int]", proxy: Proxy) -> float:
+def _max_latency_until(scrape: "Future[int]", proxy: Proxy) -> float:
     """Send one request after the other until the look at the metrics is over; return the seconds of the slowest."""
-    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=LAST_ANSWER), 0.0
+    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=FINAL_RESPONSE_TIMEOUT), 0.0
     try:
-        while not look.done():
+        while not scrape.done():
             began = time.perf_counter()
             connection.request("GET", PATH, headers={"x-sp-account": "a0"})
             size = len(connection.getresponse().read())
             slowest = max(slowest, time.perf_counter() - began)
-            if size != ANSWER_SIZE:
+            if size != RESPONSE_SIZE:
                 raise SystemExit("not the answer that was expected, beside a look at the metrics")
     finally:
         connection.close()
@@ -380,14 +392,14 @@ def _cell(ours: Sequence[float | None], base: Sequence[float | None]) -> str:
     return f"{median(one for one, _ in pairs):,.0f} ({median(one / other for one, other in pairs):.2f})"
 
 
-def _table_of_weights(weights: Sequence[Weight]) -> list[str]:
+def _footprint_table(footprints: Sequence[Footprint]) -> list[str]:
     return [
         "| accounts | when | resident MiB | `/metrics` ms | `/metrics` KiB | a request meanwhile, ms at most |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
         *(
             f"| {each.accounts:,} | {each.when} | {each.mib:.1f} | {each.metrics_ms:.0f} | {each.metrics_kib:,.0f} "
-            f"| {each.meanwhile_ms:.0f} |"
-            for each in weights
+            f"| {each.max_latency_ms:.0f} |"
+            for each in footprints
         ),
     ]
 

@@ -13,37 +13,37 @@ from pathlib import Path
 import uvloop
 
 from tests.bench.processes import HOST
-from tests.bench.upstream import ANSWER_SIZE, FixedAnswer, api_answer, tls, whole
+from tests.bench.upstream import RESPONSE_SIZE, FixedResponse, api_body, ok_response, tls
 
 MINT = b"POST /tokens/2021-03-01/restrictedDataToken"
 FIELD = 500  # bytes of each further header, its name and line end included
 
-_ASKS = b"?head="
+_SIZE_QUERY = b"?head="
 
 
-class AnswerByTarget(FixedAnswer):
+class ResponseByTarget(FixedResponse):
     """Gives the answer that the first line of a request asks for."""
 
     def __init__(self) -> None:
-        super().__init__(answer_with(0))
+        super().__init__(response_with(0))
 
     def data_received(self, data: bytes) -> None:
         """Answer each request that is complete; the proxy does not pipeline, so the buffer begins with its line."""
         line = (self._buffer or data).split(b"\r\n", 1)[0]
-        self._answer = minted() if line.startswith(MINT) else answer_with(_asked(line))
+        self._response = minted() if line.startswith(MINT) else response_with(_requested_size(line))
         super().data_received(data)
 
 
-def _asked(line: bytes) -> int:
+def _requested_size(line: bytes) -> int:
     """Return the bytes of headers that a request's first line asks for."""
-    _, found, rest = line.partition(_ASKS)
+    _, found, rest = line.partition(_SIZE_QUERY)
     return int(rest.split(b" ", 1)[0]) if found else 0
 
 
 @cache
-def answer_with(size: int) -> bytes:
+def response_with(size: int) -> bytes:
     """Return the small answer with `size` bytes of further headers."""
-    head, _, body = whole(api_answer()).partition(b"\r\n\r\n")
+    head, _, body = ok_response(api_body()).partition(b"\r\n\r\n")
     return head + b"\r\n" + filler(size) + b"\r\n" + body
 
 
@@ -51,8 +51,8 @@ def answer_with(size: int) -> bytes:
 def minted() -> bytes:
     """Return the answer to who asks for a Restricted Data Token."""
     response = {"restrictedDataToken": "Atz.sprdt|benchmark", "expiresIn": 3600, "filler": ""}
-    response["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(response)))
-    return whole(json.dumps(response).encode())
+    response["filler"] = "x" * (RESPONSE_SIZE - len(json.dumps(response)))
+    return ok_response(json.dumps(response).encode())
 
 
 def filler(size: int, field: int = FIELD) -> bytes:
@@ -65,7 +65,7 @@ def filler(size: int, field: int = FIELD) -> bytes:
 
 
 async def _serve(port: int, certificate: Path, key: Path) -> None:
-    await asyncio.get_running_loop().create_server(AnswerByTarget, HOST, port, ssl=tls(certificate, key))
+    await asyncio.get_running_loop().create_server(ResponseByTarget, HOST, port, ssl=tls(certificate, key))
     await asyncio.Event().wait()
 
 

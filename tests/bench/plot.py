@@ -46,13 +46,13 @@ def _draw(body: list[str], group: Group, ours: str, y: int) -> int:
     """Add a group below `y`, and return where it ends."""
     body.append(f'<text class="t" x="0" y="{y + 18}">{escape(group.heading)}</text>')
     _legend(body, group.series, y + 18)
-    most = max(max(figures) for _, figures in group.rows)
+    maximum = max(max(figures) for _, figures in group.rows)
     y += _HEAD
     for name, figures in group.rows:
         middle = y + _BAR + 4
         body.append(f'<text class="e" x="{_LABEL - 8}" y="{middle}">{escape(name)}</text>')
         for figure, kind in zip(figures, "op" if name == ours else "qr", strict=True):
-            width = max(1.0, figure / most * (_WIDTH - _LABEL - _VALUE))
+            width = max(1.0, figure / maximum * (_WIDTH - _LABEL - _VALUE))
             body.append(f'<rect class="{kind}" x="{_LABEL}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2"/>')
             body.append(f'<text x="{_LABEL + width + 5:.1f}" y="{y + _BAR - 2}">{figure:{group.form}}</text>')
             y += _BAR + 1

@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 
 HOST = "127.0.0.1"
 START_WITHIN = 15.0  # seconds
-MOST_SAID = 30  # lines
+MAX_OUTPUT = 30  # lines
 END_WITHIN = 5.0  # seconds, then it is killed
 _TICKS = os.sysconf("SC_CLK_TCK")  # per second of CPU time
 _PRIVATE = ("SP_API_", "LWA_")  # the settings of whoever runs the benchmark are not for its proxy
@@ -29,7 +29,7 @@ class Cores:
     """Where things run: the proxy under test has a core of its own, load and upstream share the others."""
 
     proxy: frozenset[int]
-    others: frozenset[int]
+    other_cores: frozenset[int]
 
     @classmethod
     def of_this_machine(cls) -> "Cores":
@@ -44,16 +44,16 @@ class Started:
 
     name: str
     popen: subprocess.Popen[bytes]
-    output: Path
+    log_file: Path
 
     @property
     def pid(self) -> int:
         """The process's id; its children are in a process group of the same number."""
         return self.popen.pid
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return the end of what it wrote to standard output and error so far."""
-        return "\n".join(self.output.read_text(errors="replace").strip().splitlines()[-MOST_SAID:])
+        return "\n".join(self.log_file.read_text(errors="replace").strip().splitlines()[-MAX_OUTPUT:])
 
 
 @contextmanager
@@ -69,14 +69,14 @@ def started(
 
     `settings` are environment variables besides those of this process.
     """
-    output = folder / f"{name}.log"
+    log_file = folder / f"{name}.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_PRIVATE)}
     environment.update(settings or {})
-    with output.open("wb") as log, _confined_to(cores):
+    with log_file.open("wb") as log, _confined_to(cores):
         popen = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    process = Started(name, popen, output)
+    process = Started(name, popen, log_file)
     try:
         _wait_until_listening(process, port)
         yield process
@@ -168,7 +168,7 @@ def _wait_until_listening(process: Started, port: int) -> None:
             time.sleep(0.05)
         else:
             return
-    raise SystemExit(f"{process.name} did not start; it said:\n{process.said()}")
+    raise SystemExit(f"{process.name} did not start; it said:\n{process.output()}")
 
 
 def _end(popen: subprocess.Popen[bytes]) -> None:

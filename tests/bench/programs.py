@@ -122,14 +122,14 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> str:
     """Return what a command wrote; raise where it failed."""
     environment = os.environ | {"LC_ALL": "C"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    said = f"{done.stdout}{done.stderr}".strip()
+    output = f"{done.stdout}{done.stderr}".strip()
     if done.returncode:
-        last = said.splitlines()[-1] if said else f"exit code {done.returncode}"
+        last = output.splitlines()[-1] if output else f"exit code {done.returncode}"
         raise RuntimeError(f"{Path(command[0]).name} {command[1]}: {last}")
-    return said
+    return output
 
 
-def _version(said: str) -> str:
+def _version(output: str) -> str:
     """Return the first word or part of one that is a version."""
-    parts = said.replace("/", " ").split()
+    parts = output.replace("/", " ").split()
     return next((part.lstrip("v") for part in parts if part.lstrip("v")[:1].isdigit() and "." in part), "unknown")

@@ -22,13 +22,13 @@ from typing import Any
 
 import yaml
 
-from tests.bench.harness import ORDINARY, World, world
+from tests.bench.harness import PLAIN_TARGET, Harness, running_harness
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port, memory_kib
 from tests.support.raw_client import call, connect
 
 KEPT, NEW_EACH_TIME = 6, 2  # clients on open connections, and those that connect for each request
 COMING = 5  # accounts that are there in every other good configuration
-TOOK_AT_MOST = 20.0  # seconds for one reload
+MAX_DURATION = 20.0  # seconds for one reload
 
 Settings = dict[str, Any]
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--accounts", type=int, default=100)
     options = parser.parse_args()
     end_on_signals()
-    os.sched_setaffinity(0, Cores.of_this_machine().others)
+    os.sched_setaffinity(0, Cores.of_this_machine().other_cores)
     with suppress(KeyboardInterrupt):
         return asyncio.run(run(options.reloads, options.accounts))
     return 130
@@ -61,40 +61,40 @@ def main() -> int:
 
 async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
     """Have so many reloads under load, after `quiet_for` seconds without; return 1 where anything went wrong."""
-    async with world(accounts + COMING, quit=False) as here:
-        settings = yaml.safe_load(here.config.read_text(encoding="utf-8"))
+    async with running_harness(accounts + COMING, quit=False) as harness:
+        settings = yaml.safe_load(harness.config.read_text(encoding="utf-8"))
         leaving = {name: settings["accounts"].pop(name) for name in (f"a{accounts + more}" for more in range(COMING))}
-        _write(here.config, settings)
-        await _reload(here)
+        _write(harness.config, settings)
+        await _reload(harness)
         for number in range(accounts):
-            await here.call(ORDINARY, f"a{number}")
+            await harness.call(PLAIN_TARGET, f"a{number}")
         good, broken = _good_ones(settings, leaving), _broken_ones(settings)
         # Made beforehand: the clients would have to wait for it.
         texts = [next(broken) if number % 2 else next(good) for number in range(reloads)]
-        quiet, busy, exchanges = Seen(), Seen(), await here.exchanges()
-        await _under_load(here, accounts, quiet, asyncio.sleep(quiet_for))
-        memory, cpu = memory_kib(here.proxy.pid, "VmRSS"), cpu_seconds(here.proxy.pid)
+        quiet, busy, exchanges = Seen(), Seen(), await harness.exchanges()
+        await _under_load(harness, accounts, quiet, asyncio.sleep(quiet_for))
+        memory, cpu = memory_kib(harness.proxy.pid, "VmRSS"), cpu_seconds(harness.proxy.pid)
         outcomes, took = Counter[tuple[str, str]](), list[float]()
         began = time.monotonic()
-        await _under_load(here, accounts, busy, _many(here, texts, outcomes, took))
+        await _under_load(harness, accounts, busy, _many(harness, texts, outcomes, took))
         seconds = time.monotonic() - began
-        cpu = cpu_seconds(here.proxy.pid) - cpu
-        grown = memory_kib(here.proxy.pid, "VmRSS") - memory
-        fetched = await here.exchanges() - exchanges
+        cpu = cpu_seconds(harness.proxy.pid) - cpu
+        grown = memory_kib(harness.proxy.pid, "VmRSS") - memory
+        fetched = await harness.exchanges() - exchanges
     _say(f"{accounts} accounts, {reloads} reloads in {seconds:.0f} s, {len(busy.latencies)} requests meanwhile")
-    for (wanted, result), number in sorted(outcomes.items()):
-        _say(f"  {number} x {result}, should have been {wanted}")
+    for (selected, result), number in sorted(outcomes.items()):
+        _say(f"  {number} x {result}, should have been {selected}")
     _say(f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}")
     _say(f"tokens fetched anew for accounts that stayed: {fetched}")
     _say(f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most")
     _say(f"latency without reloads: {quiet.percentiles()}")
     _say(f"latency with them:       {busy.percentiles()}")
     _say(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
-    went_wrong = any(wanted != result for wanted, result in outcomes)
+    went_wrong = any(selected != result for selected, result in outcomes)
     return 1 if busy.faults or quiet.faults or fetched or went_wrong else 0
 
 
-async def _under_load(here: World, accounts: int, seen: Seen, work: Any) -> None:
+async def _under_load(harness: Harness, accounts: int, seen: Seen, work: Any) -> None:
     """Do `work` while the clients send, and let their last requests be answered."""
     over = asyncio.Event()
     numbers = count()
@@ -102,8 +102,8 @@ async def _under_load(here: World, accounts: int, seen: Seen, work: Any) -> None
     def account() -> str:
         return f"a{next(numbers) % accounts}"
 
-    clients = [asyncio.create_task(_on_one_connection(here, account, seen, over)) for _ in range(KEPT)]
-    clients += [asyncio.create_task(_on_new_ones(here, account, seen, over)) for _ in range(NEW_EACH_TIME)]
+    clients = [asyncio.create_task(_on_one_connection(harness, account, seen, over)) for _ in range(KEPT)]
+    clients += [asyncio.create_task(_on_new_ones(harness, account, seen, over)) for _ in range(NEW_EACH_TIME)]
     try:
         await work
     finally:
@@ -111,24 +111,24 @@ async def _under_load(here: World, accounts: int, seen: Seen, work: Any) -> None
         await asyncio.gather(*clients)
 
 
-async def _on_one_connection(here: World, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
+async def _on_one_connection(harness: Harness, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
     # The raw client of the tests: others send a request again when its connection ends, and say nothing.
     while not over.is_set():
         try:
-            async with connect(here.address.removeprefix("http://")) as client:
+            async with connect(harness.address.removeprefix("http://")) as client:
                 while not over.is_set():
                     began = time.perf_counter()
-                    got = await client.request("GET", ORDINARY, x_sp_account=account())
+                    got = await client.request("GET", PLAIN_TARGET, x_sp_account=account())
                     _note(seen, began, got.status, complete=got.complete)
         except (OSError, EOFError) as exc:
             seen.faults[type(exc).__name__] += 1
 
 
-async def _on_new_ones(here: World, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
+async def _on_new_ones(harness: Harness, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
     while not over.is_set():
         began = time.perf_counter()
         try:
-            got = await call(here.address.removeprefix("http://"), "GET", ORDINARY, x_sp_account=account())
+            got = await call(harness.address.removeprefix("http://"), "GET", PLAIN_TARGET, x_sp_account=account())
             _note(seen, began, got.status, complete=got.complete)
         except (OSError, EOFError) as exc:
             seen.faults[type(exc).__name__] += 1
@@ -140,14 +140,14 @@ def _note(seen: Seen, began: float, status: int, *, complete: bool) -> None:
         seen.faults[f"status {status}{'' if complete else ', cut off'}"] += 1
 
 
-async def _many(here: World, texts: list[str], outcomes: Counter[tuple[str, str]], took: list[float]) -> None:
+async def _many(harness: Harness, texts: list[str], outcomes: Counter[tuple[str, str]], took: list[float]) -> None:
     for number, text in enumerate(texts):
-        wanted = "failed" if number % 2 else "ok"
-        here.config.write_text(text, encoding="utf-8")
+        selected = "failed" if number % 2 else "ok"
+        harness.config.write_text(text, encoding="utf-8")
         began = time.perf_counter()
-        result = await _reload(here)
+        result = await _reload(harness)
         took.append(time.perf_counter() - began)
-        outcomes[wanted, result] += 1
+        outcomes[selected, result] += 1
 
 
 def _good_ones(settings: Settings, leaving: Settings) -> Iterator[str]:
@@ -175,17 +175,17 @@ def _broken_ones(settings: Settings) -> Iterator[str]:
     return islice(cycle(texts), 1_000_000)
 
 
-async def _reload(here: World) -> str:
-    before = await _last_reload(here)
-    here.proxy.popen.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(TOOK_AT_MOST):
-        while (last := await _last_reload(here)) == before:  # noqa: ASYNC110 - it is another process's
+async def _reload(harness: Harness) -> str:
+    before = await _last_reload(harness)
+    harness.proxy.popen.send_signal(signal.SIGHUP)
+    async with asyncio.timeout(MAX_DURATION):
+        while (last := await _last_reload(harness)) == before:  # noqa: ASYNC110 - it is another process's
             await asyncio.sleep(0.005)
     return str(last["result"])
 
 
-async def _last_reload(here: World) -> Any:
-    async with here.session.get(f"{here.admin}/status") as response:
+async def _last_reload(harness: Harness) -> Any:
+    async with harness.session.get(f"{harness.admin}/status") as response:
         return (await response.json())["configuration"]["last_reload"]
 
 

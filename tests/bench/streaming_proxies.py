@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.compared_proxies import Contender, FarEnd
+from tests.bench.compared_proxies import BenchUpstream, ComparedProxy
 from tests.bench.processes import HOST, Cores, free_port, python, started
 
 DESCRIPTORS = 20_000  # that nginx may have, where the system lets it
@@ -74,28 +74,30 @@ _LARGE_BUFFERS = (
 
 
 @contextmanager
-def bulk_upstream(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
+def bulk_upstream(upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[int]:
     """Run the upstream for large bodies; yield its port."""
     port = free_port()
-    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
-    with started("bulk", python("tests.bench.bulk", "--port", port, *files), port, cores.others, folder):
+    files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
+    with started("bulk", python("tests.bench.bulk", "--port", port, *files), port, cores.other_cores, folder):
         yield port
 
 
 @contextmanager
-def our_proxy(end: FarEnd, large: int, cores: Cores, folder: Path, **settings: Any) -> Iterator[Contender]:
+def our_proxy(
+    upstream: BenchUpstream, large: int, cores: Cores, folder: Path, **settings: Any
+) -> Iterator[ComparedProxy]:
     """Run the real thing, unpaced, with further `settings`."""
     port = free_port()
     path = folder / "peer.yaml"
-    upstreams = {"eu": f"https://localhost:{end.api_port}", "na": f"https://localhost:{large}"}
+    upstreams = {"eu": f"https://localhost:{upstream.api_port}", "na": f"https://localhost:{large}"}
     content = {
         "listen": f"{HOST}:{port}",
         "admin": None,
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {"bench": {"refresh_tokens": {"eu": "Atzr|eu", "na": "Atzr|na"}}},
-        "endpoints": {**upstreams, "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "endpoints": {**upstreams, "lwa": f"http://{HOST}:{upstream.token_port}/auth/o2/token"},
         "limits": {"pace": False},
-        "pool": {"ca_file": str(end.certificates.authority), **settings.pop("pool", {})},
+        "pool": {"ca_file": str(upstream.certificates.authority), **settings.pop("pool", {})},
         "log": {"level": "warning"},
         **settings,
     }
@@ -103,25 +105,25 @@ def our_proxy(end: FarEnd, large: int, cores: Cores, folder: Path, **settings: A
     path.chmod(0o600)
     command = python("proxy", "serve", "--config", path)
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
-        yield Contender("sp-api-proxy", process, port)
+        yield ComparedProxy("sp-api-proxy", process, port)
 
 
 @contextmanager
 def streaming_nginx(
-    program: str, end: FarEnd, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
-) -> Iterator[Contender]:
+    program: str, upstream: BenchUpstream, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
+) -> Iterator[ComparedProxy]:
     """Run nginx with one worker, with its own sizes of buffers or with `large_buffers`."""
     port = free_port()
     name = "nginx, large buffers" if large_buffers else "nginx"
     own = folder / name.replace(", ", "-").replace(" ", "-")
     own.mkdir()
-    values = {"folder": own, "small": end.api_port, "large": large, "port": port, "descriptors": DESCRIPTORS}
-    values |= {"authority": end.certificates.authority, "buffers": _LARGE_BUFFERS if large_buffers else ""}
+    values = {"folder": own, "small": upstream.api_port, "large": large, "port": port, "descriptors": DESCRIPTORS}
+    values |= {"authority": upstream.certificates.authority, "buffers": _LARGE_BUFFERS if large_buffers else ""}
     path = own / "nginx.conf"
     path.write_text(_NGINX.format(**values))
     command = [program, "-e", "stderr", "-p", str(own), "-c", str(path)]
     with started(name, command, port, cores.proxy, folder) as process:
-        yield Contender(name, process, port)
+        yield ComparedProxy(name, process, port)
 
 
 def processes_of(group: int) -> Sequence[int]:

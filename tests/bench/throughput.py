@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.bulk import Framing, download, upload
-from tests.bench.compared_proxies import Contender, far_end
+from tests.bench.compared_proxies import ComparedProxy, bench_upstream
 from tests.bench.payload import MIB
 from tests.bench.processes import Cores, cpu_seconds, memory_kib
 from tests.bench.programs import find_nginx
 from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
 
-LEAST_SHARE = 0.5  # of nginx's throughput, which is aimed at
+MIN_SHARE = 0.5  # of nginx's throughput, which is aimed at
 
 WAYS: dict[str, tuple[Callable[[int, int, Framing], str], Framing]] = {
     "down, Content-Length": (download, "length"),
@@ -59,13 +59,13 @@ class Speed:
 def compare(cores: Cores, folder: Path, mib: int, rounds: int) -> tuple[list[Speed], list[str]]:
     """Send large bodies through our proxy and nginx in turn; return each transfer, and what the proxies wrote."""
     with ExitStack() as stack:
-        end = stack.enter_context(far_end(cores, folder))
-        large = stack.enter_context(bulk_upstream(end, cores, folder))
-        proxies = [stack.enter_context(our_proxy(end, large, cores, folder))]
+        upstream = stack.enter_context(bench_upstream(cores, folder))
+        large = stack.enter_context(bulk_upstream(upstream, cores, folder))
+        proxies = [stack.enter_context(our_proxy(upstream, large, cores, folder))]
         program = find_nginx()
         if program:
             for large_buffers in (False, True):
-                peer = streaming_nginx(program, end, large, cores, folder, large_buffers=large_buffers)
+                peer = streaming_nginx(program, upstream, large, cores, folder, large_buffers=large_buffers)
                 proxies.append(stack.enter_context(peer))
         for proxy in proxies:
             for name in WAYS:
@@ -75,11 +75,11 @@ def compare(cores: Cores, folder: Path, mib: int, rounds: int) -> tuple[list[Spe
             turn = number % len(proxies)
             order = (*proxies[turn:], *proxies[:turn])  # another one begins each time
             speeds += [_transfer(proxy, name, mib) for name in WAYS for proxy in order]
-        said = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.said())]
+        said = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.output())]
     return speeds, said
 
 
-def _transfer(proxy: Contender, way: str, mib: int) -> Speed:
+def _transfer(proxy: ComparedProxy, way: str, mib: int) -> Speed:
     run, framing = WAYS[way]
     processes = processes_of(proxy.process.pid)
     for pid in processes:
@@ -124,8 +124,8 @@ def missed(speeds: Sequence[Speed]) -> list[str]:
         ours, base = _of(speeds, "sp-api-proxy", way), _of(speeds, "nginx", way)
         if base:
             share = median(one.mib_per_second / other.mib_per_second for one, other in zip(ours, base, strict=True))
-            if share < LEAST_SHARE:
-                found.append(f"{way}: {share:.2f} of nginx's throughput, the aim is {LEAST_SHARE:g}")
+            if share < MIN_SHARE:
+                found.append(f"{way}: {share:.2f} of nginx's throughput, the aim is {MIN_SHARE:g}")
     return found
 
 

@@ -21,7 +21,7 @@ from aiohttp import web
 from tests.bench.payload import MIB, blocks
 from tests.bench.processes import HOST
 
-ANSWER_SIZE = 2048  # bytes of body
+RESPONSE_SIZE = 2048  # bytes of body
 RATE = 100_000  # requests a second that are announced: the most that the proxy believes, so that none waits its turn
 TOKEN = b"atza|benchmark"  # in lower case, as it is looked for
 
@@ -30,19 +30,19 @@ _LENGTH = b"\r\ncontent-length:"
 _REFUSED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
 
 
-def api_answer() -> bytes:
+def api_body() -> bytes:
     """Return the body of the small answer: JSON of ANSWER_SIZE bytes."""
     body = {"payload": {"Orders": [], "filler": ""}}
-    body["payload"]["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(body)))
+    body["payload"]["filler"] = "x" * (RESPONSE_SIZE - len(json.dumps(body)))
     return json.dumps(body).encode()
 
 
-def token_answer() -> bytes:
+def token_body() -> bytes:
     """Return what Login with Amazon answers to an exchange."""
     return json.dumps({"access_token": "Atza|benchmark", "token_type": "bearer", "expires_in": 3600}).encode()
 
 
-def whole(body: bytes) -> bytes:
+def ok_response(body: bytes) -> bytes:
     """Return the whole 200 answer around `body`, with the fields that Amazon's answers have."""
     head = (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -52,14 +52,14 @@ def whole(body: bytes) -> bytes:
     return head.encode() + body
 
 
-class FixedAnswer(asyncio.Protocol):
+class FixedResponse(asyncio.Protocol):
     """Gives the same answer to every request of a connection, once the request is complete.
 
     With a `token`, to those alone that carry it (in lower case); others get a 403.
     """
 
-    def __init__(self, answer: bytes, token: bytes = b"") -> None:
-        self._answer = answer
+    def __init__(self, response: bytes, token: bytes = b"") -> None:
+        self._response = response
         self._token = b"\r\nx-amz-access-token: " + token + b"\r\n" if token else b""
         self._buffer = b""
 
@@ -73,7 +73,7 @@ class FixedAnswer(asyncio.Protocol):
         while (end := self._request_end()) is not None:
             has_token = self._token in self._buffer[:end].lower()
             self._buffer = self._buffer[end:]
-            self._transport.write(self._answer if has_token else _REFUSED)
+            self._transport.write(self._response if has_token else _REFUSED)
 
     def _request_end(self) -> int | None:
         """Return the number of bytes of the first request, None where some are still to come."""
@@ -91,7 +91,7 @@ class FixedAnswer(asyncio.Protocol):
 async def large(request: web.BaseRequest) -> web.StreamResponse:
     """Send `?mib=N` MiB, by `&framing=length` or `&framing=chunked`; hash uploads, `?rate=N` bytes a second."""
     if request.method != "GET":
-        return await _take(request)
+        return await _receive_upload(request)
     mib = int(request.query["mib"])
     response = web.StreamResponse()
     if request.query["framing"] == "length":
@@ -105,7 +105,7 @@ async def large(request: web.BaseRequest) -> web.StreamResponse:
     return response
 
 
-async def _take(request: web.BaseRequest) -> web.Response:
+async def _receive_upload(request: web.BaseRequest) -> web.Response:
     digest, size, rate = hashlib.sha256(), 0, int(request.query["rate"])
     async for chunk in request.content.iter_any():
         digest.update(chunk)
@@ -127,10 +127,10 @@ def tls(certificate: Path, key: Path) -> ssl.SSLContext:
 async def serve(api_port: int, token_port: int, large_port: int, context: ssl.SSLContext) -> None:
     """Serve until cancelled. The API's port is opened last: once it answers, all do."""
     loop = asyncio.get_running_loop()
-    token, api = whole(token_answer()), whole(api_answer())
-    await loop.create_server(lambda: FixedAnswer(token), HOST, token_port)
+    token, api = ok_response(token_body()), ok_response(api_body())
+    await loop.create_server(lambda: FixedResponse(token), HOST, token_port)
     await loop.create_server(web.Server(large, access_log=None), HOST, large_port, ssl=context)
-    await loop.create_server(lambda: FixedAnswer(api, TOKEN), HOST, api_port, ssl=context)
+    await loop.create_server(lambda: FixedResponse(api, TOKEN), HOST, api_port, ssl=context)
     await asyncio.Event().wait()
 
 

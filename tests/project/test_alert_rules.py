@@ -87,7 +87,7 @@ def expressions() -> list[tuple[str, str]]:
 # Rules.
 
 
-def test_promtool_takes_the_configuration_and_the_rules() -> None:
+def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     code, said = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert (code, "2 rule files found" in said) == (0, True), said
     code, said = promtool("check", "rules", *map(str, sorted((PROMETHEUS / "rules").iterdir())))
@@ -112,7 +112,7 @@ def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not(name: st
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
+def test_an_alert_has_severity_and_remedy(name: str) -> None:
     alert = ALERTS[name]
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
@@ -124,7 +124,7 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_speaks_only_of_labels_that_it_has(name: str) -> None:
+def test_an_alert_names_only_labels_that_it_has(name: str) -> None:
     texts = " ".join(ALERTS[name]["annotations"].values())
     spoken_of = set(re.findall(r"\$labels\.(\w+)", texts))
     checks = [check for case in cases() for check in case["promql_expr_test"]]
@@ -134,7 +134,7 @@ def test_an_alert_speaks_only_of_labels_that_it_has(name: str) -> None:
     assert all(spoken_of <= labels for labels in has)
 
 
-def test_the_page_of_alerts_says_what_the_rules_say() -> None:
+def test_the_page_of_alerts_matches_the_rules() -> None:
     assert ALERTS_PAGE.read_text(encoding="utf-8") == alerts_page(), "run `python -m tests.project.test_alert_rules`"
 
 
@@ -142,7 +142,7 @@ def test_the_page_of_alerts_says_what_the_rules_say() -> None:
 
 
 @pytest.mark.parametrize(("where", "text"), expressions())
-def test_what_is_asked_for_exists(where: str, text: str) -> None:
+def test_every_queried_series_and_label_exists(where: str, text: str) -> None:
     series = all_known()
     for asked in asked_for(text):
         assert asked.name in series, f"{where}: there is no {asked.name}"
@@ -152,13 +152,13 @@ def test_what_is_asked_for_exists(where: str, text: str) -> None:
         assert labels <= has, f"{where}: none of {names} has {labels - has}"
 
 
-def test_what_is_recorded_is_asked_for() -> None:
+def test_every_recorded_series_is_queried() -> None:
     asked = {one.name for _, text in expressions() for one in asked_for(text)}
     p50 = {name for name in RECORDED if name.endswith("p50_5m")}  # for people's own panels, beside the p99
     assert RECORDED.keys() - p50 <= asked
 
 
-def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+def test_promtool_accepts_every_expression_of_the_dashboard(tmp_path: Path) -> None:
     made = [{"record": f"dashboard:{number}", "expr": text} for number, (_, text) in enumerate(queries())]
     path = tmp_path / "rules.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": made}]}), encoding="utf-8")
@@ -178,7 +178,7 @@ def test_every_series_of_the_proxy_is_on_the_dashboard() -> None:
 # The dashboard.
 
 
-def test_grafanas_own_model_knows_all_that_the_dashboard_says() -> None:
+def test_every_key_of_the_dashboard_is_in_grafanas_model() -> None:
     register_default_plugins()
     given = dashboard()
     understood = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(given)))
@@ -197,7 +197,7 @@ def _lost(given: Any, understood: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def test_panels_have_their_own_place_and_say_what_they_show() -> None:
+def test_panels_do_not_overlap_and_have_descriptions() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
@@ -246,13 +246,13 @@ def _yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def test_a_wrong_name_or_label_would_be_found() -> None:
+def test_a_wrong_name_or_label_is_found() -> None:
     with pytest.raises(AssertionError, match="there is no spapi_proxy_request_total"):
-        test_what_is_asked_for_exists("x", "sum(rate(spapi_proxy_request_total[5m]))")
+        test_every_queried_series_and_label_exists("x", "sum(rate(spapi_proxy_request_total[5m]))")
     with pytest.raises(AssertionError, match="has no"):
-        test_what_is_asked_for_exists("x", 'spapi_proxy_errors_total{account="acme"}')
+        test_every_queried_series_and_label_exists("x", 'spapi_proxy_errors_total{account="acme"}')
     with pytest.raises(AssertionError, match="none of"):
-        test_what_is_asked_for_exists("x", "sum by (account) (rate(spapi_proxy_errors_total[5m]))")
+        test_every_queried_series_and_label_exists("x", "sum by (account) (rate(spapi_proxy_errors_total[5m]))")
     with pytest.raises(ValueError, match="unclosed left parenthesis"):
         parsed("sum(")
 

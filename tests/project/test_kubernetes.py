@@ -111,7 +111,7 @@ def test_every_file_belongs_to_a_kustomization() -> None:
 
 
 @pytest.mark.parametrize("folder", PROXIES)
-async def test_the_configuration_is_good_with_the_secrets_that_are_mounted(
+async def test_the_configuration_is_valid_with_the_mounted_secrets(
     built: dict[str, list[Manifest]], folder: str, tmp_path: Path
 ) -> None:
     for number, (pod, proxy) in enumerate(proxies(built[folder])):
@@ -158,7 +158,7 @@ def test_ports_and_probes_are_those_of_the_configuration(built: dict[str, list[M
         assert {probe["path"] for probe in probes} <= {"/startupz", "/readyz", "/livez"}
 
 
-def test_a_sidecar_takes_no_port_that_its_pod_is_likely_to_want(built: dict[str, list[Manifest]]) -> None:
+def test_a_sidecar_uses_no_port_that_its_pod_is_likely_to_need(built: dict[str, list[Manifest]]) -> None:
     settings = config_of(built["sidecar"])
     taken = {port_of(settings[name]) for name in ("listen", "admin", "health")}
     assert len(taken) == 3
@@ -168,7 +168,7 @@ def test_a_sidecar_takes_no_port_that_its_pod_is_likely_to_want(built: dict[str,
         assert {each["name"]: each["value"] for each in app["env"]}["SP_API_BASE_URL"].endswith(settings["listen"])
 
 
-def test_a_sidecar_is_a_native_one_and_what_waits_for_it_finds_it_ready(built: dict[str, list[Manifest]]) -> None:
+def test_a_sidecar_is_native_and_ready_before_containers_that_need_it(built: dict[str, list[Manifest]]) -> None:
     found = proxies(built["sidecar"])
     assert len(found) == 2
     for pod, proxy in found:
@@ -178,7 +178,7 @@ def test_a_sidecar_is_a_native_one_and_what_waits_for_it_finds_it_ready(built: d
 
 
 @pytest.mark.parametrize("folder", WITH_PROXY)
-def test_requests_in_flight_have_the_time_that_they_may_take(built: dict[str, list[Manifest]], folder: str) -> None:
+def test_the_grace_period_covers_the_shutdown_timeout(built: dict[str, list[Manifest]], folder: str) -> None:
     def seconds(name: str, otherwise: str) -> float:
         return float(config_of(built[folder]).get("timeouts", {}).get(name, otherwise).removesuffix("s"))
 
@@ -198,7 +198,7 @@ def test_the_image_is_that_of_this_version(built: dict[str, list[Manifest]], fol
 
 
 @pytest.mark.parametrize("folder", WITH_PROXY)
-def test_every_container_has_as_few_rights_as_can_be(built: dict[str, list[Manifest]], folder: str) -> None:
+def test_every_container_has_minimal_privileges(built: dict[str, list[Manifest]], folder: str) -> None:
     for name, pod in pods(built[folder]):
         spec, whole = pod["spec"], pod["spec"]["securityContext"]
         assert spec["automountServiceAccountToken"] is False, name
@@ -230,7 +230,7 @@ def test_secrets_are_read_by_the_proxys_group_alone(built: dict[str, list[Manife
 # What points at what.
 
 
-def test_whatever_selects_pods_selects_some(built: dict[str, list[Manifest]]) -> None:
+def test_every_selector_matches_a_pod(built: dict[str, list[Manifest]]) -> None:
     labels = [pod["metadata"]["labels"] for folder in WITH_PROXY for _, pod in pods(built[folder])]
     selectors = [
         *(each["spec"]["selector"] for each in built["replicas"] if each["kind"] == "Service"),
@@ -243,7 +243,7 @@ def test_whatever_selects_pods_selects_some(built: dict[str, list[Manifest]]) ->
         assert [one for one in labels if selector.items() <= one.items()], selector
 
 
-def test_ports_are_called_by_names_that_exist(built: dict[str, list[Manifest]]) -> None:
+def test_every_port_name_exists(built: dict[str, list[Manifest]]) -> None:
     there = {port["name"] for _, pod in pods(built["replicas"]) for c in containers(pod) for port in c["ports"]}
     services = {port["targetPort"] for e in built["replicas"] if e["kind"] == "Service" for port in e["spec"]["ports"]}
     policies = [each["spec"] for each in built["replicas"] if each["kind"] == "NetworkPolicy"]
@@ -253,7 +253,7 @@ def test_ports_are_called_by_names_that_exist(built: dict[str, list[Manifest]]) 
     assert services | let_in | scraped <= there
 
 
-def test_the_proxy_reaches_names_amazon_and_redis_and_nothing_else(built: dict[str, list[Manifest]]) -> None:
+def test_the_proxy_can_reach_dns_amazon_and_redis_only(built: dict[str, list[Manifest]]) -> None:
     policy = named(built["replicas"], "NetworkPolicy", "sp-api-proxy")["spec"]
     assert sorted({port["port"] for rule in policy["egress"] for port in rule["ports"]}) == [53, 443, 6379]
     blocks = [to["ipBlock"] for rule in policy["egress"] for to in rule["to"] if "ipBlock" in to]
@@ -263,14 +263,14 @@ def test_the_proxy_reaches_names_amazon_and_redis_and_nothing_else(built: dict[s
     assert "egress" not in named(built["replicas"], "NetworkPolicy", "sp-api-proxy-redis")["spec"]
 
 
-def test_the_replicas_are_three_and_are_never_all_away_at_once(built: dict[str, list[Manifest]]) -> None:
+def test_there_are_three_replicas_and_some_are_always_available(built: dict[str, list[Manifest]]) -> None:
     deployment = named(built["replicas"], "Deployment", "sp-api-proxy")["spec"]
     assert deployment["replicas"] == 3
     assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert named(built["replicas"], "PodDisruptionBudget", "sp-api-proxy")["spec"]["maxUnavailable"] == 1
 
 
-def test_the_replicas_answer_to_the_names_of_their_service(built: dict[str, list[Manifest]]) -> None:
+def test_the_proxy_accepts_the_host_names_of_its_service(built: dict[str, list[Manifest]]) -> None:
     service = named(built["replicas"], "Service", "sp-api-proxy")["metadata"]
     name, namespace = service["name"], service["namespace"]
     names = [name, f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local"]

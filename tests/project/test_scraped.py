@@ -138,7 +138,7 @@ async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[Ru
         yield [await stack.enter_async_context(start_proxy(config_from(settings, tmp_path))) for _ in range(2)]
 
 
-async def test_every_query_finds_something_once_it_happened(
+async def test_every_query_returns_a_series_after_its_event(
     proxies: list[RunningProxy], simulator: Simulator, tmp_path: Path
 ) -> None:
     targets = [proxy.health for proxy in proxies if proxy.health]

@@ -46,7 +46,7 @@ SLOWLY = 0.02  # seconds
 A_MOMENT = 0.02  # seconds in which an answer to what is broken is waited for
 GOOD_WITHIN = 5.0  # seconds in which a good request is answered, whatever else goes on
 SETTLED_WITHIN = 30.0  # seconds
-MOST_GROWTH = 30.0  # MiB
+MAX_GROWTH = 30.0  # MiB
 REMEMBERED = 300  # requests of a client that may still arrive upstream
 SHOWN = 200  # violations
 
@@ -113,7 +113,7 @@ class Findings:
     """What a run has seen so far."""
 
     violations: list[Violation] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
     cases: int = 0
     arrived: int = 0
     cut_off: int = 0
@@ -124,14 +124,14 @@ class Findings:
     def violate(self, rule: str, what: str, cases: tuple[Case, ...] = (), seen: bytes = b"") -> None:
         """Note a broken rule; what is noted is shown as it happens."""
         marks = set(MARK.findall(seen))
-        guilty = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
-        violation = Violation(rule, what, guilty, seen)
+        matching = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
+        violation = Violation(rule, what, matching, seen)
         self.violations.append(violation)
         if len(self.violations) <= SHOWN:
             sys.stderr.write(f"{violation}\n")
 
 
-class World:
+class Oracle:
     """Both sides of the proxy under test, and what is known about them."""
 
     def __init__(self, connections: int) -> None:
@@ -320,9 +320,9 @@ def echo(message: Message) -> bytes:
 class _TokenHost(TokenHost):
     """Issues tokens that are known again wherever they are seen."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, oracle: Oracle) -> None:
         super().__init__()
-        self.world = world
+        self.oracle = oracle
 
     async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
         form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
@@ -330,17 +330,17 @@ class _TokenHost(TokenHost):
         if form["grant_type"] == "refresh_token":
             account, region = form["refresh_token"].partition("-refresh-")[2].rsplit("-", 1)
             grant = Grant(form["client_id"], account.encode(), region)
-        said = {"access_token": self.world.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
+        said = {"access_token": self.oracle.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
         self.received.clear()
         writer.write(http_response("200 OK", json.dumps(said).encode(), content_type="application/json"))
         await writer.drain()
 
 
-class _FarSide(asyncio.Protocol):
+class _Upstream(asyncio.Protocol):
     """One connection from the proxy to one region."""
 
-    def __init__(self, world: World, region: str) -> None:
-        self.world = world
+    def __init__(self, oracle: Oracle, region: str) -> None:
+        self.oracle = oracle
         self.region = region
         self.buffer = b""
         self.answered_early = False
@@ -358,7 +358,7 @@ class _FarSide(asyncio.Protocol):
                     self.transport.write(echo(message))
                 return
             self.buffer = self.buffer[len(message.raw) :]
-            said = self.world.arrived(self.region, message)
+            said = self.oracle.arrived(self.region, message)
             if self.answered_early:
                 self.answered_early = False
             elif b"/slow/" in message.target:
@@ -372,15 +372,15 @@ class _FarSide(asyncio.Protocol):
         message = strict.request(self.buffer)
         if message is not None:
             rest = self.buffer[len(message.raw) :]
-            self.world.arrived(self.region, message)
+            self.oracle.arrived(self.region, message)
             if re.fullmatch(rb"[0-9a-f]*\r?\n?", rest) is None:
                 self._is_malformed()
         elif self.buffer:
             self._is_malformed()
 
     def _is_malformed(self) -> None:
-        cases = tuple(one for worker in self.world.workers for one in worker.cases)
-        self.world.findings.violate("canonical", "what arrives is no HTTP/1.1", cases, self.buffer)
+        cases = tuple(one for worker in self.oracle.workers for one in worker.cases)
+        self.oracle.findings.violate("canonical", "what arrives is no HTTP/1.1", cases, self.buffer)
         self.buffer = b""
         self.transport.abort()
 
@@ -388,14 +388,14 @@ class _FarSide(asyncio.Protocol):
 # Clients.
 
 
-async def play(world: World, one: Case, worker: Worker) -> None:
+async def play_case(oracle: Oracle, one: Case, worker: Worker) -> None:
     """Send one case, read what is answered, and check it."""
-    sent = world.begin(one, worker)
-    world.findings.cases += 1
+    sent = oracle.begin(one, worker)
+    oracle.findings.cases += 1
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.sender.port, limit=2**20)
     except OSError as exc:
-        world.findings.violate("up", f"no connection: {exc}", (one,))
+        oracle.findings.violate("up", f"no connection: {exc}", (one,))
         return
     try:
         with suppress(OSError):
@@ -403,9 +403,9 @@ async def play(world: World, one: Case, worker: Worker) -> None:
         if one.ending == "reset":
             return
         data, at_end = await _read(one, sent, reader)
-        check_answers(world, one, sent, data, at_end=at_end)
+        check_responses(oracle, one, sent, data, at_end=at_end)
     except TimeoutError:
-        world.findings.violate("in time", f"neither answered nor closed in {ENDED_WITHIN:g} s", (one,))
+        oracle.findings.violate("in time", f"neither answered nor closed in {ENDED_WITHIN:g} s", (one,))
     finally:
         _close(writer, resets=one.resets or one.ending == "reset")
 
@@ -427,7 +427,7 @@ async def _read(one: Case, sent: list[Sent], reader: asyncio.StreamReader) -> tu
     has_more = sum(len(item.message.raw) for item in whole) < len(one.data)
     data, end = b"", time.monotonic() + ENDED_WITHIN
     while True:
-        enough = one.ending == "read" and len(strict.answers(data, methods, at_end=False)[0]) >= len(whole)
+        enough = one.ending == "read" and len(strict.responses(data, methods, at_end=False)[0]) >= len(whole)
         if enough and not has_more:
             return data, False
         try:
@@ -453,18 +453,18 @@ def _close(writer: asyncio.StreamWriter, *, resets: bool) -> None:
     writer.close()
 
 
-def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_end: bool) -> None:
+def check_responses(oracle: Oracle, one: Case, sent: list[Sent], data: bytes, *, at_end: bool) -> None:
     """Check that answers are well-formed, show nothing, and are each for the request of their turn."""
-    findings = world.findings
-    world.check_hidden("hidden", data, (one,))
-    found, rest = strict.answers(data, [item.message.method for item in sent], at_end=at_end)
+    findings = oracle.findings
+    oracle.check_hidden("hidden", data, (one,))
+    found, rest = strict.responses(data, [item.message.method for item in sent], at_end=at_end)
     if rest and not rest.startswith(b"HTTP/1."[: len(rest)]):
         findings.violate("answers", "what is answered is no HTTP/1.1", (one,), data)
     if len(found) > len(sent) + 1:
         findings.violate("answers", f"{len(found)} answers to {len(sent)} requests", (one,), data)
     for number, got in enumerate(found):
         error = b"".join(got.all(b"x-sp-proxy-error")).decode()
-        findings.answers[f"{got.status} {error}".strip()] += 1
+        findings.responses[f"{got.status} {error}".strip()] += 1
         if error == "InternalError":
             findings.violate("up", "an internal error", (one,), got.raw)
         if error and MARK.search(got.raw):
@@ -476,22 +476,22 @@ def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_
             findings.violate("answers", f"answer {number + 1} is not for request {number + 1}", (one,), data)
             break
     if not found:
-        findings.answers["closed without an answer" if at_end else "nothing to answer"] += 1
+        findings.responses["closed without an answer" if at_end else "nothing to answer"] += 1
 
 
 # Running.
 
 
 @asynccontextmanager
-async def far_sides(world: World) -> AsyncIterator[None]:
+async def upstreams(oracle: Oracle) -> AsyncIterator[None]:
     """Let three regions and the token host listen."""
     loop = asyncio.get_running_loop()
     servers = []
     for region in ("na", "eu", "fe"):
-        server = await loop.create_server(lambda region=region: _FarSide(world, region), "127.0.0.1", 0)  # type: ignore[misc]
-        world.hosts[region] = b"127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        server = await loop.create_server(lambda region=region: _Upstream(oracle, region), "127.0.0.1", 0)  # type: ignore[misc]
+        oracle.hosts[region] = b"127.0.0.1:%d" % server.sockets[0].getsockname()[1]
         servers.append(server)
-    async with world.token_host:
+    async with oracle.token_host:
         yield
     for server in servers:
         server.close()
@@ -509,13 +509,13 @@ class State:
         return f"{self.descriptors} descriptors, {self.in_flight} in flight, {self.memory:.1f} MiB"
 
 
-async def state_of(world: World, proxy: ProxyProcess) -> State:
+async def state_of(oracle: Oracle, proxy: ProxyProcess) -> State:
     """Return what the proxy holds now; what its metrics page shows is checked on the way."""
     assert proxy.admin is not None
     page = await call(proxy.admin, "GET", "/metrics", connection="close")
-    world.check_hidden("hidden", page.body)
+    oracle.check_hidden("hidden", page.body)
     if MARK.search(page.body):
-        world.findings.violate("hidden", "the metrics page quotes a request", (), page.body)
+        oracle.findings.violate("hidden", "the metrics page quotes a request", (), page.body)
     in_flight = re.search(rb"^spapi_proxy_requests_in_flight (\S+)$", page.body, re.MULTILINE)
     assert in_flight is not None
     pid = proxy.process.pid
@@ -527,38 +527,38 @@ def descriptors_of(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-async def settled(world: World, proxy: ProxyProcess, most_descriptors: int = 0) -> State:
+async def settled(oracle: Oracle, proxy: ProxyProcess, max_descriptors: int = 0) -> State:
     """Return the proxy's state when nothing is in flight, and descriptors are few enough or do not become fewer."""
     end, unchanged, least = time.monotonic() + SETTLED_WITHIN, 0, 10**6
     while True:
-        state = await state_of(world, proxy)
+        state = await state_of(oracle, proxy)
         unchanged = unchanged + 1 if state.descriptors >= least else 0
         least = min(least, state.descriptors)
-        is_done = state.descriptors <= most_descriptors if most_descriptors else unchanged >= 15
+        is_done = state.descriptors <= max_descriptors if max_descriptors else unchanged >= 15
         if (state.in_flight == 0 and is_done) or time.monotonic() > end:
             return state
         await asyncio.sleep(0.1)
 
 
-def check_log(world: World, proxy: ProxyProcess) -> None:
+def check_log(oracle: Oracle, proxy: ProxyProcess) -> None:
     """Check what the proxy wrote since the last look, and drop it."""
     lines, proxy.log[:] = proxy.log[:], []
     for line in lines:
-        world.check_hidden("hidden", line.encode())
+        oracle.check_hidden("hidden", line.encode())
         if "internal error" in line or "Traceback" in line or not line.startswith("{"):
-            world.findings.violate("up", f"the log says: {line}")
+            oracle.findings.violate("up", f"the log says: {line}")
         elif MARK.search(line.encode()):
             said = {**json.loads(line), "request_id": ""}  # which the client chose for the log
             if MARK.search(json.dumps(said).encode()):
-                world.findings.violate("hidden", f"the log quotes a request: {line}")
+                oracle.findings.violate("hidden", f"the log quotes a request: {line}")
 
 
-async def good_request(world: World, port: int) -> None:
+async def good_request(oracle: Oracle, port: int) -> None:
     """Send a good request, and note how long its answer took."""
-    findings, began = world.findings, time.monotonic()
+    findings, began = oracle.findings, time.monotonic()
     target = f"/good/{findings.good}"
     data = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    world.begin(Case(-1, Sender(*world.good.accounts, port, fixed=True), [data], [0.0], "read", False), world.good)
+    oracle.begin(Case(-1, Sender(*oracle.good.accounts, port, fixed=True), [data], [0.0], "read", False), oracle.good)
     try:
         async with asyncio.timeout(GOOD_WITHIN):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -575,18 +575,18 @@ async def good_request(world: World, port: int) -> None:
     findings.slowest_good = max(findings.slowest_good, time.monotonic() - began)
 
 
-async def watch(world: World, proxy: ProxyProcess, port: int) -> None:
+async def watch(oracle: Oracle, proxy: ProxyProcess, port: int) -> None:
     """Once a second a good request and a look at the log; every ten seconds a line of progress."""
     begin = time.monotonic()
     for tick in range(1, 10**9):
-        await good_request(world, port)
-        check_log(world, proxy)
+        await good_request(oracle, port)
+        check_log(oracle, proxy)
         if tick % 10 == 0:
-            findings, seconds = world.findings, time.monotonic() - begin
+            findings, seconds = oracle.findings, time.monotonic() - begin
             sys.stdout.write(
                 f"{seconds:5.0f} s: {findings.cases} cases ({findings.cases / seconds:.0f}/s), "
                 f"{findings.arrived} arrived and {findings.cut_off} cut off upstream, "
-                f"{len(findings.violations)} violations; {await state_of(world, proxy)}\n"
+                f"{len(findings.violations)} violations; {await state_of(oracle, proxy)}\n"
             )
             sys.stdout.flush()
         await asyncio.sleep(max(0.0, begin + tick - time.monotonic()))
@@ -604,14 +604,14 @@ class Until:
         return time.monotonic() > self.moment or (self.cases is not None and index >= self.cases)
 
 
-async def work(world: World, seed: int, number: int, ports: list[int], until: Until) -> None:
+async def work(oracle: Oracle, seed: int, number: int, ports: list[int], until: Until) -> None:
     """Play every case that is this worker's, one after the other."""
-    worker, step = world.workers[number], len(world.workers)
+    worker, step = oracle.workers[number], len(oracle.workers)
     for index in range(number, 10**9, step):
         if until.is_over(index):
             return
         if until.only is None or index == until.only:
-            await play(world, made(seed, index, worker, ports[2 * number : 2 * number + 2]), worker)
+            await play_case(oracle, made(seed, index, worker, ports[2 * number : 2 * number + 2]), worker)
 
 
 def made(seed: int, index: int, worker: Worker, ports: list[int]) -> Case:
@@ -624,38 +624,38 @@ async def fuzz(
     seed: int, connections: int, *, seconds: float = float("inf"), cases: int | None = None, only: int | None = None
 ) -> Findings:
     """Run against a proxy of its own, for so many seconds or cases, and return what was found."""
-    world = World(connections)
+    oracle = Oracle(connections)
     with tempfile.TemporaryDirectory() as folder:
-        async with far_sides(world), serving(world.settings(), Path(folder)) as proxy:
+        async with upstreams(oracle), serving(oracle.settings(), Path(folder)) as proxy:
             ports = [int(address.rpartition(":")[2]) for address in proxy.addresses]
             for _ in range(20):
-                await good_request(world, ports[-2])
-            before = await settled(world, proxy)
+                await good_request(oracle, ports[-2])
+            before = await settled(oracle, proxy)
             sys.stdout.write(f"seed {seed}, begins with {before}\n")
             until = Until(time.monotonic() + seconds, cases, only)
-            watching = asyncio.create_task(watch(world, proxy, ports[-2]))
+            watching = asyncio.create_task(watch(oracle, proxy, ports[-2]))
             try:
                 async with asyncio.TaskGroup() as group:
                     for number in range(connections):
-                        group.create_task(work(world, seed, number, ports, until))
+                        group.create_task(work(oracle, seed, number, ports, until))
             finally:
                 watching.cancel()
                 await asyncio.wait([watching])
-            after = await settled(world, proxy, before.descriptors)
-            await check_end(world, proxy, before, after)
+            after = await settled(oracle, proxy, before.descriptors)
+            await check_end(oracle, proxy, before, after)
             sys.stdout.write(f"ends with {after}\n")
-    return world.findings
+    return oracle.findings
 
 
-async def check_end(world: World, proxy: ProxyProcess, before: State, after: State) -> None:
+async def check_end(oracle: Oracle, proxy: ProxyProcess, before: State, after: State) -> None:
     """Check that the proxy holds no more than it did, and ends in order."""
-    findings = world.findings
-    if after.in_flight or after.descriptors > before.descriptors or after.memory > before.memory + MOST_GROWTH:
+    findings = oracle.findings
+    if after.in_flight or after.descriptors > before.descriptors or after.memory > before.memory + MAX_GROWTH:
         findings.violate("end", f"it began with {before}, and ends with {after}")
     code = await proxy.stop()
     if code != 0:
         findings.violate("end", f"the exit code is {code}")
-    check_log(world, proxy)
+    check_log(oracle, proxy)
 
 
 def report(findings: Findings) -> str:
@@ -664,7 +664,7 @@ def report(findings: Findings) -> str:
     rows = [
         f"{findings.cases} cases: {findings.arrived} requests arrived upstream, {findings.cut_off} cut off",
         f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_good:.3f} s",
-        *(f"{count:8}  {what}" for what, count in findings.answers.most_common()),
+        *(f"{count:8}  {what}" for what, count in findings.responses.most_common()),
         f"{len(findings.violations)} violations",
         *(f"{count:8}  {what}" for what, count in kinds.most_common()),
     ]

@@ -91,7 +91,7 @@ def request(data: bytes, at: int = 0) -> Message | None:
     return message
 
 
-def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[list[Message], bytes]:
+def responses(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[list[Message], bytes]:
     """Return the final answers to requests with these methods, and the bytes that are left over.
 
     `at_end` is whether the connection has ended, which also ends an answer without a framing.
@@ -106,7 +106,7 @@ def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[lis
             at += len(message.raw)
             continue
         method = methods[len(found)] if len(found) < len(methods) else b""
-        _read_answer_body(message, data, at, method, at_end=at_end)
+        _read_response_body(message, data, at, method, at_end=at_end)
         found.append(message)
         at += len(message.raw)
         if not message.complete:
@@ -114,7 +114,7 @@ def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[lis
     return found, data[at:]
 
 
-def _read_answer_body(message: Message, data: bytes, at: int, method: bytes, *, at_end: bool) -> None:
+def _read_response_body(message: Message, data: bytes, at: int, method: bytes, *, at_end: bool) -> None:
     begin = at + len(message.raw)
     lengths = message.all(b"content-length")
     # An error that is said instead of the answer to a HEAD request has a body, and ends the connection.

@@ -31,7 +31,7 @@ FLAGS = (
     *("--no-proxy-server", f"--host-resolver-rules={', '.join(RULES)}"),
     "--disable-popup-blocking",  # a click of the visitor's would let a page open windows
 )
-PATIENCE = 50.0  # seconds
+TIMEOUT = 50.0  # seconds
 
 ORDERS = "/orders/v0/orders"
 NAMES = ("127.0.0.1", "localhost", "rebind.test", "0.0.0.0")  # under which a page may reach a port of this machine
@@ -145,15 +145,15 @@ class Site:
     report: dict[str, Any] = field(default_factory=dict)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     page_waits: asyncio.Event = field(default_factory=asyncio.Event)
-    page_may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    page_continues: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
-        response = await self._answer(request)
+        response = await self._respond(request)
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.force_close()
         return response
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    async def _respond(self, request: web.BaseRequest) -> web.Response:
         match request.path:
             case "/":
                 return web.Response(text=self.page, content_type="text/html")
@@ -161,7 +161,7 @@ class Site:
                 return web.Response(status=307, headers={"Location": unquote(request.query_string)})
             case "/wait":
                 self.page_waits.set()
-                await self.page_may_go_on.wait()
+                await self.page_continues.wait()
             case "/report":
                 self.report = json.loads(await request.read())
                 self.reported.set()
@@ -210,10 +210,10 @@ class Tap(RawServer):
         """Return what was asked for."""
         return {url_of(request) for request, _ in self.exchanges}
 
-    async def has_answered(self, urls: set[str]) -> None:
+    async def has_responded(self, urls: set[str]) -> None:
         """Wait until all of them were answered."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not urls <= self.urls():
                     self.answered.clear()
                     await self.answered.wait()
@@ -231,7 +231,7 @@ async def browsing(url: str, folder: Path) -> AsyncIterator[None]:
     finally:
         if browser.returncode is None:
             browser.terminate()
-        await asyncio.wait_for(browser.wait(), PATIENCE)
+        await asyncio.wait_for(browser.wait(), TIMEOUT)
 
 
 @pytest.fixture(autouse=True)
@@ -249,10 +249,10 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
         targets = [own, *(door + path for door in doors for path in paths)]
         site.page = page(ATTEMPTS + TRY_ALL, targets=targets)
         async with browsing(f"http://{name}:{port}/", folder):
-            await asyncio.wait_for(site.reported.wait(), PATIENCE)
+            await asyncio.wait_for(site.reported.wait(), TIMEOUT)
             tried = {url for url in site.report if not url.startswith(own)}
             icons = {f"{door}/favicon.ico" for door in doors}  # the browser asks for them itself, as the same origin
-            await tap.has_answered(tried | icons)
+            await tap.has_responded(tried | icons)
     assert {url for url, text in site.report.items() if text} == {f"{own}?{attempt}" for attempt in READERS}
     responses = [(url_of(request), got) for request, got in tap.exchanges]
     assert [(url, got.status) for url, got in responses if url in tried and got.status not in {403, 421}] == []
@@ -263,7 +263,7 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
 
 @pytest.mark.parametrize("name", ["evil.test", "localhost"])
 @pytest.mark.timeout(120)
-async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_an_answer(
+async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_a_response(
     name: str, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     async with serving(settings_for(fake_upstream, token_host), tmp_path) as proxy:
@@ -302,7 +302,7 @@ async def test_a_web_page_cannot_read_the_admin_address(
     ],
 )
 @pytest.mark.timeout(120)
-async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
+async def test_dns_rebinding_to_this_machine_gives_no_access(
     listener: str, path: str, posted: int, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """DNS rebinding: for the browser the page and the proxy are one origin, so that `Host` alone tells them apart."""
@@ -311,12 +311,12 @@ async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
         port = await before.enter_async_context(site.listening())
         site.page = page(TRY_AS_ITS_OWN, control=f"http://control.test:{control}", path=path)
         async with browsing(f"http://rebind.test:{port}/", tmp_path):
-            await asyncio.wait_for(site.page_waits.wait(), PATIENCE)
+            await asyncio.wait_for(site.page_waits.wait(), TIMEOUT)
             await before.aclose()
             address = f"127.0.0.1:{port}"
             async with serving({**settings_for(fake_upstream, token_host), listener: address}, tmp_path) as proxy:
-                site.page_may_go_on.set()
-                await asyncio.wait_for(site.reported.wait(), PATIENCE)
+                site.page_continues.set()
+                await asyncio.wait_for(site.reported.wait(), TIMEOUT)
                 assert (fake_upstream.received, token_host.received) == ([], [])
                 assert site.report == {"get": 421, "head": 421, "header": 421, "post": posted}
                 assert (await call(address, "GET", path)).status == 200

@@ -15,9 +15,9 @@ from tests.security.corpora import Case, Message, gunicorn, llhttp
 from tests.support.fake_upstream import FakeUpstream, Received, Script, http_response
 from tests.support.raw_client import Client, RawResponse, call, connect
 
-LONGEST = 30.0  # seconds for one exchange; the proxy's own patience ends long before
-PATIENCE = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
-MOST_PIECES = 256
+EXCHANGE_TIMEOUT = 30.0  # seconds for one exchange; the proxy's own patience ends long before
+TIMEOUT = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
+MAX_SEGMENTS = 256
 PATH = "/brand/new"
 
 # Refused by gunicorn for reasons of its own. The proxy takes them; what then arrives must be plain all the same.
@@ -133,7 +133,7 @@ _FRAMING = re.compile(rb"content-length: [0-9]+|transfer-encoding: chunked", re.
 _CHUNK_SIZE = re.compile(rb"(0|[1-9a-f][0-9a-f]*)\r\n")
 
 
-def mistakes(head: bytes) -> list[str]:
+def violations(head: bytes) -> list[str]:
     """Return what is ambiguous or not canonical in a request's head (without its blank line)."""
     line, *fields = head.split(b"\r\n")
     names = [text.partition(b":")[0].strip().lower() for text in fields]
@@ -173,17 +173,17 @@ async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 class Witness(FakeUpstream):
     """Amazon's API, which takes plain requests alone, and notes what was not plain and what broke off."""
 
-    not_plain: list[str] = field(default_factory=list)
-    broken_off: list[bytes] = field(default_factory=list)
+    not_canonical: list[str] = field(default_factory=list)
+    truncated: list[bytes] = field(default_factory=list)
 
     async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as exc:
-            self.not_plain += [f"half a head: {exc.partial!r}"] if exc.partial else []
+            self.not_canonical += [f"half a head: {exc.partial!r}"] if exc.partial else []
             return False
-        if found := mistakes(head.removesuffix(b"\r\n\r\n")):
-            self.not_plain += found
+        if found := violations(head.removesuffix(b"\r\n\r\n")):
+            self.not_canonical += found
             return False
         line, *fields = head.decode("latin-1").split("\r\n")[:-2]
         request = Received(line, [(name, value) for name, _, value in (text.partition(": ") for text in fields)])
@@ -191,10 +191,10 @@ class Witness(FakeUpstream):
         try:
             request.body = await whole_body(request, reader)
         except asyncio.IncompleteReadError:
-            self.broken_off.append(head)
+            self.truncated.append(head)
             return False
         except ValueError as exc:
-            self.not_plain.append(str(exc))
+            self.not_canonical.append(str(exc))
             return False
         self.received.append(request)
         await self.respond(request, writer)
@@ -211,7 +211,7 @@ async def fake_upstream() -> AsyncIterator[Witness]:
 @pytest.fixture
 async def proxy(start_proxy: StartProxy) -> RunningProxy:
     """A proxy that soon gives up on who says no more."""
-    return await start_proxy(timeouts=PATIENCE)
+    return await start_proxy(timeouts=TIMEOUT)
 
 
 def items(cases: list[Case]) -> list[Any]:
@@ -219,9 +219,9 @@ def items(cases: list[Case]) -> list[Any]:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
-async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_pieces: bool) -> None:
+async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_segments: bool) -> None:
     """Send it at once, or so that the other side mostly gets to see it byte by byte."""
-    size = max(1, len(data) // MOST_PIECES) if in_pieces else len(data)
+    size = max(1, len(data) // MAX_SEGMENTS) if in_segments else len(data)
     for start in range(0, len(data), size):
         await send(data[start : start + size])
         await asyncio.sleep(0)  # no wait: it lets the other side have a look
@@ -236,7 +236,7 @@ _FRAMED = re.compile(rb"^(?:content-length|transfer-encoding):[ \t]*(.*?)[ \t]*\
 _LAST_CHUNK = re.compile(rb"(?:^|\r\n)0+\r\n(?:[^\r\n]+\r\n)*\r\n")
 
 
-def at_our_door(data: bytes) -> bytes:
+def with_accepted_host(data: bytes) -> bytes:
     """Return a corpus' requests with a Host that the proxy answers to, so that they are not refused for that alone.
 
     A head with several different Hosts stays as it is, and so does a target with a user in it.
@@ -270,7 +270,7 @@ def _body_size(head: bytes, rest: bytes) -> int:
     return last.end() if last is not None and len(framing) == 1 else len(rest)
 
 
-async def answers_of(client: Client, method: str) -> list[RawResponse]:
+async def responses_of(client: Client, method: str) -> list[RawResponse]:
     """Return the answers up to one that says that it is the last, or up to the connection's end."""
     responses: list[RawResponse] = []
     with suppress(OSError):  # a reset is an end too
@@ -283,17 +283,17 @@ async def answers_of(client: Client, method: str) -> list[RawResponse]:
     return responses
 
 
-async def exchange(address: str, data: bytes, *, in_pieces: bool) -> list[RawResponse]:
+async def exchange(address: str, data: bytes, *, in_segments: bool) -> list[RawResponse]:
     """Send raw bytes on a connection of their own; return the answers when the proxy has ended it."""
     method = data.lstrip().split(b" ")[0].decode("latin-1")
-    async with asyncio.timeout(LONGEST), connect(address) as client:
-        reading = asyncio.create_task(answers_of(client, method))
+    async with asyncio.timeout(EXCHANGE_TIMEOUT), connect(address) as client:
+        reading = asyncio.create_task(responses_of(client, method))
         with suppress(OSError):  # the proxy may end the connection before it has all
-            await deliver(data, client.send, in_pieces=in_pieces)
+            await deliver(data, client.send, in_segments=in_segments)
         responses = await reading
         with suppress(OSError):
             client.writer.write_eof()  # the proxy need not wait for more, and may not say more
-        return responses + await answers_of(client, method)
+        return responses + await responses_of(client, method)
 
 
 def allowed(case: Case) -> int:
@@ -312,7 +312,7 @@ def may_break_off(case: Case) -> bool:
     return not case.is_refused or case.name.startswith(IN_THE_BODY)
 
 
-def agrees(request: Received, message: Message) -> bool:
+def matches(request: Received, message: Message) -> bool:
     """Return whether what arrived is the request that llhttp read."""
     target = re.sub(r"^https?://[^/?]*", "", message.url)
     target = target if target.startswith("/") else f"/{target}"
@@ -320,7 +320,7 @@ def agrees(request: Received, message: Message) -> bool:
 
 
 @pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")]))
-async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
+async def test_only_canonical_requests_reach_amazon_and_no_invalid_one(
     proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -328,48 +328,48 @@ async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
         await writer.drain()
 
     fake_upstream.script = script
-    most_arrived = 0
-    for in_pieces in (False, True):
+    max_received = 0
+    for in_segments in (False, True):
         fake_upstream.received.clear()
-        responses = await exchange(proxy.addresses[0], at_our_door(case.data), in_pieces=in_pieces)
+        responses = await exchange(proxy.addresses[0], with_accepted_host(case.data), in_segments=in_segments)
         arrived = fake_upstream.received.copy()
         good = await call(proxy.addresses[0], "GET", PATH)
         assert (good.status, good.get("x-line")) == (200, f"GET {PATH} HTTP/1.1")
 
-        assert not fake_upstream.not_plain
+        assert not fake_upstream.not_canonical
         assert len(arrived) <= allowed(case)
-        assert may_break_off(case) or not fake_upstream.broken_off
+        assert may_break_off(case) or not fake_upstream.truncated
         if case.messages:
             read = iter(case.messages)
-            assert all(any(agrees(request, message) for message in read) for request in arrived)
+            assert all(any(matches(request, message) for message in read) for request in arrived)
 
         passed = [got for got in responses if got.error is None]
         assert [got.get("x-line") for got in passed] == [request.line for request in arrived]
         assert all(got.status == 200 for got in passed)
         assert all(400 <= got.status <= 505 for got in responses if got.error is not None)
-        most_arrived = max(most_arrived, len(arrived))
+        max_received = max(max_received, len(arrived))
 
     if (case.name in POLICY or not case.is_refused) and case.name not in TOGETHER:
         is_refused_here = any(case.name in names for names in REFUSED_HERE.values())
-        assert most_arrived == (0 if is_refused_here else allowed(case))
+        assert max_received == (0 if is_refused_here else allowed(case))
 
 
 # Responses.
 
 
 @pytest.mark.parametrize("case", items(llhttp("response")))
-async def test_an_answer_is_passed_on_whole_or_visibly_not(
+async def test_a_response_is_forwarded_complete_or_visibly_truncated(
     proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
     says_its_end = message.is_whole or case.is_refused
-    for in_pieces in (False, True):
+    for in_segments in (False, True):
         for closes in (False, True) if says_its_end else (True,):
             fake_upstream.received.clear()
-            fake_upstream.script = playing(case.data, fake_upstream, in_pieces=in_pieces, closes=closes)
+            fake_upstream.script = respond_once_with(case.data, fake_upstream, in_segments=in_segments, closes=closes)
             first = await call_if_answered(proxy.addresses[0])
             second = await call_if_answered(proxy.addresses[0])
-            assert is_right(first, message), (in_pieces, closes, first)
+            assert is_valid_result(first, message), (in_segments, closes, first)
             if not case.is_refused:
                 is_own_error = first is not None and first.error is not None
                 assert is_own_error == any(case.name in names for names in NOT_PASSED_ON.values())
@@ -377,7 +377,7 @@ async def test_an_answer_is_passed_on_whole_or_visibly_not(
             assert (second.status, second.reason, second.body, second.complete) == (200, "OK", b"own", True)
 
 
-def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: bool) -> Script:
+def respond_once_with(data: bytes, fake_upstream: Witness, *, in_segments: bool, closes: bool) -> Script:
     """Return a script that answers the first request with these bytes, and every other one properly."""
 
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -388,7 +388,7 @@ def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: boo
         if request is not fake_upstream.received[0]:
             await send(http_response("200 OK", b"own"))
             return
-        await deliver(data, send, in_pieces=in_pieces)
+        await deliver(data, send, in_segments=in_segments)
         if closes:
             writer.close()
 
@@ -398,13 +398,13 @@ def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: boo
 async def call_if_answered(address: str) -> RawResponse | None:
     """Send one request that is never repeated; return None where the connection ended instead of an answer."""
     try:
-        async with asyncio.timeout(LONGEST):
+        async with asyncio.timeout(EXCHANGE_TIMEOUT):
             return await call(address, "POST", PATH, b"{}", x_sp_retry="off")
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
 
 
-def is_right(got: RawResponse | None, message: Message) -> bool:
+def is_valid_result(got: RawResponse | None, message: Message) -> bool:
     """Return whether the app can rely on what it got: Amazon's whole answer, or what cannot be taken for one.
 
     The proxy may refuse more than llhttp does. A mistake behind a whole answer does not make that answer wrong.

@@ -133,7 +133,7 @@ async def read_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 class FakeUpstream(RawServer):
     """Amazon's API. Mints Restricted Data Tokens by itself; everything else is the script's."""
 
-    rdt_answer: bytes | None = None
+    rdt_response: bytes | None = None
     minted: list[Received] = field(default_factory=list)
 
     async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
@@ -143,15 +143,15 @@ class FakeUpstream(RawServer):
         self.received.remove(request)
         self.minted.append(request)
         body = json.dumps({"restrictedDataToken": f"Atz.sprdt|{len(self.minted)}", "expiresIn": 3600}).encode()
-        writer.write(self.rdt_answer or http_response("200 OK", body, content_type="application/json"))
+        writer.write(self.rdt_response or http_response("200 OK", body, content_type="application/json"))
         await writer.drain()
 
 
 @dataclass
 class TokenHost(RawServer):
-    """Login with Amazon. Each exchange gives a token of its own; `answers` replaces what it says."""
+    """Login with Amazon. Each exchange gives a token of its own; `responses` replaces its responses."""
 
-    answers: list[bytes] = field(default_factory=list)
+    responses: list[bytes] = field(default_factory=list)
     expires_in: object = 3600
     held: asyncio.Event | None = None
 
@@ -167,6 +167,6 @@ class TokenHost(RawServer):
             "token_type": "bearer",
             "expires_in": self.expires_in,
         }
-        scripted = self.answers.pop(0) if self.answers else None
+        scripted = self.responses.pop(0) if self.responses else None
         writer.write(scripted or http_response("200 OK", json.dumps(grant).encode(), content_type="application/json"))
         await writer.drain()

@@ -38,7 +38,7 @@ from markdown_it import MarkdownIt
 from proxy.config import load_config
 from tests.support.paths import ROOT
 
-PATIENCE = 90.0  # seconds for one block: the machine may have much else to do
+TIMEOUT = 90.0  # seconds for one block: the machine may have much else to do
 KUBERNETES = "1.29"  # the oldest with native sidecars
 
 _FILE = re.compile(r"\A(?:#|//) ([\w./-]+\.(?:yaml|yml|py|mjs|sh))\n")
@@ -151,10 +151,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait(PATIENCE)
+            return self.process.wait(TIMEOUT)
 
 
 @dataclass
@@ -238,10 +238,10 @@ class Session:
         said = self._behind / "printed"
         with said.open("wb") as file, self._started(words, file) as process:
             try:
-                code = process.wait(PATIENCE)
+                code = process.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise PageError(f"line {block.line}: has not ended after {PATIENCE:g} s\n{block.text}") from None
+                raise PageError(f"line {block.line}: has not ended after {TIMEOUT:g} s\n{block.text}") from None
         return code, self.ports.back(said.read_text(encoding="utf-8"))
 
     def _started(self, words: list[str], file: Any) -> subprocess.Popen[bytes]:
@@ -360,7 +360,7 @@ def proxy_commands(text: str) -> Iterator[list[str]]:
 
 def until(happens: Any) -> bool:
     """Wait until something is so, and return whether it was in time."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not happens():
         if time.monotonic() > end:
             return False

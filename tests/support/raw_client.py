@@ -66,22 +66,22 @@ class Client:
             await self._read_body(response)
         return response
 
-    async def _read_body(self, answer: RawResponse) -> None:
+    async def _read_body(self, response: RawResponse) -> None:
         try:
-            if answer.get("transfer-encoding") == "chunked":
+            if response.get("transfer-encoding") == "chunked":
                 while size := int(await self.reader.readline() or b"x", 16):
-                    answer.body += await self.reader.readexactly(size)
+                    response.body += await self.reader.readexactly(size)
                     await self.reader.readexactly(2)
                 await self.reader.readexactly(2)
-            elif answer.get("content-length") is not None:
-                answer.body = await self.reader.readexactly(int(answer.get("content-length") or 0))
+            elif response.get("content-length") is not None:
+                response.body = await self.reader.readexactly(int(response.get("content-length") or 0))
             else:
-                answer.body = await self.reader.read()
+                response.body = await self.reader.read()
         except asyncio.IncompleteReadError as exc:
-            answer.body += exc.partial
-            answer.complete = False
+            response.body += exc.partial
+            response.complete = False
         except (ValueError, ConnectionError):
-            answer.complete = False
+            response.complete = False
 
     async def at_end(self) -> bool:
         """Return whether the proxy closed the connection, having waited for it."""
