@@ -1,7 +1,7 @@
-"""How many instructions does a request cost? Counted by valgrind's callgrind: `python -m tests.bench.callgrind`.
+"""Instructions per request, counted by valgrind's callgrind: `python -m tests.bench.callgrind`.
 
-Those of the process itself, outside the kernel: unlike CPU time, their number does not depend on what else the machine
-does. Needs valgrind (Debian's package `valgrind`).
+Counts user-space instructions of the proxy process. Unlike CPU time, the count does not depend on other load on the
+machine. Needs valgrind (Debian package `valgrind`).
 """
 
 import argparse
@@ -21,14 +21,14 @@ from tests.bench.processes import HOST, Cores, end_on_signals
 from tests.bench.upstream import RESPONSE_SIZE
 
 CONNECTIONS = 8
-_TIMEOUT = 60.0  # seconds: everything takes fifty times as long
+_TIMEOUT = 60.0  # seconds; valgrind slows the process down about fifty times
 
 
 def main() -> int:
-    """Count for the proxy and for bare aiohttp, and say what came out."""
+    """Count for the proxy and for bare aiohttp and print the results."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.callgrind", description=__doc__)
     parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--keep", type=Path, help="a folder for the profiles, which callgrind_annotate reads")
+    parser.add_argument("--keep", type=Path, help="folder for the profiles (input of callgrind_annotate)")
     options = parser.parse_args()
     end_on_signals()
     if shutil.which("valgrind") is None:
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _count(proxy: ComparedProxy, requests: int, profile: Path) -> float:
-    """Return the instructions of one request, in the mean; what is done once is done before."""
+    """Return the mean number of instructions per request, after a warm-up for one-time work."""
     _load(proxy.port, CONNECTIONS * 50)
     for order in (("-i", "on"), ("-z",)):
         _control(proxy.process.pid, *order)
@@ -73,7 +73,7 @@ def _control(pid: int, *order: str) -> None:
 
 
 def _load(port: int, requests: int) -> int:
-    """Send about so many requests, one after another on each connection; return how many it were."""
+    """Send about `requests` requests, one at a time on each connection; return how many were sent."""
     message = (
         f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: application/json\r\n\r\n".encode()
     )
@@ -96,9 +96,11 @@ def _read_response(connection: socket.socket) -> None:
             raise SystemExit(f"the connection ended: {data[:200]!r}")
         data += more
     if not data.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(f"not the answer that was expected: {data[:200]!r}")
+        raise SystemExit(f"unexpected response: {data[:200]!r}")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # for the processes that are started: the same sets, the same count
+    os.environ.setdefault(
+        "PYTHONHASHSEED", "0"
+    )  # inherited by the started processes: set order, and so the count, is reproducible
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""How is each proxy that is compared set up? All of them forward to the same upstream over TLS, with keep-alive."""
+"""Setup of the compared proxies: all forward to the same upstream over TLS with keep-alive."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ from tests.bench.processes import HOST, Cores, Started, free_port, python, start
 
 PATH = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9&CreatedAfter=2026-01-01T00%3A00%3A00Z"  # what is requested
 _WAITED = "spapi_proxy_limit_wait_seconds"
-_FIRST_REQUESTS, _FIRST_PAUSE = 5, 0.1  # and seconds between them
+_FIRST_REQUESTS, _FIRST_PAUSE = 5, 0.1  # number of requests, and seconds between them
 
 _NGINX = """
 daemon off;
@@ -56,7 +56,7 @@ http {{
 
 @dataclass(frozen=True, slots=True)
 class BenchUpstream:
-    """The upstream that runs: its ports on the loopback address, and whose certificates it shows."""
+    """The running upstream: its ports on the loopback address and its certificates."""
 
     api_port: int
     token_port: int
@@ -66,17 +66,17 @@ class BenchUpstream:
 
 @dataclass(frozen=True, slots=True)
 class ComparedProxy:
-    """A proxy that runs and listens on `port`."""
+    """A running proxy that listens on `port`."""
 
     name: str
     process: Started
     port: int
-    admin: int | None = None  # where its metrics are, if it has any
+    admin: int | None = None  # port of its metrics, if it has any
 
 
 @contextmanager
 def bench_upstream(cores: Cores, folder: Path) -> Iterator[BenchUpstream]:
-    """Run the upstream on the cores that are not the proxy's."""
+    """Run the upstream on the cores that are not reserved for the proxy."""
     upstream = BenchUpstream(free_port(), free_port(), free_port(), make_certificates(folder))
     ports = ("--api-port", upstream.api_port, "--token-port", upstream.token_port, "--large-port", upstream.large_port)
     files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
@@ -95,11 +95,10 @@ def sp_api_proxy(
     pace: bool = False,
     under: Sequence[str] = (),
 ) -> Iterator[ComparedProxy]:
-    """Run the real thing; with `large` it forwards to the port for large bodies, with `pace` it keeps to usage plans.
+    """Run sp-api-proxy.
 
-    `under` is a command that runs it, of a profiler for one.
-
-    Where it paces, it has learned the rate that the upstream announces before anything is measured.
+    `large`: forward to the port for large bodies. `pace`: keep to usage plans; the rate that the upstream announces is
+    learned before anything is measured. `under`: a command to run it under, such as a profiler.
     """
     port, admin = free_port(), free_port()
     path = folder / "proxy.yaml"
@@ -117,14 +116,14 @@ def sp_api_proxy(
 
 
 def _learn_rate(proxy: ComparedProxy) -> None:
-    """Send a few requests one after another, fewer than the plan's burst: the first answer tells the rate."""
+    """Send a few sequential requests, fewer than the plan's burst: the first response announces the rate."""
     for _ in range(_FIRST_REQUESTS):
         _get(proxy.port, PATH)
         time.sleep(_FIRST_PAUSE)
 
 
 def plan_wait(proxy: ComparedProxy) -> tuple[float, int]:
-    """Return how many seconds requests waited for their usage plan so far, and how many were looked at."""
+    """Return the seconds that requests waited for their usage plan so far, and the number of requests."""
     if proxy.admin is None:
         return 0.0, 0
     text = _get(proxy.admin, "/metrics")
@@ -165,7 +164,7 @@ def _proxy_config(upstream: BenchUpstream, port: int, api_port: int) -> dict[str
 def bare_aiohttp(
     upstream: BenchUpstream, cores: Cores, folder: Path, *, under: Sequence[str] = ()
 ) -> Iterator[ComparedProxy]:
-    """Run the bare proxy of this folder; `under` is a command that runs it."""
+    """Run the bare aiohttp proxy; `under` is a command to run it under."""
     port = free_port()
     arguments = ("--upstream", f"https://localhost:{upstream.api_port}", "--authority", upstream.certificates.authority)
     command = [*under, *python("tests.bench.bare", "--port", port, *arguments)]

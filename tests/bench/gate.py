@@ -1,7 +1,7 @@
-"""Has the proxy become much more expensive? Run as `python -m tests.bench.gate`; the exit code is 1 where it has.
+"""Regression gate for CPU time per request: `python -m tests.bench.gate`; exit code 1 above the limit.
 
-What is compared is CPU time per request, as a ratio to a bare aiohttp proxy that is measured right after it: that holds
-on a busy machine too, where requests per second and latency would not.
+The figure is the ratio to a bare aiohttp proxy measured directly afterwards. The ratio is stable on a busy machine,
+where requests per second and latency are not.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from tests.bench.compared_proxies import bare_aiohttp, bench_upstream, sp_api_pr
 from tests.bench.load import Sample
 from tests.bench.processes import Cores, end_on_signals
 
-MAX_RATIO = 0.65  # times what bare aiohttp costs; set with room, so that only a gross regression fails
+MAX_RATIO = 0.65  # ratio to bare aiohttp; generous, so that only a large regression fails
 CONNECTIONS = 32
 ROUNDS, SECONDS = 3, 2.0
 
 
 def main() -> int:
-    """Measure and say what came out; 1 where the limit is exceeded or a request failed."""
+    """Measure and print the result; return 1 if the limit is exceeded or a request failed."""
     argparse.ArgumentParser(prog="python -m tests.bench.gate", description=__doc__).parse_args()
     end_on_signals()
     try:
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def _measure() -> list[tuple[Sample, Sample]]:
-    """Return what the proxy and bare aiohttp did in each round."""
+    """Return the samples of the proxy and of bare aiohttp in each round."""
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""How are Caddy and Envoy set up? As fast as their documentation leads to, for the same work as the others.
+"""Setup of Caddy and Envoy for the same work as the other proxies, as fast as their documentation allows.
 
-Each takes plain HTTP/1.1, adds the token and forwards over one kept TLS 1.3 connection per request in flight, with the
-upstream's certificate and name verified. No access log, no admin port, one worker.
+Each accepts plain HTTP/1.1, adds the token and forwards over persistent TLS 1.3 connections, and verifies the
+upstream's certificate and name. No access log, no admin port, one worker.
 """
 
 import json

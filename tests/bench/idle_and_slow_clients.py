@@ -2,9 +2,9 @@
 
 Run as `python -m tests.bench.idle_and_slow_clients`.
 
-A few connections send ordinary requests before a crowd comes, while it is there, and after it left; so it is with our
-proxy, and with nginx where it is installed. The kernel takes a whole small download off the proxy's hands, however
-slowly it is read: so fewer readers of large ones come too, which the proxy must hold back.
+A few connections send ordinary requests before the idle or slow clients connect, while they are connected, and after
+they left; first through sp-api-proxy, then through nginx if it is installed. The kernel buffers a whole small download,
+however slowly it is read; a tenth as many readers of large downloads, which the proxy must hold back, come as well.
 """
 
 import argparse
@@ -32,23 +32,23 @@ from tests.bench.programs import find_nginx
 from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
 from tests.bench.upstream import RESPONSE_SIZE
 
-ACTIVE_CONNECTIONS = 8  # connections that send ordinary requests
-SPARE_DESCRIPTORS = 1000  # descriptors that are for other things than the crowd
-READ, EVERY = 4096, 1.0  # each slow reader takes so many bytes in so many seconds
-RECEIVE_BUFFER = 4096  # bytes that the kernel keeps for a slow reader, so that it does not read in its place
-SETTLED = 0.5  # seconds in which the proxy hardly uses its core: what a crowd left behind is done
-SETTLED_WITHIN = 20.0  # seconds, then it is measured as it is
-SMALL, LARGE = 1, 32  # MiB of a download; the kernel takes 4 MiB (net.ipv4.tcp_wmem)
-FIRST_BYTES = 30.0  # seconds within which each slow reader must have got something
-SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # where a crowd comes from: ports of one would run short
+ACTIVE_CONNECTIONS = 8  # connections that send ordinary requests throughout
+SPARE_DESCRIPTORS = 1000  # descriptors not used by the idle and slow clients
+READ, EVERY = 4096, 1.0  # each slow reader reads this many bytes per this many seconds
+RECEIVE_BUFFER = 4096  # bytes; small, so that the kernel does not buffer for a slow reader
+SETTLED = 0.5  # seconds with a nearly idle proxy, after which cleanup is complete
+SETTLED_WITHIN = 20.0  # seconds, after which measuring starts anyway
+SMALL, LARGE = 1, 32  # MiB of a download; the kernel buffers up to 4 MiB (net.ipv4.tcp_wmem)
+FIRST_BYTES = 30.0  # seconds within which each slow reader must receive data
+SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # source addresses: one address has too few ports
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What was measured at one time: the ordinary requests, and the proxy's memory in KiB.
+    """Measurements of one phase: the ordinary requests, and the proxy's memory in KiB.
 
-    `crowd` is how many came; `unread_kib` is what the kernel keeps of what the proxy has written to all of them;
-    `leaving_ms` is how long an ordinary request took that came the moment they had left.
+    `clients` is the number of idle or slow clients; `unread_kib` is what the kernel buffers of the proxy's output for all
+    of them; `leaving_ms` is the duration of an ordinary request sent at the moment when they disconnected.
     """
 
     proxy: str
@@ -62,13 +62,13 @@ class Phase:
 
 
 def main() -> int:
-    """Measure, print the table as Markdown; 1 when a request failed or the proxy sent somebody of a crowd away."""
+    """Measure and print the table as Markdown; return 1 if a request failed or a client was rejected."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.idle_and_slow_clients", description=__doc__)
     parser.add_argument("--idle", type=int, default=10_000, help="idle connections (default 10,000)")
     parser.add_argument("--readers", type=int, default=1000, help="slow readers (default 1,000)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default 1)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of each measurement (default 1)")
     parser.add_argument("--rounds", type=int, default=2, help="measurements in each phase (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to FILE")
     options = parser.parse_args()
     end_on_signals()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:
-    """Return the settings that make room for the crowds: the bounds are there to refuse them."""
+    """Return settings with limits high enough for the clients: the defaults would reject them."""
     at_once = options.readers + 100
     return {
         "bounds": {"connections": options.idle + SPARE_DESCRIPTORS, "requests": at_once, "account_requests": at_once},
@@ -120,8 +120,8 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _phases(proxy: ComparedProxy, options: argparse.Namespace) -> Iterator[Phase]:
-    """Measure one proxy without and with each crowd."""
-    _measured(proxy, "", options)  # what comes once
+    """Measure one proxy without and with each group of clients."""
+    _measured(proxy, "", options)  # warm-up
     yield _measured(proxy, "before", options)
     _note(f"{proxy.name}: {options.idle} connections")
     with idle_connections(proxy.port, options.idle) as idle:
@@ -141,14 +141,14 @@ def _phases(proxy: ComparedProxy, options: argparse.Namespace) -> Iterator[Phase
 
 
 def _one_request(port: int) -> float:
-    """Send an ordinary request on a connection of its own; return the seconds until its answer was complete."""
+    """Send an ordinary request on its own connection; return the seconds until the response was complete."""
     began = time.perf_counter()
     with idle_connections(port, 1):
         return time.perf_counter() - began
 
 
 def _settled(proxy: ComparedProxy, options: argparse.Namespace) -> Phase:
-    """Measure once the proxy has done what a crowd left behind."""
+    """Measure after the proxy has finished the work that the clients left."""
     end = time.monotonic() + SETTLED_WITHIN
     busy = True
     while busy and time.monotonic() < end:
@@ -169,18 +169,18 @@ def _measured(proxy: ComparedProxy, name: str, options: argparse.Namespace, clie
 
 
 def _unread_kib(port: int) -> float:
-    """Return the KiB that were written to connections on `port` and are not taken yet (proc(5), /proc/net/tcp)."""
+    """Return the KiB written to connections on `port` that the peer has not received (proc(5), /proc/net/tcp)."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     established = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"]
     return sum(int(row[4].partition(":")[0], 16) for row in established) / 1024
 
 
-# The crowds.
+# Idle and slow clients.
 
 
 @contextmanager
 def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
-    """Open connections that send one request each and then nothing; they end with the block."""
+    """Open connections that send one request each and are then idle; close them at the end of the block."""
     opened: list[socket.socket] = []
     try:
         for number in range(count):
@@ -196,17 +196,17 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
 
 
 def _read_response(sock: socket.socket) -> None:
-    """Read the small answer to its end."""
+    """Read a small response completely."""
     read = b""
     while len(read.partition(b"\r\n\r\n")[2]) < RESPONSE_SIZE:
         more = sock.recv(16_384)
         if not more or not (read or more.startswith(b"HTTP/1.1 200")):
-            raise SystemExit(f"no answer for a connection of the crowd, but {read + more!r}")
+            raise SystemExit(f"unexpected response on an idle connection: {read + more!r}")
         read += more
 
 
 def _is_closed(sock: socket.socket) -> bool:
-    """Return whether the other end has closed a connection on which nothing is under way."""
+    """Return whether the peer has closed an idle connection."""
     try:
         return sock.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
@@ -216,7 +216,7 @@ def _is_closed(sock: socket.socket) -> bool:
 
 
 class Readers:
-    """Clients that each read a download at a few KiB a second, in a thread of their own."""
+    """Clients that each read a download at a few KiB per second, in a thread of their own."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
@@ -225,7 +225,7 @@ class Readers:
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def begin(self, port: int, count: int, mib: int) -> None:
-        """Ask for the downloads, and wait until all have begun."""
+        """Request the downloads and wait until all have started."""
         request = f"GET {DOWNLOAD}?mib={mib}&framing=length HTTP/1.1\r\n{HEADERS}\r\n\r\n".encode()
         for number in range(count):
             sock = socket.socket()
@@ -238,12 +238,12 @@ class Readers:
         for sock in self.sockets:
             head = sock.recv(READ)
             if not head.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"no download for a slow reader, but {head!r}")
+                raise SystemExit(f"unexpected response for a slow reader: {head!r}")
             sock.setblocking(False)
         self._thread.start()
 
     def end(self) -> None:
-        """Leave, in the middle of the downloads."""
+        """Disconnect in the middle of the downloads."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -265,7 +265,7 @@ class Readers:
 
 
 def _read_some(sock: socket.socket) -> bool:
-    """Read what may be read now; return whether the download goes on."""
+    """Read what is available; return whether the download continues."""
     try:
         return sock.recv(READ) != b""
     except BlockingIOError:
@@ -276,7 +276,7 @@ def _read_some(sock: socket.socket) -> bool:
 
 @contextmanager
 def slow_readers(port: int, count: int, mib: int) -> Iterator[Readers]:
-    """Let so many clients read downloads of `mib` MiB slowly, for as long as the block lasts."""
+    """Let `count` clients read downloads of `mib` MiB slowly until the block ends."""
     readers = Readers()
     try:
         readers.begin(port, count, mib)
@@ -285,11 +285,11 @@ def slow_readers(port: int, count: int, mib: int) -> Iterator[Readers]:
         readers.end()
 
 
-# What is said of it.
+# Output.
 
 
 def table(phases: Sequence[Phase], options: argparse.Namespace) -> list[str]:
-    """Return the medians of each phase as Markdown; those of a crowd with the ratio to those before and after it."""
+    """Return the medians of each phase as Markdown; with clients, also the ratio to the phases before and after."""
     lines = [
         f"{ACTIVE_CONNECTIONS} active connections, {options.rounds} × {options.seconds:g} s (ratio to no load)",
         "",

@@ -21,10 +21,10 @@ from tests.bench.payload import BLOCK, MIB, blocks, digest_of
 from tests.bench.processes import HOST, Cores, end_on_signals, memory_kib
 
 MAX_GROWTH = 32.0  # MiB of resident memory
-SLOW_MIB = 128  # size of the bodies that one side takes slowly; several times what may be held back
+SLOW_MIB = 128  # size of the bodies that one side reads slowly; several times what may be buffered
 SLOW_RATE = 32 * MIB  # bytes per second
 SAMPLE_EVERY = 0.02  # seconds
-SILENCE = 60.0  # seconds without a byte, then the transfer has failed
+SILENCE = 60.0  # seconds without a byte, after which the transfer has failed
 
 UPLOAD = "/feeds/2021-06-30/feeds"
 DOWNLOAD = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9"
@@ -32,7 +32,7 @@ DOWNLOAD = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9"
 
 @dataclass(slots=True)
 class Memory:
-    """The resident memory of a process, in MiB: before a transfer, the most that was sampled in it, and `VmHWM`."""
+    """Resident memory of a process in MiB: before a transfer, the sampled peak, and `VmHWM`."""
 
     before: float
     peak: float
@@ -40,13 +40,13 @@ class Memory:
 
     @property
     def growth(self) -> float:
-        """MiB by which it grew; the kernel's own high-water mark sees what falls between two samples."""
+        """Growth in MiB; the kernel's high-water mark covers peaks between two samples."""
         return max(self.peak, self.high_water) - self.before
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One transfer: how long it took in seconds, what it cost in memory, and what was wrong with it."""
+    """One transfer: its duration in seconds, its memory, and its fault if any."""
 
     name: str
     mib: int
@@ -56,7 +56,7 @@ class Transfer:
 
 
 def main() -> int:
-    """Run the transfers and print them as Markdown; 1 when a body was changed or the proxy held on to it."""
+    """Run the transfers and print them as Markdown; return 1 if a body was changed or the proxy buffered it."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.large_bodies", description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of each body in MiB (default 1024)")
     parser.add_argument("--peers", action="store_true", help="how fast they go, beside nginx where it is installed")
@@ -100,8 +100,8 @@ def _run(cores: Cores, mib: int) -> int:
 def _transfers(proxy: ComparedProxy, mib: int) -> list[Transfer]:
     port, fragments = proxy.port, min(mib, SLOW_MIB)
     for size in (1, fragments, mib):
-        digest_of(size)  # kept, so that working it out is not timed
-    for framing in ("length", "chunked"):  # modules, token, connections: what any request costs once
+        digest_of(size)  # cached, so that it is computed outside the timed part
+    for framing in ("length", "chunked"):  # warm-up: imports, token, connections
         _upload(port, 1, framing)
         _download(port, 1, framing)
     return [
@@ -128,9 +128,9 @@ def _with_memory(proxy: ComparedProxy, name: str, mib: int, run: Callable[[], st
 
 
 def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
-    """Send `mib` MiB and return what is wrong with what the upstream says it received; nothing is an empty string.
+    """Send `mib` MiB; return the fault in what the upstream reports, an empty string if there is none.
 
-    The upstream reads no more than `rate` bytes per second; 0 is as fast as it can.
+    The upstream reads at most `rate` bytes per second; 0 is unlimited.
     """
     connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE, blocksize=BLOCK)
     fields = {"Content-Type": "text/plain"}
@@ -149,7 +149,7 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
 
 
 def _download(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
-    """Fetch `mib` MiB at `rate` bytes per second (0: as fast as can be) and return what is wrong, if anything."""
+    """Fetch `mib` MiB at `rate` bytes per second (0: unlimited) and return the fault, if any."""
     connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE)
     connection.request("GET", f"{DOWNLOAD}&mib={mib}&framing={framing}")
     response = connection.getresponse()
@@ -170,7 +170,7 @@ def _download(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
 
 @contextmanager
 def _memory_of(pid: int) -> Iterator[Memory]:
-    """Sample the memory of `pid` for as long as the block lasts."""
+    """Sample the memory of `pid` until the block ends."""
     _forget_high_water(pid)
     resident = memory_kib(pid, "VmRSS") / 1024
     memory, over = Memory(resident, resident), threading.Event()
@@ -190,7 +190,7 @@ def _memory_of(pid: int) -> Iterator[Memory]:
 
 
 def _forget_high_water(pid: int) -> None:
-    """Have `VmHWM` begin anew, so that it tells of one transfer (proc(5), clear_refs)."""
+    """Reset `VmHWM`, so that it covers one transfer (proc(5), clear_refs)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 

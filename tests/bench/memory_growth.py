@@ -1,6 +1,6 @@
 """Growth of the cost of a request with accounts, operations and headers: `python -m tests.bench.memory_growth`.
 
-Everything is loaded in turn, several rounds of it, and compared within each round with the smallest of its kind.
+The cases are loaded in turn over several rounds; each is compared within its round with the smallest of its kind.
 """
 
 import argparse
@@ -43,9 +43,9 @@ from tests.bench.processes import (
 from tests.bench.upstream import RESPONSE_SIZE
 
 ACCOUNTS = (1, 100, 2000)
-OPERATIONS_EACH = 10  # that every account calls, before memory is looked at once more
+OPERATIONS_EACH = 10  # called by every account before memory is measured again
 WARM_UP = 0.3  # seconds
-FIRST_TIME = 60.0  # seconds within which every request of a kind must have been answered once
+FIRST_TIME = 60.0  # seconds within which every request of a kind must complete once
 
 TARGET = "/orders/v0/orders"
 _BODY = b'{"filler": "a small body"}'
@@ -54,7 +54,7 @@ _PARAMETER = re.compile(r"\{[^}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured: requests that take turns, through the proxy that has so many accounts."""
+    """One case: requests sent in rotation through the proxy that has `accounts` accounts."""
 
     kind: str
     name: str
@@ -64,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One measurement of one case. `cpu_us` and `instructions` are those of the proxy, for each request."""
+    """One measurement of one case. `cpu_us` and `instructions` are those of the proxy, per request."""
 
     cpu_us: float
     instructions: float | None
@@ -75,19 +75,19 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a proxy weighs with so many accounts: MiB of resident memory, and what one look at its metrics takes."""
+    """Memory of a proxy with so many accounts: resident MiB, and the cost of one scrape of its metrics."""
 
     accounts: int
     when: str
     mib: float
     metrics_ms: float
     metrics_kib: float
-    max_latency_ms: float  # the slowest ordinary request that came then
+    max_latency_ms: float  # slowest ordinary request during the scrape
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy that runs, with so many accounts."""
+    """A running proxy with so many accounts."""
 
     accounts: int
     process: Started
@@ -96,7 +96,7 @@ class Proxy:
 
 
 class Rotating(Connection):
-    """Sends the next of all requests each time, for as long as there are any; all connections share them."""
+    """Sends all requests in rotation; all connections share one rotation."""
 
     def __init__(self, requests: Iterator[bytes], tally: Tally) -> None:
         super().__init__(b"", RESPONSE_SIZE, tally)
@@ -112,7 +112,7 @@ class Rotating(Connection):
 
 
 def main() -> int:
-    """Measure, print the tables as Markdown; 1 when a request failed."""
+    """Measure and print the tables as Markdown; return 1 if a request failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.memory_growth", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (default 1.5)")
     parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
@@ -164,11 +164,11 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-# What is asked.
+# Cases.
 
 
 def all_cases() -> list[Case]:
-    """Return what is compared, the smallest of each kind first."""
+    """Return the cases, the smallest of each kind first."""
     reads = [_request(operation.method, path_of(operation)) for operation in _operations(reading=True)]
     writes = [_request(operation.method, path_of(operation)) for operation in _operations(reading=False)]
     one_each = {operation.method: path_of(operation) for operation in reversed(_operations(reading=False))}
@@ -192,12 +192,12 @@ def _operations(*, reading: bool) -> list[Operation]:
 
 
 def path_of(operation: Operation) -> str:
-    """Return a path of the operation: its template, with something in place of each parameter."""
+    """Return a path of the operation: its template with a value for each parameter."""
     return _PARAMETER.sub("B000000001", operation.template)
 
 
 def _targets_of_reads() -> list[str]:
-    """Return paths of operations that an ordinary token is enough for."""
+    """Return paths of operations that need only an access token."""
     ordinary = [operation for operation in _operations(reading=True) if not (operation.restricted or operation.scope)]
     return [path_of(operation) for operation in ordinary]
 
@@ -216,7 +216,7 @@ def _request(method: str, target: str, more: bytes = b"", *, account: int = 0) -
     return head + more + b"\r\n"
 
 
-# What runs.
+# Processes.
 
 
 @contextmanager
@@ -253,7 +253,7 @@ def _proxy(accounts: int, upstream: BenchUpstream, api_port: int, cores: Cores, 
         yield Proxy(accounts, process, port, admin)
 
 
-# How it is measured.
+# Measurement.
 
 
 def _measure_all(
@@ -261,12 +261,12 @@ def _measure_all(
 ) -> dict[str, list[Cost]]:
     counts = can_count()
     for case in cases:
-        _once(proxies[case.accounts], case.requests)  # tokens, connections: what comes once
+        _once(proxies[case.accounts], case.requests)  # warm-up: tokens and connections
     costs: dict[str, list[Cost]] = {}
     for number in range(options.rounds):
         sys.stderr.write(f"round {number + 1} of {options.rounds}\n")
         turn = number % len(cases)
-        for case in (*cases[turn:], *cases[:turn]):  # another one begins each time
+        for case in (*cases[turn:], *cases[:turn]):  # rotate the order in each round
             proxy = proxies[case.accounts]
             cost = _measure(proxy, case.requests, options.connections, options.seconds, counts=counts)
             costs.setdefault(case.name, []).append(cost)
@@ -314,7 +314,7 @@ def _once(proxy: Proxy, requests: Sequence[bytes]) -> None:
 async def _loaded(
     port: int, requests: Iterator[bytes], connections: int
 ) -> AsyncIterator[tuple[Tally, list[Rotating]]]:
-    """Open connections that send requests for as long as the block lasts, and end with their last answer."""
+    """Open connections that send requests until the block ends, and wait for their last responses."""
     loop, tally = asyncio.get_running_loop(), Tally()
     opened = [
         (await loop.create_connection(lambda: Rotating(requests, tally), HOST, port))[1] for _ in range(connections)
@@ -348,7 +348,7 @@ def _metrics_of(proxy: Proxy) -> int:
 
 
 def _max_latency_until(scrape: "Future[int]", proxy: Proxy) -> float:
-    """Send one request after the other until the look at the metrics is over; return the seconds of the slowest."""
+    """Send requests one after another until the scrape is complete; return the longest duration in seconds."""
     connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=FINAL_RESPONSE_TIMEOUT), 0.0
     try:
         while not scrape.done():
@@ -363,11 +363,11 @@ def _max_latency_until(scrape: "Future[int]", proxy: Proxy) -> float:
     return slowest
 
 
-# What is said of it.
+# Output.
 
 
 def table(cases: Sequence[Case], costs: dict[str, list[Cost]], options: argparse.Namespace) -> list[str]:
-    """Return the medians of all rounds, and those of each round's ratio to the smallest of the kind, as Markdown."""
+    """Return a Markdown table: medians, and medians of the ratios to the smallest of the kind within each round."""
     lines = [
         f"Medians of {options.rounds} × {options.seconds:g} s, {options.connections} connections (ratio to the first).",
         "",

@@ -1,7 +1,7 @@
-"""Where are the other proxies' programs, and how does one that is missing come here?
+"""Programs of the other proxies, and installation of missing ones.
 
 They are unpacked into the folder `.bench` of the checkout, which git ignores: no root is needed, no service is started,
-and removing the folder undoes it. What is on the path is used as it is, except Envoy, whose release is pinned.
+and deleting the folder removes them. A program on PATH is used, except Envoy, whose release is pinned.
 """
 
 import os
@@ -22,7 +22,7 @@ _SYSTEM = "/usr/sbin:/usr/local/sbin"  # Debian keeps nginx off an ordinary user
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that is there, with its version."""
+    """An available program with its version."""
 
     path: str
     version: str
@@ -30,7 +30,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A program by name: where it lies in the cache, the Debian packages that may hold it, how it says its version."""
+    """A program to find: its path in the cache, the Debian packages that may contain it, its version command."""
 
     name: str
     cached: Path
@@ -46,7 +46,7 @@ WANTED = (
 
 
 def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
-    """Return the programs that run here by name, and a line on each that does not; `install` gets what is missing."""
+    """Return the available programs by name, and a line for each missing one; `install` fetches missing ones."""
     found: dict[str, Program] = {}
     missing = []
     for wanted in WANTED:
@@ -58,7 +58,7 @@ def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
 
 
 def find_nginx() -> str | None:
-    """Return where nginx is, None where it is neither installed nor in the cache."""
+    """Return the path of nginx; None if it is neither installed nor cached."""
     wanted = WANTED[0]
     return _on_path(wanted) or (str(wanted.cached) if wanted.cached.exists() else None)
 
@@ -82,7 +82,7 @@ def _on_path(wanted: Wanted) -> str | None:
 
 
 def _install(wanted: Wanted) -> None:
-    """Unpack beside the place and move it there when complete, so that a run that is ended leaves no half of it."""
+    """Unpack into a temporary folder and move it when complete, so that an aborted run leaves no partial copy."""
     CACHE.mkdir(exist_ok=True)
     place = CACHE / wanted.cached.relative_to(CACHE).parts[0]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -98,7 +98,7 @@ def _install(wanted: Wanted) -> None:
 
 
 def _unpack_debian(wanted: Wanted, folder: Path, new: Path) -> None:
-    """Take the first package that holds the program: nginx's moved from one to another between Debian's releases."""
+    """Unpack the first package that contains the program: nginx's package differs between Debian releases."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"{tool} is missing, so it cannot be fetched: install {wanted.cached.name} yourself")
@@ -119,7 +119,7 @@ def _install_envoy(new: Path) -> None:
 
 
 def _run(command: Sequence[str], cwd: Path | None = None) -> str:
-    """Return what a command wrote; raise where it failed."""
+    """Return the output of a command; raise if it failed."""
     environment = os.environ | {"LC_ALL": "C"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
     output = f"{done.stdout}{done.stderr}".strip()
@@ -130,6 +130,6 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> str:
 
 
 def _version(output: str) -> str:
-    """Return the first word or part of one that is a version."""
+    """Return the first version number in the output."""
     parts = output.replace("/", " ").split()
     return next((part.lstrip("v") for part in parts if part.lstrip("v")[:1].isdigit() and "." in part), "unknown")

@@ -1,7 +1,7 @@
-"""Does any request fail while the configuration is replaced a hundred times? Run as `python -m tests.bench.reloads`.
+"""Requests during one hundred configuration reloads: none may fail. Run as `python -m tests.bench.reloads`.
 
-Half of the new configurations are broken, each in another way. The good ones change settings, and have accounts and a
-listener come and go. Clients on open connections, and clients that connect anew for each request, never let up.
+Half of the new configurations are invalid, each in a different way. The valid ones change settings and add and remove
+accounts and a listener. Clients send continuously, on persistent connections and on a new connection per request.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from tests.bench.harness import PLAIN_TARGET, Harness, running_harness
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port, memory_kib
 from tests.support.raw_client import call, connect
 
-KEPT, NEW_EACH_TIME = 6, 2  # clients on open connections, and those that connect for each request
-COMING = 5  # accounts that are there in every other good configuration
+KEPT, NEW_EACH_TIME = 6, 2  # clients on persistent connections, and clients that connect for each request
+COMING = 5  # accounts present in every other valid configuration
 MAX_DURATION = 20.0  # seconds for one reload
 
 Settings = dict[str, Any]
@@ -35,7 +35,7 @@ Settings = dict[str, Any]
 
 @dataclass(slots=True)
 class Seen:
-    """What the clients saw."""
+    """Results of the clients."""
 
     latencies: list[float] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class Seen:
 
 
 def main() -> int:
-    """Measure and say what came out; 1 where a request failed or a reload did not go as it should."""
+    """Measure and print the result; return 1 if a request failed or a reload had the wrong outcome."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.reloads", description=__doc__)
     parser.add_argument("--reloads", type=int, default=100)
     parser.add_argument("--accounts", type=int, default=100)
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
-    """Have so many reloads under load, after `quiet_for` seconds without; return 1 where anything went wrong."""
+    """Reload `reloads` times under load, after `quiet_for` seconds without; return 1 if anything failed."""
     async with running_harness(accounts + COMING, quit=False) as harness:
         settings = yaml.safe_load(harness.config.read_text(encoding="utf-8"))
         leaving = {name: settings["accounts"].pop(name) for name in (f"a{accounts + more}" for more in range(COMING))}
@@ -69,7 +69,7 @@ async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
         for number in range(accounts):
             await harness.call(PLAIN_TARGET, f"a{number}")
         good, broken = _good_ones(settings, leaving), _broken_ones(settings)
-        # Made beforehand: the clients would have to wait for it.
+        # Prepared in advance: it would block the event loop of the clients.
         texts = [next(broken) if number % 2 else next(good) for number in range(reloads)]
         quiet, busy, exchanges = Seen(), Seen(), await harness.exchanges()
         await _under_load(harness, accounts, quiet, asyncio.sleep(quiet_for))
@@ -95,7 +95,7 @@ async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
 
 
 async def _under_load(harness: Harness, accounts: int, seen: Seen, work: Any) -> None:
-    """Do `work` while the clients send, and let their last requests be answered."""
+    """Do `work` while the clients send, then let their last requests complete."""
     over = asyncio.Event()
     numbers = count()
 
@@ -112,7 +112,7 @@ async def _under_load(harness: Harness, accounts: int, seen: Seen, work: Any) ->
 
 
 async def _on_one_connection(harness: Harness, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
-    # The raw client of the tests: others send a request again when its connection ends, and say nothing.
+    # The raw client of the tests: other clients silently resend a request when its connection ends.
     while not over.is_set():
         try:
             async with connect(harness.address.removeprefix("http://")) as client:
@@ -158,7 +158,7 @@ def _good_ones(settings: Settings, leaving: Settings) -> Iterator[str]:
             changed["accounts"] = {**settings["accounts"], **leaving}
             changed["listen"] = [settings["listen"], second]
         if number % 4 > 1:
-            changed["timeouts"] = {"connect": f"{4 + number % 3}s"}  # which makes a new pool of connections
+            changed["timeouts"] = {"connect": f"{4 + number % 3}s"}  # a change that replaces the connection pool
         yield yaml.safe_dump(changed)
 
 

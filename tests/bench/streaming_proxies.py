@@ -1,7 +1,6 @@
-"""How are our proxy and nginx set up where bodies are large and clients many? Both stream, and spend no disk on it.
+"""Setup of sp-api-proxy and nginx for large bodies and many clients: both stream and buffer nothing on disk.
 
-Two upstreams stand behind each of them: the one with small answers, and, for requests with `x-sp-region: na`, the one
-with large bodies.
+Each has two upstreams: one with small responses, and, for requests with `x-sp-region: na`, one with large bodies.
 """
 
 import json
@@ -13,7 +12,7 @@ from typing import Any
 from tests.bench.compared_proxies import BenchUpstream, ComparedProxy
 from tests.bench.processes import HOST, Cores, free_port, python, started
 
-DESCRIPTORS = 20_000  # that nginx may have, where the system lets it
+DESCRIPTORS = 20_000  # of nginx, if the system permits it
 
 _NGINX = """
 daemon off;
@@ -67,7 +66,7 @@ http {{
 }}
 """
 
-# Its own are 4 or 8 KiB for an answer, and 8 or 16 KiB for a request.
+# The defaults are 4 or 8 KiB for a response, and 8 or 16 KiB for a request.
 _LARGE_BUFFERS = (
     "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k; client_body_buffer_size 256k;"
 )
@@ -86,7 +85,7 @@ def bulk_upstream(upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterat
 def our_proxy(
     upstream: BenchUpstream, large: int, cores: Cores, folder: Path, **settings: Any
 ) -> Iterator[ComparedProxy]:
-    """Run the real thing, unpaced, with further `settings`."""
+    """Run sp-api-proxy without pacing, with additional `settings`."""
     port = free_port()
     path = folder / "peer.yaml"
     upstreams = {"eu": f"https://localhost:{upstream.api_port}", "na": f"https://localhost:{large}"}
@@ -112,7 +111,7 @@ def our_proxy(
 def streaming_nginx(
     program: str, upstream: BenchUpstream, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
 ) -> Iterator[ComparedProxy]:
-    """Run nginx with one worker, with its own sizes of buffers or with `large_buffers`."""
+    """Run nginx with one worker, with its default buffer sizes or with `large_buffers`."""
     port = free_port()
     name = "nginx, large buffers" if large_buffers else "nginx"
     own = folder / name.replace(", ", "-").replace(" ", "-")
@@ -127,7 +126,7 @@ def streaming_nginx(
 
 
 def processes_of(group: int) -> Sequence[int]:
-    """Return the ids of a contender's processes: nginx works in a child."""
+    """Return the ids of a proxy's processes: nginx works in a child process."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

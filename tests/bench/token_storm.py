@@ -1,7 +1,7 @@
-"""How many tokens does the proxy fetch, and does anybody wait for them? `python -m tests.bench.token_storm`.
+"""Number of tokens that the proxy fetches, and requests that wait for one: `python -m tests.bench.token_storm`.
 
-Real processes: the proxy, the simulator of Amazon and Login with Amazon, and this load. The exit code is 1 where a
-promise is not kept.
+Real processes: the proxy, the simulator of Amazon and Login with Amazon, and this load. The exit code is 1 if a
+requirement is not met.
 """
 
 import argparse
@@ -51,7 +51,7 @@ async def short_lives(seconds: float) -> Result:
 
 
 async def dead_token_host(_: float) -> Result:
-    """(c) the token host dead for the last third of a token's life, 100 requests per second."""
+    """(c) the token host fails for the last third of a token's life, 100 requests per second."""
     life = 30.0
     async with running_harness(1, lifetime=life) as harness:
         asked = time.monotonic()
@@ -86,7 +86,7 @@ async def many_orders(_: float) -> Result:
 
 
 async def many_accounts(_: float) -> Result:
-    """2,000 accounts: from start to ready, and resident memory; aim: under 2 s and 120 MiB."""
+    """2,000 accounts: start to ready, and resident memory; target: under 2 s and 120 MiB."""
     async with running_harness(2000) as harness:
         seconds = await _until_ready(harness)
         memory = memory_kib(harness.proxy.pid, "VmRSS") / 1024
@@ -119,20 +119,20 @@ RUNS: dict[str, Callable[[float], Awaitable[Result]]] = {
 
 
 def main() -> int:
-    """Make the runs and print them as Markdown; 1 where a promise was not kept."""
+    """Make the runs and print them as Markdown; return 1 if a requirement is not met."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.token_storm", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"which: {', '.join(RUNS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=60, help="how long (b) takes (default 60)")
     options = parser.parse_args()
     end_on_signals()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # two thousand connections at once, twice
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # two thousand concurrent connections on both sides
     kept = []
     for name in options.runs or RUNS:
         title = (RUNS[name].__doc__ or "").strip()
         text, good = asyncio.run(_run(RUNS[name], options.seconds))
         kept.append(good)
-        sys.stdout.write(f"- {title}\n  {'kept' if good else 'NOT KEPT'}: {text}\n")
+        sys.stdout.write(f"- {title}\n  {'met' if good else 'NOT MET'}: {text}\n")
         sys.stdout.flush()
     return 0 if all(kept) else 1
 
