@@ -72,7 +72,7 @@ class Fleet:
                 await response.read()
                 status, error = response.status, response.headers.get("x-sp-proxy-error", "")
         except (aiohttp.ClientError, OSError):
-            status, error = GONE, "no answer"
+            status, error = GONE, "no response"
         if status == GONE and not proxy.is_alive:
             self.lost_with_the_replica += 1
         else:
@@ -167,7 +167,7 @@ class Outcome:
             if not MIN_SHARE <= self.share <= MAX_SHARE:
                 wrong.append(f"{self.share:.1%} of the plan")
             if self.throttled > MAX_THROTTLED:
-                wrong.append(f"{self.throttled:.1%} of Amazon's answers were 429s")
+                wrong.append(f"{self.throttled:.1%} of Amazon's responses were 429s")
         return wrong
 
     def row(self) -> str:

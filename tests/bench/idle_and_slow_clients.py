@@ -47,8 +47,8 @@ SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # source addresses: 
 class Phase:
     """Measurements of one phase: the ordinary requests, and the proxy's memory in KiB.
 
-    `clients` is the number of idle or slow clients; `unread_kib` is what the kernel buffers of the proxy's output for all
-    of them; `leaving_ms` is the duration of an ordinary request sent at the moment when they disconnected.
+    `clients` is the number of idle or slow clients; `unread_kib` is what the kernel buffers for all of them; `leaving_ms`
+    is the duration of an ordinary request sent at the moment when they disconnected.
     """
 
     proxy: str

@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (default 1.5)")
     parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
     parser.add_argument("--connections", type=int, default=32, help="at once (default 32)")
-    parser.add_argument("--only", metavar="KIND", help="accounts, operations, request or answer (default: all)")
+    parser.add_argument("--only", metavar="KIND", help="accounts, operations, request or response (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
     options = parser.parse_args()
     end_on_signals()
@@ -182,8 +182,8 @@ def all_cases() -> list[Case]:
         Case("request headers", "1 KiB of request headers", 1, [_request("GET", TARGET, filler(900))]),
         Case("request headers", "31 KiB of request headers, 64 fields", 1, [_request("GET", TARGET, filler(31_500))]),
         Case("request headers", "30 KiB in one request header", 1, [_request("GET", TARGET, filler(30_720, 30_720))]),
-        Case("answer headers", "1 KiB of answer headers", 1, [_request("GET", f"{TARGET}?head=800")]),
-        Case("answer headers", "32 KiB of answer headers, 66 fields", 1, [_request("GET", f"{TARGET}?head=32768")]),
+        Case("response headers", "1 KiB of response headers", 1, [_request("GET", f"{TARGET}?head=800")]),
+        Case("response headers", "32 KiB of response headers, 66 fields", 1, [_request("GET", f"{TARGET}?head=32768")]),
     ]
 
 
@@ -288,7 +288,7 @@ def _measure(proxy: Proxy, requests: Sequence[bytes], connections: int, seconds:
                 done, cpu = len(tally.latencies) - done, cpu_seconds(pid) - cpu
                 took = time.perf_counter() - began
         if not done:
-            raise SystemExit(f"No answer within {took:.1f} s: {dict(tally.faults)}")
+            raise SystemExit(f"No response within {took:.1f} s: {dict(tally.faults)}")
         each = instructions / done if instructions is not None else None
         return Cost(cpu / done * 1e6, each, done / took, cpu / took, dict(tally.faults))
 
@@ -357,7 +357,7 @@ def _max_latency_until(scrape: "Future[int]", proxy: Proxy) -> float:
             size = len(connection.getresponse().read())
             slowest = max(slowest, time.perf_counter() - began)
             if size != RESPONSE_SIZE:
-                raise SystemExit("not the answer that was expected, beside a look at the metrics")
+                raise SystemExit("unexpected response during a scrape of the metrics")
     finally:
         connection.close()
     return slowest

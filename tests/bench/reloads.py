@@ -85,7 +85,7 @@ async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
     for (selected, result), number in sorted(outcomes.items()):
         _say(f"  {number} x {result}, should have been {selected}")
     _say(f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}")
-    _say(f"tokens fetched anew for accounts that stayed: {fetched}")
+    _say(f"tokens fetched again for unchanged accounts: {fetched}")
     _say(f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most")
     _say(f"latency without reloads: {quiet.percentiles()}")
     _say(f"latency with them:       {busy.percentiles()}")

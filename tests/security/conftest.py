@@ -1,4 +1,4 @@
-"""One proxy process for all tests of a worker; what happened in one test is forgotten before the next."""
+"""One proxy process for all tests of a pytest worker; its recorded state is reset before each test."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.security.harness import SECRETS, Harness, request
 
 @pytest.fixture(scope="session")
 def shared_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    """The one process."""
+    """The shared proxy process."""
     with Harness.start(tmp_path_factory.mktemp("world")) as harness:
         yield harness
         for path in ("/metrics", "/readyz?verbose", "/livez", "/", "/status", "/requests", "/nothing"):
@@ -20,7 +20,7 @@ def shared_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness
 
 @pytest.fixture
 def harness(shared_harness: Harness) -> Iterator[Harness]:
-    """The process, with nothing recorded; in the end, nothing improper may have arrived and no secret been told."""
+    """The process with empty records; afterwards, no violation may be recorded and no secret visible."""
     for server in (shared_harness.api, shared_harness.lwa):
         server.received.clear()
         server.violations.clear()

@@ -1,6 +1,6 @@
-"""A proxy process between raw sockets: what the tests of this folder send, and what really arrived at the far side.
+"""A proxy process between raw sockets: what the tests of this folder send, and what arrives at the upstream.
 
-Nothing here speaks HTTP by a library, and nothing is asynchronous: a test sends bytes, reads bytes, looks at bytes.
+No HTTP library and no asyncio: a test sends bytes, reads bytes and checks bytes.
 """
 
 import json
@@ -28,7 +28,7 @@ TIMEOUT = 20.0  # seconds
 REFRESH_TOKENS = {"acme": "Atzr|distinctive-refresh-acme", "zenith": "Atzr|distinctive-refresh-zenith"}
 CLIENT_SECRET = "distinctive-client-secret-of-main"
 CALLER_KEY = "distinctive-caller-key-of-reports"
-TOKEN = "distinctive-token-of-"  # and the account, and a number
+TOKEN = "distinctive-token-of-"  # followed by the account and a number
 SECRETS = (*REFRESH_TOKENS.values(), CLIENT_SECRET, CALLER_KEY, TOKEN)
 
 _LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (/[\x21-\x7e]*) HTTP/1\.1")
@@ -37,7 +37,7 @@ _FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: ?[\x20-\x7e\x80-\xff\t]*")
 
 @dataclass
 class ReceivedRequest:
-    """One request as it came over the wire."""
+    """One request as the server received it."""
 
     line: bytes
     fields: list[tuple[str, str]]
@@ -90,7 +90,7 @@ class Stream:
         return found
 
     def rest(self) -> bytes:
-        """Return all that comes until the other side ends the connection."""
+        """Return everything received until the peer closes the connection."""
         try:
             while self.more():
                 pass
@@ -104,26 +104,26 @@ class Stream:
         self.socket.close()
 
     def close(self) -> None:
-        # shutdown wakes a thread that reads.
+        # shutdown() wakes a thread that is blocked in recv().
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
 def http_response(body: bytes = b'{"payload":[]}', status: str = "200 OK", *fields: bytes) -> bytes:
-    """Return an answer with its length, as Amazon gives it."""
+    """Return a response with its Content-Length, as Amazon sends it."""
     head = [b"HTTP/1.1 " + status.encode(), b"content-type: application/json", *fields]
     return b"\r\n".join([*head, b"content-length: %d" % len(body), b"", body])
 
 
 class Server:
-    """A server that records what arrives, held to the strictest reading, and answers by the script for its path."""
+    """A server that records requests, parses them strictly and responds by the script for their path."""
 
     def __init__(self, respond: Script) -> None:
         self.respond = respond
         self.scripts: dict[str, Script] = {}
         self.received: list[ReceivedRequest] = []
-        self.violations: list[str] = []  # what no well-behaved client would have sent
+        self.violations: list[str] = []  # of HTTP by the proxy
         self.connections = 0
         self._streams: list[Stream] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -222,7 +222,7 @@ def _respond_as_amazon(stream: Stream, request: ReceivedRequest) -> None:
 
 @dataclass
 class ParsedResponse:
-    """One answer as a client got it, and whether its framing says that it is whole."""
+    """One response as a client received it; `complete`: its framing says that all of it was received."""
 
     status: int
     fields: list[tuple[str, str]]
@@ -243,7 +243,7 @@ class ParsedResponse:
 
 
 def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[ParsedResponse]:
-    """Return the answers in what a client received, read strictly; `methods` of the requests, GET where left out."""
+    """Return the responses that a client received, parsed strictly; `methods` are those of the requests (default GET)."""
     found: list[ParsedResponse] = []
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
@@ -265,7 +265,7 @@ def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[ParsedRe
 
 
 def _take_body(one: ParsedResponse, data: bytes) -> bytes:
-    """Take the body of an answer off `data` and return what is behind it."""
+    """Remove the body of a response from the start of `data` and return the rest."""
     if one.get("transfer-encoding") == "chunked":
         while True:
             size_text, end, rest = data.partition(b"\r\n")
@@ -290,7 +290,7 @@ def _take_body(one: ParsedResponse, data: bytes) -> bytes:
 
 
 def settings_of(api: Server, lwa: Server, **changed: Any) -> dict[str, Any]:
-    """Return the settings of a proxy between these servers; its timeouts are short, so that a test is."""
+    """Return the settings of a proxy between these servers; timeouts are short to keep the tests short."""
     url = f"http://127.0.0.1:{api.port}"
     return {
         "listen": "127.0.0.1:0",
@@ -316,7 +316,7 @@ def settings_of(api: Server, lwa: Server, **changed: Any) -> dict[str, Any]:
 
 @dataclass
 class Harness:
-    """A proxy process, Amazon's API and Login with Amazon in front of and behind it."""
+    """A proxy process with fake servers for Amazon's API and Login with Amazon."""
 
     api: Server
     lwa: Server
@@ -330,7 +330,7 @@ class Harness:
     @classmethod
     @contextmanager
     def start(cls, folder: Path, limit: int | None = None, **changed: Any) -> Iterator[Self]:
-        """Start everything; `limit` is the number of files that the proxy may have open."""
+        """Start all; `limit` is the proxy's limit of open files."""
         api, lwa = Server(_respond_as_amazon), Server(_issue_token)
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(settings_of(api, lwa, **changed)), encoding="utf-8")
@@ -371,7 +371,7 @@ class Harness:
 
     @contextmanager
     def client(self, address: str | None = None, receive: int | None = None) -> Iterator[Stream]:
-        """Connect to the proxied port; `receive` is the size of the socket's receive buffer."""
+        """Connect to the proxy port; `receive` is the size of the socket's receive buffer."""
         stream = Stream(connect(address or self.addresses[0], receive))
         try:
             yield stream
@@ -379,16 +379,16 @@ class Harness:
             stream.socket.close()
 
     def send(self, data: bytes, methods: tuple[str, ...] = (), address: str | None = None) -> list[ParsedResponse]:
-        """Send bytes on a connection of their own, and return the answers up to its end."""
+        """Send bytes on a new connection, and return the responses up to its end."""
         with self.client(address) as stream:
-            with suppress(ConnectionError):  # where it is refused before its end, the refusal is there to be read
+            with suppress(ConnectionError):  # rejected before all was sent: the response can still be read
                 stream.send(data)
             got = stream.rest()
         self.client_output.append(got)
         return parse_responses(got, methods)
 
     def metric(self, name: str) -> float:
-        """Return the sum of a metric's series; `name` may go on with the beginning of its labels."""
+        """Return the sum of a metric's series; `name` may include the start of its labels."""
         with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=TIMEOUT) as page:
             lines = page.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
@@ -415,7 +415,7 @@ def connect(address: str, receive: int | None = None) -> socket.socket:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, looking again and again for a bounded time."""
+    """Wait until a condition holds; poll it for at most TIMEOUT seconds."""
     end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end, what
@@ -426,9 +426,9 @@ SELLERS = "/sellers/v1/marketplaceParticipations"
 
 
 def request(target: str | bytes = SELLERS, *fields: bytes, method: str = "GET", body: bytes | None = None) -> bytes:
-    """Return a request for localhost, the last on its connection, with these fields, and a length where it has a body.
+    """Return a request to localhost that ends its connection, with these fields, and a length if it has a body.
 
-    A field that names Host or Connection stands in for the usual one.
+    A Host or Connection field replaces the default one.
     """
     raw = target if isinstance(target, bytes) else target.encode()
     names = {one.partition(b":")[0].lower() for one in fields}

@@ -1,12 +1,12 @@
-"""What does half an hour of everything that goes wrong leave behind? `python -m tests.security.soak --minutes 30`.
+"""Soak test: half an hour of mixed traffic with faults: `python -m tests.security.soak --minutes 30`.
 
-A real proxy process with two applications and twenty accounts in three regions (and one more for plain requests); a far
-side and a token host that fail in every way there is; and clients that do mixed traffic, leave in every phase, read and
-send slowly, and send nonsense.
+A real proxy process with two applications and twenty accounts in three regions (and one more for plain requests); an
+upstream and a token host with many kinds of faults; and clients that send mixed traffic, disconnect in every phase,
+read and send slowly, and send malformed requests.
 
-Every answer is checked: it is for the very request, by the account that was asked for, and whole or visibly cut off.
-In the end all load stops, and descriptors, memory and requests in flight must be back where they were; SIGTERM must end
-the process with exit code 0. The exit code is 1 where any of that failed. Linux only: `/proc` is read.
+Every response is checked: it belongs to its request, for the account that was named, and is complete or visibly
+truncated. At the end all load stops, and descriptors, memory and requests in flight must return to their start values;
+SIGTERM must end the process with exit code 0. The exit code is 1 if any check failed. Linux only: `/proc` is read.
 """
 
 import argparse
@@ -37,22 +37,22 @@ from tests.support.raw_client import Client, RawResponse, call
 
 REGIONS = ("na", "eu", "fe")
 ACCOUNTS = [f"seller-{number}" for number in range(20)]
-PLAIN = "plain"  # the account whose requests meet no fault: how long they take is measured
+PLAIN = "plain"  # account without injected faults, for the latency measurement
 CLIENTS = 40
 ANSWERED_WITHIN = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
 SETTLED_WITHIN = 60.0  # seconds
-MORE_DESCRIPTORS = 5  # in the end, for pooled connections
-MAX_GROWTH = 30.0  # MiB, from a tenth of the time on
-SHOWN = 50  # wrong answers
+MORE_DESCRIPTORS = 5  # allowed at the end, for pooled connections
+MAX_GROWTH = 30.0  # MiB, after the first tenth of the time
+SHOWN = 50  # wrong responses
 MINT = "/tokens/2021-03-01/restrictedDataToken"
-MARKED = "x-soak"  # what a client asks for, told to the far side
-ECHO = "x-soak-echo"  # the same, told by the far side to the client
-SUM = "x-soak-sum"  # of the body that carries it
+MARKED = "x-soak"  # request header that tells the upstream what the client expects
+ECHO = "x-soak-echo"  # the same, returned by the upstream to the client
+SUM = "x-soak-sum"  # checksum of the message's body
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedCall:
-    """What one request is about: whose it is, its number, how long the answer is to be, and the sum of its body."""
+    """One request and its expected response: account, number, response size, and checksum of the request body."""
 
     account: str
     region: str
@@ -71,14 +71,14 @@ class ExpectedCall:
         return cls(account, region, *map(int, numbers))
 
     def content(self) -> bytes:
-        """Return the body of its answer, in which every line says whose it is."""
+        """Return the body of its response, in which every line names the request."""
         line = f"{self}\n".encode()
         return (line * (self.size // len(line) + 1))[: self.size]
 
 
 @dataclass
 class Soak:
-    """What is known while it runs."""
+    """State of the run."""
 
     random: Random
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -98,17 +98,17 @@ class Soak:
         return self.random.random() < 1 / count
 
 
-# The far side: answers, and everything that can go wrong with them.
+# Upstream: responses and faults.
 
 
 def head(call_info: ExpectedCall, status: str, body: bytes, *fields: str) -> bytes:
-    """Return the head of an answer that says what it answers, and the sum of its body."""
+    """Return the head of a response that names its request and the checksum of its body."""
     lines = [f"HTTP/1.1 {status}", f"{ECHO}: {call_info}", f"{SUM}: {crc32(body)}", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
 def whole(call_info: ExpectedCall, status: str = "200 OK", body: bytes | None = None, *fields: str) -> bytes:
-    """Return a whole answer with a Content-Length."""
+    """Return a complete response with a Content-Length."""
     body = call_info.content() if body is None else body
     return head(call_info, status, body, f"content-length: {len(body)}", "x-amzn-RateLimit-Limit: 200", *fields) + body
 
@@ -157,7 +157,7 @@ async def interim(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWr
 
 
 async def surplus(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
-    """Say more than was asked for, at one blow; nobody may ever take it for an answer."""
+    """Send a second response in the same segment; it must never be used."""
     other = ExpectedCall("surplus", call_info.region, call_info.number, 10, 0)
     writer.write(whole(call_info) + (whole(other) if call_info.size <= 3000 else b""))
 
@@ -214,7 +214,7 @@ async def half_a_head(call_info: ExpectedCall, _: Received, writer: asyncio.Stre
 
 
 async def short(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
-    """End the connection, in order, before all of the announced length was sent."""
+    """Close the connection before all of the announced length was sent."""
     body = call_info.content() + b"and what never comes"
     writer.write(head(call_info, "200 OK", body, f"content-length: {len(body)}") + call_info.content())
     await writer.drain()
@@ -229,7 +229,7 @@ async def short_chunks(call_info: ExpectedCall, _: Received, writer: asyncio.Str
 
 
 async def reset_within(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
-    """Reset an answer that only the end of the connection would end."""
+    """Reset a response that is framed by the end of the connection."""
     body = call_info.content() + b"and what never comes"
     writer.write(head(call_info, "200 OK", body, "connection: close") + call_info.content())
     await writer.drain()
@@ -254,7 +254,7 @@ async def endless_head(call_info: ExpectedCall, _: Received, writer: asyncio.Str
 
 
 async def stalling(call_info: ExpectedCall, received: Received, writer: asyncio.StreamWriter) -> None:
-    """Fall silent in the middle of the answer."""
+    """Stop sending in the middle of the response."""
     body = call_info.content() + b"and what never comes"
     writer.write(head(call_info, "200 OK", body, f"content-length: {len(body)}") + call_info.content())
     await writer.drain()
@@ -270,7 +270,7 @@ FAULTS: tuple[Fault, ...] = (
 
 
 def cut(writer: asyncio.StreamWriter) -> None:
-    """End a connection by a reset."""
+    """Reset a connection."""
     sock = writer.get_extra_info("socket")
     if sock is not None:
         with suppress(OSError):
@@ -287,30 +287,30 @@ async def fake_upstream(soak: Soak, region: str, reader: asyncio.StreamReader, w
             await serve_request(soak, region, Received(line, fields, reader=reader), writer)
             await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
-        pass  # the proxy has left
+        pass  # the proxy has disconnected
     finally:
         writer.close()
 
 
 async def serve_request(soak: Soak, region: str, received: Received, writer: asyncio.StreamWriter) -> None:
-    """Answer one request, check whose token it brings, and whether its body came as it was sent."""
+    """Respond to one request; check its token and its body."""
     assert received.reader is not None
-    token = (received.get("x-amz-access-token") or "").split("|")  # what it is, for whom, where, its number
+    token = (received.get("x-amz-access-token") or "").split("|")  # kind, owner, region, number
     call_info = ExpectedCall.parse(received.get(MARKED))
     if received.target == MINT:
         await read_body(received, received.reader)
         await mint(soak, token, writer)
         return
     if call_info is None:
-        if received.target != "/soak":  # which is one of the broken ones, of which the head is good
-            soak.report(f"a request that nobody sent: {received.line}")
+        if received.target != "/soak":  # one of BROKEN with a valid head
+            soak.report(f"a request that no client sent: {received.line}")
         writer.close()
         return
     if token[:3] != token_for(call_info, received.target) or call_info.region != region:
         soak.report(f"{received.line} for {call_info} came to {region} with the token {token}")
     fault = good if call_info.account == PLAIN else soak.random.choice(FAULTS if soak.happens_one_in(5) else ORDINARY)
     is_early = received.method == "POST" and call_info.account != PLAIN and soak.happens_one_in(20)
-    soak.faults["early answer" if is_early else fault.__name__] += 1
+    soak.faults["early response" if is_early else fault.__name__] += 1
     if is_early:
         writer.write(whole(call_info))
         await writer.drain()
@@ -324,7 +324,7 @@ async def serve_request(soak: Soak, region: str, received: Received, writer: asy
 
 
 def token_for(call_info: ExpectedCall, target: str) -> list[str]:
-    """Return what the token of a request must say: what it is, for whom, where."""
+    """Return the expected contents of a request's token: kind, owner, region."""
     if "/notifications/" in target:
         return ["Atza", owner_of(call_info.account), "-"]
     is_restricted = target.endswith("/address") or "/documents/" in target
@@ -332,7 +332,7 @@ def token_for(call_info: ExpectedCall, target: str) -> list[str]:
 
 
 async def mint(soak: Soak, token: list[str], writer: asyncio.StreamWriter) -> None:
-    """Mint a Restricted Data Token, as a rule."""
+    """Usually mint a Restricted Data Token."""
     _, account, region, _ = token
     soak.tokens += 1
     granted = {"restrictedDataToken": f"Atz.sprdt|{account}|{region}|{soak.tokens}", "expiresIn": 20}
@@ -340,7 +340,7 @@ async def mint(soak: Soak, token: list[str], writer: asyncio.StreamWriter) -> No
 
 
 async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Serve one token exchange, as a rule."""
+    """Usually serve one token exchange."""
     try:
         line, *texts = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
         fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
@@ -357,13 +357,13 @@ async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.S
         await send_token(soak, granted, writer, may_fail=account != PLAIN)
         await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
-        pass  # the proxy has left
+        pass  # the proxy has disconnected
     finally:
         writer.close()
 
 
 async def send_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamWriter, *, may_fail: bool) -> None:
-    """Answer an exchange; now and then by something else."""
+    """Send a token response; occasionally a fault instead."""
     good_response = http_response("200 OK", json.dumps(granted).encode(), content_type="application/json")
     kind = soak.random.randrange(100) if may_fail else 99
     soak.faults["token refused or nonsense" if kind < 16 else "token"] += 1
@@ -383,7 +383,7 @@ async def send_token(soak: Soak, granted: dict[str, Any], writer: asyncio.Stream
         await asyncio.sleep(1.0)
         writer.write(good_response)
     elif kind < 15:
-        await asyncio.sleep(3.0)  # longer than the proxy waits
+        await asyncio.sleep(3.0)  # longer than the proxy's timeout
     elif kind < 16:
         writer.write(good_response[:-5])
         await writer.drain()
@@ -397,11 +397,11 @@ def owner_of(account: str) -> str:
     return "client-plain" if account == PLAIN else f"client-{ACCOUNTS.index(account) % 2}"
 
 
-# The near side.
+# Clients.
 
 
 class SlowReader(Client):
-    """A client that does not read for a while, and then does."""
+    """A client that pauses before it reads."""
 
     pause = 0.0
 
@@ -412,14 +412,14 @@ class SlowReader(Client):
 
 @dataclass(slots=True)
 class Plan:
-    """How one request is made: its bytes, and how the client behaves."""
+    """How one request is made: its bytes, and the behaviour of the client."""
 
     call_info: ExpectedCall
     method: str
     head: bytes
     body: list[bytes]
     leaves: str = ""  # in which phase: "head", "upload", "waiting", "download"
-    pause: float = 0.0  # between two pieces of the body
+    pause: float = 0.0  # seconds between two chunks of the body
     reads_after: float = 0.0
 
 
@@ -465,14 +465,14 @@ def plan(soak: Soak, account: str) -> Plan:
     if soak.happens_one_in(6):
         planned.leaves = random.choice(("head", "upload", "waiting", "download"))
     if soak.happens_one_in(12):
-        planned.pause = random.choice((0.05, 0.2, 0.2, 3.0))  # the last one is too long
+        planned.pause = random.choice((0.05, 0.2, 0.2, 3.0))  # the last one is intentionally too long
     if soak.happens_one_in(12):
         planned.reads_after = random.choice((0.3, 1.0, 3.0))
     return planned
 
 
 def grantless(soak: Soak, account: str) -> Plan:
-    """Return a request that goes out with the application's own token."""
+    """Return a request that is sent with the application's own token."""
     soak.number += 1
     call_info = ExpectedCall(account, "eu", soak.number, 100, 0)
     lines = ["host: localhost", f"{MARKED}: {call_info}", f"x-sp-account: {account}", "x-sp-region: eu"]
@@ -482,7 +482,7 @@ def grantless(soak: Soak, account: str) -> Plan:
 
 
 async def client(soak: Soak, port: int) -> None:
-    """Make requests, one after the other, until the load stops; keep connections now and then."""
+    """Send requests one after another until the load stops; sometimes reuse the connection."""
     connection: SlowReader | None = None
     while not soak.stopping:
         if connection is None or connection.writer.is_closing():
@@ -493,8 +493,8 @@ async def client(soak: Soak, port: int) -> None:
             async with asyncio.timeout(ANSWERED_WITHIN):
                 outcome, is_kept = await one_request(soak, connection, planned)
         except TimeoutError:
-            outcome, is_kept = "never answered", False
-            soak.report(f"{planned.head!r} was neither answered nor closed")
+            outcome, is_kept = "no response", False
+            soak.report(f"{planned.head!r} got no response and was not closed")
         soak.outcomes[outcome] += 1
         if not is_kept or soak.happens_one_in(3):
             await leave(soak, connection)
@@ -516,7 +516,7 @@ async def connected(soak: Soak, port: int) -> SlowReader:
 
 
 async def leave(soak: Soak, connection: Client) -> None:
-    """Close a connection, in order or not."""
+    """Close a connection, sometimes with a reset."""
     if soak.happens_one_in(3):
         cut(connection.writer)
     connection.writer.close()
@@ -525,9 +525,9 @@ async def leave(soak: Soak, connection: Client) -> None:
 
 
 async def one_request(soak: Soak, connection: SlowReader, planned: Plan) -> tuple[str, bool]:
-    """Make one request; return what became of it, and whether its connection can be used again."""
+    """Make one request; return its outcome, and whether its connection can be reused."""
     connection.pause = planned.reads_after
-    with suppress(ConnectionError):  # perhaps it is answered, and closed, before all was sent
+    with suppress(ConnectionError):  # the response, and a close, may come before all was sent
         await send(soak, connection, planned)
     if planned.leaves == "waiting":
         await asyncio.sleep(soak.random.random() * 0.2)
@@ -539,9 +539,9 @@ async def one_request(soak: Soak, connection: SlowReader, planned: Plan) -> tupl
     try:
         got = await connection.read_response(planned.method)
     except (asyncio.IncompleteReadError, ConnectionError):
-        return "closed without an answer", False
+        return "closed without a response", False
     except ValueError:
-        soak.report(f"what was answered to {planned.head!r} is no HTTP")
+        soak.report(f"the response to {planned.head!r} is not HTTP")
         return "no HTTP", False
     if not got.complete:
         return "cut off", False
@@ -551,7 +551,7 @@ async def one_request(soak: Soak, connection: SlowReader, planned: Plan) -> tupl
 
 
 async def send(soak: Soak, connection: SlowReader, planned: Plan) -> None:
-    """Send a request, or as much of it as its plan says."""
+    """Send a request, or the part of it that its plan says."""
     if planned.leaves == "head":
         await connection.send(planned.head[: soak.random.randrange(1, len(planned.head))])
         return
@@ -566,18 +566,18 @@ async def send(soak: Soak, connection: SlowReader, planned: Plan) -> None:
 
 
 def check(soak: Soak, planned: Plan, got: RawResponse) -> None:
-    """Check that a whole answer is for this very request."""
+    """Check that a complete response belongs to this request."""
     account = got.decided.get("account")
     if account not in {planned.call_info.account, "-"}:
-        soak.report(f"{planned.call_info} was decided to be for {account}")
+        soak.report(f"{planned.call_info} was routed to {account}")
     if got.error is not None:
         if got.error == "InternalError" or (b'"errors"' not in got.body and planned.method != "HEAD"):
             soak.report(f"{planned.call_info} got {got.status} {got.body!r}")
         return
     if got.get(ECHO) != str(planned.call_info):
-        soak.report(f"{planned.call_info} got the answer to {got.get(ECHO)}")
+        soak.report(f"{planned.call_info} got the response to {got.get(ECHO)}")
     elif planned.method != "HEAD" and got.get(SUM) != str(crc32(got.body)):
-        soak.report(f"{planned.call_info} got {got.status} with {len(got.body)} bytes that are not the answer's")
+        soak.report(f"{planned.call_info} got {got.status} with {len(got.body)} bytes of another body")
 
 
 BROKEN = (
@@ -596,19 +596,19 @@ BROKEN = (
 
 
 async def hostile_client(soak: Soak, port: int) -> None:
-    """Connect, send nonsense or nothing, and wait until the proxy has had enough, or leave before."""
+    """Connect, send malformed data or nothing, and wait until the proxy closes, or disconnect before."""
     while not soak.stopping:
         connection = await connected(soak, port)
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(soak.random.choice((0.1, 1.0, 10.0))):
                 await connection.send(soak.random.choice(BROKEN))
                 await connection.reader.read()
-        soak.outcomes["nuisance"] += 1
+        soak.outcomes["hostile client"] += 1
         await leave(soak, connection)
 
 
 async def plain_requests(soak: Soak, port: int) -> None:
-    """Make plain good requests, twenty in a second, and note how long each takes."""
+    """Send twenty plain valid requests per second and record their latency."""
     begin = time.monotonic()
     kept: SlowReader | None = None
     for tick in range(1, 10**9):
@@ -624,7 +624,7 @@ async def plain_requests(soak: Soak, port: int) -> None:
             async with asyncio.timeout(ANSWERED_WITHIN):
                 outcome, is_kept = await one_request(soak, connection, Plan(call_info, "GET", data, []))
         except TimeoutError:
-            outcome, is_kept = "never answered", False
+            outcome, is_kept = "no response", False
         if outcome != "200":
             soak.report(f"a plain request: {outcome}")
         soak.latencies.append(time.monotonic() - started)
@@ -641,7 +641,7 @@ async def plain_requests(soak: Soak, port: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the proxy holds at one moment, and how long plain requests took since the last one, in milliseconds."""
+    """Resources of the proxy at one moment, and the latency of plain requests since the last sample, in ms."""
 
     seconds: float
     descriptors: int
@@ -665,7 +665,7 @@ HEADING = (
 
 
 async def sample(soak: Soak, proxy: ProxyProcess, seconds: float) -> Sample:
-    """Take a sample from outside."""
+    """Take a sample from outside the process."""
     assert proxy.admin is not None
     page = (await call(proxy.admin, "GET", "/metrics", connection="close")).body.decode()
     in_flight = re.search(r"^spapi_proxy_requests_in_flight (\S+)$", page, re.MULTILINE)
@@ -685,13 +685,13 @@ async def sample(soak: Soak, proxy: ProxyProcess, seconds: float) -> Sample:
 
 
 def threads_of(pid: int) -> int:
-    """Return how many threads a process has."""
+    """Return the number of threads of a process."""
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 @asynccontextmanager
 async def upstreams(soak: Soak) -> AsyncIterator[dict[str, str]]:
-    """Let three regions and the token host listen; yield the proxy's `endpoints`."""
+    """Run the servers of three regions and the token host; yield the proxy's `endpoints`."""
     handlers = {region: partial(fake_upstream, soak, region) for region in REGIONS}
     servers = {}
     for name, handler in {**handlers, "lwa": partial(token_host, soak)}.items():
@@ -735,7 +735,7 @@ def settings(endpoints: dict[str, str]) -> dict[str, Any]:
 
 
 def read_log(soak: Soak, proxy: ProxyProcess) -> None:
-    """Look for what must not be in the log, and drop the rest."""
+    """Check the log lines for internal errors, and drop them."""
     lines, proxy.log[:] = proxy.log[:], []
     for line in lines:
         if "internal error" in line or "Traceback" in line or not line.startswith("{"):
@@ -743,7 +743,7 @@ def read_log(soak: Soak, proxy: ProxyProcess) -> None:
 
 
 async def watch(soak: Soak, proxy: ProxyProcess, begin: float, samples: list[Sample]) -> None:
-    """Take a sample every ten seconds, and show it."""
+    """Take and print a sample every ten seconds."""
     for tick in range(1, 10**9):
         await asyncio.sleep(max(0.0, begin + tick * 10 - time.monotonic()))
         read_log(soak, proxy)
@@ -752,7 +752,7 @@ async def watch(soak: Soak, proxy: ProxyProcess, begin: float, samples: list[Sam
 
 
 async def wait_until_settled(soak: Soak, proxy: ProxyProcess, max_descriptors: int) -> Sample:
-    """Return a sample when nothing is in flight and descriptors are few; the last one where that does not come."""
+    """Return a sample with nothing in flight and few descriptors; after SETTLED_WITHIN, the last one."""
     end = time.monotonic() + SETTLED_WITHIN
     while True:
         now = await sample(soak, proxy, 0.0)
@@ -762,7 +762,7 @@ async def wait_until_settled(soak: Soak, proxy: ProxyProcess, max_descriptors: i
 
 
 async def run(minutes: float, seed: int) -> Soak:
-    """Run for so many minutes, and say what became of it."""
+    """Run for `minutes` and print the result."""
     soak, samples = Soak(Random(seed)), list[Sample]()
     with tempfile.TemporaryDirectory() as folder:
         async with upstreams(soak) as endpoints, serving(settings(endpoints), Path(folder)) as proxy:
@@ -790,10 +790,10 @@ async def run(minutes: float, seed: int) -> Soak:
 
 
 def assess(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: int) -> None:
-    """Say how it ended, and note what is not as it should be."""
+    """Print the results and record what is wrong."""
     tenth = next((one for one in samples if one.seconds >= samples[-1].seconds / 10), start)
     maximum = Sample(0.0, *(max(values) for values in zip(*map(fields_of, (*samples, end)), strict=True)))
-    print_lines("", HEADING, start.row("start"), tenth.row("after a tenth"), maximum.row("most"), end.row("end"), "")
+    print_lines("", HEADING, start.row("start"), tenth.row("after a tenth"), maximum.row("maximum"), end.row("end"), "")
     for counter in (soak.outcomes, soak.faults):
         print_lines(*(f"{count:8}  {what}" for what, count in counter.most_common()), "")
     if end.in_flight:
@@ -804,7 +804,7 @@ def assess(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: 
         soak.report(f"{end.memory:.1f} MiB are resident; after a tenth of the time it was {tenth.memory:.1f}")
     if code != 0:
         soak.report(f"after SIGTERM the exit code is {code}")
-    print_lines(f"{len(soak.wrong)} things are wrong, exit code of the proxy {code}", *soak.wrong[:SHOWN])
+    print_lines(f"{len(soak.wrong)} errors, exit code of the proxy {code}", *soak.wrong[:SHOWN])
 
 
 def fields_of(one: Sample) -> tuple[float, ...]:
@@ -817,10 +817,10 @@ def print_lines(*lines: str) -> None:
 
 
 def main() -> int:
-    """Run, say what became of it; 1 where something is wrong."""
+    """Run and print the results; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.security.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30, help="how long (default 30)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is sent and what goes wrong (default 1)")
+    parser.add_argument("--minutes", type=float, default=30, help="duration (default 30)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of traffic and faults (default 1)")
     options = parser.parse_args()
     end_on_signals()
     try:

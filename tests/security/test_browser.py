@@ -1,7 +1,7 @@
-"""Can a web page, in a real browser on this machine, use the proxy or read what it answers?
+"""Attacks by a web page in a real browser on this machine: using the proxy, or reading its responses.
 
-Chromium opens a page of the test's own. Its script tries all that a page may try, and posts to the test what it could
-read. The attacker's names resolve to this machine, as any name does whose owner wants it.
+Chromium opens a page whose script tries everything a page may try and posts to the test what it could read. The
+attacker's names resolve to this machine, as the owner of a domain can arrange.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad"),
     *("--no-proxy-server", f"--host-resolver-rules={', '.join(RULES)}"),
-    "--disable-popup-blocking",  # a click of the visitor's would let a page open windows
+    "--disable-popup-blocking",  # as a click of the visitor would
 )
 TIMEOUT = 50.0  # seconds
 
 ORDERS = "/orders/v0/orders"
-NAMES = ("127.0.0.1", "localhost", "rebind.test", "0.0.0.0")  # under which a page may reach a port of this machine
+NAMES = ("127.0.0.1", "localhost", "rebind.test", "0.0.0.0")  # host names of this machine that a page may use
 
-# What a page may try with an address. Each attempt gives the text that it could read, or nothing, or fails.
+# Attempts of a page on an address. Each returns the text that it could read, or nothing, or fails.
 ATTEMPTS = """
 const load = (tag, attributes) => new Promise((resolve, reject) => {
   const element = Object.assign(document.createElement(tag), attributes);
@@ -104,7 +104,7 @@ const attempts = {
 };
 """
 
-# Those that read what their own site answers; the others send, and could only guess.
+# Attempts that can read responses of their own site; the others can only send.
 READERS = {
     *("fetch", "fetch-header", "fetch-post", "fetch-json", "fetch-put", "fetch-delete"),
     *("no-cors-get", "no-cors-post", "no-cors-no-referrer", "redirected", "xhr"),
@@ -139,7 +139,7 @@ def page(script: str, **constants: object) -> str:
 
 @dataclass
 class Site:
-    """The attacker's web site: its page, the page's report, and something to read at every other path."""
+    """The attacker's web site: its page, the page's report, and readable content at every other path."""
 
     page: str = ""
     report: dict[str, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Site:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
-        """Answer on a free port of 127.0.0.1, and yield it."""
+        """Serve on a free port of 127.0.0.1, and yield it."""
         runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=1.0)
         await runner.setup()
         try:
@@ -181,13 +181,13 @@ class Site:
 
 
 def url_of(request: Received) -> str:
-    """Return what was asked for; a form's empty field counts as a bare word."""
+    """Return the URL that was requested; an empty form field counts as a bare word."""
     return f"http://{request.get('host')}{request.target.removesuffix('=')}"
 
 
 @dataclass
 class Tap(RawServer):
-    """Stands before a listener of the proxy's, and keeps each request with its answer."""
+    """Proxy in front of a listener that records each request with its response."""
 
     address: str = ""
     exchanges: list[tuple[Received, RawResponse]] = field(default_factory=list)
@@ -207,11 +207,11 @@ class Tap(RawServer):
         await writer.drain()
 
     def urls(self) -> set[str]:
-        """Return what was asked for."""
+        """Return the requested URLs."""
         return {url_of(request) for request, _ in self.exchanges}
 
     async def has_responded(self, urls: set[str]) -> None:
-        """Wait until all of them were answered."""
+        """Wait until all of them have a response."""
         with suppress(TimeoutError):
             async with asyncio.timeout(TIMEOUT):
                 while not urls <= self.urls():
@@ -222,7 +222,7 @@ class Tap(RawServer):
 
 @asynccontextmanager
 async def browsing(url: str, folder: Path) -> AsyncIterator[None]:
-    """Open a page in a browser that nobody has used yet, and end it."""
+    """Open a page in a browser with a new profile, and end it."""
     browser = await asyncio.create_subprocess_exec(
         *(CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", url), stderr=asyncio.subprocess.DEVNULL
     )
@@ -236,12 +236,12 @@ async def browsing(url: str, folder: Path) -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def chromium() -> None:
-    """Every test here needs a browser."""
+    """Skip the tests if there is no browser."""
     needs(bool(CHROMIUM), "chromium")
 
 
 async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> None:
-    """Let a page on `name` try everything: all of it arrives, and the page reads what is its own alone."""
+    """Let a page on `name` try everything: all of it arrives, and the page reads only its own content."""
     site = Site()
     async with site.listening() as port:
         own = f"http://{name}:{port}/own"
@@ -251,7 +251,7 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
         async with browsing(f"http://{name}:{port}/", folder):
             await asyncio.wait_for(site.reported.wait(), TIMEOUT)
             tried = {url for url in site.report if not url.startswith(own)}
-            icons = {f"{door}/favicon.ico" for door in doors}  # the browser asks for them itself, as the same origin
+            icons = {f"{door}/favicon.ico" for door in doors}  # requested by the browser itself, as same-origin
             await tap.has_responded(tried | icons)
     assert {url for url, text in site.report.items() if text} == {f"{own}?{attempt}" for attempt in READERS}
     responses = [(url_of(request), got) for request, got in tap.exchanges]
@@ -297,7 +297,7 @@ async def test_a_web_page_cannot_read_the_admin_address(
 @pytest.mark.parametrize(
     ("listener", "path", "posted"),
     [
-        ("listen", ORDERS, 403),  # it brings its Origin, and that is looked at first
+        ("listen", ORDERS, 403),  # it has an Origin, which is checked first
         ("admin", "/metrics", 421),
     ],
 )

@@ -1,4 +1,4 @@
-"""What other projects test their parsers with, sent through the proxy: does each side see plain messages alone?"""
+"""Other projects' parser test corpora sent through the proxy: each side must see only canonical messages."""
 
 import asyncio
 import re
@@ -15,12 +15,12 @@ from tests.security.corpora import Case, Message, gunicorn, llhttp
 from tests.support.fake_upstream import FakeUpstream, Received, Script, http_response
 from tests.support.raw_client import Client, RawResponse, call, connect
 
-EXCHANGE_TIMEOUT = 30.0  # seconds for one exchange; the proxy's own patience ends long before
+EXCHANGE_TIMEOUT = 30.0  # seconds; the proxy's own timeouts are much shorter
 TIMEOUT = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
 MAX_SEGMENTS = 256
 PATH = "/brand/new"
 
-# Refused by gunicorn for reasons of its own. The proxy takes them; what then arrives must be plain all the same.
+# Rejected by gunicorn's own policy. The proxy accepts them; what arrives must still be canonical.
 POLICY = {
     "invalid/006": "gunicorn's limit for a request line is 4094 bytes, the proxy's 16 KiB",
     "invalid/007": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
@@ -30,20 +30,20 @@ POLICY = {
     "invalid/011": "a limit that the case sets: 2 fields",
     "invalid/012": "a limit that the case sets: 98 bytes for a field",
     "invalid/017": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
-    "invalid/019": "X-Forwarded-Proto and X-Forwarded-Ssl disagree; the proxy believes neither and passes none on",
+    "invalid/019": "X-Forwarded-Proto and X-Forwarded-Ssl disagree; the proxy trusts neither and forwards none",
     "invalid/chunked_07": "a setting of the case refuses names with an underscore; the proxy drops Transfer_Encoding",
     "invalid/limit_header_default_01": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
     "invalid/rfc9110_trailer_forbidden_host_01": "trailer fields may be dropped (RFC 9112 section 7.1.2), and all are",
     "invalid/rfc9112_leading_crlf_02": "more than one empty line may be skipped (RFC 9112 section 2.2)",
 }
 
-# Where gunicorn finds the mistake in the body, so that the request's beginning may already be on its way.
+# The error is in the body, so the start of the request may already have been forwarded.
 IN_THE_BODY = ("invalid/chunked_", "invalid/rfc9110_trailer_", "invalid/rfc9112_chunked_")
 
-# The requests of gunicorn's `valid` files that hold more than one.
+# Number of requests in gunicorn's `valid` files with more than one.
 PIPELINED = {"valid/018": 2, "valid/022": 2, "valid/023": 2, "valid/pp_02": 2}
 
-# Taken by the other project, and refused here, by why.
+# Accepted by the other project and rejected here, by reason.
 REFUSED_HERE = {
     "the method is not forwarded": (
         "valid/031",
@@ -70,7 +70,7 @@ REFUSED_HERE = {
         "request/sample/simple-request",
         "request/uri/underscore-in-hostname",
     ),
-    "a body on GET, which Amazon refuses": (
+    "a body on GET, which Amazon rejects": (
         "valid/008",
         "valid/020",
         "valid/040",
@@ -102,18 +102,18 @@ REFUSED_HERE = {
     "a target that begins with two slashes": ("valid/100",),
     "a target with a user in it": ("valid/rfc9112_target_absolute_userinfo_01", "request/uri/host-port-and-basic-auth"),
     "no version": ("request/sample/no-http-version",),
-    "an Origin: web pages are refused": ("request/connection/upgrade-get-request",),
+    "an Origin: web pages are rejected": ("request/connection/upgrade-get-request",),
     "a body that is shorter than its length": ("valid/099",),
 }
 
-# What comes behind a request that ends its connection is refused, and the request with it where both come at once.
-# A connection also ends where the next request comes together with the end of a chunked body: there may have been
-# trailer fields in it (tests/security/test_fuzz.py).
+# Data after a request that ends its connection is rejected, with the request if both come in one segment.
+# A connection also ends if the next request comes in one segment with the end of a chunked body: that end may have
+# contained trailer fields (tests/security/test_fuzz.py).
 TOGETHER = {"valid/019", "valid/021", "valid/023"}
 
-# Answers that llhttp takes, and the proxy does not pass on, by why.
+# Responses that llhttp accepts and the proxy does not forward, by reason.
 NOT_PASSED_ON = {
-    "another protocol that nobody asked for": (
+    "an upgrade that was not requested": (
         "response/connection/http-101-response-with-upgrade-and-content-length-header",
         "response/connection/http-101-response-with-upgrade-and-transfer-encoding-header",
     ),
@@ -125,7 +125,7 @@ NOT_PASSED_ON = {
     ),
 }
 
-# The only requests that may go to Amazon: the narrowest form that RFC 9112 has for them.
+# The only requests that may go to Amazon: the strictest form of RFC 9112.
 _LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) /[\x21\x22\x24-\x5b\x5d-\x7e]* HTTP/1\.1")
 _VISIBLE = rb"[\x21-\x7e\x80-\xff]"
 _FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: (" + _VISIBLE + rb"([\t\x20-\x7e\x80-\xff]*" + _VISIBLE + rb")?)?")
@@ -153,7 +153,7 @@ def _is_framing(name: bytes) -> bool:
 
 
 async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
-    """Read a request's body; raise ValueError where its chunks are not canonical."""
+    """Read a request's body; raise ValueError if its chunks are not canonical."""
     if request.get("transfer-encoding") is None:
         return await reader.readexactly(int(request.get("content-length") or 0))
     body = b""
@@ -171,7 +171,7 @@ async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 
 @dataclass
 class Witness(FakeUpstream):
-    """Amazon's API, which takes plain requests alone, and notes what was not plain and what broke off."""
+    """Fake of Amazon's API that accepts only canonical requests and records other ones and truncated ones."""
 
     not_canonical: list[str] = field(default_factory=list)
     truncated: list[bytes] = field(default_factory=list)
@@ -210,7 +210,7 @@ async def fake_upstream() -> AsyncIterator[Witness]:
 
 @pytest.fixture
 async def proxy(start_proxy: StartProxy) -> RunningProxy:
-    """A proxy that soon gives up on who says no more."""
+    """A proxy with short timeouts."""
     return await start_proxy(timeouts=TIMEOUT)
 
 
@@ -220,11 +220,11 @@ def items(cases: list[Case]) -> list[Any]:
 
 
 async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_segments: bool) -> None:
-    """Send it at once, or so that the other side mostly gets to see it byte by byte."""
+    """Send the data in one write, or in small segments, mostly byte by byte."""
     size = max(1, len(data) // MAX_SEGMENTS) if in_segments else len(data)
     for start in range(0, len(data), size):
         await send(data[start : start + size])
-        await asyncio.sleep(0)  # no wait: it lets the other side have a look
+        await asyncio.sleep(0)  # yields to the event loop, so that the peer reads the segment
 
 
 # Requests.
@@ -237,9 +237,9 @@ _LAST_CHUNK = re.compile(rb"(?:^|\r\n)0+\r\n(?:[^\r\n]+\r\n)*\r\n")
 
 
 def with_accepted_host(data: bytes) -> bytes:
-    """Return a corpus' requests with a Host that the proxy answers to, so that they are not refused for that alone.
+    """Return a corpus' requests with a Host that the proxy accepts, so that Host alone does not reject them.
 
-    A head with several different Hosts stays as it is, and so does a target with a user in it.
+    A head with several different Hosts is unchanged, and so is a target with userinfo.
     """
     result = b""
     while data:
@@ -260,7 +260,7 @@ def _with_our_host(head: bytes) -> bytes:
 
 
 def _body_size(head: bytes, rest: bytes) -> int:
-    """Return how much of `rest` is this request's body; all of it where that is not plain."""
+    """Return how much of `rest` is this request's body; all of it if its framing is ambiguous."""
     framing: list[bytes] = _FRAMED.findall(head)
     if not framing:
         return 0
@@ -271,9 +271,9 @@ def _body_size(head: bytes, rest: bytes) -> int:
 
 
 async def responses_of(client: Client, method: str) -> list[RawResponse]:
-    """Return the answers up to one that says that it is the last, or up to the connection's end."""
+    """Return the responses up to one with `Connection: close`, or up to the end of the connection."""
     responses: list[RawResponse] = []
-    with suppress(OSError):  # a reset is an end too
+    with suppress(OSError):  # a reset also ends the connection
         try:
             while not responses or responses[-1].get("connection") != "close":
                 responses.append(await client.read_response(method))
@@ -284,20 +284,20 @@ async def responses_of(client: Client, method: str) -> list[RawResponse]:
 
 
 async def exchange(address: str, data: bytes, *, in_segments: bool) -> list[RawResponse]:
-    """Send raw bytes on a connection of their own; return the answers when the proxy has ended it."""
+    """Send raw bytes on a new connection; return the responses when the proxy has closed it."""
     method = data.lstrip().split(b" ")[0].decode("latin-1")
     async with asyncio.timeout(EXCHANGE_TIMEOUT), connect(address) as client:
         reading = asyncio.create_task(responses_of(client, method))
-        with suppress(OSError):  # the proxy may end the connection before it has all
+        with suppress(OSError):  # the proxy may close before it has received all
             await deliver(data, client.send, in_segments=in_segments)
         responses = await reading
         with suppress(OSError):
-            client.writer.write_eof()  # the proxy need not wait for more, and may not say more
+            client.writer.write_eof()  # half-close: no further response may follow
         return responses + await responses_of(client, method)
 
 
 def allowed(case: Case) -> int:
-    """Return how many whole requests of a case may reach Amazon."""
+    """Return how many complete requests of a case may reach Amazon."""
     if case.messages:
         return sum(message.is_whole for message in case.messages)
     if case.is_refused:
@@ -306,14 +306,14 @@ def allowed(case: Case) -> int:
 
 
 def may_break_off(case: Case) -> bool:
-    """Return whether a case ends, or goes wrong, inside a body: then its beginning may have been sent on."""
+    """Return whether a case ends, or becomes invalid, inside a body: its start may have been forwarded."""
     if case.messages:
         return any(message.has_head and not message.is_whole for message in case.messages)
     return not case.is_refused or case.name.startswith(IN_THE_BODY)
 
 
 def matches(request: Received, message: Message) -> bool:
-    """Return whether what arrived is the request that llhttp read."""
+    """Return whether a received request is the one that llhttp read."""
     target = re.sub(r"^https?://[^/?]*", "", message.url)
     target = target if target.startswith("/") else f"/{target}"
     return (request.method, request.target, request.body) == (message.method, target, message.body)
@@ -378,7 +378,7 @@ async def test_a_response_is_forwarded_complete_or_visibly_truncated(
 
 
 def respond_once_with(data: bytes, fake_upstream: Witness, *, in_segments: bool, closes: bool) -> Script:
-    """Return a script that answers the first request with these bytes, and every other one properly."""
+    """Return a script that sends these bytes to the first request and a valid response to every other."""
 
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
         async def send(piece: bytes) -> None:
@@ -396,7 +396,7 @@ def respond_once_with(data: bytes, fake_upstream: Witness, *, in_segments: bool,
 
 
 async def call_if_answered(address: str) -> RawResponse | None:
-    """Send one request that is never repeated; return None where the connection ended instead of an answer."""
+    """Send one request that is never retried; return None if the connection ended without a response."""
     try:
         async with asyncio.timeout(EXCHANGE_TIMEOUT):
             return await call(address, "POST", PATH, b"{}", x_sp_retry="off")
@@ -405,9 +405,9 @@ async def call_if_answered(address: str) -> RawResponse | None:
 
 
 def is_valid_result(got: RawResponse | None, message: Message) -> bool:
-    """Return whether the app can rely on what it got: Amazon's whole answer, or what cannot be taken for one.
+    """Return whether the app can rely on the result: Amazon's complete response, or a recognisable failure.
 
-    The proxy may refuse more than llhttp does. A mistake behind a whole answer does not make that answer wrong.
+    The proxy may reject more than llhttp does. An error after a complete response does not make that response wrong.
     """
     if got is None or got.error is not None:
         return got is None or got.status in {502, 504}

@@ -1,4 +1,4 @@
-"""Rows 19 to 26 of the threats: a message that two readers could read differently is refused, not repaired."""
+"""Threats 19 to 26: a message that two parsers could read differently is rejected, not repaired."""
 
 from contextlib import suppress
 
@@ -11,18 +11,18 @@ FEEDS = b"/feeds/2021-06-30/feeds"
 
 
 def post(*fields: bytes, body: bytes = b"", version: bytes = b"HTTP/1.1") -> bytes:
-    """Return a POST whose framing is all the test's own."""
+    """Return a POST without framing fields of its own."""
     return b"\r\n".join([b"POST " + FEEDS + b" " + version, b"Host: localhost", *fields, b"", body])
 
 
 def assert_refused(harness: Harness, data: bytes, *statuses: int) -> None:
-    """Send; one refusal comes back, the connection is closed, and nothing is forwarded: not what follows either."""
+    """Send; expect one rejection and a closed connection, and nothing forwarded, including what follows."""
     got = harness.send(data + HIDDEN)
     assert len(got) == 1
     assert got[0].status in (statuses or (400,))
     assert got[0].error
     assert not [one for one in harness.api.received if one.target == "/hidden"]
-    # A body may turn out to be broken on its way; it then never comes to its end.
+    # A body may be found malformed while it is forwarded; it is then never completed.
     assert not [one for one in harness.api.received if one.body]
 
 
@@ -441,7 +441,7 @@ def test_23_a_trailer_becomes_no_field_of_the_next_pipelined_request(harness: Ha
         harness.api.body_of(stream, received)
         stream.send(http_response())
 
-    harness.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
+    harness.api.scripts["/early/first"] = script  # /early/ requests are recorded before their body is received
     head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
     with harness.client() as stream:
         stream.send(head)
@@ -456,12 +456,12 @@ def test_23_a_trailer_in_two_segments_becomes_no_field_of_the_next_request(harne
         harness.api.body_of(stream, received)
         stream.send(http_response())
 
-    harness.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
+    harness.api.scripts["/early/first"] = script  # /early/ requests are recorded before their body is received
     head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with harness.client() as stream:
         stream.send(head + b"2\r\n{}\r\n0\r\nx-leaked: 1")
         until(lambda: bool(harness.api.received), "nothing arrives")
-        stream.send(b"0\r\n\r\n")  # which alone would be the end of a body without a trailer section
+        stream.send(b"0\r\n\r\n")  # alone, this would end a body without a trailer section
         stream.until(b'{"payload":[]}')
         with suppress(ConnectionError):
             stream.send(request("/second"))

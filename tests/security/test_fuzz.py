@@ -1,4 +1,4 @@
-"""A few seconds of `fuzz.py`, whether it would notice, and what it has found."""
+"""Fuzzing for a few seconds, tests of the fuzzer's own rules, and regression tests of past findings."""
 
 import asyncio
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_no_generated_request_breaks_a_rule() -> None:
     assert findings.arrived > CASES // 5, "some of it must get through, or nothing was tried"
 
 
-# What the fuzzer has found: bytes that a client sends, and what must then stand in no request to Amazon.
+# Past findings: bytes that a client sends, and text that must then be in no request to Amazon.
 
 HOST = b"Host: localhost\r\n"
 HIDDEN = b"GET /hidden HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -83,22 +83,22 @@ async def test_past_findings_stay_fixed(
     async with connect(proxy.addresses[0]) as client:
         await client.send(pieces[0])
         for chunk in pieces[1:]:
-            await client.read_response()  # to what came before: so the rest comes in a segment of its own
+            await client.read_response()  # the response to the previous segment: the next one is sent separately
             await client.send(chunk)
-        await client.reader.read()  # until the proxy has had enough
+        await client.reader.read()  # until the proxy closes the connection
     for received in fake_upstream.received:
         assert never not in received.line
         assert not any(never in name.lower() for name, _ in received.fields)
 
 
-# Whether it would notice.
+# Rules of the fuzzer.
 
 TOKEN = b"x-amz-access-token: T\r\n"
 GOOD = b"GET /mine HTTP/1.1\r\nhost: h\r\n" + TOKEN + b"\r\n"
 
 
 def oracle_after(data: bytes) -> Oracle:
-    """Return a world in which this was sent, and T is the token that was issued for it."""
+    """Return an oracle that has recorded `data` as sent, and T as the token that was issued for it."""
     oracle = Oracle(1)
     oracle.hosts["eu"] = b"h"
     oracle.issued[b"T"] = Grant("app-0", b"ann", "eu")
@@ -182,7 +182,7 @@ def test_responses_out_of_order_and_secrets_are_violations() -> None:
     assert oracle.findings.violations
 
 
-# The strict reader.
+# The strict parser.
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Rows 39 to 52 of the threats, and the faults: whatever clients and Amazon do, others are served and nothing stays.
+"""Threats 39 to 52, and faults: other clients are served and all resources are released.
 
-What is about time alone is looked at with a clock of the tests' own elsewhere (tests/request/tokens/test_provider.py,
+Behaviour that depends only on time is tested with a fake clock (tests/request/tokens/test_provider.py,
 tests/request/upstream/test_retry.py).
 """
 
@@ -39,7 +39,7 @@ def assert_served(harness: Harness) -> None:
 
 
 def wait_until_idle(harness: Harness) -> None:
-    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "a request is in flight for ever")
+    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "a request stays in flight")
 
 
 def is_refused(address: str) -> bool:
@@ -51,7 +51,7 @@ def is_refused(address: str) -> bool:
 
 
 def respond_when_set(held: threading.Event) -> Callable[[Stream, ReceivedRequest], None]:
-    """Return a script that answers once it may."""
+    """Return a script that responds once the event is set."""
 
     def script(stream: Stream, _: ReceivedRequest) -> None:
         held.wait(TIMEOUT)
@@ -64,7 +64,7 @@ def descriptors(harness: Harness) -> int:
     return len(os.listdir(f"/proc/{harness.process.pid}/fd"))  # noqa: PTH208 - their number alone
 
 
-# Rows 39 to 42: load.
+# Threats 39 to 42: load.
 
 
 def test_39_a_slow_head_is_ended(harness: Harness) -> None:
@@ -189,7 +189,7 @@ def test_41_clients_that_disconnect_leave_no_request_in_flight(harness: Harness)
     for _ in range(150):
         with harness.client() as stream:
             stream.send(request("/held"))
-    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "the calls of clients that left go on")
+    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "the calls of disconnected clients continue")
     assert_served(harness)
     for _ in range(len([one for one in harness.api.received if one.target == "/held"])):
         assert closed.acquire(timeout=TIMEOUT)
@@ -224,7 +224,7 @@ def test_42_a_new_connection_is_rejected_when_all_are_busy(tmp_path: Path) -> No
         streams = [stack.enter_context(harness.client()) for _ in range(3)]
         for stream in streams:
             stream.send(request("/held"))
-        until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 3, "they do not arrive")
+        until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 3, "the requests do not arrive")
         (got,) = harness.send(b"")
         assert (got.status, got.error, got.get("retry-after")) == (503, "TooManyConnections", "1")
         held.set()
@@ -241,7 +241,8 @@ def test_a_caller_over_its_limit_is_rejected_and_others_are_served(tmp_path: Pat
         for stream in streams:
             stream.send(request("/held", b"x-sp-key: distinctive-key-one"))
         until(
-            lambda: harness.metric('spapi_proxy_caller_requests_in_flight{caller="greedy"}') == 5, "they do not arrive"
+            lambda: harness.metric('spapi_proxy_caller_requests_in_flight{caller="greedy"}') == 5,
+            "the requests do not arrive",
         )
         (got,) = harness.send(request("/x", b"x-sp-key: distinctive-key-one"))
         assert (got.status, got.error, got.get("retry-after")) == (429, "CallerBusy", "1")
@@ -261,7 +262,7 @@ def test_an_account_at_its_limit_does_not_block_other_accounts(tmp_path: Path) -
         streams = [stack.enter_context(harness.client()) for _ in range(4)]
         for stream in streams:
             stream.send(request("/held", b"x-sp-account: acme"))
-        until(lambda: harness.metric("spapi_proxy_account_requests_in_flight") == 4, "they do not arrive")
+        until(lambda: harness.metric("spapi_proxy_account_requests_in_flight") == 4, "the requests do not arrive")
         (got,) = harness.send(request("/x", b"x-sp-account: acme"))
         assert (got.status, got.error) == (503, "AccountBusy")
         (got,) = harness.send(request("/x", b"x-sp-account: zenith"))
@@ -273,7 +274,7 @@ def test_an_account_at_its_limit_does_not_block_other_accounts(tmp_path: Path) -
         assert all(stream.rest().startswith(b"HTTP/1.1 200 ") for stream in streams)
 
 
-# Rows 50 to 52, faults 8 to 14: Amazon fails.
+# Threats 50 to 52, faults 8 to 14: Amazon fails.
 
 
 def ends(how: str) -> Callable[[Stream, ReceivedRequest], None]:
@@ -456,7 +457,7 @@ def test_f18_a_fast_call_is_not_delayed_by_250_slow_ones(tmp_path: Path) -> None
         streams = [stack.enter_context(harness.client()) for _ in range(250)]
         for stream in streams:
             stream.send(request("/slow"))
-        until(lambda: harness.metric("spapi_proxy_requests_in_flight") >= 250, "they do not arrive")
+        until(lambda: harness.metric("spapi_proxy_requests_in_flight") >= 250, "the requests do not arrive")
         began = time.monotonic()
         assert_served(harness)
         took = time.monotonic() - began
@@ -521,7 +522,7 @@ def test_f25_a_replaced_secret_is_used_from_the_next_exchange(tmp_path: Path) ->
 
 def test_f31_a_log_pipe_that_is_not_read_blocks_no_request(tmp_path: Path) -> None:
     with Harness.start(tmp_path) as harness:
-        # Standard error is a pipe; a reader that is gone closes it.
+        # Standard error is a pipe; closing its read end simulates a log reader that has exited.
         assert harness.process.stderr is not None
         os.close(os.dup(harness.process.stderr.fileno()))
         for _ in range(50):
@@ -543,7 +544,7 @@ def test_f32_ipv4_and_ipv6_loopback_can_be_listened_on(tmp_path: Path) -> None:
 
 def test_no_core_is_dumped_and_memory_cannot_be_read(harness: Harness) -> None:
     assert resource.prlimit(harness.process.pid, resource.RLIMIT_CORE) == (0, 0)
-    # What is not dumpable belongs to the administrator, whoever runs it; here they are one.
+    # The files in /proc of a non-dumpable process belong to root (proc(5)); the test may run as root.
     limits = Path(f"/proc/{harness.process.pid}/limits").read_text()
     soft, hard = limits.partition("Max open files")[2].split()[:2]
     assert soft == hard

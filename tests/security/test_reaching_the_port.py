@@ -1,4 +1,4 @@
-"""Rows 1 to 14 of the threats: who may come in, for which account, with whose credentials."""
+"""Threats 1 to 14: access to the port, the account, and the credentials that are used."""
 
 import os
 import ssl
@@ -184,7 +184,7 @@ def test_8_nothing_is_changed_through_the_admin_listener(harness: Harness, path:
     assert harness.process.poll() is None
 
 
-# Account: rows 10 to 14 (who gets whose token is looked at in tests/integration/test_tenant_isolation.py).
+# Account: threats 10 to 14 (tests/integration/test_tenant_isolation.py checks whose token is used).
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_7_9_callers_are_authenticated_by_certificate_and_by_uid(tmp_path: Path)
                 assert stream.rest().startswith(expected)
         assert [one.status for one in harness.send(request(), address=harness.addresses[1])] == [200]
         assert [one.error for one in harness.send(request("/x"), address=harness.addresses[1])] == ["NotAllowed"]
-        with connect(harness.addresses[0]) as silent:  # it does not even begin the handshake
+        with connect(harness.addresses[0]) as silent:  # a client that never starts the TLS handshake
             assert Stream(silent).rest() == b""
     assert any('"caller": "warehouse"' in line for line in harness.log)
 

@@ -1,4 +1,4 @@
-"""Rows 15 to 18 of the threats: the request goes to Amazon's host with the very path that was judged, or nowhere."""
+"""Threats 15 to 18: a request goes to Amazon's host with exactly the validated path, or nowhere."""
 
 import re
 
@@ -10,7 +10,7 @@ EU = "sellingpartnerapi-eu.amazon.com"
 
 
 def assert_refused(harness: Harness, data: bytes, *statuses: int) -> None:
-    """Send; one refusal must come back, and nothing may have gone out, not even for a token."""
+    """Send; expect one rejection and no outgoing request, not even for a token."""
     got = harness.send(data)
     assert [one.status for one in got] == [got[0].status]
     assert got[0].status in statuses
@@ -21,7 +21,7 @@ def assert_refused(harness: Harness, data: bytes, *statuses: int) -> None:
 
 @pytest.fixture(params=[b"127.0.0.1", b"localhost", b"169.254.169.254", b"evil.test"])
 def elsewhere(request: pytest.FixtureRequest, shared_harness: Harness) -> bytes:
-    """Another server: one that is there (this machine's token host), and one that is not."""
+    """Another server: a running one (this machine's token host), and one that does not exist."""
     host: bytes = request.param
     return host + b":%d" % shared_harness.lwa.port
 

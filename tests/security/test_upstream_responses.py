@@ -1,6 +1,6 @@
-"""Rows 27 and 30 to 38 of the threats: what the far side answers, whoever it is, harms nobody.
+"""Threats 27 and 30 to 38: no response of the upstream, whoever sends it, does harm.
 
-Each answer is played as bytes. After it, other requests must get their own answers.
+Each response is sent as bytes. Afterwards, other requests must get their own responses.
 """
 
 import gzip
@@ -33,7 +33,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def respond_with(
     harness: Harness, data: bytes, *, end: str = "close", method: str = "GET", target: str = "/played"
 ) -> list[ParsedResponse]:
-    """Let the far side answer with these bytes and then close, reset or keep the connection; return what came."""
+    """Let the upstream send these bytes and then close, reset or keep the connection; return the responses."""
 
     def script(stream: Stream, _: ReceivedRequest) -> None:
         stream.send(data)
@@ -48,7 +48,7 @@ def respond_with(
 
 
 def assert_later_requests_work(harness: Harness) -> None:
-    """Requests after a strange answer get answers of their own."""
+    """Check that later requests get responses of their own."""
     for number in range(3):
         (got,) = harness.send(request(f"/after/{number}"))
         assert (got.status, got.get("x-amzn-requestid")) == (200, f"for-/after/{number}")
@@ -234,13 +234,13 @@ def test_27_a_malformed_chunk_after_valid_ones_aborts_the_response_immediately(h
         began = time.monotonic()
         passed_on.set()
         assert b"0\r\n\r\n" not in stream.rest()
-    assert time.monotonic() - began < 1.0, "it waits for what cannot come"
+    assert time.monotonic() - began < 1.0, "it waits for data that cannot come"
     assert_later_requests_work(harness)
 
 
 def test_27_endless_interim_responses_are_cut_off(harness: Harness) -> None:
     def script(stream: Stream, _: ReceivedRequest) -> None:
-        while True:  # until it is cut off
+        while True:  # until the connection is closed
             stream.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
 
     harness.api.scripts["/endless"] = script
@@ -252,7 +252,7 @@ def test_27_endless_interim_responses_are_cut_off(harness: Harness) -> None:
 def test_27_endless_header_fields_are_cut_off(harness: Harness) -> None:
     def script(stream: Stream, _: ReceivedRequest) -> None:
         stream.send(OK)
-        while True:  # until it is cut off
+        while True:  # until the connection is closed
             stream.send(b"x-y: z\r\n" * 100)
 
     harness.api.scripts["/endless"] = script
@@ -431,7 +431,7 @@ def test_a_token_that_is_echoed_is_masked(harness: Harness, echo: bytes, framing
     assert tokens[-1].partition(b"|")[2] not in got.body + str(got.fields).encode()
 
 
-# Bodies: rows 37 and 38.
+# Bodies: threats 37 and 38.
 
 PACKED = gzip.compress(b'{"payload": "' + b"a" * 5000 + b'"}', mtime=0)
 BODIES = [
@@ -515,11 +515,11 @@ def test_38_an_upload_is_not_buffered_for_an_upstream_that_does_not_read(harness
     assert_later_requests_work(harness)
 
 
-# TLS: rows 35 and 36, fault 30.
+# TLS: threats 35 and 36, fault 30.
 
 
 class TlsServer(Server):
-    """The same server with TLS; `heard` is what came through in the clear."""
+    """The same server with TLS; `heard` is the decrypted input."""
 
     def __init__(self, paths: tuple[str, str], version: ssl.TLSVersion | None = None) -> None:
         self.heard: list[bytes] = []
@@ -527,7 +527,7 @@ class TlsServer(Server):
         self._context.load_cert_chain(*paths)
         if version is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # that is what it is for
+                warnings.simplefilter("ignore", DeprecationWarning)  # intentionally obsolete versions
                 self._context.minimum_version = self._context.maximum_version = version
             self._context.set_ciphers("DEFAULT@SECLEVEL=0")
         super().__init__(lambda stream, _: stream.send(http_response()))
@@ -577,7 +577,7 @@ def test_36_proxy_environment_variables_are_ignored(tmp_path: Path, monkeypatch:
             monkeypatch.setenv(name, url)
         (tmp_path / ".netrc").write_text("machine 127.0.0.1 login mine password mine\n")
         monkeypatch.setenv("HOME", str(tmp_path))
-        # World passes on what begins with PATH, HOME or COVERAGE.
+        # Harness passes on variables that begin with PATH, HOME or COVERAGE.
         monkeypatch.setenv("PATH_HTTP_PROXY", url)
         with Harness.start(tmp_path) as harness:
             (got,) = harness.send(request(SELLERS))
