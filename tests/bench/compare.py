@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import ssl
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from tests.bench.compared_proxies import (
 )
 from tests.bench.gateways import caddy, envoy
 from tests.bench.load import Sample, measure
+from tests.bench.output import print_lines, print_progress
 from tests.bench.plot import Group, svg
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, pss_mib
 from tests.bench.programs import Program, find_all
@@ -77,14 +77,14 @@ def _compare(options: argparse.Namespace) -> int:
         samples = _measure_all(proxies, options)
         waits = _waits(before, plan_wait(proxies[0]))
         logs = {proxy.name: _without_notices(proxy.process.output()) for proxy in proxies}
-    _say(*measured_with, f"- {OURS} spent {waits:.1f} µs per request waiting for its usage plan", *missing, "")
-    _say(*table(samples, options))
+    print_lines(*measured_with, f"- {OURS} spent {waits:.1f} µs per request waiting for its usage plan", *missing, "")
+    print_lines(*table(samples, options))
     faults = [*_faults(samples)]
     if waits > MAX_WAIT_US:
         faults.append(f"FAULT: {OURS} paced the load, so its figures are not comparable")
     problems = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
     if problems:
-        _say("", *problems)
+        print_lines("", *problems)
     if options.json:
         options.json.write_text(json.dumps(_as_json(measured_with, samples), indent=1))
     if options.svg:
@@ -119,7 +119,7 @@ def _measure_all(proxies: Sequence[ComparedProxy], options: argparse.Namespace) 
     samples: Samples = {}
     levels = sorted({1, options.connections})
     for number in range(options.rounds):
-        _note(f"round {number + 1} of {options.rounds}")
+        print_progress(f"round {number + 1} of {options.rounds}")
         turn = number % len(proxies)
         for connections in levels:
             for proxy in (*proxies[turn:], *proxies[:turn]):  # rotate the order in each round
@@ -221,15 +221,6 @@ def _as_json(lines: list[str], samples: Samples) -> dict[str, object]:
         for number, sample in enumerate(rounds, 1)
     ]
     return {"machine": lines, "samples": rows}
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

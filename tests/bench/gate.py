@@ -6,7 +6,6 @@ where requests per second and latency are not.
 
 import argparse
 import os
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from statistics import median
 from tests.bench.compare import measure_one
 from tests.bench.compared_proxies import bare_aiohttp, bench_upstream, sp_api_proxy
 from tests.bench.load import Sample
+from tests.bench.output import print_lines
 from tests.bench.processes import Cores, end_on_signals
 
 MAX_RATIO = 0.65  # ratio to bare aiohttp; generous, so that only a large regression fails
@@ -32,11 +32,11 @@ def main() -> int:
         return 130
     ratio = median(ours.cpu_us / bare.cpu_us for ours, bare in rounds)
     ours, bare = (median(sample.cpu_us for sample in samples) for samples in zip(*rounds, strict=True))
-    _say(f"CPU per request: {ours:.0f} µs, bare aiohttp {bare:.0f} µs")
-    _say(f"ratio {ratio:.2f}; the limit of {MAX_RATIO} is {'met' if ratio <= MAX_RATIO else 'EXCEEDED'}")
+    print_lines(f"CPU per request: {ours:.0f} µs, bare aiohttp {bare:.0f} µs")
+    print_lines(f"ratio {ratio:.2f}; the limit of {MAX_RATIO} is {'met' if ratio <= MAX_RATIO else 'EXCEEDED'}")
     faults = {fault for pair in rounds for sample in pair for fault in sample.faults}
     for fault in sorted(faults):
-        _say(f"FAULT: {fault}")
+        print_lines(f"FAULT: {fault}")
     return 1 if faults or ratio > MAX_RATIO else 0
 
 
@@ -52,10 +52,6 @@ def _measure() -> list[tuple[Sample, Sample]]:
         return [
             (measure_one(ours, CONNECTIONS, SECONDS), measure_one(bare, CONNECTIONS, SECONDS)) for _ in range(ROUNDS)
         ]
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":

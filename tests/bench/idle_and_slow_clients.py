@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from tests.bench.bulk import DOWNLOAD, HEADERS
 from tests.bench.compare import REQUEST, environment_lines
 from tests.bench.compared_proxies import ComparedProxy, bench_upstream
 from tests.bench.load import Sample, measure
+from tests.bench.output import print_lines, print_progress
 from tests.bench.processes import HOST, Cores, cpu_seconds, end_on_signals, memory_kib
 from tests.bench.programs import find_nginx
 from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
@@ -47,8 +47,8 @@ SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # source addresses: 
 class Phase:
     """Measurements of one phase: the ordinary requests, and the proxy's memory in KiB.
 
-    `clients` is the number of idle or slow clients; `unread_kib` is what the kernel buffers for all of them; `leaving_ms`
-    is the duration of an ordinary request sent at the moment when they disconnected.
+    `clients` is the number of idle or slow clients; `unread_kib` is what the kernel buffers for all of them;
+    `leaving_ms` is the duration of an ordinary request sent at the moment when they disconnected.
     """
 
     proxy: str
@@ -78,7 +78,7 @@ def main() -> int:
             min(options.idle, limit - SPARE_DESCRIPTORS),
             min(options.readers, (limit - SPARE_DESCRIPTORS) // 2),
         )
-        _say(
+        print_lines(
             f"Only {limit} files may be open here: {options.idle} idle connections, {options.readers} slow readers.", ""
         )
     try:
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
         phases = [phase for proxy in proxies for phase in _phases(proxy, options)]
         output = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.output())]
     faults = [f"FAULT: {phase.proxy}, {phase.name}: {fault}" for phase in phases for fault in _faults(phase)]
-    _say(*measured_with, "", *table(phases, options), "", *output, *faults)
+    print_lines(*measured_with, "", *table(phases, options), "", *output, *faults)
     if options.json:
         content = {"machine": measured_with, "phases": [asdict(phase) for phase in phases]}
         options.json.write_text(json.dumps(content, indent=1))
@@ -123,7 +123,7 @@ def _phases(proxy: ComparedProxy, options: argparse.Namespace) -> Iterator[Phase
     """Measure one proxy without and with each group of clients."""
     _measured(proxy, "", options)  # warm-up
     yield _measured(proxy, "before", options)
-    _note(f"{proxy.name}: {options.idle} connections")
+    print_progress(f"{proxy.name}: {options.idle} connections")
     with idle_connections(proxy.port, options.idle) as idle:
         present = _measured(proxy, f"{options.idle:,} idle connections", options, clients=len(idle))
         closed_count = sum(map(_is_closed, idle))
@@ -132,7 +132,7 @@ def _phases(proxy: ComparedProxy, options: argparse.Namespace) -> Iterator[Phase
     yield _settled(proxy, options)
     for count, mib in ((options.readers, SMALL), (options.readers // 10, LARGE)):
         name = f"{count:,} slow readers of {mib} MiB"
-        _note(f"{proxy.name}: {name}")
+        print_progress(f"{proxy.name}: {name}")
         with slow_readers(proxy.port, count, mib) as readers:
             present = _measured(proxy, name, options, clients=count)
         present.faults.extend(readers.faults)
@@ -322,15 +322,6 @@ def _faults(phase: Phase) -> Iterator[str]:
     yield from phase.faults
     for sample in phase.samples:
         yield from (f"{count} × {fault}" for fault, count in sample.faults.items())
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import argparse
 import http.client
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from tests.bench import throughput
 from tests.bench.compare import environment_lines
 from tests.bench.compared_proxies import ComparedProxy, bench_upstream, sp_api_proxy
+from tests.bench.output import print_lines
 from tests.bench.payload import BLOCK, MIB, blocks, digest_of
 from tests.bench.processes import HOST, Cores, end_on_signals, memory_kib
 
@@ -76,11 +76,11 @@ def main() -> int:
 def _compare(cores: Cores, mib: int, rounds: int) -> int:
     with tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-") as name:
         speeds, output = throughput.compare(cores, Path(name), mib, rounds)
-    _say(*environment_lines(cores), "", *throughput.table(speeds), "", *output)
+    print_lines(*environment_lines(cores), "", *throughput.table(speeds), "", *output)
     bad = [f"{each.proxy}, {each.way}: {each.fault}" for each in speeds if each.fault] + throughput.missed(speeds)
     ours = [each for each in speeds if each.proxy == "sp-api-proxy" and each.grown >= MAX_GROWTH]
     bad += [f"{each.proxy}, {each.way}: memory grew by {each.grown:.1f} MiB" for each in ours]
-    _say(*(f"FAULT: {each}" for each in bad))
+    print_lines(*(f"FAULT: {each}" for each in bad))
     return 1 if bad else 0
 
 
@@ -90,10 +90,10 @@ def _run(cores: Cores, mib: int) -> int:
         with bench_upstream(cores, folder) as upstream, sp_api_proxy(upstream, cores, folder, large=True) as proxy:
             transfers = _transfers(proxy, mib)
             output = proxy.process.output()
-    _say(*_table(transfers), "", *([f"The proxy wrote:\n{output}"] if output else []))
+    print_lines(*_table(transfers), "", *([f"The proxy wrote:\n{output}"] if output else []))
     bad = [each for each in transfers if each.fault or each.memory.growth >= MAX_GROWTH]
     for each in bad:
-        _say(f"FAULT: {each.name}: {each.fault or f'memory grew by {each.memory.growth:.1f} MiB'}")
+        print_lines(f"FAULT: {each.name}: {each.fault or f'memory grew by {each.memory.growth:.1f} MiB'}")
     return 1 if bad else 0
 
 
@@ -207,11 +207,6 @@ def _table(transfers: list[Transfer]) -> list[str]:
         cells = " | ".join(f"{figure:.1f}" for figure in figures)
         lines.append(f"| {each.name} | {each.mib} | {cells} | {'wrong' if each.fault else 'same'} |")
     return lines
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tests.bench.compared_proxies import PATH, BenchUpstream, bench_upstream
 from tests.bench.instructions import can_count, counting
 from tests.bench.load import FINAL_RESPONSE_TIMEOUT, Connection, Tally
 from tests.bench.operations_upstream import filler
+from tests.bench.output import print_lines
 from tests.bench.processes import (
     HOST,
     Cores,
@@ -150,7 +151,7 @@ def _run(options: argparse.Namespace) -> int:
             f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.output())
         ]
     faults = [f"FAULT: {case.name}: {cost.faults}" for case in cases for cost in costs[case.name] if cost.faults]
-    _say(*measured_with, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
+    print_lines(*measured_with, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
     if options.json:
         rows = [
             {"case": name, "round": n, **asdict(cost)} for name, of in costs.items() for n, cost in enumerate(of, 1)
@@ -402,11 +403,6 @@ def _footprint_table(footprints: Sequence[Footprint]) -> list[str]:
             for each in footprints
         ),
     ]
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import asyncio
 import os
 import resource
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from tests.bench.harness import PLAIN_TARGET, Harness, running_harness
+from tests.bench.output import print_lines
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port, memory_kib
 from tests.support.raw_client import call, connect
 
@@ -81,15 +81,19 @@ async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
         cpu = cpu_seconds(harness.proxy.pid) - cpu
         grown = memory_kib(harness.proxy.pid, "VmRSS") - memory
         fetched = await harness.exchanges() - exchanges
-    _say(f"{accounts} accounts, {reloads} reloads in {seconds:.0f} s, {len(busy.latencies)} requests meanwhile")
+    print_lines(f"{accounts} accounts, {reloads} reloads in {seconds:.0f} s, {len(busy.latencies)} requests meanwhile")
     for (selected, result), number in sorted(outcomes.items()):
-        _say(f"  {number} x {result}, should have been {selected}")
-    _say(f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}")
-    _say(f"tokens fetched again for unchanged accounts: {fetched}")
-    _say(f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most")
-    _say(f"latency without reloads: {quiet.percentiles()}")
-    _say(f"latency with them:       {busy.percentiles()}")
-    _say(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
+        print_lines(f"  {number} x {result}, should have been {selected}")
+    print_lines(
+        f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}"
+    )
+    print_lines(f"tokens fetched again for unchanged accounts: {fetched}")
+    print_lines(
+        f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most"
+    )
+    print_lines(f"latency without reloads: {quiet.percentiles()}")
+    print_lines(f"latency with them:       {busy.percentiles()}")
+    print_lines(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
     went_wrong = any(selected != result for selected, result in outcomes)
     return 1 if busy.faults or quiet.faults or fetched or went_wrong else 0
 
@@ -191,10 +195,6 @@ async def _last_reload(harness: Harness) -> Any:
 
 def _write(path: Path, settings: Settings) -> None:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One request from end to end: app, proxy, Login with Amazon and Amazon, and what is said about it afterwards."""
+"""One request from end to end: app, proxy, Login with Amazon and Amazon, and its log lines and metrics."""
 
 import asyncio
 import json
@@ -149,7 +149,7 @@ async def test_a_call_waits_for_its_token_bucket_and_reports_how_long(
     first = await call(proxy.addresses[0], "GET", path)
     second = await call(proxy.addresses[0], "GET", path)
     assert first.decided["wait"] == "0.000"
-    assert 0 < float(second.decided["wait"]) < 0.9, "the rate that Amazon's answer named is believed"
+    assert 0 < float(second.decided["wait"]) < 0.9, "the rate in Amazon's response is used"
 
 
 async def test_a_call_that_would_wait_too_long_is_rejected_immediately(
@@ -165,7 +165,7 @@ async def test_a_call_that_would_wait_too_long_is_rejected_immediately(
     assert (bad.status, bad.error) == (400, "BadOption")
 
 
-async def test_a_token_exchange_does_not_delay_a_call_that_holds_a_bucket_token(
+async def test_a_bucket_token_is_consumed_only_after_the_token_exchange(
     start_proxy: StartProxy, token_host: TokenHost
 ) -> None:
     token_host.held = asyncio.Event()
@@ -177,7 +177,7 @@ async def test_a_token_exchange_does_not_delay_a_call_that_holds_a_bucket_token(
 
     cold = asyncio.create_task(call(proxy.addresses[0], "GET", "/orders/v0/orders"))
     await token_host.arrived.wait()
-    assert left() is None, "Amazon counts a call when it arrives, which may be long from now"
+    assert left() is None, "Amazon counts a call when it arrives, which may be much later"
     token_host.held.set()
     assert (await cold).status == 200
     assert left() is not None
@@ -191,7 +191,7 @@ async def test_callers_of_one_plan_are_served_fairly_and_background_calls_wait(
 
     fake_upstream.script = script
     proxy = await start_proxy()
-    path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second from the first answer on
+    path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second after the first response
     await call(proxy.addresses[0], "GET", path.format("first"))
 
     async def one(name: str, **fields: str) -> asyncio.Task[RawResponse]:
@@ -231,7 +231,7 @@ async def test_the_sandbox_has_one_plan_for_everything(start_proxy: StartProxy) 
     assert statuses == [200] * 15 + [429]
 
 
-# What is said afterwards.
+# Logs and metrics.
 
 
 async def test_a_request_is_logged_in_one_line_without_query_body_or_token(

@@ -1,4 +1,4 @@
-"""Do the parts of the benchmarks that nothing but a long run shows do what they say?"""
+"""Parts of the benchmarks that otherwise only a long run would test."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Is the benchmark's picture one that a page can show?"""
+"""SVG charts of the benchmark."""
 
 from xml.etree import ElementTree as ET
 

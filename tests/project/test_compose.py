@@ -1,4 +1,4 @@
-"""Does docker-compose.yml say what it should, by Docker's own reading of it?"""
+"""docker-compose.yml, as docker compose itself parses it."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ Service = dict[str, Any]
 
 
 def read_by_compose(environment: dict[str, str]) -> dict[str, Service]:
-    """Return the services as `docker compose` understands them, with `environment` alone around it."""
+    """Return the services as `docker compose` resolves them with only `environment` set."""
     command = [program("docker-compose"), "--file", "docker-compose.yml", "config", "--format", "json"]
     kept = {"PATH": os.environ["PATH"], "COMPOSE_DISABLE_ENV_FILE": "true"}
     done = subprocess.run(
@@ -44,14 +44,14 @@ def without_credentials() -> dict[str, Service]:
 
 
 def settings_of(proxy: Service, **changed: str) -> dict[str, str]:
-    """Return the proxy's environment as a test can have it: on free ports, and without Redis."""
+    """Return the proxy's environment adapted to a test: free ports, no Redis."""
     settings: dict[str, str] = {**proxy["environment"], **changed, "SP_API_PROXY_ADMIN": "127.0.0.1:0"}
     settings["SP_API_PROXY_LISTEN"] = settings["SP_API_PROXY_LISTEN"].replace(":8080", ":0")
     settings["SP_API_PROXY_HEALTH"] = "127.0.0.1:0"
     return {name: value for name, value in settings.items() if not name.startswith("SP_API_PROXY_STORE")}
 
 
-def test_the_file_names_the_four_credentials_and_how_to_create_the_key(services: dict[str, Service]) -> None:
+def test_the_services_are_these_four_and_one_that_creates_the_store_key(services: dict[str, Service]) -> None:
     assert set(services) == {"proxy", "store-key", "redis", "prometheus", "grafana"}
 
 
@@ -110,7 +110,7 @@ async def test_without_credentials_the_simulator_is_used(services: dict[str, Ser
     async with started(*command, "--log-format", "json", environment=settings) as proxy:
         assert proxy.process.stdout is not None
         welcome = (await proxy.process.stdout.readuntil(b"Ctrl-C ends both.")).decode()
-        # The address that it names is one that requests are taken at.
+        # The address in the message accepts requests.
         address = welcome.partition("http://")[2].partition("/")[0]
         assert address == proxy.addresses[0].replace("0.0.0.0", "127.0.0.1")
         got = await call(address, "GET", "/sellers/v1/marketplaceParticipations", **{"x-sp-region": "eu"})

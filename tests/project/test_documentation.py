@@ -20,9 +20,8 @@ from proxy.errors import ProxyError, all_errors
 from proxy.remedies import REMEDIES
 from proxy.request.forbidden_hints import HINTS
 from tests.conftest import needs
-from tests.project import test_docs
-from tests.support import pages
-from tests.support.pages import Block, blocks, proxy_commands, run_page, same
+from tests.project import pages, test_docs
+from tests.project.pages import Block, blocks, proxy_commands, run_page, same
 
 FOLDER = ROOT / "docs"
 PAGES = sorted(FOLDER.glob("*.md"))

@@ -1,4 +1,4 @@
-"""Does the Dockerfile say what it should? Whether its image builds and runs, .ci/check_image.py tries."""
+"""Contents of the Dockerfile; .ci/check_image.py builds and runs the image."""
 
 import json
 import re
@@ -17,7 +17,7 @@ BESIDE_PYTHON = Path(sys.executable).parent
 
 
 def program(name: str) -> str:
-    """Return where a program is that the dev dependencies bring; skip the test where it is missing."""
+    """Return the path of a program of the dev dependencies; skip the test if it is missing."""
     found = shutil.which(name, path=BESIDE_PYTHON) or shutil.which(name)
     needs(found is not None, name)
     assert found is not None
@@ -25,7 +25,7 @@ def program(name: str) -> str:
 
 
 def instructions(name: str) -> list[str]:
-    """Return what stands behind every instruction of one name, continued lines in one."""
+    """Return the arguments of every instruction of a name, continued lines joined."""
     joined = DOCKERFILE.replace("\\\n", " ")
     return [match[1].strip() for match in re.finditer(rf"^{name} (.*)$", joined, re.MULTILINE)]
 

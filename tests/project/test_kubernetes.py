@@ -1,4 +1,4 @@
-"""Are the manifests of config/kubernetes what Kubernetes takes, and do they agree with one another and the proxy?"""
+"""Manifests in config/kubernetes: valid for Kubernetes, and consistent with one another and with the proxy."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from tests.support.proxy_process import command
 MANIFESTS = ROOT / "config" / "kubernetes"
 FOLDERS = ("replicas", "sidecar", "monitoring")
 WITH_PROXY = ("replicas", "sidecar")
-VERSIONS = ("1.29", "1.37")  # the oldest with native sidecars, and the newest that the schemas are there for
+VERSIONS = ("1.29", "1.37")  # the oldest with native sidecars, and the newest with available schemas
 MOUNTED = "/etc/sp-api-proxy"
 TIMEOUTS = type(Config().timeouts)
 Manifest = dict[str, Any]
@@ -30,7 +30,7 @@ PROXIES = ("replicas", "sidecar")
 
 @pytest.fixture(scope="module", name="built")
 def built_by_kustomize() -> dict[str, list[Manifest]]:
-    """What `kubectl apply -k` would send, for every folder."""
+    """The output of `kubectl kustomize` for every folder."""
     kubectl = shutil.which("kubectl")
     needs(kubectl is not None, "kubectl")
     assert kubectl is not None
@@ -58,7 +58,7 @@ def pods(built: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
 
 
 def containers(pod: Manifest) -> list[Manifest]:
-    """Return the containers of a pod, sidecars among them."""
+    """Return the containers of a pod, including sidecars."""
     return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
 
 
@@ -78,7 +78,7 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-# As Kubernetes reads them.
+# As Kubernetes parses them.
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -95,7 +95,7 @@ def test_the_pod_monitor_follows_the_schema_of_the_operator(built: dict[str, lis
     from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # noqa: PLC0415 - it takes seconds
 
     (monitor,) = built["monitoring"]
-    # What the model does not know it leaves out.
+    # Unknown fields are dropped by the model.
     assert PodMonitor.model_validate(monitor).model_dump(by_alias=True, exclude_unset=True, mode="json") == monitor
 
 
@@ -107,7 +107,7 @@ def test_every_file_belongs_to_a_kustomization() -> None:
         assert there == {*listed["resources"], *generated}, folder
 
 
-# The proxy's own settings.
+# Settings of the proxy.
 
 
 @pytest.mark.parametrize("folder", PROXIES)
@@ -125,12 +125,12 @@ async def test_the_configuration_is_valid_with_the_mounted_secrets(
                 (where / name).chmod((volume.get("secret") or volume["configMap"])["defaultMode"])
         (said,) = (each["value"] for each in proxy["env"])
         path = str(root / Path(said).relative_to(MOUNTED))
-        code, printed, complained = await command("check", environment={"SP_API_PROXY_CONFIG": path})
-        assert (code, complained) == (0, ""), printed
+        code, printed, errors = await command("check", environment={"SP_API_PROXY_CONFIG": path})
+        assert (code, errors) == (0, ""), printed
 
 
 def files_of(volume: Manifest, folder: str, built: list[Manifest]) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each file in a volume, secrets made up for the keys that the folder's comment creates."""
+    """Yield name and text of each file in a volume; secrets are made up for the keys in the folder's comment."""
     if "configMap" in volume:
         yield from named(built, "ConfigMap", volume["configMap"]["name"])["data"].items()
         return
@@ -194,7 +194,7 @@ def test_the_image_is_that_of_this_version(built: dict[str, list[Manifest]], fol
     }
 
 
-# Rights: what the Pod Security Standard `restricted` asks for, and more.
+# Privileges: the Pod Security Standard `restricted`, and more.
 
 
 @pytest.mark.parametrize("folder", WITH_PROXY)
@@ -227,7 +227,7 @@ def test_secrets_are_read_by_the_proxys_group_alone(built: dict[str, list[Manife
         assert all(mount["readOnly"] and "subPath" not in mount for mount in proxy["volumeMounts"])
 
 
-# What points at what.
+# References.
 
 
 def test_every_selector_matches_a_pod(built: dict[str, list[Manifest]]) -> None:

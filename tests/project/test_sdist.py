@@ -1,4 +1,4 @@
-"""Does the source distribution hold what is under version control: the tests, and all that they look at?"""
+"""The source distribution contains every tracked file."""
 
 import subprocess
 import sys

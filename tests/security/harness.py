@@ -22,6 +22,7 @@ from typing import Any, Self
 import yaml
 
 from tests.support.paths import ROOT
+from tests.support.raw_client import RawResponse
 
 TIMEOUT = 20.0  # seconds
 
@@ -220,39 +221,18 @@ def _respond_as_amazon(stream: Stream, request: ReceivedRequest) -> None:
         )
 
 
-@dataclass
-class ParsedResponse:
-    """One response as a client received it; `complete`: its framing says that all of it was received."""
-
-    status: int
-    fields: list[tuple[str, str]]
-    body: bytes
-    complete: bool = True
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.fields if key.lower() == name.lower()]
-
-    def get(self, name: str) -> str | None:
-        values = self.all(name)
-        assert len(values) <= 1, f"{name} came {len(values)} times"
-        return values[0] if values else None
-
-    @property
-    def error(self) -> str | None:
-        return self.get("x-sp-proxy-error")
-
-
-def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[ParsedResponse]:
-    """Return the responses that a client received, parsed strictly; `methods` are those of the requests (default GET)."""
-    found: list[ParsedResponse] = []
+def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[RawResponse]:
+    """Return the responses in what a client received; `methods` are those of the requests (default GET)."""
+    found: list[RawResponse] = []
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
         line, *lines = head.split(b"\r\n")
-        match = re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*", line)
+        match = re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) ([\x20-\x7e\x80-\xff]*)", line)
         assert match, f"no status line: {line!r}"
         assert end, f"no end of the head: {head!r}"
         pairs = [one.decode("latin-1").partition(":") for one in lines]
-        one = ParsedResponse(int(match[1]), [(name, value.strip()) for name, _, value in pairs], b"")
+        fields = [(name, value.strip()) for name, _, value in pairs]
+        one = RawResponse(int(match[1]), match[2].decode("latin-1"), fields, b"", complete=True)
         if one.status < 200:
             assert one.status == 100, "nobody asked for another interim answer"
             continue
@@ -264,7 +244,7 @@ def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[ParsedRe
     return found
 
 
-def _take_body(one: ParsedResponse, data: bytes) -> bytes:
+def _take_body(one: RawResponse, data: bytes) -> bytes:
     """Remove the body of a response from the start of `data` and return the rest."""
     if one.get("transfer-encoding") == "chunked":
         while True:
@@ -378,7 +358,7 @@ class Harness:
         finally:
             stream.socket.close()
 
-    def send(self, data: bytes, methods: tuple[str, ...] = (), address: str | None = None) -> list[ParsedResponse]:
+    def send(self, data: bytes, methods: tuple[str, ...] = (), address: str | None = None) -> list[RawResponse]:
         """Send bytes on a new connection, and return the responses up to its end."""
         with self.client(address) as stream:
             with suppress(ConnectionError):  # rejected before all was sent: the response can still be read

@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from zlib import crc32
 
+from tests.bench.output import print_lines
 from tests.bench.processes import end_on_signals, memory_kib
 from tests.security.fuzz import RESET, descriptors_of
 from tests.support.fake_upstream import Received, http_response, read_body
@@ -809,11 +810,6 @@ def assess(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: 
 
 def fields_of(one: Sample) -> tuple[float, ...]:
     return (one.descriptors, one.memory, one.threads, one.in_flight, one.p50, one.p99)
-
-
-def print_lines(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
 
 
 def main() -> int:

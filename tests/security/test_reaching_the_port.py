@@ -167,7 +167,7 @@ def test_8_the_admin_pages_are_not_on_the_proxy_port(harness: Harness) -> None:
     ]
 
 
-def test_8_the_proxy_forwards_no_request_to_its_own_ports(harness: Harness) -> None:
+def test_8_the_admin_listener_is_not_reachable_through_the_proxy(harness: Harness) -> None:
     for address in (harness.admin, harness.addresses[0]):
         (got,) = harness.send(request(f"http://{address}/metrics"))
         assert b"spapi_proxy" not in got.body

@@ -18,7 +18,6 @@ from tests.security.harness import (
     SELLERS,
     TIMEOUT,
     Harness,
-    ParsedResponse,
     ReceivedRequest,
     Server,
     Stream,
@@ -26,13 +25,14 @@ from tests.security.harness import (
     request,
 )
 from tests.support.certificates import Authority
+from tests.support.raw_client import RawResponse
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def respond_with(
     harness: Harness, data: bytes, *, end: str = "close", method: str = "GET", target: str = "/played"
-) -> list[ParsedResponse]:
+) -> list[RawResponse]:
     """Let the upstream send these bytes and then close, reset or keep the connection; return the responses."""
 
     def script(stream: Stream, _: ReceivedRequest) -> None:
@@ -570,7 +570,7 @@ def test_35_plain_http_is_allowed_only_on_loopback(tmp_path: Path) -> None:
             pass
 
 
-def test_36_proxy_environment_variables_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_36_proxy_variables_and_netrc_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as trap:
         url = f"http://127.0.0.1:{trap.getsockname()[1]}"
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
