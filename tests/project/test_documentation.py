@@ -132,7 +132,7 @@ def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
 
 
 def test_what_a_server_says_at_its_start_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "PATIENCE", 5.0)
+    monkeypatch.setattr(pages, "TIMEOUT", 5.0)
     server = "```sh server\nbash -c 'echo serving; echo one; exec sleep 60'\n```\n\n```output\n…\n{}\n```\n"
     with pytest.raises(AssertionError, match="line 5: prints something else"):
         run_page(server.format("two"), tmp_path)
