@@ -34,9 +34,7 @@ TESTS = (
 DESELECTED = "tests/request/test_tracing.py::test_without_the_extra_the_start_says_what_to_install"
 TOOLS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
 EXTRA = "otel"
-OLDEST_PYTHON = (
-    "3.11"  # has wheels of all lower bounds; later Pythons may need higher versions
-)
+OLDEST_PYTHON = "3.11"  # has wheels of all lower bounds; later Pythons may need higher versions
 TESTS_TIMEOUT = 900  # seconds
 
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}

@@ -18,7 +18,7 @@ from tests.bench.upstream import tls
 
 Framing = Literal["length", "chunked"]
 
-SILENCE = 60.0  # seconds without a byte, after which a transfer has failed
+IDLE_TIMEOUT = 60.0  # seconds without a byte, after which a transfer has failed
 UPLOAD = "/feeds/2021-06-30/feeds"
 DOWNLOAD = "/orders/v0/orders"
 HEADERS = "Host: localhost\r\nx-sp-region: na"  # selects the upstream for large bodies (streaming_proxies.py)
@@ -32,7 +32,7 @@ _STACK = 256 * 1024  # bytes for each of the upstream's threads
 
 def download(port: int, mib: int, framing: Framing) -> str:
     """Fetch `mib` MiB; return a description of the fault, an empty string if there is none."""
-    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
+    with socket.create_connection((HOST, port), timeout=IDLE_TIMEOUT) as sock:
         sock.sendall(f"GET {DOWNLOAD}?mib={mib}&framing={framing} HTTP/1.1\r\n{HEADERS}\r\n\r\n".encode())
         head, rest = _read_head(sock)
         if not head.startswith(b"HTTP/1.1 200") or framing_of(head) != framing:
@@ -44,7 +44,7 @@ def download(port: int, mib: int, framing: Framing) -> str:
 def upload(port: int, mib: int, framing: Framing) -> str:
     """Send `mib` MiB; return a description of the fault, an empty string if there is none."""
     field = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {mib * MIB}"
-    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
+    with socket.create_connection((HOST, port), timeout=IDLE_TIMEOUT) as sock:
         sock.sendall(f"POST {UPLOAD} HTTP/1.1\r\n{HEADERS}\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
         _write_body(sock, mib, framing)
         head, rest = _read_head(sock)

@@ -68,7 +68,7 @@ def _options() -> argparse.Namespace:
 def _compare(options: argparse.Namespace) -> int:
     programs, missing = find_all(install=not options.no_install)
     cores = Cores.of_this_machine()
-    measured_with = environment_lines(cores, programs)
+    environment = environment_lines(cores, programs)
     os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
@@ -77,7 +77,7 @@ def _compare(options: argparse.Namespace) -> int:
         samples = _measure_all(proxies, options)
         waits = _waits(before, plan_wait(proxies[0]))
         logs = {proxy.name: _without_notices(proxy.process.output()) for proxy in proxies}
-    print_lines(*measured_with, f"- {OURS} spent {waits:.1f} µs per request waiting for its usage plan", *missing, "")
+    print_lines(*environment, f"- {OURS} spent {waits:.1f} µs per request waiting for its usage plan", *missing, "")
     print_lines(*table(samples, options))
     faults = [*_faults(samples)]
     if waits > MAX_WAIT_US:
@@ -86,7 +86,7 @@ def _compare(options: argparse.Namespace) -> int:
     if problems:
         print_lines("", *problems)
     if options.json:
-        options.json.write_text(json.dumps(_as_json(measured_with, samples), indent=1))
+        options.json.write_text(json.dumps(_as_json(environment, samples), indent=1))
     if options.svg:
         options.svg.write_text(picture(samples, options.connections))
     return 1 if faults else 0

@@ -39,7 +39,7 @@ PACED = 4  # accounts that are offered more calls than their plans permit
 MIN_SHARE, MAX_SHARE, MAX_THROTTLED = 0.98, 1.02, 0.01
 BACKGROUND = 200.0  # requests per second over all accounts and proxies, so that every token is in use everywhere
 KEY = "0123456789abcdef" * 3
-GONE = 0  # status of a request without a response
+NO_RESPONSE = 0  # status of a request without a response
 
 
 @dataclass(slots=True)
@@ -72,8 +72,8 @@ class Fleet:
                 await response.read()
                 status, error = response.status, response.headers.get("x-sp-proxy-error", "")
         except (aiohttp.ClientError, OSError):
-            status, error = GONE, "no response"
-        if status == GONE and not proxy.is_alive:
+            status, error = NO_RESPONSE, "no response"
+        if status == NO_RESPONSE and not proxy.is_alive:
             self.lost_with_the_replica += 1
         else:
             self.statuses[load, status, error] += 1
@@ -180,7 +180,7 @@ class Outcome:
 
 
 HEAD = (
-    "| replicas | fault | answered | exchanges | of the plan | 429s by Amazon | failed | lost with the replica | "
+    "| replicas | fault | responses | exchanges | of the plan | 429s by Amazon | failed | lost with the replica | "
     "log lines of the store |\n"
     "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |\n"
 )

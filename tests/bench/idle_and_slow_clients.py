@@ -34,12 +34,12 @@ from tests.bench.upstream import RESPONSE_SIZE
 
 ACTIVE_CONNECTIONS = 8  # connections that send ordinary requests throughout
 SPARE_DESCRIPTORS = 1000  # descriptors not used by the idle and slow clients
-READ, EVERY = 4096, 1.0  # each slow reader reads this many bytes per this many seconds
+READ_SIZE, READ_INTERVAL = 4096, 1.0  # each slow reader reads this many bytes per this many seconds
 RECEIVE_BUFFER = 4096  # bytes; small, so that the kernel does not buffer for a slow reader
-SETTLED = 0.5  # seconds with a nearly idle proxy, after which cleanup is complete
-SETTLED_WITHIN = 20.0  # seconds, after which measuring starts anyway
+IDLE_INTERVAL = 0.5  # seconds with a nearly idle proxy, after which cleanup is complete
+SETTLE_TIMEOUT = 20.0  # seconds, after which measuring starts anyway
 SMALL, LARGE = 1, 32  # MiB of a download; the kernel buffers up to 4 MiB (net.ipv4.tcp_wmem)
-FIRST_BYTES = 30.0  # seconds within which each slow reader must receive data
+FIRST_BYTE_TIMEOUT = 30.0  # seconds within which each slow reader must receive data
 SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # source addresses: one address has too few ports
 
 
@@ -89,7 +89,7 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cores = Cores.of_this_machine()
-    measured_with = environment_lines(cores)
+    environment = environment_lines(cores)
     os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
@@ -102,9 +102,9 @@ def _run(options: argparse.Namespace) -> int:
         phases = [phase for proxy in proxies for phase in _phases(proxy, options)]
         output = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.output())]
     faults = [f"FAULT: {phase.proxy}, {phase.name}: {fault}" for phase in phases for fault in _faults(phase)]
-    print_lines(*measured_with, "", *table(phases, options), "", *output, *faults)
+    print_lines(*environment, "", *table(phases, options), "", *output, *faults)
     if options.json:
-        content = {"machine": measured_with, "phases": [asdict(phase) for phase in phases]}
+        content = {"machine": environment, "phases": [asdict(phase) for phase in phases]}
         options.json.write_text(json.dumps(content, indent=1))
     return 1 if faults else 0
 
@@ -149,12 +149,12 @@ def _one_request(port: int) -> float:
 
 def _settled(proxy: ComparedProxy, options: argparse.Namespace) -> Phase:
     """Measure after the proxy has finished the work that the clients left."""
-    end = time.monotonic() + SETTLED_WITHIN
+    end = time.monotonic() + SETTLE_TIMEOUT
     busy = True
     while busy and time.monotonic() < end:
         before = cpu_seconds(proxy.process.pid)
-        time.sleep(SETTLED)
-        busy = cpu_seconds(proxy.process.pid) - before > SETTLED / 10
+        time.sleep(IDLE_INTERVAL)
+        busy = cpu_seconds(proxy.process.pid) - before > IDLE_INTERVAL / 10
     return _measured(proxy, "after they left", options)
 
 
@@ -184,7 +184,7 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
     opened: list[socket.socket] = []
     try:
         for number in range(count):
-            sock = socket.create_connection((HOST, port), FIRST_BYTES, (SOURCES[number % len(SOURCES)], 0))
+            sock = socket.create_connection((HOST, port), FIRST_BYTE_TIMEOUT, (SOURCES[number % len(SOURCES)], 0))
             opened.append(sock)
             sock.sendall(REQUEST)
             _read_response(sock)
@@ -231,12 +231,12 @@ class Readers:
             sock = socket.socket()
             self.sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-            sock.settimeout(FIRST_BYTES)
+            sock.settimeout(FIRST_BYTE_TIMEOUT)
             sock.bind((SOURCES[number % len(SOURCES)], 0))
             sock.connect((HOST, port))
             sock.sendall(request)
         for sock in self.sockets:
-            head = sock.recv(READ)
+            head = sock.recv(READ_SIZE)
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(f"unexpected response for a slow reader: {head!r}")
             sock.setblocking(False)
@@ -251,7 +251,7 @@ class Readers:
             sock.close()
 
     def _read(self) -> None:
-        pause, ended = EVERY / len(self.sockets), 0
+        pause, ended = READ_INTERVAL / len(self.sockets), 0
         due = time.monotonic()
         while not self._over.is_set():
             for sock in self.sockets:
@@ -267,7 +267,7 @@ class Readers:
 def _read_some(sock: socket.socket) -> bool:
     """Read what is available; return whether the download continues."""
     try:
-        return sock.recv(READ) != b""
+        return sock.recv(READ_SIZE) != b""
     except BlockingIOError:
         return True
     except OSError:

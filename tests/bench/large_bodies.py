@@ -23,8 +23,8 @@ from tests.bench.processes import HOST, Cores, end_on_signals, memory_kib
 MAX_GROWTH = 32.0  # MiB of resident memory
 SLOW_MIB = 128  # size of the bodies that one side reads slowly; several times what may be buffered
 SLOW_RATE = 32 * MIB  # bytes per second
-SAMPLE_EVERY = 0.02  # seconds
-SILENCE = 60.0  # seconds without a byte, after which the transfer has failed
+SAMPLE_INTERVAL = 0.02  # seconds
+IDLE_TIMEOUT = 60.0  # seconds without a byte, after which the transfer has failed
 
 UPLOAD = "/feeds/2021-06-30/feeds"
 DOWNLOAD = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9"
@@ -132,7 +132,7 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
 
     The upstream reads at most `rate` bytes per second; 0 is unlimited.
     """
-    connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE, blocksize=BLOCK)
+    connection = http.client.HTTPConnection(HOST, port, timeout=IDLE_TIMEOUT, blocksize=BLOCK)
     fields = {"Content-Type": "text/plain"}
     fields |= {"Transfer-Encoding": "chunked"} if framing == "chunked" else {"Content-Length": str(mib * MIB)}
     connection.request(
@@ -150,7 +150,7 @@ def _upload(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
 
 def _download(port: int, mib: int, framing: str, *, rate: int = 0) -> str:
     """Fetch `mib` MiB at `rate` bytes per second (0: unlimited) and return the fault, if any."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=SILENCE)
+    connection = http.client.HTTPConnection(HOST, port, timeout=IDLE_TIMEOUT)
     connection.request("GET", f"{DOWNLOAD}&mib={mib}&framing={framing}")
     response = connection.getresponse()
     if response.status != 200:
@@ -176,7 +176,7 @@ def _memory_of(pid: int) -> Iterator[Memory]:
     memory, over = Memory(resident, resident), threading.Event()
 
     def sample() -> None:
-        while not over.wait(SAMPLE_EVERY):
+        while not over.wait(SAMPLE_INTERVAL):
             memory.peak = max(memory.peak, memory_kib(pid, "VmRSS") / 1024)
 
     sampler = threading.Thread(target=sample, daemon=True)

@@ -130,7 +130,7 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cores = Cores.of_this_machine()
-    measured_with = [
+    environment = [
         *environment_lines(cores),
         f"- instructions: {'by perf' if can_count() else 'no counter available to perf'}",
     ]
@@ -151,13 +151,13 @@ def _run(options: argparse.Namespace) -> int:
             f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.output())
         ]
     faults = [f"FAULT: {case.name}: {cost.faults}" for case in cases for cost in costs[case.name] if cost.faults]
-    print_lines(*measured_with, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
+    print_lines(*environment, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
     if options.json:
         rows = [
             {"case": name, "round": n, **asdict(cost)} for name, of in costs.items() for n, cost in enumerate(of, 1)
         ]
         content = {
-            "machine": measured_with,
+            "machine": environment,
             "costs": rows,
             "footprints": [asdict(footprint) for footprint in footprints],
         }

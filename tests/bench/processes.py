@@ -17,9 +17,9 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 HOST = "127.0.0.1"
-START_WITHIN = 15.0  # seconds
+START_TIMEOUT = 15.0  # seconds
 MAX_OUTPUT = 30  # lines
-END_WITHIN = 5.0  # seconds, after which it is killed
+END_TIMEOUT = 5.0  # seconds, after which it is killed
 _TICKS = os.sysconf("SC_CLK_TCK")  # per second of CPU time
 _PRIVATE = ("SP_API_", "LWA_")  # the user's own settings must not reach the proxy under test
 
@@ -160,7 +160,7 @@ def _stat(path: Path) -> list[str]:
 
 
 def _wait_until_listening(process: Started, port: int) -> None:
-    end = time.monotonic() + START_WITHIN
+    end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and process.popen.poll() is None:
         try:
             socket.create_connection((HOST, port), timeout=1).close()
@@ -175,7 +175,7 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
     """End a process and its children; the process group has no other members."""
     try:
         os.killpg(popen.pid, signal.SIGTERM)
-        popen.wait(END_WITHIN)
+        popen.wait(END_TIMEOUT)
     except ProcessLookupError:
         popen.wait()
     except subprocess.TimeoutExpired:

@@ -29,19 +29,19 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ProgramSpec:
     """A program to find: its path in the cache, the Debian packages that may contain it, its version command."""
 
     name: str
     cached: Path
     packages: tuple[str, ...]
-    says_version: tuple[str, ...]
+    version_option: tuple[str, ...]
 
 
-WANTED = (
-    Wanted("nginx", CACHE / "nginx/usr/sbin/nginx", ("nginx", "nginx-light"), ("-v",)),
-    Wanted("Caddy", CACHE / "caddy/usr/bin/caddy", ("caddy",), ("version",)),
-    Wanted("Envoy", CACHE / "envoy/envoy/_bin/envoy", (), ("--version",)),
+PROGRAM_SPECS = (
+    ProgramSpec("nginx", CACHE / "nginx/usr/sbin/nginx", ("nginx", "nginx-light"), ("-v",)),
+    ProgramSpec("Caddy", CACHE / "caddy/usr/bin/caddy", ("caddy",), ("version",)),
+    ProgramSpec("Envoy", CACHE / "envoy/envoy/_bin/envoy", (), ("--version",)),
 )
 
 
@@ -49,7 +49,7 @@ def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
     """Return the available programs by name, and a line for each missing one; `install` fetches missing ones."""
     found: dict[str, Program] = {}
     missing = []
-    for wanted in WANTED:
+    for wanted in PROGRAM_SPECS:
         try:
             found[wanted.name] = _find(wanted, install=install)
         except (OSError, subprocess.SubprocessError, RuntimeError) as trouble:
@@ -59,11 +59,11 @@ def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
 
 def find_nginx() -> str | None:
     """Return the path of nginx; None if it is neither installed nor cached."""
-    wanted = WANTED[0]
+    wanted = PROGRAM_SPECS[0]
     return _on_path(wanted) or (str(wanted.cached) if wanted.cached.exists() else None)
 
 
-def _find(wanted: Wanted, *, install: bool) -> Program:
+def _find(wanted: ProgramSpec, *, install: bool) -> Program:
     program = _on_path(wanted)
     if program is None and not wanted.cached.exists():
         if not install:
@@ -71,17 +71,17 @@ def _find(wanted: Wanted, *, install: bool) -> Program:
         sys.stderr.write(f"{wanted.name} is fetched into {CACHE.name}/\n")
         _install(wanted)
     path = program or str(wanted.cached)
-    return Program(path, _version(_run([path, *wanted.says_version])))
+    return Program(path, _version(_run([path, *wanted.version_option])))
 
 
-def _on_path(wanted: Wanted) -> str | None:
+def _on_path(wanted: ProgramSpec) -> str | None:
     if not wanted.packages:
         return None
     name = wanted.cached.name
     return shutil.which(name) or shutil.which(name, path=_SYSTEM)
 
 
-def _install(wanted: Wanted) -> None:
+def _install(wanted: ProgramSpec) -> None:
     """Unpack into a temporary folder and move it when complete, so that an aborted run leaves no partial copy."""
     CACHE.mkdir(exist_ok=True)
     place = CACHE / wanted.cached.relative_to(CACHE).parts[0]
@@ -97,7 +97,7 @@ def _install(wanted: Wanted) -> None:
         new.rename(place)
 
 
-def _unpack_debian(wanted: Wanted, folder: Path, new: Path) -> None:
+def _unpack_debian(wanted: ProgramSpec, folder: Path, new: Path) -> None:
     """Unpack the first package that contains the program: nginx's package differs between Debian releases."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:

@@ -27,7 +27,7 @@ from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port,
 from tests.support.raw_client import call, connect
 
 KEPT, NEW_EACH_TIME = 6, 2  # clients on persistent connections, and clients that connect for each request
-COMING = 5  # accounts present in every other valid configuration
+ALTERNATING_ACCOUNTS = 5  # accounts present in every other valid configuration
 MAX_DURATION = 20.0  # seconds for one reload
 
 Settings = dict[str, Any]
@@ -61,9 +61,12 @@ def main() -> int:
 
 async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
     """Reload `reloads` times under load, after `quiet_for` seconds without; return 1 if anything failed."""
-    async with running_harness(accounts + COMING, quit=False) as harness:
+    async with running_harness(accounts + ALTERNATING_ACCOUNTS, quit=False) as harness:
         settings = yaml.safe_load(harness.config.read_text(encoding="utf-8"))
-        leaving = {name: settings["accounts"].pop(name) for name in (f"a{accounts + more}" for more in range(COMING))}
+        leaving = {
+            name: settings["accounts"].pop(name)
+            for name in (f"a{accounts + more}" for more in range(ALTERNATING_ACCOUNTS))
+        }
         _write(harness.config, settings)
         await _reload(harness)
         for number in range(accounts):
@@ -94,8 +97,8 @@ async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
     print_lines(f"latency without reloads: {quiet.percentiles()}")
     print_lines(f"latency with them:       {busy.percentiles()}")
     print_lines(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
-    went_wrong = any(selected != result for selected, result in outcomes)
-    return 1 if busy.faults or quiet.faults or fetched or went_wrong else 0
+    has_failed = any(selected != result for selected, result in outcomes)
+    return 1 if busy.faults or quiet.faults or fetched or has_failed else 0
 
 
 async def _under_load(harness: Harness, accounts: int, seen: Seen, work: Any) -> None:

@@ -27,7 +27,7 @@ PROGRAMS = ROOT / "tests" / "integration" / "libraries"
 PYTHON = ROOT / ".venv-libraries" / "bin" / "python"
 TIMEOUT = 120.0  # seconds
 
-GOT = {
+EXPECTED = {
     "orders": ["902-0000000-0000000", "902-0000000-0000001"],
     "pages": 3,
     "destinations": 1,
@@ -53,7 +53,7 @@ async def simulating() -> AsyncIterator[dict[str, str]]:
         assert process.stdout is not None
         addresses: dict[str, str] = json.loads(await asyncio.wait_for(process.stdout.readline(), TIMEOUT))
         for name, status in ERRORS.items():
-            error = {"code": GOT[name][1], "message": "made up", "details": ""}  # type: ignore[index] # a list
+            error = {"code": EXPECTED[name][1], "message": "made up", "details": ""}  # type: ignore[index] # a list
             fault = {"kind": "answer", "path": f"/orders/v0/orders/{name}", "status": status}
             fault |= {"headers": {"content-type": "application/json"}, "body": json.dumps({"errors": [error]})}
             await control(addresses, "/faults", fault)
@@ -135,7 +135,7 @@ async def test_a_library_gets_the_same_result_through_the_proxy(program: str, tm
         found = await result_of(command, proxy)
         # The simulator generates a new name each time; python-amazon-sp-api does not expose it.
         assert found.pop("document", "amzn1.tortuga.4.eu.").startswith("amzn1.tortuga.4.eu.")
-        assert GOT | found == GOT
+        assert EXPECTED | found == EXPECTED
         journal = await control(simulator, "/journal")
     brought = [(entry["method"], entry["target"].partition("?")[0], entry["token_kind"]) for entry in journal]
     assert {

@@ -196,7 +196,7 @@ async def test_callers_of_one_plan_are_served_fairly_and_background_calls_wait(
 
     async def one(name: str, **fields: str) -> asyncio.Task[RawResponse]:
         task = asyncio.create_task(call(proxy.addresses[0], "GET", path.format(name), **fields))
-        while proxy.metrics.in_flight < len(tasks) + 1:  # noqa: ASYNC110 - a gauge tells nobody
+        while proxy.metrics.in_flight < len(tasks) + 1:  # noqa: ASYNC110 - a gauge has no notification
             await asyncio.sleep(0)
         return task
 

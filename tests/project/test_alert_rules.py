@@ -260,7 +260,7 @@ def test_a_wrong_name_or_label_is_found() -> None:
 
 # The page of alerts.
 
-_BEGINNING = """# Alerts
+_INTRODUCTION = """# Alerts
 
 What Prometheus alerts to, by [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), and what to
 do then. `critical`: calls fail now, or will for certain; `warning`: look today. Thresholds are a beginning: change them
@@ -276,7 +276,7 @@ def alerts_page() -> str:
     rows = [f"| [{name}](#{name.lower()}) | {rule['labels']['severity']} | {_plain(rule['annotations']['summary'])} |"
             for name, rule in ALERTS.items()]  # fmt: skip
     contents = "\n".join(["| alert | | |", "| --- | --- | --- |", *rows])
-    return f"{_BEGINNING}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
+    return f"{_INTRODUCTION}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
 
 
 def _section(name: str, rule: dict[str, Any]) -> str:

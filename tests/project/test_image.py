@@ -13,12 +13,12 @@ from tests.conftest import needs
 from tests.support.paths import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-BESIDE_PYTHON = Path(sys.executable).parent
+PYTHON_BIN = Path(sys.executable).parent
 
 
 def program(name: str) -> str:
     """Return the path of a program of the dev dependencies; skip the test if it is missing."""
-    found = shutil.which(name, path=BESIDE_PYTHON) or shutil.which(name)
+    found = shutil.which(name, path=PYTHON_BIN) or shutil.which(name)
     needs(found is not None, name)
     assert found is not None
     return found

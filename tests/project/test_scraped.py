@@ -29,7 +29,7 @@ DESTINATIONS = "/notifications/v1/destinations"
 DOCUMENTS = "/feeds/2021-06-30/documents"
 
 # Events that do not happen in this test: lost log lines, connections closed at the limit, store failures.
-DID_NOT_HAPPEN = {
+EXPECTED_EMPTY = {
     "spapi_proxy_client_connections_closed_total",
     "spapi_proxy_log_lines_lost_total",
     "spapi_proxy_store_failures_total",
@@ -143,7 +143,7 @@ async def test_every_query_returns_a_series_after_its_event(
 ) -> None:
     targets = [proxy.health for proxy in proxies if proxy.health]
     wanted = {*RECORDED, *(text for _, text in queries())}
-    silent = {text for text in wanted if {one.name for one in queried(text)} <= DID_NOT_HAPPEN}
+    silent = {text for text in wanted if {one.name for one in queried(text)} <= EXPECTED_EMPTY}
     missing = wanted - silent
     async with scraping(targets, tmp_path) as prometheus:
         until = asyncio.get_running_loop().time() + 40

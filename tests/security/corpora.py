@@ -46,7 +46,7 @@ class Case:
 
     name: str
     data: bytes
-    is_refused: bool
+    is_rejected: bool
     messages: list[Message] = field(default_factory=list)
 
 
@@ -87,8 +87,8 @@ def _cases_of(path: Path) -> list[Case]:
         name = f"{path.parent.name}/{path.stem}/" + "-".join(re.findall(r"[a-z0-9.]+", title.lower()))
         while name in cases:
             name += "-again"
-        messages, is_refused = _as_read(log[2])
-        cases[name] = Case(name, _unescaped(http[2]), is_refused, messages)
+        messages, is_rejected = _as_read(log[2])
+        cases[name] = Case(name, _unescaped(http[2]), is_rejected, messages)
     return list(cases.values())
 
 

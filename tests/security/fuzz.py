@@ -42,19 +42,19 @@ from tests.support.fake_upstream import Received, TokenHost, http_response
 from tests.support.proxy_process import ProxyProcess, serving
 from tests.support.raw_client import Client, call
 
-ENDED_WITHIN = 15.0  # seconds until the proxy must respond or close; its timeouts are 2 s and 5 s
-SLOWLY = 0.02  # seconds
-A_MOMENT = 0.02  # seconds to wait for a response to malformed data
-GOOD_WITHIN = 5.0  # seconds until a valid request must get its response
-SETTLED_WITHIN = 30.0  # seconds
+END_TIMEOUT = 15.0  # seconds until the proxy must respond or close; its timeouts are 2 s and 5 s
+SLOW_DELAY = 0.02  # seconds
+SHORT_WAIT = 0.02  # seconds to wait for a response to malformed data
+VALID_TIMEOUT = 5.0  # seconds until a valid request must get its response
+SETTLE_TIMEOUT = 30.0  # seconds
 MAX_GROWTH = 30.0  # MiB
-REMEMBERED = 300  # requests of a client that may still arrive upstream
-SHOWN = 200  # violations
+HISTORY_SIZE = 300  # requests of a client that may still arrive upstream
+MAX_PRINTED = 200  # violations
 
 MINT = b"/tokens/2021-03-01/restrictedDataToken"
 METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"}
-OWN_FIELDS = {b"host", b"x-amz-access-token", b"x-amz-date", b"user-agent", b"content-length", b"transfer-encoding"}
-NOT_SENT_ON = re.compile(
+PROXY_FIELDS = {b"host", b"x-amz-access-token", b"x-amz-date", b"user-agent", b"content-length", b"transfer-encoding"}
+STRIPPED_FIELDS = re.compile(
     rb"authorization|baggage|connection|cookie|expect|forwarded|keep-alive|proxy-(?:authenticate|authorization|connection)|te|trailer|upgrade|via|x-amz-security"
     rb"-token|x-amz-signature|x-amz-content-sha256|x-forwarded-.*|x-real-ip|x-request-id|x-sp-.*"
 )
@@ -88,7 +88,7 @@ class Worker:
     """A sequence of clients of accounts that no other worker uses, so that each arriving request has one origin."""
 
     accounts: tuple[bytes, bytes]
-    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=HISTORY_SIZE))
     cases: deque[Case] = field(default_factory=lambda: deque(maxlen=3))
 
 
@@ -120,7 +120,7 @@ class Findings:
     cut_off: int = 0
     exchanges: int = 0
     good: int = 0
-    slowest_good: float = 0.0
+    slowest_valid: float = 0.0
 
     def violate(self, rule: str, what: str, cases: tuple[Case, ...] = (), seen: bytes = b"") -> None:
         """Record a violation and print it."""
@@ -128,7 +128,7 @@ class Findings:
         matching = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
         violation = Violation(rule, what, matching, seen)
         self.violations.append(violation)
-        if len(self.violations) <= SHOWN:
+        if len(self.violations) <= MAX_PRINTED:
             sys.stderr.write(f"{violation}\n")
 
 
@@ -275,7 +275,7 @@ def not_canonical(message: Message, host: bytes) -> Iterator[str]:
         codings != [b"chunked"] or not all(re.fullmatch(rb"[0-9a-f]+\r\n", x) for x in message.chunk_lines)
     ):
         yield "the chunks are not plain ones"
-    if message.target != MINT and any(NOT_SENT_ON.fullmatch(name) for name in names):
+    if message.target != MINT and any(STRIPPED_FIELDS.fullmatch(name) for name in names):
         yield "a field is there that is not for Amazon"
 
 
@@ -293,7 +293,7 @@ def not_sent(message: Message, grant: Grant, region: str, worker: Worker) -> str
     found = [one for one in found if one.region in {None, region}]
     if not found:
         return f"it goes to the wrong region, {region}"
-    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in OWN_FIELDS)
+    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in PROXY_FIELDS)
     found = [one for one in found if not added - Counter((name.lower(), value) for name, value in one.message.fields)]
     if not found:
         return "it has fields that were not sent"
@@ -331,9 +331,9 @@ class _TokenHost(TokenHost):
         if form["grant_type"] == "refresh_token":
             account, region = form["refresh_token"].partition("-refresh-")[2].rsplit("-", 1)
             grant = Grant(form["client_id"], account.encode(), region)
-        said = {"access_token": self.oracle.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
+        response = {"access_token": self.oracle.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
         self.received.clear()
-        writer.write(http_response("200 OK", json.dumps(said).encode(), content_type="application/json"))
+        writer.write(http_response("200 OK", json.dumps(response).encode(), content_type="application/json"))
         await writer.drain()
 
 
@@ -344,7 +344,7 @@ class _Upstream(asyncio.Protocol):
         self.oracle = oracle
         self.region = region
         self.buffer = b""
-        self.answered_early = False
+        self.responded_early = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -354,18 +354,18 @@ class _Upstream(asyncio.Protocol):
         self.buffer += data
         while (message := strict.request(self.buffer)) is not None:
             if not message.complete:
-                if b"/early/" in message.target and not self.answered_early:
-                    self.answered_early = True
+                if b"/early/" in message.target and not self.responded_early:
+                    self.responded_early = True
                     self.transport.write(echo(message))
                 return
             self.buffer = self.buffer[len(message.raw) :]
-            said = self.oracle.arrived(self.region, message)
-            if self.answered_early:
-                self.answered_early = False
+            response = self.oracle.arrived(self.region, message)
+            if self.responded_early:
+                self.responded_early = False
             elif b"/slow/" in message.target:
-                asyncio.get_running_loop().call_later(SLOWLY, self.transport.write, said)
+                asyncio.get_running_loop().call_later(SLOW_DELAY, self.transport.write, response)
             else:
-                self.transport.write(said)
+                self.transport.write(response)
         if b"\r\n\r\n" in self.buffer:
             self._is_malformed()
 
@@ -406,7 +406,7 @@ async def play_case(oracle: Oracle, one: Case, worker: Worker) -> None:
         data, at_end = await _read(one, sent, reader)
         check_responses(oracle, one, sent, data, at_end=at_end)
     except TimeoutError:
-        oracle.findings.violate("in time", f"no response and not closed within {ENDED_WITHIN:g} s", (one,))
+        oracle.findings.violate("in time", f"no response and not closed within {END_TIMEOUT:g} s", (one,))
     finally:
         _close(writer, resets=one.resets or one.ending == "reset")
 
@@ -426,13 +426,13 @@ async def _read(one: Case, sent: list[Sent], reader: asyncio.StreamReader) -> tu
     whole = [item for item in sent if item.message.complete]
     methods = [item.message.method for item in sent]
     has_more = sum(len(item.message.raw) for item in whole) < len(one.data)
-    data, end = b"", time.monotonic() + ENDED_WITHIN
+    data, end = b"", time.monotonic() + END_TIMEOUT
     while True:
         enough = one.ending == "read" and len(strict.responses(data, methods, at_end=False)[0]) >= len(whole)
         if enough and not has_more:
             return data, False
         try:
-            async with asyncio.timeout(A_MOMENT if enough else end - time.monotonic()):
+            async with asyncio.timeout(SHORT_WAIT if enough else end - time.monotonic()):
                 chunk = await reader.read(65536)
         except TimeoutError:
             if enough:
@@ -530,7 +530,7 @@ def descriptors_of(pid: int) -> int:
 
 async def settled(oracle: Oracle, proxy: ProxyProcess, max_descriptors: int = 0) -> State:
     """Return the state when nothing is in flight and descriptors have reached `max_descriptors` or stopped falling."""
-    end, unchanged, least = time.monotonic() + SETTLED_WITHIN, 0, 10**6
+    end, unchanged, least = time.monotonic() + SETTLE_TIMEOUT, 0, 10**6
     while True:
         state = await state_of(oracle, proxy)
         unchanged = unchanged + 1 if state.descriptors >= least else 0
@@ -549,19 +549,19 @@ def check_log(oracle: Oracle, proxy: ProxyProcess) -> None:
         if "internal error" in line or "Traceback" in line or not line.startswith("{"):
             oracle.findings.violate("up", f"the log says: {line}")
         elif MARK.search(line.encode()):
-            said = {**json.loads(line), "request_id": ""}  # the client chooses this one
-            if MARK.search(json.dumps(said).encode()):
+            entry = {**json.loads(line), "request_id": ""}  # the client chooses this one
+            if MARK.search(json.dumps(entry).encode()):
                 oracle.findings.violate("hidden", f"the log quotes a request: {line}")
 
 
-async def good_request(oracle: Oracle, port: int) -> None:
+async def valid_request(oracle: Oracle, port: int) -> None:
     """Send a valid request and record the duration until its response."""
     findings, began = oracle.findings, time.monotonic()
     target = f"/good/{findings.good}"
     data = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     oracle.begin(Case(-1, Sender(*oracle.good.accounts, port, fixed=True), [data], [0.0], "read", False), oracle.good)
     try:
-        async with asyncio.timeout(GOOD_WITHIN):
+        async with asyncio.timeout(VALID_TIMEOUT):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(data)
@@ -571,16 +571,16 @@ async def good_request(oracle: Oracle, port: int) -> None:
         if (got.status, got.body.decode()) != (200, f"GET {target}"):
             findings.violate("up", f"a valid request got {got.status}", (), got.body)
     except (TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
-        findings.violate("up", f"a valid request got no response within {GOOD_WITHIN:g} s: {exc!r}")
+        findings.violate("up", f"a valid request got no response within {VALID_TIMEOUT:g} s: {exc!r}")
     findings.good += 1
-    findings.slowest_good = max(findings.slowest_good, time.monotonic() - began)
+    findings.slowest_valid = max(findings.slowest_valid, time.monotonic() - began)
 
 
 async def watch(oracle: Oracle, proxy: ProxyProcess, port: int) -> None:
     """Send a valid request and check the log every second; print progress every ten seconds."""
     begin = time.monotonic()
     for tick in range(1, 10**9):
-        await good_request(oracle, port)
+        await valid_request(oracle, port)
         check_log(oracle, proxy)
         if tick % 10 == 0:
             findings, seconds = oracle.findings, time.monotonic() - begin
@@ -630,7 +630,7 @@ async def fuzz(
         async with upstreams(oracle), serving(oracle.settings(), Path(folder)) as proxy:
             ports = [int(address.rpartition(":")[2]) for address in proxy.addresses]
             for _ in range(20):
-                await good_request(oracle, ports[-2])
+                await valid_request(oracle, ports[-2])
             before = await settled(oracle, proxy)
             sys.stdout.write(f"seed {seed}, starts with {before}\n")
             until = Until(time.monotonic() + seconds, cases, only)
@@ -664,7 +664,7 @@ def report(findings: Findings) -> str:
     kinds = Counter(f"{violation.rule}: {violation.what[:80]}" for violation in findings.violations)
     rows = [
         f"{findings.cases} cases: {findings.arrived} requests arrived upstream, {findings.cut_off} cut off",
-        f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_good:.3f} s",
+        f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_valid:.3f} s",
         *(f"{count:8}  {what}" for what, count in findings.responses.most_common()),
         f"{len(findings.violations)} violations",
         *(f"{count:8}  {what}" for what, count in kinds.most_common()),

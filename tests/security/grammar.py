@@ -11,7 +11,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 MARKS = rb"(?:mk|bm)[0-9a-f]{10}z"  # of a request, and of its body
-MAX_ODDITY = 200_000  # bytes of one case
+MAX_CASE_SIZE = 200_000  # bytes of one case
 
 METHODS = (*[b"GET"] * 8, *[b"POST"] * 6, b"HEAD", b"HEAD", b"PUT", b"PATCH", b"DELETE")
 ODD_METHODS = (
@@ -195,7 +195,7 @@ def case(seed: int, number: int, sender: Sender) -> Case:
     data = b"".join(made)
     if random.random() < 0.5:
         for _ in range(random.choice((1, 1, 1, 2, 3, 6))):
-            data = random.choice(MUTATIONS)(random, data)[:MAX_ODDITY]
+            data = random.choice(MUTATIONS)(random, data)[:MAX_CASE_SIZE]
     if random.random() < 0.12:
         data = data[: random.randrange(len(data) + 1)]
     chunks = _split(random, data)

@@ -234,7 +234,7 @@ def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[RawRespo
         fields = [(name, value.strip()) for name, _, value in pairs]
         one = RawResponse(int(match[1]), match[2].decode("latin-1"), fields, b"", complete=True)
         if one.status < 200:
-            assert one.status == 100, "nobody asked for another interim answer"
+            assert one.status == 100, "no other interim response was requested"
             continue
         method = methods[len(found)] if len(found) < len(methods) else "GET"
         found.append(one)

@@ -40,15 +40,15 @@ REGIONS = ("na", "eu", "fe")
 ACCOUNTS = [f"seller-{number}" for number in range(20)]
 PLAIN = "plain"  # account without injected faults, for the latency measurement
 CLIENTS = 40
-ANSWERED_WITHIN = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
-SETTLED_WITHIN = 60.0  # seconds
-MORE_DESCRIPTORS = 5  # allowed at the end, for pooled connections
+RESPONSE_TIMEOUT = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
+SETTLE_TIMEOUT = 60.0  # seconds
+EXTRA_DESCRIPTORS = 5  # allowed at the end, for pooled connections
 MAX_GROWTH = 30.0  # MiB, after the first tenth of the time
-SHOWN = 50  # wrong responses
+MAX_PRINTED = 50  # wrong responses
 MINT = "/tokens/2021-03-01/restrictedDataToken"
-MARKED = "x-soak"  # request header that tells the upstream what the client expects
-ECHO = "x-soak-echo"  # the same, returned by the upstream to the client
-SUM = "x-soak-sum"  # checksum of the message's body
+MARK_HEADER = "x-soak"  # request header that tells the upstream what the client expects
+ECHO_HEADER = "x-soak-echo"  # the same, returned by the upstream to the client
+CHECKSUM_HEADER = "x-soak-sum"  # checksum of the message's body
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Soak:
 
     def report(self, what: str) -> None:
         self.wrong.append(what)
-        if len(self.wrong) <= SHOWN:
+        if len(self.wrong) <= MAX_PRINTED:
             sys.stderr.write(f"WRONG: {what}\n")
 
     def happens_one_in(self, count: float) -> bool:
@@ -104,7 +104,7 @@ class Soak:
 
 def head(call_info: ExpectedCall, status: str, body: bytes, *fields: str) -> bytes:
     """Return the head of a response that names its request and the checksum of its body."""
-    lines = [f"HTTP/1.1 {status}", f"{ECHO}: {call_info}", f"{SUM}: {crc32(body)}", *fields]
+    lines = [f"HTTP/1.1 {status}", f"{ECHO_HEADER}: {call_info}", f"{CHECKSUM_HEADER}: {crc32(body)}", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
@@ -203,7 +203,7 @@ async def closed(_: ExpectedCall, __: Received, writer: asyncio.StreamWriter) ->
 async def silent(_: ExpectedCall, received: Received, writer: asyncio.StreamWriter) -> None:
     assert received.reader is not None
     with suppress(TimeoutError):
-        async with asyncio.timeout(ANSWERED_WITHIN):
+        async with asyncio.timeout(RESPONSE_TIMEOUT):
             await received.reader.read()
     writer.close()
 
@@ -297,7 +297,7 @@ async def serve_request(soak: Soak, region: str, received: Received, writer: asy
     """Respond to one request; check its token and its body."""
     assert received.reader is not None
     token = (received.get("x-amz-access-token") or "").split("|")  # kind, owner, region, number
-    call_info = ExpectedCall.parse(received.get(MARKED))
+    call_info = ExpectedCall.parse(received.get(MARK_HEADER))
     if received.target == MINT:
         await read_body(received, received.reader)
         await mint(soak, token, writer)
@@ -446,7 +446,7 @@ def plan(soak: Soak, account: str) -> Plan:
             )
         )
     version = "1.0" if soak.happens_one_in(20) else "1.1"
-    lines = ["host: localhost", f"{MARKED}: {call_info}", f"x-sp-client: c{random.randrange(5)}"]
+    lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-client: c{random.randrange(5)}"]
     if soak.happens_one_in(2):
         target = f"/@{account}/{region}{target}"
     else:
@@ -476,7 +476,7 @@ def grantless(soak: Soak, account: str) -> Plan:
     """Return a request that is sent with the application's own token."""
     soak.number += 1
     call_info = ExpectedCall(account, "eu", soak.number, 100, 0)
-    lines = ["host: localhost", f"{MARKED}: {call_info}", f"x-sp-account: {account}", "x-sp-region: eu"]
+    lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-account: {account}", "x-sp-region: eu"]
     return Plan(
         call_info, "GET", "\r\n".join(["GET /notifications/v1/destinations HTTP/1.1", *lines, "", ""]).encode(), []
     )
@@ -491,7 +491,7 @@ async def client(soak: Soak, port: int) -> None:
         account = soak.random.choice(ACCOUNTS)
         planned = grantless(soak, account) if soak.happens_one_in(15) else plan(soak, account)
         try:
-            async with asyncio.timeout(ANSWERED_WITHIN):
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
                 outcome, is_kept = await one_request(soak, connection, planned)
         except TimeoutError:
             outcome, is_kept = "no response", False
@@ -575,9 +575,9 @@ def check(soak: Soak, planned: Plan, got: RawResponse) -> None:
         if got.error == "InternalError" or (b'"errors"' not in got.body and planned.method != "HEAD"):
             soak.report(f"{planned.call_info} got {got.status} {got.body!r}")
         return
-    if got.get(ECHO) != str(planned.call_info):
-        soak.report(f"{planned.call_info} got the response to {got.get(ECHO)}")
-    elif planned.method != "HEAD" and got.get(SUM) != str(crc32(got.body)):
+    if got.get(ECHO_HEADER) != str(planned.call_info):
+        soak.report(f"{planned.call_info} got the response to {got.get(ECHO_HEADER)}")
+    elif planned.method != "HEAD" and got.get(CHECKSUM_HEADER) != str(crc32(got.body)):
         soak.report(f"{planned.call_info} got {got.status} with {len(got.body)} bytes of another body")
 
 
@@ -617,12 +617,12 @@ async def plain_requests(soak: Soak, port: int) -> None:
             break
         soak.number += 1
         call_info = ExpectedCall(PLAIN, "eu", soak.number, 2000, 0)
-        lines = ["host: localhost", f"{MARKED}: {call_info}", f"x-sp-account: {PLAIN}"]
+        lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-account: {PLAIN}"]
         data = "\r\n".join([f"GET /soak/{soak.number} HTTP/1.1", *lines, "", ""]).encode()
         started = time.monotonic()
         connection = kept or await connected(soak, port)
         try:
-            async with asyncio.timeout(ANSWERED_WITHIN):
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
                 outcome, is_kept = await one_request(soak, connection, Plan(call_info, "GET", data, []))
         except TimeoutError:
             outcome, is_kept = "no response", False
@@ -754,7 +754,7 @@ async def watch(soak: Soak, proxy: ProxyProcess, begin: float, samples: list[Sam
 
 async def wait_until_settled(soak: Soak, proxy: ProxyProcess, max_descriptors: int) -> Sample:
     """Return a sample with nothing in flight and few descriptors; after SETTLED_WITHIN, the last one."""
-    end = time.monotonic() + SETTLED_WITHIN
+    end = time.monotonic() + SETTLE_TIMEOUT
     while True:
         now = await sample(soak, proxy, 0.0)
         if (now.in_flight == 0 and now.descriptors <= max_descriptors) or time.monotonic() > end:
@@ -783,7 +783,7 @@ async def run(minutes: float, seed: int) -> Soak:
             watching.cancel()
             await asyncio.wait([watching])
             samples.append(await sample(soak, proxy, time.monotonic() - begin))
-            end = await wait_until_settled(soak, proxy, start.descriptors + MORE_DESCRIPTORS)
+            end = await wait_until_settled(soak, proxy, start.descriptors + EXTRA_DESCRIPTORS)
             code = await proxy.stop()
             read_log(soak, proxy)
     assess(soak, start, samples, end, code)
@@ -799,13 +799,13 @@ def assess(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: 
         print_lines(*(f"{count:8}  {what}" for what, count in counter.most_common()), "")
     if end.in_flight:
         soak.report(f"{end.in_flight} requests are still in flight")
-    if end.descriptors > start.descriptors + MORE_DESCRIPTORS:
+    if end.descriptors > start.descriptors + EXTRA_DESCRIPTORS:
         soak.report(f"{end.descriptors} descriptors are open, {start.descriptors} were")
     if end.memory > tenth.memory + MAX_GROWTH:
         soak.report(f"{end.memory:.1f} MiB are resident; after a tenth of the time it was {tenth.memory:.1f}")
     if code != 0:
         soak.report(f"after SIGTERM the exit code is {code}")
-    print_lines(f"{len(soak.wrong)} errors, exit code of the proxy {code}", *soak.wrong[:SHOWN])
+    print_lines(f"{len(soak.wrong)} errors, exit code of the proxy {code}", *soak.wrong[:MAX_PRINTED])
 
 
 def fields_of(one: Sample) -> tuple[float, ...]:

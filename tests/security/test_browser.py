@@ -57,7 +57,7 @@ const form = (frame, attributes, field) => {
   document.body.append(form);
   form.submit();
 };
-const text = (url, options) => fetch(url, options).then((answer) => answer.text());
+const text = (url, options) => fetch(url, options).then((response) => response.text());
 const ended = (source, good) => new Promise((resolve, reject) => {
   source[good] = (event) => resolve(event.data ?? "open");
   source.onerror = () => reject("no connection");
@@ -78,7 +78,7 @@ const attempts = {
   "xhr": (url) => new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.onload = () => resolve(request.responseText);
-    request.onerror = () => reject("no answer");
+    request.onerror = () => reject("no response");
     request.open("GET", url);
     request.send();
   }),

@@ -44,7 +44,7 @@ IN_THE_BODY = ("invalid/chunked_", "invalid/rfc9110_trailer_", "invalid/rfc9112_
 PIPELINED = {"valid/018": 2, "valid/022": 2, "valid/023": 2, "valid/pp_02": 2}
 
 # Accepted by the other project and rejected here, by reason.
-REFUSED_HERE = {
+REJECTED_HERE = {
     "the method is not forwarded": (
         "valid/031",
         "valid/031compat",
@@ -95,7 +95,7 @@ REFUSED_HERE = {
         "valid/pp_05",
     ),
     "folded fields, for which gunicorn has a setting": ("valid/compat_obs_fold", "valid/compat_obs_fold_huge"),
-    "a space behind a field's name, for which gunicorn has a setting": ("valid/028",),
+    "a space after a field's name, for which gunicorn has a setting": ("valid/028",),
     "spaces in chunk extensions": ("valid/013",),
     "a target with '#'": ("valid/005", "request/uri/fragment-in-uri"),
     "a target with a backslash": ("request/uri/quotes-in-uri",),
@@ -109,10 +109,10 @@ REFUSED_HERE = {
 # Data after a request that ends its connection is rejected, with the request if both come in one segment.
 # A connection also ends if the next request comes in one segment with the end of a chunked body: that end may have
 # contained trailer fields (tests/security/test_fuzz.py).
-TOGETHER = {"valid/019", "valid/021", "valid/023"}
+SAME_SEGMENT = {"valid/019", "valid/021", "valid/023"}
 
 # Responses that llhttp accepts and the proxy does not forward, by reason.
-NOT_PASSED_ON = {
+NOT_FORWARDED = {
     "an upgrade that was not requested": (
         "response/connection/http-101-response-with-upgrade-and-content-length-header",
         "response/connection/http-101-response-with-upgrade-and-transfer-encoding-header",
@@ -300,16 +300,16 @@ def allowed(case: Case) -> int:
     """Return how many complete requests of a case may reach Amazon."""
     if case.messages:
         return sum(message.is_whole for message in case.messages)
-    if case.is_refused:
+    if case.is_rejected:
         return int(case.name in POLICY)
     return PIPELINED.get(case.name, 1)
 
 
-def may_break_off(case: Case) -> bool:
+def may_be_truncated(case: Case) -> bool:
     """Return whether a case ends, or becomes invalid, inside a body: its start may have been forwarded."""
     if case.messages:
         return any(message.has_head and not message.is_whole for message in case.messages)
-    return not case.is_refused or case.name.startswith(IN_THE_BODY)
+    return not case.is_rejected or case.name.startswith(IN_THE_BODY)
 
 
 def matches(request: Received, message: Message) -> bool:
@@ -338,7 +338,7 @@ async def test_only_canonical_requests_reach_amazon_and_no_invalid_one(
 
         assert not fake_upstream.not_canonical
         assert len(arrived) <= allowed(case)
-        assert may_break_off(case) or not fake_upstream.truncated
+        assert may_be_truncated(case) or not fake_upstream.truncated
         if case.messages:
             read = iter(case.messages)
             assert all(any(matches(request, message) for message in read) for request in arrived)
@@ -349,9 +349,9 @@ async def test_only_canonical_requests_reach_amazon_and_no_invalid_one(
         assert all(400 <= got.status <= 505 for got in responses if got.error is not None)
         max_received = max(max_received, len(arrived))
 
-    if (case.name in POLICY or not case.is_refused) and case.name not in TOGETHER:
-        is_refused_here = any(case.name in names for names in REFUSED_HERE.values())
-        assert max_received == (0 if is_refused_here else allowed(case))
+    if (case.name in POLICY or not case.is_rejected) and case.name not in SAME_SEGMENT:
+        is_rejected_here = any(case.name in names for names in REJECTED_HERE.values())
+        assert max_received == (0 if is_rejected_here else allowed(case))
 
 
 # Responses.
@@ -362,17 +362,17 @@ async def test_a_response_is_forwarded_complete_or_visibly_truncated(
     proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
-    says_its_end = message.is_whole or case.is_refused
+    has_explicit_end = message.is_whole or case.is_rejected
     for in_segments in (False, True):
-        for closes in (False, True) if says_its_end else (True,):
+        for closes in (False, True) if has_explicit_end else (True,):
             fake_upstream.received.clear()
             fake_upstream.script = respond_once_with(case.data, fake_upstream, in_segments=in_segments, closes=closes)
             first = await call_if_answered(proxy.addresses[0])
             second = await call_if_answered(proxy.addresses[0])
             assert is_valid_result(first, message), (in_segments, closes, first)
-            if not case.is_refused:
+            if not case.is_rejected:
                 is_own_error = first is not None and first.error is not None
-                assert is_own_error == any(case.name in names for names in NOT_PASSED_ON.values())
+                assert is_own_error == any(case.name in names for names in NOT_FORWARDED.values())
             assert second is not None
             assert (second.status, second.reason, second.body, second.complete) == (200, "OK", b"own", True)
 

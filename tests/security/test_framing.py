@@ -15,7 +15,7 @@ def post(*fields: bytes, body: bytes = b"", version: bytes = b"HTTP/1.1") -> byt
     return b"\r\n".join([b"POST " + FEEDS + b" " + version, b"Host: localhost", *fields, b"", body])
 
 
-def assert_refused(harness: Harness, data: bytes, *statuses: int) -> None:
+def assert_rejected(harness: Harness, data: bytes, *statuses: int) -> None:
     """Send; expect one rejection and a closed connection, and nothing forwarded, including what follows."""
     got = harness.send(data + HIDDEN)
     assert len(got) == 1
@@ -38,7 +38,7 @@ BOTH = [
 
 @pytest.mark.parametrize("fields", BOTH, ids=repr)
 def test_19_both_framings_are_rejected(harness: Harness, fields: tuple[bytes, ...]) -> None:
-    assert_refused(harness, post(*fields, body=b"0\r\n\r\n"))
+    assert_rejected(harness, post(*fields, body=b"0\r\n\r\n"))
 
 
 CODINGS = [
@@ -84,7 +84,7 @@ CODINGS = [
 
 @pytest.mark.parametrize("fields", CODINGS, ids=repr)
 def test_20_any_transfer_coding_but_chunked_is_rejected(harness: Harness, fields: bytes) -> None:
-    assert_refused(harness, post(fields, body=b"5\r\nhello\r\n0\r\n\r\n"), 400, 501)
+    assert_rejected(harness, post(fields, body=b"5\r\nhello\r\n0\r\n\r\n"), 400, 501)
 
 
 @pytest.mark.parametrize("name", [b"Transfer_Encoding", b"Content_Length", b"X-Transfer-Encoding"])
@@ -105,7 +105,7 @@ def test_20_chunked_is_accepted(harness: Harness, coding: bytes) -> None:
 def test_20_chunked_in_http_1_0_is_rejected(harness: Harness) -> None:
     for more in ((), (b"Connection: keep-alive",)):
         data = post(b"Transfer-Encoding: chunked", *more, body=b"2\r\n{}\r\n0\r\n\r\n", version=b"HTTP/1.0")
-        assert_refused(harness, data)
+        assert_rejected(harness, data)
         (got,) = harness.send(data)
         assert got.error == "MalformedRequest"
         assert not harness.api.received
@@ -146,7 +146,7 @@ LENGTHS = [
 
 @pytest.mark.parametrize("fields", LENGTHS, ids=repr)
 def test_21_a_length_is_digits_and_given_once(harness: Harness, fields: bytes) -> None:
-    assert_refused(harness, post(fields, body=b"{}"), 400, 431)
+    assert_rejected(harness, post(fields, body=b"{}"), 400, 431)
 
 
 @pytest.mark.parametrize("length", [b"2", b"02", b"0002", b" 2", b"2 ", b"\t2\t"])
@@ -283,7 +283,7 @@ BAD_HEADS = [
 
 @pytest.mark.parametrize("field", BAD_HEADS, ids=repr)
 def test_24_a_malformed_field_is_rejected(harness: Harness, field: bytes) -> None:
-    assert_refused(harness, b"GET " + SELLERS.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n")
+    assert_rejected(harness, b"GET " + SELLERS.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n")
 
 
 BARE = [
@@ -299,7 +299,7 @@ BARE = [
 
 @pytest.mark.parametrize("head", BARE, ids=repr)
 def test_24_a_line_ends_with_both_cr_and_lf(harness: Harness, head: bytes) -> None:
-    assert_refused(harness, head, 400, 408)
+    assert_rejected(harness, head, 400, 408)
 
 
 LINES = [
@@ -336,7 +336,7 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES, ids=repr)
 def test_24_25_a_malformed_request_line_is_rejected(harness: Harness, line: bytes) -> None:
-    assert_refused(harness, line + b"\r\nHost: localhost\r\n\r\n", 400, 505)
+    assert_rejected(harness, line + b"\r\nHost: localhost\r\n\r\n", 400, 505)
 
 
 VERSIONS = [b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"HTTP/1.10", b"HTTP/3.0", b"HTTP/9.9", b"HTTP/1.9"]
@@ -396,7 +396,7 @@ def test_25_bytes_after_an_upgrade_request_are_parsed_as_http(harness: Harness) 
     assert [one.status for one in got] == [200] * len(targets)
 
 
-REFUSED_WITH_A_BODY = [
+REJECTED_WITH_A_BODY = [
     request("/x", method="OPTIONS", body=HIDDEN),
     request("/a/../b", method="POST", body=HIDDEN),
     request("/x", b"Host: evil.test", method="POST", body=HIDDEN),
@@ -407,7 +407,7 @@ REFUSED_WITH_A_BODY = [
 ]
 
 
-@pytest.mark.parametrize("data", REFUSED_WITH_A_BODY, ids=lambda data: repr(data[:30]))
+@pytest.mark.parametrize("data", REJECTED_WITH_A_BODY, ids=lambda data: repr(data[:30]))
 def test_26_the_body_of_a_rejected_request_is_not_parsed_as_a_request(harness: Harness, data: bytes) -> None:
     got = harness.send(data.replace(b"Connection: close", b"Connection: keep-alive"))
     assert len(got) == 1
@@ -429,8 +429,8 @@ def test_26_a_body_is_exactly_as_long_as_its_content_length(harness: Harness) ->
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_body_on_get_or_head_is_rejected(harness: Harness, method: str) -> None:
-    assert_refused(harness, request("/x", method=method, body=b"{}"))
-    assert_refused(harness, request("/x", b"Transfer-Encoding: chunked", method=method) + b"2\r\n{}\r\n0\r\n\r\n")
+    assert_rejected(harness, request("/x", method=method, body=b"{}"))
+    assert_rejected(harness, request("/x", b"Transfer-Encoding: chunked", method=method) + b"2\r\n{}\r\n0\r\n\r\n")
 
 
 @pytest.mark.parametrize(

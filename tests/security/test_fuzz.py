@@ -36,11 +36,11 @@ FOUND = {
         ],
         "x-leaked",
     ),
-    "behind a refused CONNECT, its body is read as a request": (
+    "after a rejected CONNECT, its body is read as a request": (
         [b"CONNECT /first HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN],
         "/hidden",
     ),
-    "behind a refused CONNECT, its body is read as a request where another one ends in chunks": (
+    "after a rejected CONNECT, its body is read as a request where another one ends in chunks": (
         [
             b"CONNECT /first HTTP/1.1\r\n"
             + HOST
@@ -52,11 +52,11 @@ FOUND = {
         ],
         "/hidden",
     ),
-    "behind an empty Transfer-Encoding, which says nothing about where the body ends, requests are served": (
+    "after an empty Transfer-Encoding, which does not frame the body, requests are served": (
         [b"POST /first HTTP/1.1\r\n" + HOST + b"Transfer-Encoding:\r\n\r\n" + HIDDEN],
         "/hidden",
     ),
-    "what follows an upgrade that nobody knows is lost, and the body of the next request is read as a request": (
+    "data after an unknown upgrade is lost, and the body of the next request is read as a request": (
         [
             b"GET /first HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: foo\r\n\r\n"
             b"POST /second HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(HIDDEN),
@@ -68,7 +68,7 @@ FOUND = {
         [b"POST /first HTTP/1.1\r\n" + HOST + b"Content_Length: 5\r\n\r\n"],
         "content_length",
     ),
-    "an account's name with a Unicode line separator behind it is taken for the account's": (
+    "an account's name followed by a Unicode line separator is taken for the account's": (
         [b"GET /first HTTP/1.1\r\n" + HOST + b"x-sp-account: acme\xe2\x80\xa8\r\n\r\n"],
         "/first",
     ),
@@ -166,7 +166,7 @@ def test_a_truncated_upload_must_not_arrive_complete() -> None:
 def test_responses_out_of_order_and_secrets_are_violations() -> None:
     one = Case(0, SENDER, [SENT], [0.0], "read", resets=False)
     first, second = (echo(message) for message in strict.requests(SENT))
-    for data, is_fine in (
+    for data, is_valid in (
         (first + second, True),
         (second + first, False),
         (first + second + first, False),
@@ -176,7 +176,7 @@ def test_responses_out_of_order_and_secrets_are_violations() -> None:
         oracle = oracle_after(SENT)
         data = data.replace(b"NEVERSHOWN", oracle.secret.encode()[:10])  # noqa: PLW2901 - each world has its own
         check_responses(oracle, one, list(oracle.workers[0].sent), data, at_end=True)
-        assert (not oracle.findings.violations) is is_fine
+        assert (not oracle.findings.violations) is is_valid
     oracle = oracle_after(SENT)
     oracle.check_hidden("hidden", b"a token: Atza|" + oracle.secret.encode())
     assert oracle.findings.violations

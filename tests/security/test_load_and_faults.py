@@ -42,7 +42,7 @@ def wait_until_idle(harness: Harness) -> None:
     until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "a request stays in flight")
 
 
-def is_refused(address: str) -> bool:
+def is_rejected(address: str) -> bool:
     try:
         connect(address).close()
     except OSError:
@@ -93,7 +93,7 @@ def test_39_200_incomplete_requests_are_ended_and_do_not_delay_others(harness: H
         assert_served(harness)
         output = [stream.rest() for stream in streams]
     assert {data[:12] for data in output} == ({b"HTTP/1.1 408"} if said else {b""})
-    until(lambda: descriptors(harness) <= before + 3, "descriptors were left behind")
+    until(lambda: descriptors(harness) <= before + 3, "descriptors were not closed")
 
 
 def test_39_a_stalled_body_is_ended(harness: Harness) -> None:
@@ -211,7 +211,7 @@ def test_42_f19_few_descriptors_are_enough(tmp_path: Path) -> None:
         assert_served(harness)
         assert descriptors(harness) <= 64
         stack.close()
-        until(lambda: descriptors(harness) < 40, "descriptors were left behind")
+        until(lambda: descriptors(harness) < 40, "descriptors were not closed")
         assert_served(harness)
         assert len(harness.log) < 300
         assert harness.metric("spapi_proxy_client_connections_closed_total") > 50
@@ -304,9 +304,9 @@ def test_50_51_a_request_that_may_have_been_processed_is_not_sent_twice(tmp_path
 
 
 def test_51_f13_dead_pooled_connections_fail_no_request_and_cause_few_retries(harness: Harness) -> None:
-    for round_ in range(5):
+    for attempt_round in range(5):
         for number in range(5):
-            harness.send(request(f"/warm/{round_}/{number}"))
+            harness.send(request(f"/warm/{attempt_round}/{number}"))
         for stream in harness.api._streams:
             stream.close()
         (got,) = harness.send(request("/after", method="GET"))
@@ -486,7 +486,7 @@ def test_f20_sigterm_completes_requests_in_flight_and_exits(tmp_path: Path) -> N
             stream.until(b"half")
         harness.process.send_signal(signal.SIGTERM)
         idle.rest()
-        until(lambda: is_refused(harness.addresses[0]), "it still listens")
+        until(lambda: is_rejected(harness.addresses[0]), "it still listens")
         held.set()
         assert [stream.rest()[-4:] for stream in streams] == [b"done"] * 8
         assert harness.process.wait(TIMEOUT) == 0

@@ -14,7 +14,7 @@ from tests.support.certificates import Authority
 EU = "sellingpartnerapi-eu.amazon.com"
 
 
-def assert_refused(harness: Harness, data: bytes, status: int, error: str) -> None:
+def assert_rejected(harness: Harness, data: bytes, status: int, error: str) -> None:
     got = harness.send(data)
     assert [(one.status, one.error) for one in got] == [(status, error)]
     assert not [name for name, _ in got[0].fields if name.lower().startswith("access-control")]
@@ -82,12 +82,12 @@ def test_1_hosts_of_the_proxy_and_of_amazon_are_accepted(harness: Harness, host:
     ],
 )
 def test_1_two_hosts_are_rejected(harness: Harness, fields: tuple[bytes, ...]) -> None:
-    assert_refused(harness, request("/x", *fields), 400, "MalformedRequest")
+    assert_rejected(harness, request("/x", *fields), 400, "MalformedRequest")
 
 
 def test_1_a_missing_host_is_rejected(harness: Harness) -> None:
-    assert_refused(harness, b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "MalformedRequest")
-    assert_refused(harness, b"GET /x HTTP/1.0\r\n\r\n", 400, "MalformedRequest")
+    assert_rejected(harness, b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "MalformedRequest")
+    assert_rejected(harness, b"GET /x HTTP/1.0\r\n\r\n", 400, "MalformedRequest")
 
 
 def test_1_the_admin_listener_has_the_same_check(harness: Harness) -> None:
@@ -132,13 +132,13 @@ def test_3_headers_that_programs_send_too_are_accepted(harness: Harness, sign: b
 
 def test_5_a_cors_preflight_gets_no_permission(harness: Harness) -> None:
     preflight = (b"Origin: https://evil.test", b"Access-Control-Request-Method: PUT")
-    assert_refused(harness, request("/x", *preflight, method="OPTIONS"), 403, "BrowserRefused")
-    assert_refused(harness, request("/x", method="OPTIONS"), 405, "MethodNotAllowed")
+    assert_rejected(harness, request("/x", *preflight, method="OPTIONS"), 403, "BrowserRefused")
+    assert_rejected(harness, request("/x", method="OPTIONS"), 405, "MethodNotAllowed")
 
 
 def test_3_a_websocket_is_rejected(harness: Harness) -> None:
     fields = (b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Key: x", b"Sec-WebSocket-Version: 13")
-    assert_refused(harness, request("/x", *fields, b"Origin: http://evil.test"), 403, "BrowserRefused")
+    assert_rejected(harness, request("/x", *fields, b"Origin: http://evil.test"), 403, "BrowserRefused")
     (got,) = harness.send(request("/x", *fields, b"Connection: close"))
     assert got.status == 200
     assert not [name for name, _ in harness.api.received[0].fields if "upgrade" in name.lower()]
@@ -218,7 +218,7 @@ def test_8_nothing_is_changed_through_the_admin_listener(harness: Harness, path:
 def test_11_an_ambiguous_account_or_region_is_rejected(
     harness: Harness, target: str, fields: tuple[bytes, ...], error: str
 ) -> None:
-    assert_refused(harness, request(target, *fields), 400, error)
+    assert_rejected(harness, request(target, *fields), 400, error)
 
 
 OWN = [
@@ -322,8 +322,8 @@ def test_6_a_listener_can_require_a_header_that_a_url_fetcher_cannot_send(tmp_pa
     listen = [{"address": "127.0.0.1:0", "require_header": True}]
     callers = {"reports": {"key": CALLER_KEY, "accounts": ["acme"]}}
     with Harness.start(tmp_path, listen=listen, callers=callers) as harness:
-        assert_refused(harness, request("/x"), 403, "CallerRefused")
-        assert_refused(harness, request("/@acme/x"), 403, "CallerRefused")
+        assert_rejected(harness, request("/x"), 403, "CallerRefused")
+        assert_rejected(harness, request("/@acme/x"), 403, "CallerRefused")
         account = b"x-sp-account: acme" if "Bearer" in field else b"x: y"
         assert [one.status for one in harness.send(request("/x", field.encode(), account))] == [200]
         assert CALLER_KEY not in str(harness.api.received[0].fields)

@@ -9,7 +9,7 @@ from tests.security.harness import Harness, request
 EU = "sellingpartnerapi-eu.amazon.com"
 
 
-def assert_refused(harness: Harness, data: bytes, *statuses: int) -> None:
+def assert_rejected(harness: Harness, data: bytes, *statuses: int) -> None:
     """Send; expect one rejection and no outgoing request, not even for a token."""
     got = harness.send(data)
     assert [one.status for one in got] == [got[0].status]
@@ -63,7 +63,7 @@ def test_15_no_spelling_of_another_server_redirects_a_request(
     harness: Harness, elsewhere: bytes, spelling: bytes
 ) -> None:
     target = spelling % elsewhere if b"%s" in spelling else spelling
-    assert_refused(harness, request(target), 400, 421)
+    assert_rejected(harness, request(target), 400, 421)
 
 
 @pytest.mark.parametrize("scheme", [b"http", b"https", b"HTTP"])
@@ -75,7 +75,7 @@ def test_15_an_absolute_form_to_another_server_is_refused(harness: Harness, sche
         b"%s.evil.test" % EU.encode(),
         b"amazon.com",
     ):
-        assert_refused(harness, request(scheme + b"://" + authority + b"/x"), 421)
+        assert_rejected(harness, request(scheme + b"://" + authority + b"/x"), 421)
         assert not harness.lwa.received
 
 
@@ -156,7 +156,7 @@ DOTS = [
 
 @pytest.mark.parametrize("target", DOTS)
 def test_16_a_dot_segment_is_rejected_in_every_spelling(harness: Harness, target: str) -> None:
-    assert_refused(harness, request(target), 400)
+    assert_rejected(harness, request(target), 400)
 
 
 UNFIT = [
@@ -182,7 +182,7 @@ UNFIT = [
 
 @pytest.mark.parametrize("target", UNFIT, ids=repr)
 def test_16_a_byte_that_is_not_allowed_in_a_target_is_rejected(harness: Harness, target: bytes) -> None:
-    assert_refused(harness, request(target), 400)
+    assert_rejected(harness, request(target), 400)
 
 
 @pytest.mark.parametrize(

@@ -223,16 +223,16 @@ def test_27_interim_responses_are_not_the_final_response(harness: Harness, inter
 def test_27_a_malformed_chunk_after_valid_ones_aborts_the_response_immediately(harness: Harness, chunk: bytes) -> None:
     def script(stream: Stream, _: ReceivedRequest) -> None:
         stream.send(CHUNKED + b"2\r\n{}\r\n")
-        passed_on.wait(TIMEOUT)
+        forwarded.wait(TIMEOUT)
         stream.send(chunk)
 
-    passed_on = threading.Event()
+    forwarded = threading.Event()
     harness.api.scripts["/played"] = script
     with harness.client() as stream:
         stream.send(request("/played"))
         stream.until(b"2\r\n{}\r\n")
         began = time.monotonic()
-        passed_on.set()
+        forwarded.set()
         assert b"0\r\n\r\n" not in stream.rest()
     assert time.monotonic() - began < 1.0, "it waits for data that cannot come"
     assert_later_requests_work(harness)
