@@ -1,8 +1,8 @@
-"""Try the wheel with the lowest or the newest dependencies that its metadata allows, without a lock file.
+"""Test the wheel with the lowest or the newest dependencies that its metadata allows, without a lock file.
 
 `check_dependencies.py lowest|newest [--pre] [--python PYTHON]`: the wheel alone in an empty environment, its smoke
-test, then the tests of what depends on names that a library does not promise to keep. Test tools come from the lock;
-they must not move a version that the resolution chose. `--pre` allows pre-releases, and names releases out of range.
+test, then the tests of code that uses undocumented names of libraries. Test tools come from the lock file; they must
+not change a version that the resolution chose. `--pre` allows pre-releases, and lists releases outside the ranges.
 """
 
 import argparse
@@ -30,18 +30,18 @@ TESTS = (
     "tests/store/test_redis_internals.py",
     "tests/cli/test_dependencies.py",
 )
-# What an installed wheel says differently from a checkout.
+# The message differs between an installed wheel and a checkout.
 DESELECTED = "tests/request/test_tracing.py::test_without_the_extra_the_start_says_what_to_install"
 TOOLS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
 EXTRA = "otel"
-OLDEST_PYTHON = "3.11"  # all lower bounds have wheels for it; with a later one, `lowest` is the lowest that has
+OLDEST_PYTHON = "3.11"  # has wheels of all lower bounds; later Pythons may need higher versions
 TESTS_TIMEOUT = 900  # seconds
 
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 
 
 def requirements(wheel: Path) -> tuple[list[str], list[str]]:
-    """Return what the wheel requires by itself and what its extra adds, as its metadata says it."""
+    """Return the requirements of the wheel and of its extra, from its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist", [])
@@ -50,7 +50,7 @@ def requirements(wheel: Path) -> tuple[list[str], list[str]]:
 
 
 def locked(names: tuple[str, ...]) -> list[str]:
-    """Return the pins of some packages in the lock file of the development tools."""
+    """Return the pins of packages in the lock file of the development tools."""
     text = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
     return [re.search(rf"^{re.escape(name)}==[^\s;]+", text, re.MULTILINE)[0] for name in names]  # type: ignore[index]
 
@@ -61,7 +61,7 @@ def name_of(requirement: str) -> str:
 
 
 class Environment:
-    """An empty environment that uv fills."""
+    """A new virtual environment managed by uv."""
 
     def __init__(self, folder: Path, python: str, options: list[str]) -> None:
         self.folder = folder
@@ -92,7 +92,7 @@ def install(environment: Environment, wheel: Path) -> dict[str, str]:
 
 
 def check_floors(wheel: Path, versions: dict[str, str]) -> None:
-    """Raise AssertionError where a lower bound of the metadata is not the version that was tried."""
+    """Raise AssertionError if a lower bound of the metadata is not the installed version."""
     for line in requirements(wheel)[0]:
         floor = re.search(r">=([\d.]+)", line.partition(";")[0])
         if "python_version" not in line and floor is not None:
@@ -101,7 +101,7 @@ def check_floors(wheel: Path, versions: dict[str, str]) -> None:
 
 
 def run_tests(environment: Environment, wheel: Path) -> None:
-    """Run TESTS against the installed wheel, from a copy of the checkout that has no package beside them."""
+    """Run TESTS against the installed wheel, from a copy of the checkout without the package."""
     before = environment.versions()
     constraints = environment.folder / "chosen.txt"
     pins = [f"{name}=={version}\n" for name, version in before.items() if name != "sp-api-proxy"]
@@ -120,8 +120,8 @@ def run_tests(environment: Environment, wheel: Path) -> None:
     subprocess.run(command, cwd=checkout, check=True, timeout=TESTS_TIMEOUT)
 
 
-def tell_of_later(environment: Environment, wheel: Path) -> None:
-    """Print which newer releases the ranges leave out; that is no failure."""
+def print_later_releases(environment: Environment, wheel: Path) -> None:
+    """Print newer releases outside the ranges; they are no failure."""
     names = sorted({name_of(line) for line in [*requirements(wheel)[0], *requirements(wheel)[1]]})
     (environment.folder / "names.txt").write_text("\n".join(names), encoding="utf-8")
     program = [uv.find_uv_bin(), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--prerelease", "allow"]
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=RESOLUTIONS)
     parser.add_argument("--pre", action="store_true", help="allow pre-releases")
-    parser.add_argument("--python", default=sys.executable, help="the Python of the environment")
+    parser.add_argument("--python", default=sys.executable, help="Python of the environment")
     options = parser.parse_args()
     start = time.monotonic()
     chosen = ["--resolution", RESOLUTIONS[options.which], *(["--prerelease", "allow"] if options.pre else [])]
@@ -154,7 +154,7 @@ def main() -> None:
         smoke_test(environment.bin / "sp-api-proxy", folder)
         run_tests(environment, wheel)
         if options.pre:
-            tell_of_later(environment, wheel)
+            print_later_releases(environment, wheel)
     sys.stdout.write(f"Passed in {time.monotonic() - start:.0f} s\n")
 
 

@@ -1,7 +1,7 @@
-"""Smoke test of the wheel: built, installed in an empty environment elsewhere, version, one request, status page.
+"""Smoke test of the wheel in an empty environment: version, one request, status page.
 
 `check_wheel.py` installs the locked dependencies with the running Python. `check_wheel.py --others` does the same with
-every other supported Python that the machine has, and passes where there is none.
+every other supported Python on the machine, and passes if there is none.
 """
 
 import json
@@ -48,7 +48,7 @@ def install(wheel: Path, folder: Path, python: str) -> Path:
 
 
 def other_pythons() -> dict[str, str]:
-    """Return the supported Pythons of this machine by version, without the running one."""
+    """Return the supported Pythons of this machine by version, except the running one."""
     found: dict[str, str] = {}
     for minor in SUPPORTED_MINORS:
         name = f"python3.{minor}"
@@ -56,7 +56,7 @@ def other_pythons() -> dict[str, str]:
         for program in (shutil.which(name), *map(str, pyenv)):
             if minor == sys.version_info.minor or program is None:
                 continue
-            # pyenv's shim is on PATH for a version that is not selected, and fails; Debian's may lack venv.
+            # pyenv's shim fails for a version that is not selected; Debian's Python may lack venv.
             probe = [program, "-c", "import ensurepip, sys, venv; print(*sys.version_info[:3], sep='.')"]
             said = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=TIMEOUT)
             if said.returncode == 0:
@@ -66,9 +66,9 @@ def other_pythons() -> dict[str, str]:
 
 
 def one_request(command: Path, folder: Path) -> None:
-    """Start the proxy on free ports against its own simulator, send one request through it, and look at its page."""
-    places = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-    arguments = [str(command), "serve", "--demo", *places, "--log-format", "json"]
+    """Start the proxy on free ports against its own simulator, send one request, and fetch its status page."""
+    addresses = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+    arguments = [str(command), "serve", "--demo", *addresses, "--log-format", "json"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     with subprocess.Popen(arguments, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -78,11 +78,11 @@ def one_request(command: Path, folder: Path) -> None:
             address = serving["listen"][0]
             url = f"http://{address}/sellers/v1/marketplaceParticipations"
             request = urllib.request.Request(url, headers={"x-sp-region": "eu"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                sys.stdout.write(f"{answer.status} {answer.headers['x-sp-proxy']}\n")
-            for name in ("", "page.css", "page.js"):  # files of the package
-                with urllib.request.urlopen(f"http://{serving['admin']}/{name}", timeout=30) as answer:
-                    sys.stdout.write(f"{answer.status} /{name} {len(answer.read())} bytes\n")
+            with urllib.request.urlopen(request, timeout=30) as response:
+                sys.stdout.write(f"{response.status} {response.headers['x-sp-proxy']}\n")
+            for name in ("", "page.css", "page.js"):  # data files of the package
+                with urllib.request.urlopen(f"http://{serving['admin']}/{name}", timeout=30) as response:
+                    sys.stdout.write(f"{response.status} /{name} {len(response.read())} bytes\n")
         finally:
             process.terminate()
             process.communicate(timeout=30)
@@ -97,7 +97,7 @@ def smoke_test(command: Path, folder: Path) -> None:
 
 
 def check(version: str, python: str) -> None:
-    """Build, install and try the wheel with one Python."""
+    """Build, install and test the wheel with one Python."""
     sys.stdout.write(f"The wheel on Python {version}\n")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as name:

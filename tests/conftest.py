@@ -1,4 +1,4 @@
-"""What the tests share: a proxy that really listens, a far side that can be scripted, and a raw client."""
+"""Shared fixtures: a listening proxy, scripted fake upstreams, the log, and checks for every test."""
 
 import logging
 import os
@@ -22,13 +22,13 @@ MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
 
 class StartProxy(Protocol):
-    """Starts a proxy whose settings are the defaults of the tests, changed by keywords."""
+    """Starts a proxy with the default settings of the tests, overridden by keywords."""
 
     def __call__(self, **settings: Any) -> Awaitable[RunningProxy]: ...
 
 
 def settings_for(fake_upstream: FakeUpstream, token_host: TokenHost, **changed: Any) -> dict[str, Any]:
-    """Return the settings of a proxy between the test and its far side."""
+    """Return the settings of a proxy between the test and the fake upstreams."""
     endpoints: dict[str, str] = dict.fromkeys(("na", "eu", "fe"), fake_upstream.url)
     return {
         "listen": "127.0.0.1:0",
@@ -41,7 +41,7 @@ def settings_for(fake_upstream: FakeUpstream, token_host: TokenHost, **changed: 
 
 
 def config_from(settings: dict[str, Any], folder: Path) -> Config:
-    """Return the Config of `settings`, by way of a real file, as a user's would come."""
+    """Return the Config of `settings`, loaded from a file as a user's would be."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return load_config(str(path), {}).config
@@ -49,21 +49,21 @@ def config_from(settings: dict[str, Any], folder: Path) -> Config:
 
 @pytest.fixture
 async def fake_upstream() -> AsyncIterator[FakeUpstream]:
-    """Amazon's API, answering what the test scripts."""
+    """Amazon's API; responses are scripted by the test."""
     async with FakeUpstream() as server:
         yield server
 
 
 @pytest.fixture
 async def token_host() -> AsyncIterator[TokenHost]:
-    """Login with Amazon, answering what the test scripts."""
+    """Login with Amazon; responses are scripted by the test."""
     async with TokenHost() as server:
         yield server
 
 
 @pytest.fixture
 async def start_proxy(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path) -> AsyncIterator[StartProxy]:
-    """Starts proxies that are stopped, in reverse order, when the test ends."""
+    """Start proxies; they are stopped in reverse order when the test ends."""
     started: list[Any] = []
 
     async def start(**settings: Any) -> RunningProxy:
@@ -79,13 +79,13 @@ async def start_proxy(fake_upstream: FakeUpstream, token_host: TokenHost, tmp_pa
 
 @pytest.fixture
 async def proxy(start_proxy: StartProxy) -> RunningProxy:
-    """A proxy with the tests' usual settings."""
+    """A proxy with the default settings of the tests."""
     return await start_proxy()
 
 
 @pytest.fixture
 def log() -> Iterator[StringIO]:
-    """What goes to the log while a test runs."""
+    """The log output during a test."""
     root, stream = logging.getLogger(), StringIO()
     before, levels = root.handlers[:], (root.level, LOGGER.level)
     set_up("debug", "json", stream)
@@ -95,12 +95,12 @@ def log() -> Iterator[StringIO]:
     LOGGER.setLevel(levels[1])
 
 
-# What may stand in no line that any logger writes, whatever its level: the tests' tokens and secrets.
+# Tokens and secrets of the tests, which must be in no log line of any level.
 _SECRETS = re.compile(r"Atz[ar]\|\S|sprdt\|\S|client-secret|distinctive-", re.ASCII)
 
 
-class _Overheard(logging.Handler):
-    """Keeps what is said, with the whole text of exceptions, as a careless log would write it."""
+class _RecordingHandler(logging.Handler):
+    """Records every message with the full text of exceptions, as a careless log format would."""
 
     def __init__(self) -> None:
         super().__init__(level=0)
@@ -113,16 +113,16 @@ class _Overheard(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_secret_is_logged() -> Iterator[None]:
-    """Fail a test in which any logger of this process says a secret, at any level, in a message or an exception."""
-    overheard, root = _Overheard(), logging.getLogger()
+    """Fail a test in which any logger of this process writes a secret, at any level, in a message or an exception."""
+    recorder, root = _RecordingHandler(), logging.getLogger()
     level = root.level
-    root.addHandler(overheard)
+    root.addHandler(recorder)
     root.setLevel(logging.DEBUG)
     yield
-    root.removeHandler(overheard)
+    root.removeHandler(recorder)
     root.setLevel(level)
-    told = [line for line in overheard.lines if _SECRETS.search(line)]
-    assert not told
+    leaked = [line for line in recorder.lines if _SECRETS.search(line)]
+    assert not leaked
 
 
 @pytest.fixture(scope="session", name="site")
@@ -135,7 +135,7 @@ def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needs(available: bool, what: str) -> None:
-    """Skip the test where `what` is missing on this machine; in CI, fail, unless CI_MAY_LACK names it."""
+    """Skip the test if `what` is missing on this machine; in CI, fail, unless CI_MAY_LACK names it."""
     if available:
         return
     if os.environ.get("CI") and what not in os.environ.get("CI_MAY_LACK", "").split(";"):

@@ -1,7 +1,7 @@
-"""What does a reverse proxy cost that only forwards? The straightforward one that aiohttp's documentation leads to.
+"""Bare aiohttp reverse proxy that only forwards: the baseline of the comparison.
 
-It is the baseline: same library, same event loop, same TLS, none of the proxy's work. It adds one fixed header, and
-streams bodies both ways.
+It uses the same library, event loop and TLS as the proxy and does none of the proxy's work. It adds one fixed header
+and streams bodies in both directions.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _UPSTREAM = web.AppKey("upstream", str)
 
 
 async def forward(request: web.Request) -> web.StreamResponse:
-    """Send the request on and stream the answer back."""
+    """Forward the request and stream the response back."""
     headers = _end_to_end(request.headers.items())
     headers["x-amz-access-token"] = "Atza|benchmark"
     async with request.app[_SESSION].request(
@@ -33,10 +33,12 @@ async def forward(request: web.Request) -> web.StreamResponse:
         headers=headers,
         data=request.content if request.body_exists else None,
         allow_redirects=False,
-    ) as answer:
-        response = web.StreamResponse(status=answer.status, headers=_end_to_end(answer.headers.items()))
+    ) as upstream_response:
+        response = web.StreamResponse(
+            status=upstream_response.status, headers=_end_to_end(upstream_response.headers.items())
+        )
         await response.prepare(request)
-        async for chunk in answer.content.iter_any():
+        async for chunk in upstream_response.content.iter_any():
             await response.write(chunk)
         await response.write_eof()
         return response
@@ -47,7 +49,7 @@ def _end_to_end(fields: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
 
 
 def application(upstream: str, authority: Path) -> web.Application:
-    """Return the proxy to `upstream` (a base URL), which shows a certificate of `authority`."""
+    """Return the proxy to `upstream` (a base URL); `authority` is the CA file that verifies its certificate."""
 
     async def session(app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=1000, ssl=ssl.create_default_context(cafile=authority))

@@ -1,8 +1,8 @@
-"""How do large bodies come and go as cheaply as Python can, so that what lies between the ends is what is measured?
+"""Large bodies sent and received at minimal CPU cost, so that the proxy between the ends dominates.
 
-Blocking sockets, bytes made in advance, one buffer for all that comes. Nothing is hashed, and chunks are not parsed:
-the payload has no line end in it, so that a body's last bytes tell whether it is over. The upstream is a process of
-its own, speaks TLS 1.3, and serves each connection in a thread: slow readers keep it no busier than they read.
+Blocking sockets, prebuilt bytes, one receive buffer. Nothing is hashed, and chunks are not parsed: the payload contains
+no line end, so the last bytes of a chunked body show whether it is complete. The upstream is a separate process,
+speaks TLS 1.3 and serves each connection in a thread: a slow reader costs it no CPU.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from tests.bench.upstream import tls
 
 Framing = Literal["length", "chunked"]
 
-SILENCE = 60.0  # seconds without a byte, then a transfer has failed
-UP = "/feeds/2021-06-30/feeds"
-DOWN = "/orders/v0/orders"
-TO_HERE = "Host: localhost\r\nx-sp-region: na"  # the proxies have another upstream besides (peers.py)
+IDLE_TIMEOUT = 60.0  # seconds without a byte, after which a transfer has failed
+UPLOAD = "/feeds/2021-06-30/feeds"
+DOWNLOAD = "/orders/v0/orders"
+HEADERS = "Host: localhost\r\nx-sp-region: na"  # selects the upstream for large bodies (streaming_proxies.py)
 
 _HEAD_END = b"\r\n\r\n"
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -31,39 +31,39 @@ _STACK = 256 * 1024  # bytes for each of the upstream's threads
 
 
 def download(port: int, mib: int, framing: Framing) -> str:
-    """Fetch `mib` MiB and return what is wrong; nothing is an empty string."""
-    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
-        sock.sendall(f"GET {DOWN}?mib={mib}&framing={framing} HTTP/1.1\r\n{TO_HERE}\r\n\r\n".encode())
+    """Fetch `mib` MiB; return a description of the fault, an empty string if there is none."""
+    with socket.create_connection((HOST, port), timeout=IDLE_TIMEOUT) as sock:
+        sock.sendall(f"GET {DOWNLOAD}?mib={mib}&framing={framing} HTTP/1.1\r\n{HEADERS}\r\n\r\n".encode())
         head, rest = _read_head(sock)
         if not head.startswith(b"HTTP/1.1 200") or framing_of(head) != framing:
-            return f"not what was asked for: {(head + rest)[:500]!r}"
-        size = _take(sock, rest, framing, mib * MIB)
-    return "" if size >= mib * MIB else f"{size} bytes came"
+            return f"unexpected response: {(head + rest)[:500]!r}"
+        size = _read_body(sock, rest, framing, mib * MIB)
+    return "" if size >= mib * MIB else f"only {size} bytes received"
 
 
 def upload(port: int, mib: int, framing: Framing) -> str:
-    """Send `mib` MiB and return what is wrong; nothing is an empty string."""
+    """Send `mib` MiB; return a description of the fault, an empty string if there is none."""
     field = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {mib * MIB}"
-    with socket.create_connection((HOST, port), timeout=SILENCE) as sock:
-        sock.sendall(f"POST {UP} HTTP/1.1\r\n{TO_HERE}\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
-        _give(sock, mib, framing)
+    with socket.create_connection((HOST, port), timeout=IDLE_TIMEOUT) as sock:
+        sock.sendall(f"POST {UPLOAD} HTTP/1.1\r\n{HEADERS}\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
+        _write_body(sock, mib, framing)
         head, rest = _read_head(sock)
         if not rest:
             rest = sock.recv(BLOCK)
     if not head.startswith(b"HTTP/1.1 200"):
-        return f"not taken: {(head + rest)[:500]!r}"
-    came, size = rest.split(b" ")
-    if (came.decode(), int(size) >= mib * MIB) != (framing, True):
-        return f"the upstream received {int(size)} bytes, framed by {came.decode()}"
+        return f"upload rejected: {(head + rest)[:500]!r}"
+    framing_seen, size = rest.split(b" ")
+    if (framing_seen.decode(), int(size) >= mib * MIB) != (framing, True):
+        return f"the upstream received {int(size)} bytes, framed by {framing_seen.decode()}"
     return ""
 
 
 def framing_of(head: bytes) -> Framing:
-    """Return how the body behind `head` is framed."""
+    """Return how the body that follows `head` is framed."""
     return "chunked" if b"\r\ntransfer-encoding: chunked" in head.lower() else "length"
 
 
-def _give(sock: socket.socket, mib: int, framing: Framing) -> None:
+def _write_body(sock: socket.socket, mib: int, framing: Framing) -> None:
     block = memoryview(_BLOCKS[framing])
     for _ in range(mib * MIB // BLOCK):
         sock.sendall(block)
@@ -71,8 +71,8 @@ def _give(sock: socket.socket, mib: int, framing: Framing) -> None:
         sock.sendall(b"0\r\n\r\n")
 
 
-def _take(sock: socket.socket, first: bytes, framing: Framing, length: int) -> int:
-    """Read a body of which `first` has come; return its bytes, with what framed them."""
+def _read_body(sock: socket.socket, first: bytes, framing: Framing, length: int) -> int:
+    """Read a body of which `first` has been received; return its size in bytes, chunk framing included."""
     buffer, size, end = memoryview(bytearray(BLOCK)), len(first), first[-len(_LAST_CHUNK) :]
     while size < length if framing == "length" else not end.endswith(_LAST_CHUNK):
         count = sock.recv_into(buffer)
@@ -85,7 +85,7 @@ def _take(sock: socket.socket, first: bytes, framing: Framing, length: int) -> i
 
 
 def _read_head(sock: socket.socket) -> tuple[bytes, bytes]:
-    """Return a head, without its empty line, and what came behind it; nothing where the connection ended before."""
+    """Return a head without its empty line, and the bytes received after it; an empty head if the connection ended."""
     read = b""
     while _HEAD_END not in read:
         more = sock.recv(BLOCK)
@@ -97,7 +97,7 @@ def _read_head(sock: socket.socket) -> tuple[bytes, bytes]:
 
 
 def serve_connection(sock: ssl.SSLSocket) -> None:
-    """Answer the requests of one connection until it ends."""
+    """Respond to the requests of one connection until it ends."""
     try:
         with sock:
             sock.do_handshake()
@@ -106,30 +106,32 @@ def serve_connection(sock: ssl.SSLSocket) -> None:
                 if not head:
                     return
                 if head.startswith(b"GET "):
-                    _answer_with_body(sock, head)
+                    _send_body(sock, head)
                 else:
-                    _answer_to_body(sock, head, rest)
+                    _receive_body(sock, head, rest)
     except OSError:
-        return  # whoever asked has left
+        return  # the client has disconnected
 
 
-def _answer_with_body(sock: socket.socket, head: bytes) -> None:
-    """Send the `?mib=N` MiB that are asked for, framed as `&framing=` says."""
+def _send_body(sock: socket.socket, head: bytes) -> None:
+    """Send the `?mib=N` MiB that are requested, framed as `&framing=` says."""
     query = head.split(b" ", 2)[1].partition(b"?")[2].decode()
-    asked = dict(pair.split("=") for pair in query.split("&"))
-    mib, framing = int(asked["mib"]), asked["framing"]
+    query_values = dict(pair.split("=") for pair in query.split("&"))
+    mib, framing = int(query_values["mib"]), query_values["framing"]
     field = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {mib * MIB}"
     sock.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n{field}\r\n\r\n".encode())
-    _give(sock, mib, "chunked" if framing == "chunked" else "length")
+    _write_body(sock, mib, "chunked" if framing == "chunked" else "length")
 
 
-def _answer_to_body(sock: socket.socket, head: bytes, rest: bytes) -> None:
-    """Take a body; say how it was framed and how many bytes it had."""
+def _receive_body(sock: socket.socket, head: bytes, rest: bytes) -> None:
+    """Read a body; respond with its framing and its size in bytes."""
     framing, length = framing_of(head), 0
     if framing == "length":
         length = int(head.lower().partition(b"\r\ncontent-length:")[2].split(b"\r\n", 1)[0])
-    said = f"{framing} {_take(sock, rest, framing, length)}".encode()
-    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+    response = f"{framing} {_read_body(sock, rest, framing, length)}".encode()
+    sock.sendall(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (len(response), response)
+    )
 
 
 def serve(port: int, context: ssl.SSLContext) -> None:
@@ -144,7 +146,7 @@ def serve(port: int, context: ssl.SSLContext) -> None:
 
 
 def main() -> None:
-    """Serve on the port that the command line names."""
+    """Serve on the port given on the command line."""
     parser = argparse.ArgumentParser(description="The benchmark's stand-in for Amazon, for large bodies.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--certificate", type=Path, required=True)

@@ -1,6 +1,6 @@
-"""Which certificate does the upstream show, and which authority must the proxies trust for it?
+"""Certificate of the upstream, and the certificate authority that the proxies trust for it.
 
-Made anew for each run with the `openssl` program, and deleted with the folder it lies in.
+Created for each run with the `openssl` program and deleted with its folder.
 """
 
 import shutil
@@ -18,7 +18,7 @@ _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """PEM files: the authority to trust, and the upstream's certificate for `localhost` with its key."""
+    """PEM files: the trusted authority, and the upstream's certificate for `localhost` with its key."""
 
     authority: Path
     certificate: Path
@@ -26,7 +26,7 @@ class Certificates:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Write an authority and a certificate for `localhost`, good for a day, into `folder`; ECDSA P-256."""
+    """Write an authority and a certificate for `localhost` (ECDSA P-256, valid for one day) into `folder`."""
     if shutil.which("openssl") is None:
         raise SystemExit("The benchmark makes its certificates with the openssl program: install the package openssl.")
     authority, authority_key = folder / "authority.pem", folder / "authority.key"

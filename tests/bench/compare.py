@@ -1,6 +1,6 @@
-"""What does the proxy cost, beside Envoy, nginx, Caddy and a bare aiohttp proxy? `python -m tests.bench.compare`.
+"""Cost of the proxy compared with Envoy, nginx, Caddy and a bare aiohttp proxy: `python -m tests.bench.compare`.
 
-All are loaded in turn, several rounds of it, so that what else the machine does falls on each of them alike.
+The proxies are loaded in turn over several rounds, so that other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import ssl
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,26 +17,33 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from tests.bench.compared_proxies import PATH, Contender, bare_aiohttp, far_end, nginx, sp_api_proxy, waited
+from tests.bench.compared_proxies import (
+    PATH,
+    ComparedProxy,
+    bare_aiohttp,
+    bench_upstream,
+    nginx,
+    plan_wait,
+    sp_api_proxy,
+)
 from tests.bench.gateways import caddy, envoy
 from tests.bench.load import Sample, measure
+from tests.bench.output import print_lines, print_progress
 from tests.bench.plot import Group, svg
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, pss_mib
 from tests.bench.programs import Program, find_all
-from tests.bench.upstream import ANSWER_SIZE
+from tests.bench.upstream import RESPONSE_SIZE
 
 OURS, BARE, BEST = "sp-api-proxy", "bare aiohttp", "Envoy"
-MOST_WAITED = (
-    50.0  # microseconds per request, for the turn in a usage plan; more, and it would be that what is measured
-)
+MAX_WAIT_US = 50.0  # microseconds per request waited for the usage plan; above this, pacing dominates the figures
 REQUEST = (f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nUser-Agent: bench\r\n\r\n").encode()
 _STARTED_BY = {"Envoy": envoy, "nginx": nginx, "Caddy": caddy}
 
-Samples = dict[tuple[str, int], list[Sample]]  # by contender and number of connections, one for each round
+Samples = dict[tuple[str, int], list[Sample]]  # by proxy and number of connections, one per round
 
 
 def main() -> int:
-    """Run the comparison, print it as Markdown; 1 when a request failed."""
+    """Run the comparison and print it as Markdown; return 1 if a request failed."""
     options = _options()
     end_on_signals()
     try:
@@ -48,98 +54,100 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.compare", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
-    parser.add_argument("--connections", type=int, default=32, help="at once, besides 1 (default 32)")
-    parser.add_argument("--no-install", action="store_true", help="leave out what is missing, and fetch nothing")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the medians there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each measurement (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in which each is measured once (default 5)")
+    parser.add_argument(
+        "--connections", type=int, default=32, help="concurrent connections, in addition to 1 (default 32)"
+    )
+    parser.add_argument("--no-install", action="store_true", help="leave out missing proxies, and fetch nothing")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a chart of the medians to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to FILE")
     return parser.parse_args()
 
 
 def _compare(options: argparse.Namespace) -> int:
     programs, missing = find_all(install=not options.no_install)
     cores = Cores.of_this_machine()
-    measured_with = machine(cores, programs)
-    os.sched_setaffinity(0, cores.others)
+    environment = environment_lines(cores, programs)
+    os.sched_setaffinity(0, cores.other_cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        contenders = _start(stack, cores, folder, programs)
-        before = waited(contenders[0])
-        samples = _measure_all(contenders, options)
-        waits = _waits(before, waited(contenders[0]))
-        logs = {contender.name: _complaints(contender.process.said()) for contender in contenders}
-    _say(*measured_with, f"- {OURS} spent {waits:.1f} µs per request on the turn in its usage plan", *missing, "")
-    _say(*table(samples, options))
+        proxies = _start(stack, cores, folder, programs)
+        before = plan_wait(proxies[0])
+        samples = _measure_all(proxies, options)
+        waits = _waits(before, plan_wait(proxies[0]))
+        logs = {proxy.name: _without_notices(proxy.process.output()) for proxy in proxies}
+    print_lines(*environment, f"- {OURS} spent {waits:.1f} µs per request waiting for its usage plan", *missing, "")
+    print_lines(*table(samples, options))
     faults = [*_faults(samples)]
-    if waits > MOST_WAITED:
-        faults.append(f"FAULT: {OURS} paced the load, so that its figures say little")
-    troubles = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
-    if troubles:
-        _say("", *troubles)
+    if waits > MAX_WAIT_US:
+        faults.append(f"FAULT: {OURS} paced the load, so its figures are not comparable")
+    problems = [*faults, *(f"{name} wrote:\n{text}" for name, text in logs.items() if text)]
+    if problems:
+        print_lines("", *problems)
     if options.json:
-        options.json.write_text(json.dumps(_as_json(measured_with, samples), indent=1))
+        options.json.write_text(json.dumps(_as_json(environment, samples), indent=1))
     if options.svg:
         options.svg.write_text(picture(samples, options.connections))
     return 1 if faults else 0
 
 
-def _start(stack: ExitStack, cores: Cores, folder: Path, programs: Mapping[str, Program]) -> list[Contender]:
-    end = stack.enter_context(far_end(cores, folder))
+def _start(stack: ExitStack, cores: Cores, folder: Path, programs: Mapping[str, Program]) -> list[ComparedProxy]:
+    upstream = stack.enter_context(bench_upstream(cores, folder))
     return [
-        stack.enter_context(sp_api_proxy(end, cores, folder, pace=True)),
+        stack.enter_context(sp_api_proxy(upstream, cores, folder, pace=True)),
         *(
-            stack.enter_context(start(programs[name].path, end, cores, folder))
+            stack.enter_context(start(programs[name].path, upstream, cores, folder))
             for name, start in _STARTED_BY.items()
             if name in programs
         ),
-        stack.enter_context(bare_aiohttp(end, cores, folder)),
+        stack.enter_context(bare_aiohttp(upstream, cores, folder)),
     ]
 
 
 def _waits(before: tuple[float, int], after: tuple[float, int]) -> float:
-    """Return microseconds per request, from seconds waited and requests until the one moment and the other."""
+    """Return microseconds waited per request between two samples of (seconds waited, requests)."""
     return (after[0] - before[0]) / max(1, after[1] - before[1]) * 1e6
 
 
-def _complaints(text: str) -> str:
-    """Return what a proxy wrote without what is no complaint: Caddy tells where its configuration is."""
+def _without_notices(text: str) -> str:
+    """Return the output of a proxy without notices: Caddy logs where its configuration is."""
     return "\n".join(line for line in text.splitlines() if '"level":"info"' not in line)
 
 
-def _measure_all(contenders: Sequence[Contender], options: argparse.Namespace) -> Samples:
+def _measure_all(proxies: Sequence[ComparedProxy], options: argparse.Namespace) -> Samples:
     samples: Samples = {}
     levels = sorted({1, options.connections})
     for number in range(options.rounds):
-        _note(f"round {number + 1} of {options.rounds}")
-        turn = number % len(contenders)
+        print_progress(f"round {number + 1} of {options.rounds}")
+        turn = number % len(proxies)
         for connections in levels:
-            for contender in (*contenders[turn:], *contenders[:turn]):  # another one begins each time
-                sample = measure_one(contender, connections, options.seconds)
-                samples.setdefault((contender.name, connections), []).append(sample)
-    return {(name, level): samples[name, level] for level in levels for name in (each.name for each in contenders)}
+            for proxy in (*proxies[turn:], *proxies[:turn]):  # rotate the order in each round
+                sample = measure_one(proxy, connections, options.seconds)
+                samples.setdefault((proxy.name, connections), []).append(sample)
+    return {(name, level): samples[name, level] for level in levels for name in (each.name for each in proxies)}
 
 
-def measure_one(contender: Contender, connections: int, seconds: float) -> Sample:
-    """Load a proxy for `seconds`, not counting the warm-up, and return what it did."""
-    cpu = partial(cpu_seconds, contender.process.pid)
-    sample = measure(contender.port, REQUEST, ANSWER_SIZE, connections=connections, seconds=seconds, cpu=cpu)
-    return replace(sample, memory_mib=pss_mib(contender.process.pid))
+def measure_one(proxy: ComparedProxy, connections: int, seconds: float) -> Sample:
+    """Load a proxy for `seconds` after the warm-up and return the measurement."""
+    cpu = partial(cpu_seconds, proxy.process.pid)
+    sample = measure(proxy.port, REQUEST, RESPONSE_SIZE, connections=connections, seconds=seconds, cpu=cpu)
+    return replace(sample, memory_mib=pss_mib(proxy.process.pid))
 
 
-def machine(cores: Cores, programs: Mapping[str, Program] | None = None) -> list[str]:
-    """Return lines on what the figures were measured with."""
+def environment_lines(cores: Cores, programs: Mapping[str, Program] | None = None) -> list[str]:
+    """Return lines that describe the machine and the versions of the software."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop"))
     placed = (
         "one core for the proxy under test, the others for load and upstream"
-        if cores.proxy != cores.others
+        if cores.proxy != cores.other_cores
         else "a single core shared by all, so requests per second and latency say little"
     )
     return [
         f"- machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}; {placed}",
-        f"- load average before the run: {os.getloadavg()[0]:.1f} (above about 0.3, others work here too)",
+        f"- load average before the run: {os.getloadavg()[0]:.1f} (above about 0.3, other processes are running)",
         f"- Python {platform.python_version()}, {packages}, {ssl.OPENSSL_VERSION}",
         "- "
         + (", ".join(f"{name} {program.version}" for name, program in (programs or {}).items()) or "no other proxies"),
@@ -147,7 +155,7 @@ def machine(cores: Cores, programs: Mapping[str, Program] | None = None) -> list
 
 
 def table(samples: Samples, options: argparse.Namespace) -> list[str]:
-    """Return the medians of all rounds, and the medians of each round's ratio to the best proxy, as Markdown."""
+    """Return a Markdown table: medians of all rounds, and medians of the ratios to the baseline within each round."""
     baseline = BEST if (BEST, 1) in samples else BARE
     lines = [
         f"Medians of {options.rounds} × {options.seconds:g} s; in brackets the ratio to {baseline}.",
@@ -193,7 +201,7 @@ def picture(samples: Samples, connections: int) -> str:
 
 
 def _cell(rounds: Sequence[Sample], base: Sequence[Sample], figure: Callable[[Sample], float], form: str) -> str:
-    """Return a median with its ratio; ratios are taken within a round, where both met the same conditions."""
+    """Return a median with its ratio; ratios are taken within a round, where both had the same conditions."""
     value = format(median(map(figure, rounds)), form)
     ratio = median(figure(sample) / figure(other) for sample, other in zip(rounds, base, strict=True))
     return f"{value} ({ratio:.2f})"
@@ -213,15 +221,6 @@ def _as_json(lines: list[str], samples: Samples) -> dict[str, object]:
         for number, sample in enumerate(rounds, 1)
     ]
     return {"machine": lines, "samples": rows}
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

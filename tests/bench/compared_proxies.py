@@ -1,4 +1,4 @@
-"""How is each proxy that is compared set up? All of them forward to the same upstream over TLS, with keep-alive."""
+"""Setup of the compared proxies: all forward to the same upstream over TLS with keep-alive."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ from tests.bench.processes import HOST, Cores, Started, free_port, python, start
 
 PATH = "/orders/v0/orders?MarketplaceIds=A1PA6795UKMFR9&CreatedAfter=2026-01-01T00%3A00%3A00Z"  # what is requested
 _WAITED = "spapi_proxy_limit_wait_seconds"
-_FIRST_REQUESTS, _FIRST_PAUSE = 5, 0.1  # and seconds between them
+_FIRST_REQUESTS, _FIRST_PAUSE = 5, 0.1  # number of requests, and seconds between them
 
 _NGINX = """
 daemon off;
@@ -55,8 +55,8 @@ http {{
 
 
 @dataclass(frozen=True, slots=True)
-class FarEnd:
-    """The upstream that runs: its ports on the loopback address, and whose certificates it shows."""
+class BenchUpstream:
+    """The running upstream: its ports on the loopback address and its certificates."""
 
     api_port: int
     token_port: int
@@ -65,66 +65,71 @@ class FarEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """A proxy that runs and listens on `port`."""
+class ComparedProxy:
+    """A running proxy that listens on `port`."""
 
     name: str
     process: Started
     port: int
-    admin: int | None = None  # where its metrics are, if it has any
+    admin: int | None = None  # port of its metrics, if it has any
 
 
 @contextmanager
-def far_end(cores: Cores, folder: Path) -> Iterator[FarEnd]:
-    """Run the upstream on the cores that are not the proxy's."""
-    end = FarEnd(free_port(), free_port(), free_port(), make_certificates(folder))
-    ports = ("--api-port", end.api_port, "--token-port", end.token_port, "--large-port", end.large_port)
-    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
+def bench_upstream(cores: Cores, folder: Path) -> Iterator[BenchUpstream]:
+    """Run the upstream on the cores that are not reserved for the proxy."""
+    upstream = BenchUpstream(free_port(), free_port(), free_port(), make_certificates(folder))
+    ports = ("--api-port", upstream.api_port, "--token-port", upstream.token_port, "--large-port", upstream.large_port)
+    files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
     command = python("tests.bench.upstream", *ports, *files)
-    with started("upstream", command, end.api_port, cores.others, folder):
-        yield end
+    with started("upstream", command, upstream.api_port, cores.other_cores, folder):
+        yield upstream
 
 
 @contextmanager
 def sp_api_proxy(
-    end: FarEnd, cores: Cores, folder: Path, *, large: bool = False, pace: bool = False, under: Sequence[str] = ()
-) -> Iterator[Contender]:
-    """Run the real thing; with `large` it forwards to the port for large bodies, with `pace` it keeps to usage plans.
+    upstream: BenchUpstream,
+    cores: Cores,
+    folder: Path,
+    *,
+    large: bool = False,
+    pace: bool = False,
+    under: Sequence[str] = (),
+) -> Iterator[ComparedProxy]:
+    """Run sp-api-proxy.
 
-    `under` is a command that runs it, of a profiler for one.
-
-    Where it paces, it has learned the rate that the upstream announces before anything is measured.
+    `large`: forward to the port for large bodies. `pace`: keep to usage plans; the rate that the upstream announces is
+    learned before anything is measured. `under`: a command to run it under, such as a profiler.
     """
     port, admin = free_port(), free_port()
     path = folder / "proxy.yaml"
     # JSON is YAML.
-    config = _proxy_config(end, port, end.large_port if large else end.api_port)
+    config = _proxy_config(upstream, port, upstream.large_port if large else upstream.api_port)
     config |= {"admin": f"{HOST}:{admin}", "limits": {"pace": pace}}
     path.write_text(json.dumps(config))
     path.chmod(0o600)
     command = [*under, *python("proxy", "serve", "--config", path)]
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
-        contender = Contender("sp-api-proxy", process, port, admin)
+        proxy = ComparedProxy("sp-api-proxy", process, port, admin)
         if pace:
-            _learn_rate(contender)
-        yield contender
+            _learn_rate(proxy)
+        yield proxy
 
 
-def _learn_rate(contender: Contender) -> None:
-    """Send a few requests one after another, fewer than the plan's burst: the first answer tells the rate."""
+def _learn_rate(proxy: ComparedProxy) -> None:
+    """Send a few sequential requests, fewer than the plan's burst: the first response announces the rate."""
     for _ in range(_FIRST_REQUESTS):
-        _get(contender.port, PATH)
+        _get(proxy.port, PATH)
         time.sleep(_FIRST_PAUSE)
 
 
-def waited(contender: Contender) -> tuple[float, int]:
-    """Return how many seconds requests waited for their usage plan so far, and how many were looked at."""
-    if contender.admin is None:
+def plan_wait(proxy: ComparedProxy) -> tuple[float, int]:
+    """Return the seconds that requests waited for their usage plan so far, and the number of requests."""
+    if proxy.admin is None:
         return 0.0, 0
-    text = _get(contender.admin, "/metrics")
+    text = _get(proxy.admin, "/metrics")
     total, count = (re.search(rf"^{_WAITED}_{part} (\S+)$", text, re.MULTILINE) for part in ("sum", "count"))
     if total is None or count is None:
-        raise SystemExit(f"{contender.name} has no metric {_WAITED}")
+        raise SystemExit(f"{proxy.name} has no metric {_WAITED}")
     return float(total[1]), int(float(count[1]))
 
 
@@ -141,34 +146,39 @@ def _get(port: int, path: str) -> str:
     return body
 
 
-def _proxy_config(end: FarEnd, port: int, upstream: int) -> dict[str, object]:
+def _proxy_config(upstream: BenchUpstream, port: int, api_port: int) -> dict[str, object]:
     return {
         "listen": f"{HOST}:{port}",
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {"bench": {"refresh_tokens": {"eu": "Atzr|bench"}}},
-        "endpoints": {"eu": f"https://localhost:{upstream}", "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
-        "pool": {"ca_file": str(end.certificates.authority)},
+        "endpoints": {
+            "eu": f"https://localhost:{api_port}",
+            "lwa": f"http://{HOST}:{upstream.token_port}/auth/o2/token",
+        },
+        "pool": {"ca_file": str(upstream.certificates.authority)},
         "log": {"level": "warning"},
     }
 
 
 @contextmanager
-def bare_aiohttp(end: FarEnd, cores: Cores, folder: Path, *, under: Sequence[str] = ()) -> Iterator[Contender]:
-    """Run the bare proxy of this folder; `under` is a command that runs it."""
+def bare_aiohttp(
+    upstream: BenchUpstream, cores: Cores, folder: Path, *, under: Sequence[str] = ()
+) -> Iterator[ComparedProxy]:
+    """Run the bare aiohttp proxy; `under` is a command to run it under."""
     port = free_port()
-    upstream = ("--upstream", f"https://localhost:{end.api_port}", "--authority", end.certificates.authority)
-    command = [*under, *python("tests.bench.bare", "--port", port, *upstream)]
+    arguments = ("--upstream", f"https://localhost:{upstream.api_port}", "--authority", upstream.certificates.authority)
+    command = [*under, *python("tests.bench.bare", "--port", port, *arguments)]
     with started("bare aiohttp", command, port, cores.proxy, folder) as process:
-        yield Contender("bare aiohttp", process, port)
+        yield ComparedProxy("bare aiohttp", process, port)
 
 
 @contextmanager
-def nginx(program: str, end: FarEnd, cores: Cores, folder: Path) -> Iterator[Contender]:
+def nginx(program: str, upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[ComparedProxy]:
     """Run nginx with one worker."""
     port = free_port()
     path = folder / "nginx.conf"
-    authority = end.certificates.authority
-    path.write_text(_NGINX.format(folder=folder, upstream=end.api_port, port=port, authority=authority))
+    authority = upstream.certificates.authority
+    path.write_text(_NGINX.format(folder=folder, upstream=upstream.api_port, port=port, authority=authority))
     command = [program, "-e", "stderr", "-p", str(folder), "-c", str(path)]
     with started("nginx", command, port, cores.proxy, folder) as process:
-        yield Contender("nginx", process, port)
+        yield ComparedProxy("nginx", process, port)

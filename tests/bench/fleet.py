@@ -1,8 +1,8 @@
-"""Do replicas on one Redis act as one proxy, and what does it cost? `python -m tests.bench.fleet`.
+"""Replicas that share one Redis: correctness under load and faults, and cost: `python -m tests.bench.fleet`.
 
 Real processes: a redis-server, the simulator of Amazon and Login with Amazon, and 1, 3 and 10 proxies for 100 accounts.
-Some accounts' plans are asked for more than they hold, all tokens are kept in use. Then the same with Redis and one of
-the proxies killed half way. The exit code is 1 where a promise is not kept.
+Some accounts are offered more calls than their plans permit; all tokens are kept in use. The runs are repeated with
+Redis and one of the proxies killed half way. The exit code is 1 if a requirement is not met.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from tests.bench.harness import ORDINARY, running_simulator, settings_of
+from tests.bench.harness import PLAIN_TARGET, running_simulator, settings_of
 from tests.bench.processes import HOST, Cores, Started, cpu_seconds, end_on_signals, free_port, python, started
 from tests.support.redis_server import RedisServer, redis_server
 
@@ -35,11 +35,11 @@ LIFETIME = 1 / 2.85  # of a token, in runs: the third renewal comes at 0.84 to 0
 RATE, BURST = 5.0, 10  # of getListingsItem in the table
 TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
 TARGET = "/listings/2021-08-01/items/A1SELLER/sku-1"
-PACED = 4  # accounts whose plans are asked for more than they hold
-LEAST_SHARE, MOST_SHARE, MOST_THROTTLED = 0.98, 1.02, 0.01
+PACED = 4  # accounts that are offered more calls than their plans permit
+MIN_SHARE, MAX_SHARE, MAX_THROTTLED = 0.98, 1.02, 0.01
 BACKGROUND = 200.0  # requests per second over all accounts and proxies, so that every token is in use everywhere
 KEY = "0123456789abcdef" * 3
-GONE = 0  # what stands for the status of a request that got no answer
+NO_RESPONSE = 0  # status of a request without a response
 
 
 @dataclass(slots=True)
@@ -54,13 +54,13 @@ class Proxy:
 
 @dataclass(slots=True)
 class Fleet:
-    """Everything that runs, and what was answered."""
+    """The running processes, and the counts of responses."""
 
     proxies: list[Proxy]
     redis: RedisServer
     control: str
     session: aiohttp.ClientSession
-    # By load (paced, background), status, and the code of an error of the proxy's own.
+    # By load (paced, background), status, and error code of the proxy.
     statuses: Counter[tuple[str, int, str]] = field(default_factory=Counter)
     lost_with_the_replica: int = 0
 
@@ -72,25 +72,25 @@ class Fleet:
                 await response.read()
                 status, error = response.status, response.headers.get("x-sp-proxy-error", "")
         except (aiohttp.ClientError, OSError):
-            status, error = GONE, "no answer"
-        if status == GONE and not proxy.is_alive:
+            status, error = NO_RESPONSE, "no response"
+        if status == NO_RESPONSE and not proxy.is_alive:
             self.lost_with_the_replica += 1
         else:
             self.statuses[load, status, error] += 1
         return status
 
     def alive(self) -> list[Proxy]:
-        """Return the replicas that are there, as a service in front of them would know."""
+        """Return the replicas that run, as the health checks of a load balancer would report."""
         return [proxy for proxy in self.proxies if proxy.is_alive]
 
     async def counts(self) -> dict[str, int]:
-        """Return what the simulator counted."""
+        """Return the counters of the simulator."""
         async with self.session.get(f"{self.control}/state") as response:
             counts: dict[str, int] = (await response.json())["counts"]
             return counts
 
     async def up(self) -> list[float]:
-        """Return of each replica whether it uses Redis."""
+        """Return, for each replica, whether it is connected to Redis."""
         found = []
         for proxy in self.alive():
             async with self.session.get(f"{proxy.admin}/metrics") as response:
@@ -103,7 +103,7 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(replicas: int, lifetime: float, *, shared: bool = True) -> AsyncIterator[Fleet]:
-    """Start everything; `lifetime` is that of tokens, in seconds."""
+    """Start all processes; `lifetime` is that of the tokens, in seconds."""
     everywhere = frozenset(os.sched_getaffinity(0))
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
@@ -143,31 +143,31 @@ def _proxy(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one run."""
+    """Results of one run."""
 
     replicas: int
     fault: bool
     exchanges: int
-    share: float  # of what the plans of the paced accounts permitted
-    throttled: float  # 429s of Amazon's, as a share of what it answered under the plan
+    share: float  # of the calls that the plans of the paced accounts permitted
+    throttled: float  # share of Amazon's responses under the plan that were 429s
     failed: dict[str, int]
     lost: int
     answered: int
     healed: bool
-    lines: int  # that the log says of the store
+    lines: int  # of the store in the log
 
     def problems(self) -> list[str]:
-        """Return what was promised and not kept."""
+        """Return the requirements that are not met."""
         wrong = [f"{count} requests failed: {what}" for what, count in self.failed.items()]
         if not self.healed:
             wrong.append("a replica did not take Redis up again")
         if not self.fault:
             if self.exchanges != ACCOUNTS * (RENEWALS + 1):
                 wrong.append(f"{self.exchanges} exchanges instead of {ACCOUNTS * (RENEWALS + 1)}")
-            if not LEAST_SHARE <= self.share <= MOST_SHARE:
+            if not MIN_SHARE <= self.share <= MAX_SHARE:
                 wrong.append(f"{self.share:.1%} of the plan")
-            if self.throttled > MOST_THROTTLED:
-                wrong.append(f"{self.throttled:.1%} of Amazon's answers were 429s")
+            if self.throttled > MAX_THROTTLED:
+                wrong.append(f"{self.throttled:.1%} of Amazon's responses were 429s")
         return wrong
 
     def row(self) -> str:
@@ -180,18 +180,20 @@ class Outcome:
 
 
 HEAD = (
-    "| replicas | fault | answered | exchanges | of the plan | 429s by Amazon | failed | lost with the replica | "
+    "| replicas | fault | responses | exchanges | of the plan | 429s by Amazon | failed | lost with the replica | "
     "log lines of the store |\n"
     "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |\n"
 )
 
 
 async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
-    """Load a fleet for so many seconds; with `fault`, kill Redis and a replica half way, and start Redis again."""
-    async with fleet(replicas, seconds * LIFETIME) as here:
+    """Load a fleet for `seconds`; with `fault`, kill Redis and a replica half way, and restart Redis later."""
+    async with fleet(replicas, seconds * LIFETIME) as harness:
         loop = asyncio.get_running_loop()
-        for proxy in here.proxies:  # tokens and connections: what is measured is a fleet at work
-            await asyncio.gather(*(here.call("background", proxy, ORDINARY, number) for number in range(ACCOUNTS)))
+        for proxy in harness.proxies:  # warm-up: fetch tokens and open connections
+            await asyncio.gather(
+                *(harness.call("background", proxy, PLAIN_TARGET, number) for number in range(ACCOUNTS))
+            )
         begin = loop.time()
         end = begin + seconds
         served = 0
@@ -200,8 +202,8 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             nonlocal served
             turn = number // PACED
             while loop.time() < end:
-                proxies = here.alive()  # one after another, as a service in front of them has it
-                status = await here.call("paced", proxies[turn % len(proxies)], TARGET, number % PACED)
+                proxies = harness.alive()  # round robin, as a load balancer does
+                status = await harness.call("paced", proxies[turn % len(proxies)], TARGET, number % PACED)
                 turn += 1
                 served += status == 200 and loop.time() <= end
 
@@ -209,10 +211,10 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             tasks = set[asyncio.Task[int]]()
             for number in range(int(BACKGROUND * seconds)):
                 await asyncio.sleep(max(0.0, begin + number / BACKGROUND - loop.time()))
-                proxies = here.alive()
-                # Every account at every replica, one after another.
+                proxies = harness.alive()
+                # Every account at every replica in turn.
                 proxy, account = proxies[number // ACCOUNTS % len(proxies)], number % ACCOUNTS
-                task = asyncio.create_task(here.call("background", proxy, ORDINARY, account))
+                task = asyncio.create_task(harness.call("background", proxy, PLAIN_TARGET, account))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.gather(*tasks)
@@ -221,26 +223,26 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             if not fault:
                 return
             await asyncio.sleep(seconds / 2)
-            here.redis.stop(signal.SIGKILL)
+            harness.redis.stop(signal.SIGKILL)
             if replicas > 1:
-                here.proxies[-1].is_alive = False
-                os.kill(here.proxies[-1].process.pid, signal.SIGKILL)
+                harness.proxies[-1].is_alive = False
+                os.kill(harness.proxies[-1].process.pid, signal.SIGKILL)
             await asyncio.sleep(seconds / 6)
-            here.redis.start()
+            harness.redis.start()
 
         async def count() -> dict[str, int]:
-            await asyncio.sleep(end - loop.time())  # the next renewal is none of this run
-            return await here.counts()
+            await asyncio.sleep(end - loop.time())  # before the next renewal
+            return await harness.counts()
 
         clients = (client(number) for number in range(PACED * max(5, 2 * replicas)))
         counting = asyncio.create_task(count())
         await asyncio.gather(kill(), background(), *clients)
         counts = await counting
         throttled = counts.get("answers.eu.429", 0)
-        healed = await here.up() == [1.0] * len(here.alive())
+        healed = await harness.up() == [1.0] * len(harness.alive())
         failed = {
             f"{load} {status or ''} {error}".rstrip(): count
-            for (load, status, error), count in here.statuses.items()
+            for (load, status, error), count in harness.statuses.items()
             if status != 200
         }
         return Outcome(
@@ -248,21 +250,21 @@ async def run(replicas: int, seconds: float, *, fault: bool) -> Outcome:
             fault,
             counts.get("exchanges.refresh_token", 0),
             served / (PACED * (BURST + RATE * seconds)),
-            throttled / max(1, throttled + here.statuses["paced", 200, ""]),
+            throttled / max(1, throttled + harness.statuses["paced", 200, ""]),
             failed,
-            here.lost_with_the_replica,
-            sum(here.statuses.values()),
+            harness.lost_with_the_replica,
+            sum(harness.statuses.values()),
             healed,
-            sum(proxy.process.output.read_text().count('"message": "store') for proxy in here.proxies),
+            sum(proxy.process.log_file.read_text().count('"message": "store') for proxy in harness.proxies),
         )
 
 
-# What it costs.
+# Cost.
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What requests cost that have their place at once: CPU of the proxy, and latency."""
+    """Cost of requests that never wait for their plan: CPU of the proxy, and latency."""
 
     cpu_us: float
     p50_ms: float
@@ -270,22 +272,22 @@ class Cost:
 
 
 async def cost(seconds: float, *, shared: bool, connections: int) -> Cost:
-    """Send requests of all accounts, each well below its plan, over so many connections."""
-    async with fleet(1, 3600.0, shared=shared) as here:
-        loop, (proxy,) = asyncio.get_running_loop(), here.proxies
-        # The plan as if it were endless: what is measured is the question, not the wait.
+    """Send requests of all accounts, each well below its plan, over `connections` connections."""
+    async with fleet(1, 3600.0, shared=shared) as harness:
+        loop, (proxy,) = asyncio.get_running_loop(), harness.proxies
+        # A plan without effective limit: the request to Redis is measured, not a wait.
         plan = {"method": "GET", "path": TEMPLATE, "rate": 10000, "burst": 10000, "announce": True, "enforce": False}
-        async with here.session.post(f"{here.control}/plans", json=plan) as response:
+        async with harness.session.post(f"{harness.control}/plans", json=plan) as response:
             assert response.status == 200
         for account in range(ACCOUNTS):
-            assert await here.call("warm", proxy, TARGET, account) == 200
+            assert await harness.call("warm", proxy, TARGET, account) == 200
         latencies: list[float] = []
         before, end = cpu_seconds(proxy.process.pid), loop.time() + seconds
 
         async def client(first: int) -> None:
             account = first
             while (began := loop.time()) < end:
-                assert await here.call("cost", proxy, TARGET, account % ACCOUNTS) == 200
+                assert await harness.call("cost", proxy, TARGET, account % ACCOUNTS) == 200
                 latencies.append(loop.time() - began)
                 account += connections
 
@@ -296,7 +298,7 @@ async def cost(seconds: float, *, shared: bool, connections: int) -> Cost:
 
 
 async def costs(seconds: float, rounds: int) -> None:
-    """Print what memory and Redis cost, in turn, as medians."""
+    """Print the medians with the store in memory and in Redis, measured alternately."""
     say("\n| connections | store | CPU µs/request | p50 ms | p99 ms |\n| ---: | --- | ---: | ---: | ---: |\n")
     for connections in (1, 32):
         found: dict[bool, list[Cost]] = {False: [], True: []}
@@ -316,12 +318,12 @@ def say(text: str) -> None:
 
 
 async def runs(options: argparse.Namespace) -> bool:
-    """Make the runs and print their table; return whether everything was kept."""
+    """Make the runs and print their table; return whether all requirements are met."""
     problems: list[str] = []
-    wanted = {"all": (False, True), "steady": (False,), "faults": (True,), "cost": ()}[options.what]
-    if wanted:
+    selected = {"all": (False, True), "steady": (False,), "faults": (True,), "cost": ()}[options.what]
+    if selected:
         say(HEAD)
-        for fault in wanted:
+        for fault in selected:
             for replicas in options.replicas:
                 outcome = await run(replicas, options.seconds, fault=fault)
                 say(outcome.row() + "\n")
@@ -334,7 +336,7 @@ async def runs(options: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    """Print the tables; 1 where a promise was not kept."""
+    """Print the tables; return 1 if a requirement is not met."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.fleet", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("all", "steady", "faults", "cost"), default="all")
     parser.add_argument("--seconds", type=float, default=60, help="how long each run takes (default 60)")

@@ -1,7 +1,7 @@
-"""How are Caddy and Envoy set up? As fast as their documentation leads to, for the same work as the others.
+"""Setup of Caddy and Envoy for the same work as the other proxies, as fast as their documentation allows.
 
-Each takes plain HTTP/1.1, adds the token and forwards over one kept TLS 1.3 connection per request in flight, with the
-upstream's certificate and name verified. No access log, no admin port, one worker.
+Each accepts plain HTTP/1.1, adds the token and forwards over persistent TLS 1.3 connections, and verifies the
+upstream's certificate and name. No access log, no admin port, one worker.
 """
 
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.compared_proxies import Contender, FarEnd
+from tests.bench.compared_proxies import BenchUpstream, ComparedProxy
 from tests.bench.processes import HOST, Cores, free_port, started
 
 _TOKEN_HEADER = "x-amz-access-token"
@@ -19,27 +19,27 @@ _TYPES = "type.googleapis.com/envoy.extensions"
 
 
 @contextmanager
-def caddy(program: str, end: FarEnd, cores: Cores, folder: Path) -> Iterator[Contender]:
+def caddy(program: str, upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[ComparedProxy]:
     """Run Caddy with one thread for Go code."""
     port = free_port()
     path = folder / "caddy.json"
-    path.write_text(json.dumps(_caddy_config(end, port)))
+    path.write_text(json.dumps(_caddy_config(upstream, port)))
     environment = {"GOMAXPROCS": "1", "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
     command = [program, "run", "--config", str(path)]
     with started("Caddy", command, port, cores.proxy, folder, environment) as process:
-        yield Contender("Caddy", process, port)
+        yield ComparedProxy("Caddy", process, port)
 
 
-def _caddy_config(end: FarEnd, port: int) -> dict[str, Any]:
+def _caddy_config(upstream: BenchUpstream, port: int) -> dict[str, Any]:
     forward = {
         "handler": "reverse_proxy",
-        "upstreams": [{"dial": f"{HOST}:{end.api_port}"}],
+        "upstreams": [{"dial": f"{HOST}:{upstream.api_port}"}],
         "headers": {"request": {"set": {_TOKEN_HEADER: [_TOKEN], "Host": ["localhost"]}}},
         "transport": {
             "protocol": "http",
             "versions": ["1.1"],
             "compression": False,
-            "tls": {"root_ca_pem_files": [str(end.certificates.authority)], "server_name": "localhost"},
+            "tls": {"root_ca_pem_files": [str(upstream.certificates.authority)], "server_name": "localhost"},
             "keep_alive": {"enabled": True, "max_idle_conns": 1000, "max_idle_conns_per_host": 1000},
         },
     }
@@ -57,24 +57,24 @@ def _caddy_config(end: FarEnd, port: int) -> dict[str, Any]:
 
 
 @contextmanager
-def envoy(program: str, end: FarEnd, cores: Cores, folder: Path) -> Iterator[Contender]:
+def envoy(program: str, upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[ComparedProxy]:
     """Run Envoy with one worker."""
     port = free_port()
     path = folder / "envoy.json"
-    path.write_text(json.dumps(_envoy_config(end, port)))
+    path.write_text(json.dumps(_envoy_config(upstream, port)))
     command = [program, "--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c", str(path)]
     with started("Envoy", command, port, cores.proxy, folder) as process:
-        yield Contender("Envoy", process, port)
+        yield ComparedProxy("Envoy", process, port)
 
 
-def _envoy_config(end: FarEnd, port: int) -> dict[str, Any]:
+def _envoy_config(upstream: BenchUpstream, port: int) -> dict[str, Any]:
     return {
         "static_resources": {
             "secrets": [{"name": "token", "generic_secret": {"secret": {"inline_string": _TOKEN}}}],
             "listeners": [
                 {"name": "bench", "address": _address(port), "filter_chains": [{"filters": [_connection_manager()]}]}
             ],
-            "clusters": [_cluster(end)],
+            "clusters": [_cluster(upstream)],
         }
     }
 
@@ -101,12 +101,15 @@ def _connection_manager() -> dict[str, Any]:
     return _typed("envoy.filters.network.http_connection_manager", manages, manager)
 
 
-def _cluster(end: FarEnd) -> dict[str, Any]:
+def _cluster(upstream: BenchUpstream) -> dict[str, Any]:
     name = {"san_type": "DNS", "matcher": {"exact": "localhost"}}
-    authority = {"trusted_ca": {"filename": str(end.certificates.authority)}, "match_typed_subject_alt_names": [name]}
+    authority = {
+        "trusted_ca": {"filename": str(upstream.certificates.authority)},
+        "match_typed_subject_alt_names": [name],
+    }
     versions = {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"}
     tls = {"sni": "localhost", "common_tls_context": {"tls_params": versions, "validation_context": authority}}
-    endpoint = {"endpoint": {"address": _address(end.api_port)}}
+    endpoint = {"endpoint": {"address": _address(upstream.api_port)}}
     return {
         "name": "amazon",
         "type": "STATIC",

@@ -1,7 +1,7 @@
-"""How much of what Amazon permits is used, and how many 429s does that cost? `python -m tests.bench.goodput`.
+"""Share of the permitted calls that is used, and the 429s that this costs: `python -m tests.bench.goodput`.
 
-Clients call one operation as often as they can, through the proxy, against the simulator with its plans enforced. The
-same work is done by python-amazon-sp-api with its throttle_retry, where `--peer` names a Python that has it.
+Clients call one operation as fast as they can, through the proxy, against the simulator with enforced plans. With
+`--peer PYTHON`, python-amazon-sp-api with its throttle_retry does the same work.
 """
 
 import argparse
@@ -11,19 +11,19 @@ import sys
 from dataclasses import dataclass
 
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
-from tests.bench.harness import World, world
+from tests.bench.harness import Harness, running_harness
 from tests.bench.processes import end_on_signals
 
 TEMPLATE = "/listings/2021-08-01/items/{sellerId}/{sku}"
 TARGET = "/listings/2021-08-01/items/A1SELLER/sku-{}"
-RATE, BURST = 5.0, 10  # of getListingsItem in the table
+RATE, BURST = 5.0, 10  # of getListingsItem in Amazon's documentation
 CLIENTS = 20
-LEAST_SHARE, MOST_THROTTLED = 0.98, 0.01  # what is aimed at where the plan is the table's
+MIN_SHARE, MAX_THROTTLED = 0.98, 0.01  # targets with the documented plan
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What the simulator's true rate is, what it becomes half way, and whether answers announce it."""
+    """The simulator's true rate, its rate from half way on (`later`), and whether responses announce it."""
 
     name: str
     rate: float
@@ -47,7 +47,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one run: answers in its time, what the plan permitted in it, and 429s on either side."""
+    """Results of one run: responses in time, calls that the plan permitted, and 429s on either side."""
 
     name: str
     served: int
@@ -57,12 +57,12 @@ class Outcome:
 
     @property
     def share(self) -> float:
-        """The answers as a share of what was permitted."""
+        """The share of the permitted calls that was served."""
         return self.served / self.permitted
 
     @property
     def throttled(self) -> float:
-        """The 429s that Amazon sent as a share of the calls that it got."""
+        """The share of the calls to Amazon that got a 429."""
         return self.sent_by_amazon / max(1, self.served + self.sent_by_amazon)
 
     def row(self) -> str:
@@ -73,77 +73,77 @@ class Outcome:
         )
 
 
-async def plan(here: World, rate: float, *, announce: bool) -> None:
-    """Set the simulator's plan; its bucket is full then."""
+async def plan(harness: Harness, rate: float, *, announce: bool) -> None:
+    """Set the simulator's plan; its bucket is then full."""
     content = {"method": "GET", "path": TEMPLATE, "rate": rate, "burst": BURST, "announce": announce, "enforce": True}
-    await here.order("/plans", content)
+    await harness.post_control("/plans", content)
 
 
-async def through_the_proxy(scenario: Scenario, seconds: float) -> Outcome:
-    """Let the clients call through the proxy for so many seconds."""
-    async with world(1, limits={"pace": True}) as here:
-        await plan(here, scenario.rate, announce=scenario.announce)
+async def run_proxy(scenario: Scenario, seconds: float) -> Outcome:
+    """Let the clients call through the proxy for `seconds`."""
+    async with running_harness(1, limits={"pace": True}) as harness:
+        await plan(harness, scenario.rate, announce=scenario.announce)
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         statuses: list[int] = []
 
         async def client(number: int) -> None:
             while loop.time() < end:
-                status = await here.call(TARGET.format(number))
+                status = await harness.call(TARGET.format(number))
                 if loop.time() <= end:
                     statuses.append(status)
 
         async def change() -> None:
             if scenario.later is not None:
                 await asyncio.sleep(seconds / 2)
-                await plan(here, scenario.later, announce=scenario.announce)
+                await plan(harness, scenario.later, announce=scenario.announce)
 
         await asyncio.gather(change(), *(client(number) for number in range(CLIENTS)))
-        throttled = await here.answers("eu", 429)
+        throttled = await harness.response_count("eu", 429)
     permitted = BURST + scenario.rate * seconds
-    if scenario.later is not None:  # the bucket is full again with the new plan
+    if scenario.later is not None:  # a new plan starts with a full bucket
         permitted = 2 * BURST + (scenario.rate + scenario.later) * seconds / 2
     return Outcome(scenario.name, statuses.count(200), permitted, statuses.count(429), throttled)
 
 
-async def by_the_peer(python: str, seconds: float) -> Outcome:
-    """Let python-amazon-sp-api do the same work, with the plan as the table says."""
-    async with world(1) as here:
-        await plan(here, RATE, announce=True)
-        arguments = (here.region("eu"), here.token_host, DEMO_CLIENT, DEMO_SECRET, "Atzr|a0")
+async def run_peer(python: str, seconds: float) -> Outcome:
+    """Let python-amazon-sp-api do the same work, with the documented plan."""
+    async with running_harness(1) as harness:
+        await plan(harness, RATE, announce=True)
+        arguments = (harness.region("eu"), harness.token_host, DEMO_CLIENT, DEMO_SECRET, "Atzr|a0")
         process = await asyncio.create_subprocess_exec(
             *(python, __file__.replace("goodput.py", "peer.py"), str(seconds), str(CLIENTS), *arguments),
             stdout=asyncio.subprocess.PIPE,
         )
-        said, _ = await process.communicate()
-        served, reached_clients = json.loads(said)
-        throttled = await here.answers("eu", 429)
+        output, _ = await process.communicate()
+        served, reached_clients = json.loads(output)
+        throttled = await harness.response_count("eu", 429)
     return Outcome("python-amazon-sp-api alone", served, BURST + RATE * seconds, reached_clients, throttled)
 
 
-async def run(seconds: float, peer: str | None, wanted: list[str]) -> bool:
-    """Make the runs, print their table, and return whether what was aimed at was reached."""
+async def run(seconds: float, peer: str | None, selected: list[str]) -> bool:
+    """Make the runs and print their table; return whether the targets were reached."""
     sys.stdout.write(
         "| true plan | served | share | 429s to clients | 429s by Amazon |\n| --- | ---: | ---: | ---: | ---: |\n"
     )
     good = True
     for scenario in SCENARIOS:
-        if not wanted or any(scenario.name.startswith(name) for name in wanted):
-            outcome = await through_the_proxy(scenario, seconds)
+        if not selected or any(scenario.name.startswith(name) for name in selected):
+            outcome = await run_proxy(scenario, seconds)
             sys.stdout.write(f"{outcome.row()}\n")
             sys.stdout.flush()
-            reached = outcome.share >= LEAST_SHARE and outcome.throttled < MOST_THROTTLED
+            reached = outcome.share >= MIN_SHARE and outcome.throttled < MAX_THROTTLED
             good = good and outcome.reached_clients == 0 and (reached or not scenario.has_aim)
     if peer:
-        sys.stdout.write(f"{(await by_the_peer(peer, seconds)).row()}\n")
+        sys.stdout.write(f"{(await run_peer(peer, seconds)).row()}\n")
     return good
 
 
 def main() -> int:
-    """Print the table; 1 where a 429 reached a client, or the aim was missed with the plan that the table says."""
+    """Print the table; return 1 if a 429 reached a client or a target was missed with the documented plan."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.goodput", description=__doc__)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="how its name begins (default: all)")
-    parser.add_argument("--seconds", type=float, default=60, help="how long each run takes (default 60)")
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="prefix of its name (default: all)")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds of each run (default 60)")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with python-amazon-sp-api")
     options = parser.parse_args()
     end_on_signals()

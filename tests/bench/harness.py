@@ -1,4 +1,4 @@
-"""What do the benchmarks of tokens and plans run against: a simulator and a proxy before it, both real processes."""
+"""Test environment of the token and plan benchmarks: a simulator and a proxy in front of it, real processes."""
 
 import asyncio
 import re
@@ -18,13 +18,15 @@ import yaml
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
 from tests.bench.processes import HOST, Cores, Started, free_port, python, started
 
-ORDINARY = "/brand/new"
-WAITED = "0.1"  # seconds: a bucket of the histogram, far above what the proxy needs and below every exchange here
+PLAIN_TARGET = "/brand/new"
+WAIT_BUCKET = (
+    "0.1"  # seconds: a histogram bucket above the proxy's own time and below every exchange in these benchmarks
+)
 
 
 @dataclass(slots=True)
-class World:
-    """A simulator and a proxy before it."""
+class Harness:
+    """A running simulator and a running proxy in front of it."""
 
     proxy: Started
     address: str
@@ -36,31 +38,31 @@ class World:
     started_at: float
     statuses: Counter[int] = field(default_factory=Counter)
 
-    async def order(self, path: str, content: dict[str, Any]) -> None:
-        """Tell the simulator something."""
+    async def post_control(self, path: str, content: dict[str, Any]) -> None:
+        """Send a command to the control API of the simulator."""
         async with self.session.post(self.control + path, json=content) as response:
             assert response.status == 200, await response.text()
 
-    async def forget_faults(self) -> None:
-        """Let everything work again."""
+    async def clear_faults(self) -> None:
+        """Remove all injected faults."""
         async with self.session.delete(f"{self.control}/faults") as response:
             assert response.status == 200
 
     async def exchanges(self, kind: str = "refresh_token") -> int:
-        """Return how many tokens of a kind the simulator gave."""
+        """Return how many tokens of a kind the simulator issued."""
         async with self.session.get(f"{self.control}/state") as response:
             counts: dict[str, int] = (await response.json())["counts"]
         return counts.get(f"exchanges.{kind}", 0)
 
-    async def answers(self, service: str, status: int) -> int:
-        """Return how often a service of the simulator answered with a status."""
+    async def response_count(self, service: str, status: int) -> int:
+        """Return how many responses with `status` a service of the simulator sent."""
         async with self.session.get(f"{self.control}/state") as response:
             counts: dict[str, int] = (await response.json())["counts"]
         return counts.get(f"answers.{service}.{status}", 0)
 
     @property
     def token_host(self) -> str:
-        """The simulator's Login with Amazon."""
+        """The simulator's Login with Amazon endpoint."""
         return f"http://{HOST}:{self.simulator}/auth/o2/token"
 
     def region(self, name: str) -> str:
@@ -75,15 +77,15 @@ class World:
             self.statuses[response.status] += 1
             return response.status
 
-    async def waits(self) -> tuple[int, int]:
-        """Return how many requests asked for a token so far, and how many of them waited for it."""
+    async def token_waits(self) -> tuple[int, int]:
+        """Return how many requests needed a token so far, and how many of them waited for it."""
         async with self.session.get(f"{self.admin}/metrics") as response:
             text = await response.text()
         count = _sample(text, "spapi_proxy_token_wait_seconds_count")
-        return count, count - _sample(text, f'spapi_proxy_token_wait_seconds_bucket{{le="{WAITED}"}}')
+        return count, count - _sample(text, f'spapi_proxy_token_wait_seconds_bucket{{le="{WAIT_BUCKET}"}}')
 
-    async def load(self, rate: float, seconds: float, target: str = ORDINARY) -> None:
-        """Send `rate` requests per second for `seconds`, whether answers come or not."""
+    async def load(self, rate: float, seconds: float, target: str = PLAIN_TARGET) -> None:
+        """Send `rate` requests per second for `seconds`, without waiting for responses."""
         loop = asyncio.get_running_loop()
         begin, tasks = loop.time(), set[asyncio.Task[int]]()
         for number in range(int(rate * seconds)):
@@ -100,7 +102,7 @@ def _sample(text: str, name: str) -> int:
 
 
 @asynccontextmanager
-async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> AsyncIterator[World]:
+async def running_harness(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> AsyncIterator[Harness]:
     """Start a simulator that knows `accounts` sellers, and a proxy for them."""
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory() as name, running_simulator(Path(name), cores, lifetime) as simulator:
@@ -119,20 +121,20 @@ async def world(accounts: int, *, lifetime: float = 3600.0, **settings: Any) -> 
             command = python("proxy", "serve", "--config", path, "--log-level", "error")
             with started("proxy", command, port, cores.proxy, Path(name)) as proxy:
                 at = (f"http://{HOST}:{port}", f"http://{HOST}:{admin}", control, simulator, path)
-                yield World(proxy, *at, session, began)
+                yield Harness(proxy, *at, session, began)
 
 
 @contextmanager
 def running_simulator(folder: Path, cores: Cores, lifetime: float) -> Iterator[int]:
-    """Run a simulator whose tokens live for so many seconds; yield its port."""
+    """Run a simulator that issues tokens with this lifetime in seconds; yield its port."""
     port = _four_free_ports()
     command = python("proxy", "simulate", "--port", port, "--token-lifetime", str(lifetime))
-    with started("simulator", command, port, cores.others, folder):
+    with started("simulator", command, port, cores.other_cores, folder):
         yield port
 
 
 def _four_free_ports() -> int:
-    """Return the first of four ports in a row that nobody uses at the moment."""
+    """Return the first of four consecutive ports that are free at the moment."""
     while True:
         first = free_port()
         try:
@@ -149,7 +151,7 @@ def _regions(simulator: int) -> dict[str, str]:
 
 
 def settings_of(accounts: int, simulator: int, port: int, admin: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a proxy before the simulator."""
+    """Return the configuration of a proxy in front of the simulator."""
     return {
         "listen": f"{HOST}:{port}",
         "admin": f"{HOST}:{admin}",
@@ -161,5 +163,5 @@ def settings_of(accounts: int, simulator: int, port: int, admin: int, settings: 
     }
 
 
-def said(statuses: Counter[int]) -> str:
+def format_statuses(statuses: Counter[int]) -> str:
     return ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))

@@ -1,6 +1,6 @@
-"""How many instructions does a process execute? Counted by Linux' `perf`, where there is one that may count.
+"""Number of instructions that a process executes, counted by Linux `perf` where it is permitted.
 
-Unlike CPU time, their number hardly depends on what else the machine does. Many virtual machines have no counters.
+Unlike CPU time, the count hardly depends on other load on the machine. Many virtual machines have no counters.
 """
 
 import os
@@ -9,23 +9,23 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-INSTRUCTIONS = "instructions:u"  # of the process itself, not of the kernel for it
-_PATIENCE = 5.0  # seconds until perf must have answered
+INSTRUCTIONS = "instructions:u"  # user space only
+_TIMEOUT = 5.0  # seconds for perf to acknowledge a command
 
 
 def can_count(event: str = INSTRUCTIONS) -> bool:
-    """Return whether perf is here, may be used, and has a counter for `event`."""
+    """Return whether perf is installed, permitted, and has a counter for `event`."""
     program = shutil.which("perf")
     if program is None:
         return False
     command = [program, "stat", "-x", ",", "-e", event, "true"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE).stderr
-    return parse_count(said) is not None
+    output = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT).stderr
+    return parse_count(output) is not None
 
 
-def parse_count(said: str) -> float | None:
-    """Return the count in what `perf stat -x ,` says, None where it says that there is none."""
-    for line in said.splitlines():
+def parse_count(output: str) -> float | None:
+    """Return the count in the output of `perf stat -x ,`; None if it has none."""
+    for line in output.splitlines():
         with suppress(ValueError):
             return float(line.partition(",")[0])
     return None
@@ -33,14 +33,27 @@ def parse_count(said: str) -> float | None:
 
 @contextmanager
 def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float | None]]:
-    """Count from the block's begin on; what is yielded ends that, and returns how many it were, None without perf."""
+    """Count from the start of the block; the yielded function stops and returns the count, None without perf."""
     control, orders = os.pipe()
-    responses, said = os.pipe()
-    # With control over pipes, counting begins and ends at a known moment, and not whenever perf is ready.
-    command = ["perf", "stat", "-x", ",", "-e", event, "-p", str(pid), "-D", "-1", "--control", f"fd:{control},{said}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=(control, said), text=True) as perf:
+    responses, output = os.pipe()
+    # With control pipes, counting starts and stops at a known moment instead of when perf is ready.
+    command = [
+        "perf",
+        "stat",
+        "-x",
+        ",",
+        "-e",
+        event,
+        "-p",
+        str(pid),
+        "-D",
+        "-1",
+        "--control",
+        f"fd:{control},{output}",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=(control, output), text=True) as perf:
         os.close(control)
-        os.close(said)
+        os.close(output)
 
         def order(word: bytes) -> None:
             os.write(orders, word + b"\n")
@@ -49,7 +62,7 @@ def counting(pid: int, event: str = INSTRUCTIONS) -> Iterator[Callable[[], float
         def end() -> float | None:
             order(b"disable")
             perf.send_signal(2)
-            return parse_count(perf.communicate(timeout=_PATIENCE)[1])
+            return parse_count(perf.communicate(timeout=_TIMEOUT)[1])
 
         try:
             order(b"enable")

@@ -1,7 +1,7 @@
-"""How many requests does a server answer, and how long does each take?
+"""Load generator: throughput and latency of a server in a closed loop on raw connections.
 
-A closed loop on raw connections: each sends its next request when the last answer is complete. It is our own and in
-Python, so that everybody measures with the same tool. It costs a small part of what a Python proxy costs.
+Each connection sends its next request when the previous response is complete. It is part of the project and in Python,
+so that everybody measures with the same tool; it costs a small part of what a Python proxy costs.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ import uvloop
 
 from tests.bench.processes import HOST
 
-WARM_UP = 0.5  # seconds: connections are made, both ways, before anything counts
-LAST_ANSWER = 5.0  # seconds
+WARM_UP = 0.5  # seconds before measuring, in which connections are opened on both sides
+FINAL_RESPONSE_TIMEOUT = 5.0  # seconds
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"\r\ncontent-length:"
@@ -27,7 +27,7 @@ _OK = b"HTTP/1.1 200"
 
 @dataclass(slots=True)
 class Tally:
-    """What happened so far; latencies in seconds."""
+    """Counts so far; latencies in seconds."""
 
     latencies: "array[float]" = field(default_factory=lambda: array("d"))
     faults: Counter[str] = field(default_factory=Counter)
@@ -61,11 +61,11 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the first request."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports do not subclass it
         self._send()
 
     def data_received(self, data: bytes) -> None:
-        """Send the next request once the answer is complete."""
+        """Send the next request once the response is complete."""
         self._buffer = self._buffer + data if self._buffer else data
         head = self._buffer.find(_HEAD_END)
         if head < 0:
@@ -78,18 +78,18 @@ class Connection(asyncio.Protocol):
         if not self._buffer.startswith(_OK):
             self._tally.faults[self._buffer.split(b"\r\n", 1)[0].decode("latin-1")] += 1
         elif missing < 0 or length != self._body_size:
-            self._tally.faults["not the body that was expected"] += 1
+            self._tally.faults["unexpected body"] += 1
         self._buffer = b""
         self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Note a connection that the server ended."""
+        """Record a connection that the server ended."""
         if not self.finished.is_set():
             self._tally.faults[f"the server ended a connection ({type(exc).__name__})"] += 1
             self.finished.set()
 
     def finish(self) -> None:
-        """Send no further request; `finished` is set once the last one is answered and the connection ended."""
+        """Send no further request; `finished` is set after the last response, when the connection is closed."""
         self._finishing = True
 
     def _send(self) -> None:
@@ -105,13 +105,13 @@ class Connection(asyncio.Protocol):
 def measure(
     port: int, request: bytes, body_size: int, *, connections: int, seconds: float, cpu: Callable[[], float]
 ) -> Sample:
-    """Load a server of this machine for `seconds` and return what it did; `cpu` reads its CPU seconds so far.
+    """Load a server of this machine for `seconds` and return the measurement; `cpu` reads its CPU seconds so far.
 
-    Each answer must be a 200 with a body of `body_size` bytes and a Content-Length; everything else is a fault.
+    Each response must be a 200 with a body of `body_size` bytes and a Content-Length; anything else is a fault.
     """
     gc.collect()
     gc.freeze()
-    gc.disable()  # a pause here would count as the server's
+    gc.disable()  # a collection pause here would be measured as latency of the server
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_measure(port, request, body_size, connections, seconds, cpu))
@@ -140,21 +140,21 @@ async def _measure(
 
 
 async def _finish(opened: list[Connection], tally: Tally) -> None:
-    """Let every request be answered: one that is broken off would have the servers log it, and cost the next one."""
+    """Complete all requests: an aborted one would be logged by the server and add to the next measurement."""
     for connection in opened:
         connection.finish()
     for connection in opened:
         try:
-            async with asyncio.timeout(LAST_ANSWER):
+            async with asyncio.timeout(FINAL_RESPONSE_TIMEOUT):
                 await connection.finished.wait()
         except TimeoutError:
-            tally.faults[f"no answer within {LAST_ANSWER:g} s"] += 1
+            tally.faults[f"no response within {FINAL_RESPONSE_TIMEOUT:g} s"] += 1
 
 
 def _sample(tally: Tally, cpu_used: float, took: float) -> Sample:
     count = len(tally.latencies)
     if not count:
-        raise SystemExit(f"No answer within {took:.1f} s: {dict(tally.faults)}")
+        raise SystemExit(f"No response within {took:.1f} s: {dict(tally.faults)}")
     ordered = sorted(tally.latencies)
     return Sample(
         requests_per_second=count / took,

@@ -1,6 +1,6 @@
 """Growth of the cost of a request with accounts, operations and headers: `python -m tests.bench.memory_growth`.
 
-Everything is loaded in turn, several rounds of it, and compared within each round with the smallest of its kind.
+The cases are loaded in turn over several rounds; each is compared within its round with the smallest of its kind.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from statistics import median
 import uvloop
 
 from proxy.amazon.operations import Operation, load_table
-from tests.bench.compare import machine
-from tests.bench.compared_proxies import PATH, FarEnd, far_end
+from tests.bench.compare import environment_lines
+from tests.bench.compared_proxies import PATH, BenchUpstream, bench_upstream
 from tests.bench.instructions import can_count, counting
-from tests.bench.load import LAST_ANSWER, Connection, Tally
+from tests.bench.load import FINAL_RESPONSE_TIMEOUT, Connection, Tally
 from tests.bench.operations_upstream import filler
+from tests.bench.output import print_lines
 from tests.bench.processes import (
     HOST,
     Cores,
@@ -40,12 +41,12 @@ from tests.bench.processes import (
     python,
     started,
 )
-from tests.bench.upstream import ANSWER_SIZE
+from tests.bench.upstream import RESPONSE_SIZE
 
 ACCOUNTS = (1, 100, 2000)
-OPERATIONS_EACH = 10  # that every account calls, before memory is looked at once more
+OPERATIONS_EACH = 10  # called by every account before memory is measured again
 WARM_UP = 0.3  # seconds
-FIRST_TIME = 60.0  # seconds within which every request of a kind must have been answered once
+FIRST_TIME = 60.0  # seconds within which every request of a kind must complete once
 
 TARGET = "/orders/v0/orders"
 _BODY = b'{"filler": "a small body"}'
@@ -54,7 +55,7 @@ _PARAMETER = re.compile(r"\{[^}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured: requests that take turns, through the proxy that has so many accounts."""
+    """One case: requests sent in rotation through the proxy that has `accounts` accounts."""
 
     kind: str
     name: str
@@ -64,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One measurement of one case. `cpu_us` and `instructions` are those of the proxy, for each request."""
+    """One measurement of one case. `cpu_us` and `instructions` are those of the proxy, per request."""
 
     cpu_us: float
     instructions: float | None
@@ -74,20 +75,20 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """What a proxy weighs with so many accounts: MiB of resident memory, and what one look at its metrics takes."""
+class Footprint:
+    """Memory of a proxy with so many accounts: resident MiB, and the cost of one scrape of its metrics."""
 
     accounts: int
     when: str
     mib: float
     metrics_ms: float
     metrics_kib: float
-    meanwhile_ms: float  # the slowest ordinary request that came then
+    max_latency_ms: float  # slowest ordinary request during the scrape
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy that runs, with so many accounts."""
+    """A running proxy with so many accounts."""
 
     accounts: int
     process: Started
@@ -96,10 +97,10 @@ class Proxy:
 
 
 class Rotating(Connection):
-    """Sends the next of all requests each time, for as long as there are any; all connections share them."""
+    """Sends all requests in rotation; all connections share one rotation."""
 
     def __init__(self, requests: Iterator[bytes], tally: Tally) -> None:
-        super().__init__(b"", ANSWER_SIZE, tally)
+        super().__init__(b"", RESPONSE_SIZE, tally)
         self._requests = requests
 
     def _send(self) -> None:
@@ -112,12 +113,12 @@ class Rotating(Connection):
 
 
 def main() -> int:
-    """Measure, print the tables as Markdown; 1 when a request failed."""
+    """Measure and print the tables as Markdown; return 1 if a request failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.memory_growth", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (default 1.5)")
     parser.add_argument("--rounds", type=int, default=5, help="in which each is measured once (default 5)")
     parser.add_argument("--connections", type=int, default=32, help="at once (default 32)")
-    parser.add_argument("--only", metavar="KIND", help="accounts, operations, request or answer (default: all)")
+    parser.add_argument("--only", metavar="KIND", help="accounts, operations, request or response (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement there")
     options = parser.parse_args()
     end_on_signals()
@@ -129,37 +130,46 @@ def main() -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cores = Cores.of_this_machine()
-    measured_with = [*machine(cores), f"- instructions: {'by perf' if can_count() else 'perf cannot count them here'}"]
-    os.sched_setaffinity(0, cores.others)
+    environment = [
+        *environment_lines(cores),
+        f"- instructions: {'by perf' if can_count() else 'no counter available to perf'}",
+    ]
+    os.sched_setaffinity(0, cores.other_cores)
     cases = [case for case in all_cases() if (options.only or "") in case.kind]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sp-api-proxy-bench-")))
-        end = stack.enter_context(far_end(cores, folder))
-        upstream = stack.enter_context(_many_answers(end, cores, folder))
-        proxies = {count: stack.enter_context(_proxy(count, end, upstream, cores, folder)) for count in ACCOUNTS}
-        weights = [_weigh(proxy, "at start") for proxy in proxies.values()]
+        upstream = stack.enter_context(bench_upstream(cores, folder))
+        api_port = stack.enter_context(operations_upstream(upstream, cores, folder))
+        proxies = {count: stack.enter_context(_proxy(count, upstream, api_port, cores, folder)) for count in ACCOUNTS}
+        footprints = [_measure_memory(proxy, "at start") for proxy in proxies.values()]
         costs = _measure_all(cases, proxies, options)
-        weights += [_weigh(proxy, "in use") for proxy in proxies.values()]
+        footprints += [_measure_memory(proxy, "in use") for proxy in proxies.values()]
         for proxy in proxies.values():
             _once(proxy, list(_every_account(proxy.accounts, _targets_of_reads()[:OPERATIONS_EACH])))
-        weights += [_weigh(proxy, f"{OPERATIONS_EACH} operations each") for proxy in proxies.values()]
-        said = [f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.said())]
+        footprints += [_measure_memory(proxy, f"{OPERATIONS_EACH} operations each") for proxy in proxies.values()]
+        output = [
+            f"{proxy.process.name} wrote:\n{text}" for proxy in proxies.values() if (text := proxy.process.output())
+        ]
     faults = [f"FAULT: {case.name}: {cost.faults}" for case in cases for cost in costs[case.name] if cost.faults]
-    _say(*measured_with, "", *table(cases, costs, options), "", *_table_of_weights(weights), *said, *faults)
+    print_lines(*environment, "", *table(cases, costs, options), "", *_footprint_table(footprints), *output, *faults)
     if options.json:
         rows = [
             {"case": name, "round": n, **asdict(cost)} for name, of in costs.items() for n, cost in enumerate(of, 1)
         ]
-        content = {"machine": measured_with, "costs": rows, "weights": [asdict(weight) for weight in weights]}
+        content = {
+            "machine": environment,
+            "costs": rows,
+            "footprints": [asdict(footprint) for footprint in footprints],
+        }
         options.json.write_text(json.dumps(content, indent=1))
     return 1 if faults else 0
 
 
-# What is asked.
+# Cases.
 
 
 def all_cases() -> list[Case]:
-    """Return what is compared, the smallest of each kind first."""
+    """Return the cases, the smallest of each kind first."""
     reads = [_request(operation.method, path_of(operation)) for operation in _operations(reading=True)]
     writes = [_request(operation.method, path_of(operation)) for operation in _operations(reading=False)]
     one_each = {operation.method: path_of(operation) for operation in reversed(_operations(reading=False))}
@@ -173,8 +183,8 @@ def all_cases() -> list[Case]:
         Case("request headers", "1 KiB of request headers", 1, [_request("GET", TARGET, filler(900))]),
         Case("request headers", "31 KiB of request headers, 64 fields", 1, [_request("GET", TARGET, filler(31_500))]),
         Case("request headers", "30 KiB in one request header", 1, [_request("GET", TARGET, filler(30_720, 30_720))]),
-        Case("answer headers", "1 KiB of answer headers", 1, [_request("GET", f"{TARGET}?head=800")]),
-        Case("answer headers", "32 KiB of answer headers, 66 fields", 1, [_request("GET", f"{TARGET}?head=32768")]),
+        Case("response headers", "1 KiB of response headers", 1, [_request("GET", f"{TARGET}?head=800")]),
+        Case("response headers", "32 KiB of response headers, 66 fields", 1, [_request("GET", f"{TARGET}?head=32768")]),
     ]
 
 
@@ -183,12 +193,12 @@ def _operations(*, reading: bool) -> list[Operation]:
 
 
 def path_of(operation: Operation) -> str:
-    """Return a path of the operation: its template, with something in place of each parameter."""
+    """Return a path of the operation: its template with a value for each parameter."""
     return _PARAMETER.sub("B000000001", operation.template)
 
 
 def _targets_of_reads() -> list[str]:
-    """Return paths of operations that an ordinary token is enough for."""
+    """Return paths of operations that need only an access token."""
     ordinary = [operation for operation in _operations(reading=True) if not (operation.restricted or operation.scope)]
     return [path_of(operation) for operation in ordinary]
 
@@ -207,21 +217,21 @@ def _request(method: str, target: str, more: bytes = b"", *, account: int = 0) -
     return head + more + b"\r\n"
 
 
-# What runs.
+# Processes.
 
 
 @contextmanager
-def _many_answers(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
-    """Run the upstream with many answers; yield its port."""
+def operations_upstream(upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[int]:
+    """Run the upstream that serves every operation; yield its port."""
     port = free_port()
-    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
+    files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
     command = python("tests.bench.operations_upstream", "--port", port, *files)
-    with started("many answers", command, port, cores.others, folder):
+    with started("operations upstream", command, port, cores.other_cores, folder):
         yield port
 
 
 @contextmanager
-def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path) -> Iterator[Proxy]:
+def _proxy(accounts: int, upstream: BenchUpstream, api_port: int, cores: Cores, folder: Path) -> Iterator[Proxy]:
     port, admin = free_port(), free_port()
     path = folder / f"proxy-{accounts}.yaml"
     content = {
@@ -229,9 +239,12 @@ def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path
         "admin": f"{HOST}:{admin}",
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|a{number}"}} for number in range(accounts)},
-        "endpoints": {"eu": f"https://localhost:{upstream}", "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "endpoints": {
+            "eu": f"https://localhost:{api_port}",
+            "lwa": f"http://{HOST}:{upstream.token_port}/auth/o2/token",
+        },
         "limits": {"pace": False},
-        "pool": {"ca_file": str(end.certificates.authority)},
+        "pool": {"ca_file": str(upstream.certificates.authority)},
         "log": {"level": "warning"},
     }
     path.write_text(json.dumps(content))  # JSON is YAML
@@ -241,7 +254,7 @@ def _proxy(accounts: int, end: FarEnd, upstream: int, cores: Cores, folder: Path
         yield Proxy(accounts, process, port, admin)
 
 
-# How it is measured.
+# Measurement.
 
 
 def _measure_all(
@@ -249,12 +262,12 @@ def _measure_all(
 ) -> dict[str, list[Cost]]:
     counts = can_count()
     for case in cases:
-        _once(proxies[case.accounts], case.requests)  # tokens, connections: what comes once
+        _once(proxies[case.accounts], case.requests)  # warm-up: tokens and connections
     costs: dict[str, list[Cost]] = {}
     for number in range(options.rounds):
         sys.stderr.write(f"round {number + 1} of {options.rounds}\n")
         turn = number % len(cases)
-        for case in (*cases[turn:], *cases[:turn]):  # another one begins each time
+        for case in (*cases[turn:], *cases[:turn]):  # rotate the order in each round
             proxy = proxies[case.accounts]
             cost = _measure(proxy, case.requests, options.connections, options.seconds, counts=counts)
             costs.setdefault(case.name, []).append(cost)
@@ -276,7 +289,7 @@ def _measure(proxy: Proxy, requests: Sequence[bytes], connections: int, seconds:
                 done, cpu = len(tally.latencies) - done, cpu_seconds(pid) - cpu
                 took = time.perf_counter() - began
         if not done:
-            raise SystemExit(f"No answer within {took:.1f} s: {dict(tally.faults)}")
+            raise SystemExit(f"No response within {took:.1f} s: {dict(tally.faults)}")
         each = instructions / done if instructions is not None else None
         return Cost(cpu / done * 1e6, each, done / took, cpu / took, dict(tally.faults))
 
@@ -302,7 +315,7 @@ def _once(proxy: Proxy, requests: Sequence[bytes]) -> None:
 async def _loaded(
     port: int, requests: Iterator[bytes], connections: int
 ) -> AsyncIterator[tuple[Tally, list[Rotating]]]:
-    """Open connections that send requests for as long as the block lasts, and end with their last answer."""
+    """Open connections that send requests until the block ends, and wait for their last responses."""
     loop, tally = asyncio.get_running_loop(), Tally()
     opened = [
         (await loop.create_connection(lambda: Rotating(requests, tally), HOST, port))[1] for _ in range(connections)
@@ -312,22 +325,22 @@ async def _loaded(
     finally:
         for connection in opened:
             connection.finish()
-        async with asyncio.timeout(LAST_ANSWER):
+        async with asyncio.timeout(FINAL_RESPONSE_TIMEOUT):
             for connection in opened:
                 await connection.finished.wait()
 
 
-def _weigh(proxy: Proxy, when: str) -> Weight:
+def _measure_memory(proxy: Proxy, when: str) -> Footprint:
     took, size, slowest = [], 0, []
     with ThreadPoolExecutor(1) as beside:
         for _ in range(3):
             began = time.perf_counter()
-            look = beside.submit(_metrics_of, proxy)
-            slowest.append(_slowest_until(look, proxy))
+            scrape = beside.submit(_metrics_of, proxy)
+            slowest.append(_max_latency_until(scrape, proxy))
             took.append(time.perf_counter() - began)
-            size = look.result()
+            size = scrape.result()
     mib = memory_kib(proxy.process.pid, "VmRSS") / 1024
-    return Weight(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
+    return Footprint(proxy.accounts, when, mib, median(took) * 1e3, size / 1024, median(slowest) * 1e3)
 
 
 def _metrics_of(proxy: Proxy) -> int:
@@ -335,27 +348,27 @@ def _metrics_of(proxy: Proxy) -> int:
         return len(response.read())
 
 
-def _slowest_until(look: "Future[int]", proxy: Proxy) -> float:
-    """Send one request after the other until the look at the metrics is over; return the seconds of the slowest."""
-    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=LAST_ANSWER), 0.0
+def _max_latency_until(scrape: "Future[int]", proxy: Proxy) -> float:
+    """Send requests one after another until the scrape is complete; return the longest duration in seconds."""
+    connection, slowest = http.client.HTTPConnection(HOST, proxy.port, timeout=FINAL_RESPONSE_TIMEOUT), 0.0
     try:
-        while not look.done():
+        while not scrape.done():
             began = time.perf_counter()
             connection.request("GET", PATH, headers={"x-sp-account": "a0"})
             size = len(connection.getresponse().read())
             slowest = max(slowest, time.perf_counter() - began)
-            if size != ANSWER_SIZE:
-                raise SystemExit("not the answer that was expected, beside a look at the metrics")
+            if size != RESPONSE_SIZE:
+                raise SystemExit("unexpected response during a scrape of the metrics")
     finally:
         connection.close()
     return slowest
 
 
-# What is said of it.
+# Output.
 
 
 def table(cases: Sequence[Case], costs: dict[str, list[Cost]], options: argparse.Namespace) -> list[str]:
-    """Return the medians of all rounds, and those of each round's ratio to the smallest of the kind, as Markdown."""
+    """Return a Markdown table: medians, and medians of the ratios to the smallest of the kind within each round."""
     lines = [
         f"Medians of {options.rounds} × {options.seconds:g} s, {options.connections} connections (ratio to the first).",
         "",
@@ -380,21 +393,16 @@ def _cell(ours: Sequence[float | None], base: Sequence[float | None]) -> str:
     return f"{median(one for one, _ in pairs):,.0f} ({median(one / other for one, other in pairs):.2f})"
 
 
-def _table_of_weights(weights: Sequence[Weight]) -> list[str]:
+def _footprint_table(footprints: Sequence[Footprint]) -> list[str]:
     return [
         "| accounts | when | resident MiB | `/metrics` ms | `/metrics` KiB | a request meanwhile, ms at most |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
         *(
             f"| {each.accounts:,} | {each.when} | {each.mib:.1f} | {each.metrics_ms:.0f} | {each.metrics_kib:,.0f} "
-            f"| {each.meanwhile_ms:.0f} |"
-            for each in weights
+            f"| {each.max_latency_ms:.0f} |"
+            for each in footprints
         ),
     ]
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

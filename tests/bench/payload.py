@@ -1,4 +1,4 @@
-"""What do the large bodies consist of? The same bytes at either end, so that both can say what should have arrived."""
+"""Payload of the large bodies: the same bytes at both ends, so that both can verify what they receive."""
 
 import hashlib
 import random
@@ -12,7 +12,7 @@ _NOISE = random.Random(1).randbytes(BLOCK - 8)
 
 
 def blocks(mib: int) -> Iterator[bytes]:
-    """Yield `mib` MiB in numbered blocks, so that one that is lost, doubled or out of place changes the digest."""
+    """Yield `mib` MiB in numbered blocks, so that a lost, repeated or reordered block changes the digest."""
     for number in range(mib * MIB // BLOCK):
         yield number.to_bytes(8, "big") + _NOISE
 

@@ -1,7 +1,7 @@
-"""The same work by python-amazon-sp-api, with its own throttle_retry. Run by goodput.py, with a Python that has it.
+"""The work of goodput.py done by python-amazon-sp-api with its own throttle_retry, in a Python that has it.
 
 Arguments: seconds, clients, the region's address, the token host's, client id, client secret, refresh token. Prints
-`[answers, 429s that reached the caller]` as JSON.
+`[responses, 429s that reached the caller]` as JSON.
 """
 
 import importlib
@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 
 
 def main() -> None:
-    """Let so many threads call as often as they can, for so long."""
+    """Let `clients` threads call as fast as they can for `seconds`."""
     seconds, clients, endpoint, lwa, client_id, client_secret, refresh_token = sys.argv[1:]
     auth: Any = importlib.import_module("sp_api.auth.access_token_client").AccessTokenClient
     auth.scheme, auth.host = "http://", urlsplit(lwa).netloc
     api: Any = importlib.import_module("sp_api.api").ListingsItems
-    # The simulator wants the form that Amazon's page asks for; the library's own is another.
+    # The simulator requires the user agent format that Amazon documents; the library's default differs.
     base: Any = importlib.import_module("sp_api.base")
     base.BaseClient.user_agent = "python-amazon-sp-api/2 (Language=Python)"
     retry: Any = importlib.import_module("sp_api.util").throttle_retry

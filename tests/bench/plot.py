@@ -1,10 +1,10 @@
-"""How does the comparison look as a picture? SVG text that reads well on a light page and on a dark one."""
+"""SVG bar charts of the comparison, readable on a light and on a dark page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _LABEL, _VALUE = 720, 118, 60  # pixels: the whole, the names at the left, the figures at the right
+_WIDTH, _LABEL, _VALUE = 720, 118, 60  # pixels: total, the names at the left, the figures at the right
 _BAR, _GAP, _HEAD = 13, 3, 34
 _TEXT, _OURS, _OURS_LIGHT, _THEIRS, _THEIRS_LIGHT = "#808080", "#d9730d", "#eba766", "#4c86c6", "#93b5dc"
 _STYLE = (
@@ -15,7 +15,7 @@ _STYLE = (
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Bars under one heading: of each proxy as many as there are `series`, with the figures written behind them."""
+    """Bars under one heading: one per entry of `series` for each proxy, with the figures next to them."""
 
     heading: str
     series: tuple[str, str]
@@ -43,16 +43,16 @@ def svg(title: str, description: str, ours: str, groups: Sequence[Group]) -> str
 
 
 def _draw(body: list[str], group: Group, ours: str, y: int) -> int:
-    """Add a group below `y`, and return where it ends."""
+    """Add a group below `y` and return its lower edge."""
     body.append(f'<text class="t" x="0" y="{y + 18}">{escape(group.heading)}</text>')
     _legend(body, group.series, y + 18)
-    most = max(max(figures) for _, figures in group.rows)
+    maximum = max(max(figures) for _, figures in group.rows)
     y += _HEAD
     for name, figures in group.rows:
         middle = y + _BAR + 4
         body.append(f'<text class="e" x="{_LABEL - 8}" y="{middle}">{escape(name)}</text>')
         for figure, kind in zip(figures, "op" if name == ours else "qr", strict=True):
-            width = max(1.0, figure / most * (_WIDTH - _LABEL - _VALUE))
+            width = max(1.0, figure / maximum * (_WIDTH - _LABEL - _VALUE))
             body.append(f'<rect class="{kind}" x="{_LABEL}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2"/>')
             body.append(f'<text x="{_LABEL + width + 5:.1f}" y="{y + _BAR - 2}">{figure:{group.form}}</text>')
             y += _BAR + 1
@@ -61,7 +61,7 @@ def _draw(body: list[str], group: Group, ours: str, y: int) -> int:
 
 
 def _legend(body: list[str], series: tuple[str, str], y: int) -> None:
-    """Write which bar is which at the right, with both colours of each."""
+    """Write the legend at the right, with both colours of each series."""
     x = _WIDTH - 2 * 138
     for text, kinds in zip(series, ("oq", "pr"), strict=True):
         for offset, kind in enumerate(kinds):

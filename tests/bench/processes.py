@@ -1,6 +1,6 @@
-"""How are the benchmark's processes started, pinned to cores, watched from outside and ended?
+"""Processes of the benchmarks: started, pinned to cores, measured from outside and ended.
 
-What they cost is read from the operating system (`/proc`), so it is Linux only and includes every child process.
+Their cost is read from `/proc`: Linux only; every child process is included.
 """
 
 import os
@@ -17,19 +17,19 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 HOST = "127.0.0.1"
-START_WITHIN = 15.0  # seconds
-MOST_SAID = 30  # lines
-END_WITHIN = 5.0  # seconds, then it is killed
+START_TIMEOUT = 15.0  # seconds
+MAX_OUTPUT = 30  # lines
+END_TIMEOUT = 5.0  # seconds, after which it is killed
 _TICKS = os.sysconf("SC_CLK_TCK")  # per second of CPU time
-_PRIVATE = ("SP_API_", "LWA_")  # the settings of whoever runs the benchmark are not for its proxy
+_PRIVATE = ("SP_API_", "LWA_")  # the user's own settings must not reach the proxy under test
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Where things run: the proxy under test has a core of its own, load and upstream share the others."""
+    """Core assignment: the proxy under test has a core of its own; load and upstream share the others."""
 
     proxy: frozenset[int]
-    others: frozenset[int]
+    other_cores: frozenset[int]
 
     @classmethod
     def of_this_machine(cls) -> "Cores":
@@ -40,20 +40,20 @@ class Cores:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A process that was started here, with what it wrote."""
+    """A process started here, with its output."""
 
     name: str
     popen: subprocess.Popen[bytes]
-    output: Path
+    log_file: Path
 
     @property
     def pid(self) -> int:
         """The process's id; its children are in a process group of the same number."""
         return self.popen.pid
 
-    def said(self) -> str:
-        """Return the end of what it wrote to standard output and error so far."""
-        return "\n".join(self.output.read_text(errors="replace").strip().splitlines()[-MOST_SAID:])
+    def output(self) -> str:
+        """Return the last lines of its standard output and error."""
+        return "\n".join(self.log_file.read_text(errors="replace").strip().splitlines()[-MAX_OUTPUT:])
 
 
 @contextmanager
@@ -67,16 +67,16 @@ def started(
 ) -> Iterator[Started]:
     """Run `command` on `cores` until the block ends; yield it once it listens on `port`. `folder` takes its output.
 
-    `settings` are environment variables besides those of this process.
+    `settings` are environment variables in addition to those of this process.
     """
-    output = folder / f"{name}.log"
+    log_file = folder / f"{name}.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_PRIVATE)}
     environment.update(settings or {})
-    with output.open("wb") as log, _confined_to(cores):
+    with log_file.open("wb") as log, _confined_to(cores):
         popen = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    process = Started(name, popen, output)
+    process = Started(name, popen, log_file)
     try:
         _wait_until_listening(process, port)
         yield process
@@ -86,7 +86,7 @@ def started(
 
 @contextmanager
 def _confined_to(cores: frozenset[int]) -> Iterator[None]:
-    """Run on `cores` for a moment: a process inherits them, so that no thread of its own was ever elsewhere."""
+    """Pin this process to `cores` while a child starts: it inherits them for every thread from the first on."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -101,7 +101,7 @@ def python(module: str, *arguments: str | Path | int) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody uses at the moment."""
+    """Return a TCP port of the loopback address that is free at the moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -109,12 +109,12 @@ def free_port() -> int:
 
 
 def end_on_signals() -> None:
-    """Make SIGTERM end this process as Ctrl-C does: through every `finally`, so that no process stays behind."""
+    """Make SIGTERM end this process like Ctrl-C: every `finally` runs, so that no process is left."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds (user and system) that `pid` and its children have used so far; exact to about 10 ms."""
+    """Return the CPU seconds (user and system) that `pid` and its children have used; resolution about 10 ms."""
     total = 0
     for _, fields in _group(pid):
         total += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
@@ -122,7 +122,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def pss_mib(pid: int) -> float:
-    """Return the memory of `pid` and its children in MiB, what they share among themselves or with others in parts."""
+    """Return the proportional set size of `pid` and its children in MiB."""
     total = 0
     for entry, _ in _group(pid):
         try:
@@ -134,7 +134,7 @@ def pss_mib(pid: int) -> float:
 
 
 def _group(pid: int) -> Iterator[tuple[Path, list[str]]]:
-    """Give the folder in /proc and the fields of `_stat` of `pid` and its children, which are its process group."""
+    """Return the /proc folder and the fields of `_stat` of each process in the process group of `pid`."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             fields = _stat(entry / "stat")
@@ -143,7 +143,7 @@ def _group(pid: int) -> Iterator[tuple[Path, list[str]]]:
 
 
 def memory_kib(pid: int, field: str) -> int:
-    """Return a memory figure of `pid` in KiB: `VmRSS` is what is resident now, `VmHWM` the most that ever was."""
+    """Return a memory figure of `pid` in KiB: `VmRSS` (resident now) or `VmHWM` (peak resident)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -152,7 +152,7 @@ def memory_kib(pid: int, field: str) -> int:
 
 
 def _stat(path: Path) -> list[str]:
-    """Return the fields of a /proc/PID/stat from the third on (the second may hold spaces); none once it has ended."""
+    """Return the fields of /proc/PID/stat from the third on (the second may contain spaces); none if it has ended."""
     try:
         return path.read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -160,7 +160,7 @@ def _stat(path: Path) -> list[str]:
 
 
 def _wait_until_listening(process: Started, port: int) -> None:
-    end = time.monotonic() + START_WITHIN
+    end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end and process.popen.poll() is None:
         try:
             socket.create_connection((HOST, port), timeout=1).close()
@@ -168,14 +168,14 @@ def _wait_until_listening(process: Started, port: int) -> None:
             time.sleep(0.05)
         else:
             return
-    raise SystemExit(f"{process.name} did not start; it said:\n{process.said()}")
+    raise SystemExit(f"{process.name} did not start; its output:\n{process.output()}")
 
 
 def _end(popen: subprocess.Popen[bytes]) -> None:
-    """End a process and its children; the group is theirs alone."""
+    """End a process and its children; the process group has no other members."""
     try:
         os.killpg(popen.pid, signal.SIGTERM)
-        popen.wait(END_WITHIN)
+        popen.wait(END_TIMEOUT)
     except ProcessLookupError:
         popen.wait()
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""Where are the other proxies' programs, and how does one that is missing come here?
+"""Programs of the other proxies, and installation of missing ones.
 
 They are unpacked into the folder `.bench` of the checkout, which git ignores: no root is needed, no service is started,
-and removing the folder undoes it. What is on the path is used as it is, except Envoy, whose release is pinned.
+and deleting the folder removes them. A program on PATH is used, except Envoy, whose release is pinned.
 """
 
 import os
@@ -22,34 +22,34 @@ _SYSTEM = "/usr/sbin:/usr/local/sbin"  # Debian keeps nginx off an ordinary user
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that is there, with its version."""
+    """An available program with its version."""
 
     path: str
     version: str
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A program by name: where it lies in the cache, the Debian packages that may hold it, how it says its version."""
+class ProgramSpec:
+    """A program to find: its path in the cache, the Debian packages that may contain it, its version command."""
 
     name: str
     cached: Path
     packages: tuple[str, ...]
-    says_version: tuple[str, ...]
+    version_option: tuple[str, ...]
 
 
-WANTED = (
-    Wanted("nginx", CACHE / "nginx/usr/sbin/nginx", ("nginx", "nginx-light"), ("-v",)),
-    Wanted("Caddy", CACHE / "caddy/usr/bin/caddy", ("caddy",), ("version",)),
-    Wanted("Envoy", CACHE / "envoy/envoy/_bin/envoy", (), ("--version",)),
+PROGRAM_SPECS = (
+    ProgramSpec("nginx", CACHE / "nginx/usr/sbin/nginx", ("nginx", "nginx-light"), ("-v",)),
+    ProgramSpec("Caddy", CACHE / "caddy/usr/bin/caddy", ("caddy",), ("version",)),
+    ProgramSpec("Envoy", CACHE / "envoy/envoy/_bin/envoy", (), ("--version",)),
 )
 
 
 def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
-    """Return the programs that run here by name, and a line on each that does not; `install` gets what is missing."""
+    """Return the available programs by name, and a line for each missing one; `install` fetches missing ones."""
     found: dict[str, Program] = {}
     missing = []
-    for wanted in WANTED:
+    for wanted in PROGRAM_SPECS:
         try:
             found[wanted.name] = _find(wanted, install=install)
         except (OSError, subprocess.SubprocessError, RuntimeError) as trouble:
@@ -58,12 +58,12 @@ def find_all(*, install: bool) -> tuple[dict[str, Program], list[str]]:
 
 
 def find_nginx() -> str | None:
-    """Return where nginx is, None where it is neither installed nor in the cache."""
-    wanted = WANTED[0]
+    """Return the path of nginx; None if it is neither installed nor cached."""
+    wanted = PROGRAM_SPECS[0]
     return _on_path(wanted) or (str(wanted.cached) if wanted.cached.exists() else None)
 
 
-def _find(wanted: Wanted, *, install: bool) -> Program:
+def _find(wanted: ProgramSpec, *, install: bool) -> Program:
     program = _on_path(wanted)
     if program is None and not wanted.cached.exists():
         if not install:
@@ -71,18 +71,18 @@ def _find(wanted: Wanted, *, install: bool) -> Program:
         sys.stderr.write(f"{wanted.name} is fetched into {CACHE.name}/\n")
         _install(wanted)
     path = program or str(wanted.cached)
-    return Program(path, _version(_run([path, *wanted.says_version])))
+    return Program(path, _version(_run([path, *wanted.version_option])))
 
 
-def _on_path(wanted: Wanted) -> str | None:
+def _on_path(wanted: ProgramSpec) -> str | None:
     if not wanted.packages:
         return None
     name = wanted.cached.name
     return shutil.which(name) or shutil.which(name, path=_SYSTEM)
 
 
-def _install(wanted: Wanted) -> None:
-    """Unpack beside the place and move it there when complete, so that a run that is ended leaves no half of it."""
+def _install(wanted: ProgramSpec) -> None:
+    """Unpack into a temporary folder and move it when complete, so that an aborted run leaves no partial copy."""
     CACHE.mkdir(exist_ok=True)
     place = CACHE / wanted.cached.relative_to(CACHE).parts[0]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -97,8 +97,8 @@ def _install(wanted: Wanted) -> None:
         new.rename(place)
 
 
-def _unpack_debian(wanted: Wanted, folder: Path, new: Path) -> None:
-    """Take the first package that holds the program: nginx's moved from one to another between Debian's releases."""
+def _unpack_debian(wanted: ProgramSpec, folder: Path, new: Path) -> None:
+    """Unpack the first package that contains the program: nginx's package differs between Debian releases."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"{tool} is missing, so it cannot be fetched: install {wanted.cached.name} yourself")
@@ -119,17 +119,17 @@ def _install_envoy(new: Path) -> None:
 
 
 def _run(command: Sequence[str], cwd: Path | None = None) -> str:
-    """Return what a command wrote; raise where it failed."""
+    """Return the output of a command; raise if it failed."""
     environment = os.environ | {"LC_ALL": "C"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    said = f"{done.stdout}{done.stderr}".strip()
+    output = f"{done.stdout}{done.stderr}".strip()
     if done.returncode:
-        last = said.splitlines()[-1] if said else f"exit code {done.returncode}"
+        last = output.splitlines()[-1] if output else f"exit code {done.returncode}"
         raise RuntimeError(f"{Path(command[0]).name} {command[1]}: {last}")
-    return said
+    return output
 
 
-def _version(said: str) -> str:
-    """Return the first word or part of one that is a version."""
-    parts = said.replace("/", " ").split()
+def _version(output: str) -> str:
+    """Return the first version number in the output."""
+    parts = output.replace("/", " ").split()
     return next((part.lstrip("v") for part in parts if part.lstrip("v")[:1].isdigit() and "." in part), "unknown")

@@ -1,7 +1,7 @@
-"""Does any request fail while the configuration is replaced a hundred times? Run as `python -m tests.bench.reloads`.
+"""Requests during one hundred configuration reloads: none may fail. Run as `python -m tests.bench.reloads`.
 
-Half of the new configurations are broken, each in another way. The good ones change settings, and have accounts and a
-listener come and go. Clients on open connections, and clients that connect anew for each request, never let up.
+Half of the new configurations are invalid, each in a different way. The valid ones change settings and add and remove
+accounts and a listener. Clients send continuously, on persistent connections and on a new connection per request.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import asyncio
 import os
 import resource
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,20 +21,21 @@ from typing import Any
 
 import yaml
 
-from tests.bench.harness import ORDINARY, World, world
+from tests.bench.harness import PLAIN_TARGET, Harness, running_harness
+from tests.bench.output import print_lines
 from tests.bench.processes import Cores, cpu_seconds, end_on_signals, free_port, memory_kib
 from tests.support.raw_client import call, connect
 
-KEPT, NEW_EACH_TIME = 6, 2  # clients on open connections, and those that connect for each request
-COMING = 5  # accounts that are there in every other good configuration
-TOOK_AT_MOST = 20.0  # seconds for one reload
+KEPT, NEW_EACH_TIME = 6, 2  # clients on persistent connections, and clients that connect for each request
+ALTERNATING_ACCOUNTS = 5  # accounts present in every other valid configuration
+MAX_DURATION = 20.0  # seconds for one reload
 
 Settings = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Seen:
-    """What the clients saw."""
+    """Results of the clients."""
 
     latencies: list[float] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
@@ -47,63 +47,70 @@ class Seen:
 
 
 def main() -> int:
-    """Measure and say what came out; 1 where a request failed or a reload did not go as it should."""
+    """Measure and print the result; return 1 if a request failed or a reload had the wrong outcome."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.reloads", description=__doc__)
     parser.add_argument("--reloads", type=int, default=100)
     parser.add_argument("--accounts", type=int, default=100)
     options = parser.parse_args()
     end_on_signals()
-    os.sched_setaffinity(0, Cores.of_this_machine().others)
+    os.sched_setaffinity(0, Cores.of_this_machine().other_cores)
     with suppress(KeyboardInterrupt):
         return asyncio.run(run(options.reloads, options.accounts))
     return 130
 
 
 async def run(reloads: int, accounts: int, quiet_for: float = 5.0) -> int:
-    """Have so many reloads under load, after `quiet_for` seconds without; return 1 where anything went wrong."""
-    async with world(accounts + COMING, quit=False) as here:
-        settings = yaml.safe_load(here.config.read_text(encoding="utf-8"))
-        leaving = {name: settings["accounts"].pop(name) for name in (f"a{accounts + more}" for more in range(COMING))}
-        _write(here.config, settings)
-        await _reload(here)
+    """Reload `reloads` times under load, after `quiet_for` seconds without; return 1 if anything failed."""
+    async with running_harness(accounts + ALTERNATING_ACCOUNTS, quit=False) as harness:
+        settings = yaml.safe_load(harness.config.read_text(encoding="utf-8"))
+        leaving = {
+            name: settings["accounts"].pop(name)
+            for name in (f"a{accounts + more}" for more in range(ALTERNATING_ACCOUNTS))
+        }
+        _write(harness.config, settings)
+        await _reload(harness)
         for number in range(accounts):
-            await here.call(ORDINARY, f"a{number}")
+            await harness.call(PLAIN_TARGET, f"a{number}")
         good, broken = _good_ones(settings, leaving), _broken_ones(settings)
-        # Made beforehand: the clients would have to wait for it.
+        # Prepared in advance: it would block the event loop of the clients.
         texts = [next(broken) if number % 2 else next(good) for number in range(reloads)]
-        quiet, busy, exchanges = Seen(), Seen(), await here.exchanges()
-        await _under_load(here, accounts, quiet, asyncio.sleep(quiet_for))
-        memory, cpu = memory_kib(here.proxy.pid, "VmRSS"), cpu_seconds(here.proxy.pid)
+        quiet, busy, exchanges = Seen(), Seen(), await harness.exchanges()
+        await _under_load(harness, accounts, quiet, asyncio.sleep(quiet_for))
+        memory, cpu = memory_kib(harness.proxy.pid, "VmRSS"), cpu_seconds(harness.proxy.pid)
         outcomes, took = Counter[tuple[str, str]](), list[float]()
         began = time.monotonic()
-        await _under_load(here, accounts, busy, _many(here, texts, outcomes, took))
+        await _under_load(harness, accounts, busy, _many(harness, texts, outcomes, took))
         seconds = time.monotonic() - began
-        cpu = cpu_seconds(here.proxy.pid) - cpu
-        grown = memory_kib(here.proxy.pid, "VmRSS") - memory
-        fetched = await here.exchanges() - exchanges
-    _say(f"{accounts} accounts, {reloads} reloads in {seconds:.0f} s, {len(busy.latencies)} requests meanwhile")
-    for (wanted, result), number in sorted(outcomes.items()):
-        _say(f"  {number} x {result}, should have been {wanted}")
-    _say(f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}")
-    _say(f"tokens fetched anew for accounts that stayed: {fetched}")
-    _say(f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most")
-    _say(f"latency without reloads: {quiet.percentiles()}")
-    _say(f"latency with them:       {busy.percentiles()}")
-    _say(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
-    went_wrong = any(wanted != result for wanted, result in outcomes)
-    return 1 if busy.faults or quiet.faults or fetched or went_wrong else 0
+        cpu = cpu_seconds(harness.proxy.pid) - cpu
+        grown = memory_kib(harness.proxy.pid, "VmRSS") - memory
+        fetched = await harness.exchanges() - exchanges
+    print_lines(f"{accounts} accounts, {reloads} reloads in {seconds:.0f} s, {len(busy.latencies)} requests meanwhile")
+    for (selected, result), number in sorted(outcomes.items()):
+        print_lines(f"  {number} x {result}, should have been {selected}")
+    print_lines(
+        f"failed requests: {busy.faults.total()}{''.join(f'; {n} x {what}' for what, n in busy.faults.items())}"
+    )
+    print_lines(f"tokens fetched again for unchanged accounts: {fetched}")
+    print_lines(
+        f"a reload took {sorted(took)[len(took) // 2] * 1000:.0f} ms in the middle, {max(took) * 1000:.0f} ms at most"
+    )
+    print_lines(f"latency without reloads: {quiet.percentiles()}")
+    print_lines(f"latency with them:       {busy.percentiles()}")
+    print_lines(f"memory grew by {grown / 1024:.1f} MiB; CPU {cpu / seconds * 100:.0f} % of a core")
+    has_failed = any(selected != result for selected, result in outcomes)
+    return 1 if busy.faults or quiet.faults or fetched or has_failed else 0
 
 
-async def _under_load(here: World, accounts: int, seen: Seen, work: Any) -> None:
-    """Do `work` while the clients send, and let their last requests be answered."""
+async def _under_load(harness: Harness, accounts: int, seen: Seen, work: Any) -> None:
+    """Do `work` while the clients send, then let their last requests complete."""
     over = asyncio.Event()
     numbers = count()
 
     def account() -> str:
         return f"a{next(numbers) % accounts}"
 
-    clients = [asyncio.create_task(_on_one_connection(here, account, seen, over)) for _ in range(KEPT)]
-    clients += [asyncio.create_task(_on_new_ones(here, account, seen, over)) for _ in range(NEW_EACH_TIME)]
+    clients = [asyncio.create_task(_on_one_connection(harness, account, seen, over)) for _ in range(KEPT)]
+    clients += [asyncio.create_task(_on_new_ones(harness, account, seen, over)) for _ in range(NEW_EACH_TIME)]
     try:
         await work
     finally:
@@ -111,24 +118,24 @@ async def _under_load(here: World, accounts: int, seen: Seen, work: Any) -> None
         await asyncio.gather(*clients)
 
 
-async def _on_one_connection(here: World, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
-    # The raw client of the tests: others send a request again when its connection ends, and say nothing.
+async def _on_one_connection(harness: Harness, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
+    # The raw client of the tests: other clients silently resend a request when its connection ends.
     while not over.is_set():
         try:
-            async with connect(here.address.removeprefix("http://")) as client:
+            async with connect(harness.address.removeprefix("http://")) as client:
                 while not over.is_set():
                     began = time.perf_counter()
-                    got = await client.request("GET", ORDINARY, x_sp_account=account())
+                    got = await client.request("GET", PLAIN_TARGET, x_sp_account=account())
                     _note(seen, began, got.status, complete=got.complete)
         except (OSError, EOFError) as exc:
             seen.faults[type(exc).__name__] += 1
 
 
-async def _on_new_ones(here: World, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
+async def _on_new_ones(harness: Harness, account: Callable[[], str], seen: Seen, over: asyncio.Event) -> None:
     while not over.is_set():
         began = time.perf_counter()
         try:
-            got = await call(here.address.removeprefix("http://"), "GET", ORDINARY, x_sp_account=account())
+            got = await call(harness.address.removeprefix("http://"), "GET", PLAIN_TARGET, x_sp_account=account())
             _note(seen, began, got.status, complete=got.complete)
         except (OSError, EOFError) as exc:
             seen.faults[type(exc).__name__] += 1
@@ -140,14 +147,14 @@ def _note(seen: Seen, began: float, status: int, *, complete: bool) -> None:
         seen.faults[f"status {status}{'' if complete else ', cut off'}"] += 1
 
 
-async def _many(here: World, texts: list[str], outcomes: Counter[tuple[str, str]], took: list[float]) -> None:
+async def _many(harness: Harness, texts: list[str], outcomes: Counter[tuple[str, str]], took: list[float]) -> None:
     for number, text in enumerate(texts):
-        wanted = "failed" if number % 2 else "ok"
-        here.config.write_text(text, encoding="utf-8")
+        selected = "failed" if number % 2 else "ok"
+        harness.config.write_text(text, encoding="utf-8")
         began = time.perf_counter()
-        result = await _reload(here)
+        result = await _reload(harness)
         took.append(time.perf_counter() - began)
-        outcomes[wanted, result] += 1
+        outcomes[selected, result] += 1
 
 
 def _good_ones(settings: Settings, leaving: Settings) -> Iterator[str]:
@@ -158,7 +165,7 @@ def _good_ones(settings: Settings, leaving: Settings) -> Iterator[str]:
             changed["accounts"] = {**settings["accounts"], **leaving}
             changed["listen"] = [settings["listen"], second]
         if number % 4 > 1:
-            changed["timeouts"] = {"connect": f"{4 + number % 3}s"}  # which makes a new pool of connections
+            changed["timeouts"] = {"connect": f"{4 + number % 3}s"}  # a change that replaces the connection pool
         yield yaml.safe_dump(changed)
 
 
@@ -175,26 +182,22 @@ def _broken_ones(settings: Settings) -> Iterator[str]:
     return islice(cycle(texts), 1_000_000)
 
 
-async def _reload(here: World) -> str:
-    before = await _last_reload(here)
-    here.proxy.popen.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(TOOK_AT_MOST):
-        while (last := await _last_reload(here)) == before:  # noqa: ASYNC110 - it is another process's
+async def _reload(harness: Harness) -> str:
+    before = await _last_reload(harness)
+    harness.proxy.popen.send_signal(signal.SIGHUP)
+    async with asyncio.timeout(MAX_DURATION):
+        while (last := await _last_reload(harness)) == before:  # noqa: ASYNC110 - it is another process's
             await asyncio.sleep(0.005)
     return str(last["result"])
 
 
-async def _last_reload(here: World) -> Any:
-    async with here.session.get(f"{here.admin}/status") as response:
+async def _last_reload(harness: Harness) -> Any:
+    async with harness.session.get(f"{harness.admin}/status") as response:
         return (await response.json())["configuration"]["last_reload"]
 
 
 def _write(path: Path, settings: Settings) -> None:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":

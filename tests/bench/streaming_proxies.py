@@ -1,7 +1,6 @@
-"""How are our proxy and nginx set up where bodies are large and clients many? Both stream, and spend no disk on it.
+"""Setup of sp-api-proxy and nginx for large bodies and many clients: both stream and buffer nothing on disk.
 
-Two upstreams stand behind each of them: the one with small answers, and, for requests with `x-sp-region: na`, the one
-with large bodies.
+Each has two upstreams: one with small responses, and, for requests with `x-sp-region: na`, one with large bodies.
 """
 
 import json
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.compared_proxies import Contender, FarEnd
+from tests.bench.compared_proxies import BenchUpstream, ComparedProxy
 from tests.bench.processes import HOST, Cores, free_port, python, started
 
-DESCRIPTORS = 20_000  # that nginx may have, where the system lets it
+DESCRIPTORS = 20_000  # of nginx, if the system permits it
 
 _NGINX = """
 daemon off;
@@ -67,35 +66,37 @@ http {{
 }}
 """
 
-# Its own are 4 or 8 KiB for an answer, and 8 or 16 KiB for a request.
+# The defaults are 4 or 8 KiB for a response, and 8 or 16 KiB for a request.
 _LARGE_BUFFERS = (
     "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k; client_body_buffer_size 256k;"
 )
 
 
 @contextmanager
-def bulk_upstream(end: FarEnd, cores: Cores, folder: Path) -> Iterator[int]:
+def bulk_upstream(upstream: BenchUpstream, cores: Cores, folder: Path) -> Iterator[int]:
     """Run the upstream for large bodies; yield its port."""
     port = free_port()
-    files = ("--certificate", end.certificates.certificate, "--key", end.certificates.key)
-    with started("bulk", python("tests.bench.bulk", "--port", port, *files), port, cores.others, folder):
+    files = ("--certificate", upstream.certificates.certificate, "--key", upstream.certificates.key)
+    with started("bulk", python("tests.bench.bulk", "--port", port, *files), port, cores.other_cores, folder):
         yield port
 
 
 @contextmanager
-def our_proxy(end: FarEnd, large: int, cores: Cores, folder: Path, **settings: Any) -> Iterator[Contender]:
-    """Run the real thing, unpaced, with further `settings`."""
+def our_proxy(
+    upstream: BenchUpstream, large: int, cores: Cores, folder: Path, **settings: Any
+) -> Iterator[ComparedProxy]:
+    """Run sp-api-proxy without pacing, with additional `settings`."""
     port = free_port()
     path = folder / "peer.yaml"
-    upstreams = {"eu": f"https://localhost:{end.api_port}", "na": f"https://localhost:{large}"}
+    upstreams = {"eu": f"https://localhost:{upstream.api_port}", "na": f"https://localhost:{large}"}
     content = {
         "listen": f"{HOST}:{port}",
         "admin": None,
         "applications": {"bench": {"client_id": "amzn1.application-oa2-client.bench", "client_secret": "bench"}},
         "accounts": {"bench": {"refresh_tokens": {"eu": "Atzr|eu", "na": "Atzr|na"}}},
-        "endpoints": {**upstreams, "lwa": f"http://{HOST}:{end.token_port}/auth/o2/token"},
+        "endpoints": {**upstreams, "lwa": f"http://{HOST}:{upstream.token_port}/auth/o2/token"},
         "limits": {"pace": False},
-        "pool": {"ca_file": str(end.certificates.authority), **settings.pop("pool", {})},
+        "pool": {"ca_file": str(upstream.certificates.authority), **settings.pop("pool", {})},
         "log": {"level": "warning"},
         **settings,
     }
@@ -103,29 +104,29 @@ def our_proxy(end: FarEnd, large: int, cores: Cores, folder: Path, **settings: A
     path.chmod(0o600)
     command = python("proxy", "serve", "--config", path)
     with started("sp-api-proxy", command, port, cores.proxy, folder) as process:
-        yield Contender("sp-api-proxy", process, port)
+        yield ComparedProxy("sp-api-proxy", process, port)
 
 
 @contextmanager
 def streaming_nginx(
-    program: str, end: FarEnd, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
-) -> Iterator[Contender]:
-    """Run nginx with one worker, with its own sizes of buffers or with `large_buffers`."""
+    program: str, upstream: BenchUpstream, large: int, cores: Cores, folder: Path, *, large_buffers: bool = False
+) -> Iterator[ComparedProxy]:
+    """Run nginx with one worker, with its default buffer sizes or with `large_buffers`."""
     port = free_port()
     name = "nginx, large buffers" if large_buffers else "nginx"
     own = folder / name.replace(", ", "-").replace(" ", "-")
     own.mkdir()
-    values = {"folder": own, "small": end.api_port, "large": large, "port": port, "descriptors": DESCRIPTORS}
-    values |= {"authority": end.certificates.authority, "buffers": _LARGE_BUFFERS if large_buffers else ""}
+    values = {"folder": own, "small": upstream.api_port, "large": large, "port": port, "descriptors": DESCRIPTORS}
+    values |= {"authority": upstream.certificates.authority, "buffers": _LARGE_BUFFERS if large_buffers else ""}
     path = own / "nginx.conf"
     path.write_text(_NGINX.format(**values))
     command = [program, "-e", "stderr", "-p", str(own), "-c", str(path)]
     with started(name, command, port, cores.proxy, folder) as process:
-        yield Contender(name, process, port)
+        yield ComparedProxy(name, process, port)
 
 
 def processes_of(group: int) -> Sequence[int]:
-    """Return the ids of a contender's processes: nginx works in a child."""
+    """Return the ids of a proxy's processes: nginx works in a child process."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

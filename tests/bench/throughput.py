@@ -1,7 +1,7 @@
-"""How fast do large bodies go through the proxy, and through nginx? Part of `python -m tests.bench.large_bodies`.
+"""Throughput of large bodies through the proxy and through nginx. Part of `python -m tests.bench.large_bodies`.
 
-Both are measured in turn with ends that cost as little as Python allows (`bulk.py`). What else than the proxy limits a
-transfer shows in how much of its core the proxy used.
+Both are measured in turn with ends that cost as little as Python allows (`bulk.py`). The share of its core that the
+proxy used shows whether the proxy or something else limits a transfer.
 """
 
 import time
@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.bulk import Framing, download, upload
-from tests.bench.compared_proxies import Contender, far_end
+from tests.bench.compared_proxies import ComparedProxy, bench_upstream
 from tests.bench.payload import MIB
 from tests.bench.processes import Cores, cpu_seconds, memory_kib
 from tests.bench.programs import find_nginx
 from tests.bench.streaming_proxies import bulk_upstream, our_proxy, processes_of, streaming_nginx
 
-LEAST_SHARE = 0.5  # of nginx's throughput, which is aimed at
+MIN_SHARE = 0.5  # target share of nginx's throughput
 
 WAYS: dict[str, tuple[Callable[[int, int, Framing], str], Framing]] = {
     "down, Content-Length": (download, "length"),
@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[Callable[[int, int, Framing], str], Framing]] = {
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One transfer through one proxy; `grown` is by how many MiB its resident memory did at most."""
+    """One transfer through one proxy; `grown` is the growth of its resident memory in MiB."""
 
     proxy: str
     way: str
@@ -42,7 +42,7 @@ class Speed:
 
     @property
     def mib_per_second(self) -> float:
-        """The throughput."""
+        """Throughput in MiB per second."""
         return self.mib / self.seconds
 
     @property
@@ -57,15 +57,15 @@ class Speed:
 
 
 def compare(cores: Cores, folder: Path, mib: int, rounds: int) -> tuple[list[Speed], list[str]]:
-    """Send large bodies through our proxy and nginx in turn; return each transfer, and what the proxies wrote."""
+    """Send large bodies through the proxy and nginx in turn; return the transfers and the output of the proxies."""
     with ExitStack() as stack:
-        end = stack.enter_context(far_end(cores, folder))
-        large = stack.enter_context(bulk_upstream(end, cores, folder))
-        proxies = [stack.enter_context(our_proxy(end, large, cores, folder))]
+        upstream = stack.enter_context(bench_upstream(cores, folder))
+        large = stack.enter_context(bulk_upstream(upstream, cores, folder))
+        proxies = [stack.enter_context(our_proxy(upstream, large, cores, folder))]
         program = find_nginx()
         if program:
             for large_buffers in (False, True):
-                peer = streaming_nginx(program, end, large, cores, folder, large_buffers=large_buffers)
+                peer = streaming_nginx(program, upstream, large, cores, folder, large_buffers=large_buffers)
                 proxies.append(stack.enter_context(peer))
         for proxy in proxies:
             for name in WAYS:
@@ -73,17 +73,17 @@ def compare(cores: Cores, folder: Path, mib: int, rounds: int) -> tuple[list[Spe
         speeds = []
         for number in range(rounds):
             turn = number % len(proxies)
-            order = (*proxies[turn:], *proxies[:turn])  # another one begins each time
+            order = (*proxies[turn:], *proxies[:turn])  # rotate the order in each round
             speeds += [_transfer(proxy, name, mib) for name in WAYS for proxy in order]
-        said = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.said())]
+        said = [f"{proxy.name} wrote:\n{text}" for proxy in proxies if (text := proxy.process.output())]
     return speeds, said
 
 
-def _transfer(proxy: Contender, way: str, mib: int) -> Speed:
+def _transfer(proxy: ComparedProxy, way: str, mib: int) -> Speed:
     run, framing = WAYS[way]
     processes = processes_of(proxy.process.pid)
     for pid in processes:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     resident = sum(memory_kib(pid, "VmRSS") for pid in processes)
     used, began = cpu_seconds(proxy.process.pid), time.perf_counter()
     try:
@@ -96,9 +96,9 @@ def _transfer(proxy: Contender, way: str, mib: int) -> Speed:
 
 
 def table(speeds: Sequence[Speed]) -> list[str]:
-    """Return the medians of all rounds as Markdown, with the ratio to nginx, taken within each round, in brackets."""
+    """Return the medians of all rounds as Markdown, in brackets the ratio to nginx within each round."""
     lines = [
-        "Large bodies with cheap ends, medians; in brackets the ratio to nginx in the same round.",
+        "Large bodies, medians; in brackets the ratio to nginx in the same round.",
         "",
         "| transfer | proxy | MiB/s | CPU s/GiB | core used | growth MiB |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -118,14 +118,14 @@ def table(speeds: Sequence[Speed]) -> list[str]:
 
 
 def missed(speeds: Sequence[Speed]) -> list[str]:
-    """Return in words where our proxy is slower than what is aimed at; nothing where nginx is not here."""
+    """Return descriptions of the transfers below the target share of nginx; nothing without nginx."""
     found = []
     for way in WAYS:
         ours, base = _of(speeds, "sp-api-proxy", way), _of(speeds, "nginx", way)
         if base:
             share = median(one.mib_per_second / other.mib_per_second for one, other in zip(ours, base, strict=True))
-            if share < LEAST_SHARE:
-                found.append(f"{way}: {share:.2f} of nginx's throughput, the aim is {LEAST_SHARE:g}")
+            if share < MIN_SHARE:
+                found.append(f"{way}: {share:.2f} of nginx's throughput, the target is {MIN_SHARE:g}")
     return found
 
 

@@ -1,9 +1,9 @@
-"""Who stands in for Amazon? Three servers in one process, on the loopback address.
+"""Stand-in for Amazon in the benchmarks: three servers in one process, on the loopback address.
 
-An API over TLS 1.3 that gives one small answer to everything, at as little CPU as Python allows: a protocol that looks
-for the end of a head and writes bytes made in advance. It is Python and not nginx so that the benchmark is the same on
-every machine. A token host over plain HTTP is the same thing with another answer. A third one, over TLS, takes and
-gives large bodies at constant memory.
+An API over TLS 1.3 that sends one small response to every request, at as little CPU as Python allows: a protocol that
+finds the end of a head and writes prebuilt bytes. It is Python and not nginx so that the benchmark is the same on every
+machine. A token host over plain HTTP works likewise with another response. The third, over TLS, receives and sends
+large bodies at constant memory.
 """
 
 import argparse
@@ -21,29 +21,29 @@ from aiohttp import web
 from tests.bench.payload import MIB, blocks
 from tests.bench.processes import HOST
 
-ANSWER_SIZE = 2048  # bytes of body
-RATE = 100_000  # requests a second that are announced: the most that the proxy believes, so that none waits its turn
-TOKEN = b"atza|benchmark"  # in lower case, as it is looked for
+RESPONSE_SIZE = 2048  # bytes of body
+RATE = 100_000  # announced requests per second: the highest rate that the proxy accepts, so that no request waits
+TOKEN = b"atza|benchmark"  # in lower case, as it is compared
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"\r\ncontent-length:"
 _REFUSED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
 
 
-def api_answer() -> bytes:
-    """Return the body of the small answer: JSON of ANSWER_SIZE bytes."""
+def api_body() -> bytes:
+    """Return the body of the small response: JSON of RESPONSE_SIZE bytes."""
     body = {"payload": {"Orders": [], "filler": ""}}
-    body["payload"]["filler"] = "x" * (ANSWER_SIZE - len(json.dumps(body)))
+    body["payload"]["filler"] = "x" * (RESPONSE_SIZE - len(json.dumps(body)))
     return json.dumps(body).encode()
 
 
-def token_answer() -> bytes:
-    """Return what Login with Amazon answers to an exchange."""
+def token_body() -> bytes:
+    """Return the body of Login with Amazon's token response."""
     return json.dumps({"access_token": "Atza|benchmark", "token_type": "bearer", "expires_in": 3600}).encode()
 
 
-def whole(body: bytes) -> bytes:
-    """Return the whole 200 answer around `body`, with the fields that Amazon's answers have."""
+def ok_response(body: bytes) -> bytes:
+    """Return a complete 200 response with `body` and the header fields that Amazon's responses have."""
     head = (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nx-amzn-RequestId: 00000000-0000-4000-8000-000000000000\r\n"
@@ -52,31 +52,31 @@ def whole(body: bytes) -> bytes:
     return head.encode() + body
 
 
-class FixedAnswer(asyncio.Protocol):
-    """Gives the same answer to every request of a connection, once the request is complete.
+class FixedResponse(asyncio.Protocol):
+    """Sends the same response to every request of a connection, once the request is complete.
 
-    With a `token`, to those alone that carry it (in lower case); others get a 403.
+    With a `token` (in lower case), requests that do not carry it get a 403.
     """
 
-    def __init__(self, answer: bytes, token: bytes = b"") -> None:
-        self._answer = answer
+    def __init__(self, response: bytes, token: bytes = b"") -> None:
+        self._response = response
         self._token = b"\r\nx-amz-access-token: " + token + b"\r\n" if token else b""
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport to answer on."""
+        """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
 
     def data_received(self, data: bytes) -> None:
-        """Answer each request that is complete."""
+        """Respond to each complete request."""
         self._buffer += data
         while (end := self._request_end()) is not None:
             has_token = self._token in self._buffer[:end].lower()
             self._buffer = self._buffer[end:]
-            self._transport.write(self._answer if has_token else _REFUSED)
+            self._transport.write(self._response if has_token else _REFUSED)
 
     def _request_end(self) -> int | None:
-        """Return the number of bytes of the first request, None where some are still to come."""
+        """Return the number of bytes of the first request; None if it is incomplete."""
         head = self._buffer.find(_HEAD_END)
         if head < 0:
             return None
@@ -89,9 +89,9 @@ class FixedAnswer(asyncio.Protocol):
 
 
 async def large(request: web.BaseRequest) -> web.StreamResponse:
-    """Send `?mib=N` MiB, by `&framing=length` or `&framing=chunked`; hash uploads, `?rate=N` bytes a second."""
+    """Send `?mib=N` MiB, framed as `&framing=` says (length, chunked); hash uploads at `?rate=N` bytes per second."""
     if request.method != "GET":
-        return await _take(request)
+        return await _receive_upload(request)
     mib = int(request.query["mib"])
     response = web.StreamResponse()
     if request.query["framing"] == "length":
@@ -105,7 +105,7 @@ async def large(request: web.BaseRequest) -> web.StreamResponse:
     return response
 
 
-async def _take(request: web.BaseRequest) -> web.Response:
+async def _receive_upload(request: web.BaseRequest) -> web.Response:
     digest, size, rate = hashlib.sha256(), 0, int(request.query["rate"])
     async for chunk in request.content.iter_any():
         digest.update(chunk)
@@ -117,7 +117,7 @@ async def _take(request: web.BaseRequest) -> web.Response:
 
 
 def tls(certificate: Path, key: Path) -> ssl.SSLContext:
-    """Return a server's context for TLS 1.3 alone."""
+    """Return a server context for TLS 1.3 only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(certificate, key)
@@ -125,17 +125,17 @@ def tls(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 async def serve(api_port: int, token_port: int, large_port: int, context: ssl.SSLContext) -> None:
-    """Serve until cancelled. The API's port is opened last: once it answers, all do."""
+    """Serve until cancelled. The API's port is opened last, so that all ports are open when it is."""
     loop = asyncio.get_running_loop()
-    token, api = whole(token_answer()), whole(api_answer())
-    await loop.create_server(lambda: FixedAnswer(token), HOST, token_port)
+    token, api = ok_response(token_body()), ok_response(api_body())
+    await loop.create_server(lambda: FixedResponse(token), HOST, token_port)
     await loop.create_server(web.Server(large, access_log=None), HOST, large_port, ssl=context)
-    await loop.create_server(lambda: FixedAnswer(api, TOKEN), HOST, api_port, ssl=context)
+    await loop.create_server(lambda: FixedResponse(api, TOKEN), HOST, api_port, ssl=context)
     await asyncio.Event().wait()
 
 
 def main() -> None:
-    """Serve on the ports that the command line names."""
+    """Serve on the ports given on the command line."""
     parser = argparse.ArgumentParser(description="The benchmark's stand-in for Amazon.")
     for name in ("api-port", "token-port", "large-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--key", type=Path, required=True)
     options = parser.parse_args()
     gc.freeze()
-    gc.disable()  # nothing here is made in cycles, and a pause would show as the proxy's
+    gc.disable()  # no reference cycles here, and a collection pause would be measured as latency of the proxy
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         context = tls(options.certificate, options.key)
         runner.run(serve(options.api_port, options.token_port, options.large_port, context))

@@ -1,8 +1,8 @@
-"""Libraries that apps bring along, unmodified, through a real proxy to a real simulator, each in a program of its own.
+"""Unmodified client libraries through a real proxy to a real simulator, each in a program of its own.
 
-The programs are in `tests/integration/libraries/`: each makes the same calls, and differs from one that calls Amazon
-in its addresses alone. `make test` installs what they need: `.venv-libraries` from `requirements-libraries.lock`, and
-`tests/integration/libraries/node_modules` from its package-lock.json.
+The programs are in `tests/integration/libraries/`: each makes the same calls, and differs from a program that calls
+Amazon only in its addresses. `make test` installs what they need: `.venv-libraries` from `requirements-libraries.lock`,
+and `tests/integration/libraries/node_modules` from its package-lock.json.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from tests.support.proxy_process import ProxyProcess, serving
 
 PROGRAMS = ROOT / "tests" / "integration" / "libraries"
 PYTHON = ROOT / ".venv-libraries" / "bin" / "python"
-PATIENCE = 120.0  # seconds
+TIMEOUT = 120.0  # seconds
 
-GOT = {
+EXPECTED = {
     "orders": ["902-0000000-0000000", "902-0000000-0000001"],
     "pages": 3,
     "destinations": 1,
@@ -38,22 +38,22 @@ GOT = {
     "feed": "1",
     "forbidden": [403, "Unauthorized"],
     "throttled": [429, "QuotaExceeded"],
-    "elsewhere": "US",  # where a library can name another region
+    "elsewhere": "US",  # for libraries that can select another region
 }
 ERRORS = {"forbidden": 403, "throttled": 429}
 
 
 @asynccontextmanager
 async def simulating() -> AsyncIterator[dict[str, str]]:
-    """Run a simulator that refuses and throttles one order each; yield its addresses."""
+    """Run a simulator that rejects one order and throttles another; yield its addresses."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", "simulate", "--port", "0", "--json"), cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )
     try:
         assert process.stdout is not None
-        addresses: dict[str, str] = json.loads(await asyncio.wait_for(process.stdout.readline(), PATIENCE))
+        addresses: dict[str, str] = json.loads(await asyncio.wait_for(process.stdout.readline(), TIMEOUT))
         for name, status in ERRORS.items():
-            error = {"code": GOT[name][1], "message": "made up", "details": ""}  # type: ignore[index] # a list
+            error = {"code": EXPECTED[name][1], "message": "made up", "details": ""}  # type: ignore[index] # a list
             fault = {"kind": "answer", "path": f"/orders/v0/orders/{name}", "status": status}
             fault |= {"headers": {"content-type": "application/json"}, "body": json.dumps({"errors": [error]})}
             await control(addresses, "/faults", fault)
@@ -64,16 +64,18 @@ async def simulating() -> AsyncIterator[dict[str, str]]:
 
 
 async def control(addresses: dict[str, str], path: str, order: dict[str, Any] | None = None) -> Any:
-    """Ask the simulator, or order something of it."""
+    """Read from the simulator's control API, or send it a command."""
     body = json.dumps(order).encode() if order is not None else None
     request = Request(addresses["control"] + path, body)
-    return json.loads(await asyncio.to_thread(lambda: urlopen(request, timeout=PATIENCE).read()))
+    return json.loads(await asyncio.to_thread(lambda: urlopen(request, timeout=TIMEOUT).read()))
 
 
 def settings(simulator: dict[str, str]) -> dict[str, Any]:
-    """Return the settings of a proxy with a listener for each account, and one for the path to say."""
+    """Return the settings of a proxy with a listener for each account, and one whose path names the account."""
     client = {"client_id": "amzn1.application-oa2-client.simulator", "client_secret": "amzn1.oa2-cs.v1.simulator"}
-    tokens = {region: f"Atzr|demo-{region}" for region in ("na", "eu", "fe")}  # each call must say which
+    tokens = {
+        region: f"Atzr|demo-{region}" for region in ("na", "eu", "fe")
+    }  # several regions, so each call must select one
     return {
         "listen": [
             {"address": "127.0.0.1:0", "account": "demo"},
@@ -103,14 +105,14 @@ async def result_of(command: tuple[str | Path, ...], proxy: ProxyProcess) -> dic
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    printed, complained = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode == 0, complained.decode()
+    printed, errors = await asyncio.wait_for(process.communicate(), TIMEOUT)
+    assert process.returncode == 0, errors.decode()
     found: dict[str, Any] = json.loads(printed)
     return found
 
 
 def command_of(program: str) -> tuple[str | Path, ...]:
-    """Return how a program is run; skip where what it needs is missing."""
+    """Return the command that runs a program; skip the test if its requirements are missing."""
     path = PROGRAMS / program
     if program == "with_curl.py":
         needs(shutil.which("curl") is not None, "curl")
@@ -125,15 +127,15 @@ def command_of(program: str) -> tuple[str | Path, ...]:
     return node or "node", path
 
 
-@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.timeout(3 * TIMEOUT)
 @pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*")))
-async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str, tmp_path: Path) -> None:
+async def test_a_library_gets_the_same_result_through_the_proxy(program: str, tmp_path: Path) -> None:
     command = command_of(program)
     async with simulating() as simulator, serving(settings(simulator), tmp_path) as proxy:
         found = await result_of(command, proxy)
-        # The simulator makes up a new name each time; python-amazon-sp-api does not show it.
+        # The simulator generates a new name each time; python-amazon-sp-api does not expose it.
         assert found.pop("document", "amzn1.tortuga.4.eu.").startswith("amzn1.tortuga.4.eu.")
-        assert GOT | found == GOT
+        assert EXPECTED | found == EXPECTED
         journal = await control(simulator, "/journal")
     brought = [(entry["method"], entry["target"].partition("?")[0], entry["token_kind"]) for entry in journal]
     assert {
@@ -143,12 +145,12 @@ async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str,
         ("GET", "/notifications/v1/destinations", "grantless"),
         ("POST", "/feeds/2021-06-30/feeds", "lwa"),
     } <= set(brought)
-    # What the app brought went nowhere, and neither did any of its signatures.
+    # Credentials and signatures of the app are not forwarded or logged.
     assert "the-apps-old" not in json.dumps(journal)
     assert "the-apps-old" not in "".join(proxy.log)
     headers = {name.lower() for entry in journal if entry["service"] == "eu" for name, _ in entry["headers"]}
     assert not headers & {"authorization", "x-amz-security-token", "x-amz-content-sha256"}
-    # The app asked the proxy for its tokens, and Amazon was asked by the proxy alone.
+    # The app requested its tokens from the proxy, and only the proxy requested tokens from Amazon.
     minted = [json.loads(entry["body"]) for entry in journal if entry["target"].startswith("/tokens/")]
     assert all(len(asked["restrictedResources"]) == 1 for asked in minted)
     own = [line for line in proxy.lines() if line.get("operation") == "tokens.2021-03-01.createRestrictedDataToken"]

@@ -1,4 +1,4 @@
-"""One request from end to end: app, proxy, Login with Amazon and Amazon, and what is said about it afterwards."""
+"""One request from end to end: app, proxy, Login with Amazon and Amazon, and its log lines and metrics."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ async def simulated(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Runni
 @pytest.mark.parametrize(
     ("target", "token"), [(SELLERS, "lwa"), (DESTINATIONS, "grantless"), (ADDRESS, "rdt"), ("/brand/new", "lwa")]
 )
-async def test_each_kind_of_call_brings_the_token_that_amazon_wants(
+async def test_each_kind_of_call_carries_the_token_that_amazon_requires(
     simulated: RunningProxy, simulator: Simulator, target: str, token: str
 ) -> None:
     got = await call(simulated.addresses[0], "GET", target, x_sp_region="eu")
@@ -65,7 +65,7 @@ async def test_each_kind_of_call_brings_the_token_that_amazon_wants(
     assert (entry.service, entry.target, entry.token_kind) == ("eu", target, token)
 
 
-async def test_personal_data_comes_when_it_is_asked_for(simulated: RunningProxy) -> None:
+async def test_personal_data_is_returned_on_request(simulated: RunningProxy) -> None:
     plain = await call(simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na")
     asked = await call(
         simulated.addresses[0], "GET", "/orders/v0/orders/1", x_sp_region="na", x_sp_data_elements="buyerInfo"
@@ -85,7 +85,7 @@ async def test_five_hundred_orders_cost_one_restricted_data_token(
     assert len(minted) == 1
 
 
-async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator, tmp_path: Path) -> None:
+async def test_concurrent_mixed_requests_are_never_mixed_up(simulator: Simulator, tmp_path: Path) -> None:
     accounts = {f"s{number}": {"refresh_tokens": {"eu": f"Atzr|s{number}"}} for number in range(20)}
     for name in accounts:
         simulator.state.sellers[f"Atzr|{name}"] = Seller(name, "eu", f"Atzr|{name}")
@@ -105,7 +105,7 @@ async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator,
             assert entry.seller in re.split(r"[/-]", entry.target), entry.target
 
 
-async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: RunningProxy, simulator: Simulator) -> None:
+async def test_login_with_amazon_down_is_an_immediate_503(simulated: RunningProxy, simulator: Simulator) -> None:
     simulator.state.faults.append(Fault("status", service="lwa", status=500))
     got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu")
     assert (got.status, got.error) == (503, "TokenUnavailable")
@@ -113,7 +113,7 @@ async def test_login_with_amazon_down_is_a_clear_503_at_once(simulated: RunningP
     assert not [entry for entry in simulator.journal if entry.service == "eu"], "nothing was sent to Amazon"
 
 
-async def test_a_refresh_token_that_amazon_refuses_names_the_account(
+async def test_the_error_for_a_rejected_refresh_token_names_the_account(
     simulated: RunningProxy, simulator: Simulator
 ) -> None:
     simulator.state.revoked_sellers.add("Atzr|demo-eu")
@@ -126,7 +126,7 @@ async def test_a_refresh_token_that_amazon_refuses_names_the_account(
     assert other.status == 200, "other regions go on"
 
 
-async def test_amazons_own_errors_pass_unchanged(simulated: RunningProxy, simulator: Simulator) -> None:
+async def test_errors_of_amazon_are_forwarded_unchanged(simulated: RunningProxy, simulator: Simulator) -> None:
     body = '{"errors":[{"code":"InternalFailure","message":"We encountered an internal error.","details":""}]}'
     simulator.state.faults.append(Fault("status", service="eu", status=500, body=body, times=1))
     got = await call(simulated.addresses[0], "GET", SELLERS, x_sp_region="eu", x_sp_retry="off")
@@ -137,7 +137,7 @@ async def test_amazons_own_errors_pass_unchanged(simulated: RunningProxy, simula
 # Usage plans.
 
 
-async def test_a_call_waits_for_its_place_and_says_how_long(
+async def test_a_call_waits_for_its_token_bucket_and_reports_how_long(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -149,10 +149,10 @@ async def test_a_call_waits_for_its_place_and_says_how_long(
     first = await call(proxy.addresses[0], "GET", path)
     second = await call(proxy.addresses[0], "GET", path)
     assert first.decided["wait"] == "0.000"
-    assert 0 < float(second.decided["wait"]) < 0.9, "the rate that Amazon's answer named is believed"
+    assert 0 < float(second.decided["wait"]) < 0.9, "the rate in Amazon's response is used"
 
 
-async def test_a_call_without_a_place_in_time_is_refused_at_once(
+async def test_a_call_that_would_wait_too_long_is_rejected_immediately(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     proxy = await start_proxy()
@@ -165,7 +165,7 @@ async def test_a_call_without_a_place_in_time_is_refused_at_once(
     assert (bad.status, bad.error) == (400, "BadOption")
 
 
-async def test_an_exchange_does_not_come_between_a_place_and_its_call(
+async def test_a_bucket_token_is_consumed_only_after_the_token_exchange(
     start_proxy: StartProxy, token_host: TokenHost
 ) -> None:
     token_host.held = asyncio.Event()
@@ -177,13 +177,13 @@ async def test_an_exchange_does_not_come_between_a_place_and_its_call(
 
     cold = asyncio.create_task(call(proxy.addresses[0], "GET", "/orders/v0/orders"))
     await token_host.arrived.wait()
-    assert left() is None, "Amazon counts a call when it arrives, which may be long from now"
+    assert left() is None, "Amazon counts a call when it arrives, which may be much later"
     token_host.held.set()
     assert (await cold).status == 200
     assert left() is not None
 
 
-async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
+async def test_callers_of_one_plan_are_served_fairly_and_background_calls_wait(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -191,12 +191,12 @@ async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
 
     fake_upstream.script = script
     proxy = await start_proxy()
-    path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second from the first answer on
+    path = "/mfn/v0/shipments/{}"  # burst 1, and 5 per second after the first response
     await call(proxy.addresses[0], "GET", path.format("first"))
 
     async def one(name: str, **fields: str) -> asyncio.Task[RawResponse]:
         task = asyncio.create_task(call(proxy.addresses[0], "GET", path.format(name), **fields))
-        while proxy.metrics.in_flight < len(tasks) + 1:  # noqa: ASYNC110 - a gauge tells nobody
+        while proxy.metrics.in_flight < len(tasks) + 1:  # noqa: ASYNC110 - a gauge has no notification
             await asyncio.sleep(0)
         return task
 
@@ -211,7 +211,7 @@ async def test_callers_of_one_plan_take_turns_and_background_calls_wait(
     assert not any(name.startswith("x-sp") for received in fake_upstream.received for name, _ in received.fields)
 
 
-async def test_pace_false_sends_at_once_and_passes_amazons_429_on(
+async def test_pace_false_sends_immediately_and_forwards_429(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -231,10 +231,10 @@ async def test_the_sandbox_has_one_plan_for_everything(start_proxy: StartProxy) 
     assert statuses == [200] * 15 + [429]
 
 
-# What is said afterwards.
+# Logs and metrics.
 
 
-async def test_a_request_leaves_one_line_without_its_query_body_or_token(
+async def test_a_request_is_logged_in_one_line_without_query_body_or_token(
     simulated: RunningProxy, log: StringIO, simulator: Simulator
 ) -> None:
     target = "/orders/v0/orders/1/address?BuyerEmail=distinctive@example.com"
@@ -257,7 +257,7 @@ async def test_a_request_leaves_one_line_without_its_query_body_or_token(
     assert not [secret for secret in secrets if secret in log.getvalue()]
 
 
-async def test_what_was_seen_is_counted(simulated: RunningProxy) -> None:
+async def test_requests_are_counted(simulated: RunningProxy) -> None:
     await call(simulated.addresses[0], "GET", ADDRESS, x_sp_region="eu")
     await call(simulated.addresses[0], "GET", "/x", x_sp_account="nobody")
     await call(simulated.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"12345", x_sp_region="eu")
@@ -294,7 +294,7 @@ async def test_what_was_seen_is_counted(simulated: RunningProxy) -> None:
         (SELLERS, {"host": "evil.test"}, "HostRefused", "unknown"),
     ],
 )
-async def test_a_refused_request_has_its_operation_where_the_table_knows_it(
+async def test_a_rejected_request_is_labelled_with_its_known_operation(
     simulator: Simulator, tmp_path: Path, log: StringIO, target: str, fields: dict[str, str], error: str, operation: str
 ) -> None:
     listen = {"address": "127.0.0.1:0", "operations": ["orders.*", "sellers.*"]}
@@ -322,7 +322,7 @@ async def test_a_refused_request_has_its_operation_where_the_table_knows_it(
         (None, "This port is for apps. "),
     ],
 )
-async def test_who_opens_the_port_in_a_browser_learns_where_the_status_page_is(
+async def test_the_proxy_port_opened_in_a_browser_names_the_status_page(
     simulator: Simulator, tmp_path: Path, admin: str | None, said: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -339,7 +339,7 @@ async def test_who_opens_the_port_in_a_browser_learns_where_the_status_page_is(
             assert b"for apps" not in other.body
 
 
-async def test_histograms_carry_the_account_only_where_it_is_wanted(simulator: Simulator, tmp_path: Path) -> None:
+async def test_histograms_carry_the_account_only_if_configured(simulator: Simulator, tmp_path: Path) -> None:
     config = settings(simulator, tmp_path, metrics={"account_on_histograms": True})
     async with start_proxy(config) as proxy:
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_region="eu")

@@ -1,8 +1,7 @@
-"""Amazon's own examples, all of them, through a real proxy process against the simulator.
+"""All of Amazon's own examples through a real proxy process against the simulator.
 
-The models' static sandbox examples are the nearest thing to real traffic that can be had without Amazon: for each,
-the simulator must get the right region, the right kind of token, the raw target, the headers and the body, and the
-app must get the example's answer.
+The models' static sandbox examples are the closest available substitute for real traffic: for each, the simulator must
+receive the right region, kind of token, raw target, headers and body, and the app must receive the example's response.
 """
 
 import json
@@ -19,7 +18,7 @@ from tests.support.raw_client import Client, RawResponse, connect
 CLIENT, SECRET = "amzn1.application-oa2-client.replay", "replay-secret"
 REGIONS = ("na", "eu", "fe")
 
-# The marketplaces that the examples name; all others in them are made-up values.
+# Real marketplaces in the examples; the other ids in them are made up.
 MARKETPLACES = {
     "ATVPDKIKX0DER": "na",
     "A2EUQ1WTGCTBG2": "na",
@@ -29,7 +28,7 @@ MARKETPLACES = {
 }
 
 
-# The examples that are not replayed, and why.
+# Examples that are not replayed, with the reason.
 LEFT_OUT = {
     "catalogItems_2022-04-01.json getCatalogItem 400": "another example names the same parameters with the same status"
 }
@@ -63,7 +62,7 @@ async def test_every_static_example_of_amazons_models_is_served(tmp_path: Path) 
 
 
 def proxy_settings(simulator: Simulator) -> dict[str, Any]:
-    """Return settings that send at once: several examples of one operation would wait for its usage plan."""
+    """Return settings without pacing: several examples of one operation would wait for its usage plan."""
     return {
         "listen": "127.0.0.1:0",
         "admin": "127.0.0.1:0",
@@ -76,7 +75,7 @@ def proxy_settings(simulator: Simulator) -> dict[str, Any]:
 
 
 def region_of(example: Example, number: int) -> str:
-    """Return the region of the example's marketplace; each region in turn where it names none."""
+    """Return the region of the example's marketplace; the regions in turn if it names none."""
     values = [value for values in parse_qs(example.query).values() for value in values]
     named = [MARKETPLACES[part] for value in values for part in value.split(",") if part in MARKETPLACES]
     return named[0] if named else REGIONS[number % len(REGIONS)]
@@ -90,7 +89,7 @@ async def send(client: Client, example: Example, region: str) -> RawResponse:
 
 
 def faults(example: Example, region: str, got: RawResponse, simulator: Simulator) -> list[str]:
-    """Return what is not as it must be, on either side."""
+    """Return the deviations on either side."""
     calls = [entry for entry in simulator.journal if entry.service in REGIONS and not is_minting(entry, example)]
     if len(calls) != 1:
         return [f"{len(calls)} calls arrived, the app got {got.status} {got.error} {got.body[:200]!r}"]
@@ -101,29 +100,29 @@ def faults(example: Example, region: str, got: RawResponse, simulator: Simulator
         f"seller {call.seller}": call.seller == ("" if call.token_kind == "grantless" else "replay"),
         f"target {call.target}": call.target == example.target,
         f"method {call.method}": call.method == example.method,
-        "the body is another": (call.body or None) == example.body,
+        "the body differs": (call.body or None) == example.body,
         "a header of the app's is missing": call.header("x-custom") == "kept",
         "a header of the proxy's is missing": bool(call.header("x-amz-date") and call.header("user-agent")),
         "a header meant for the proxy arrived": call.header("x-sp-region") is None,
         f"status {got.status}, not {example.status}: {got.body[:200]!r}": got.status == example.status,
-        f"the answer is another: {got.body[:200]!r}": is_the_answer(got, example),
+        f"the response differs: {got.body[:200]!r}": is_expected(got, example),
         f"x-sp-proxy says {got.decided}": got.decided["region"] == region and got.decided["token"] == call.token_kind,
     }
     return [what for what, is_right in checks.items() if not is_right]
 
 
-def is_the_answer(got: RawResponse, example: Example) -> bool:
+def is_expected(got: RawResponse, example: Example) -> bool:
     if example.status == 204 or example.content is None:
-        return got.body == b""  # some examples write `{}` where HTTP has no body
+        return got.body == b""  # some examples write `{}` although 204 has no body
     content = json.loads(got.body)
     if example.operation == "createRestrictedDataToken":
-        # The simulator really mints a token, or refuses with Amazon's own words; the examples' texts are made up.
+        # The simulator mints a token, or rejects with Amazon's real texts; the texts in the examples are made up.
         return bool(content.keys() == example.content.keys())
     return bool(content == example.content)
 
 
 def is_minting(entry: Recorded, example: Example) -> bool:
-    """Return whether the call is one of the proxy's own for a Restricted Data Token."""
+    """Return whether the call is the proxy's own request for a Restricted Data Token."""
     return entry.target.endswith("/restrictedDataToken") and example.operation != "createRestrictedDataToken"
 
 

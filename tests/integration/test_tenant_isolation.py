@@ -1,6 +1,6 @@
-"""No two accounts are ever mixed: whatever expires, is refused, fails or leaves, in whatever order.
+"""Isolation of accounts under expiry, revocation, faults and disconnects in any order.
 
-The simulator knows whose token is whose; every path names the account that it was asked for.
+The simulator knows the owner of each token; every path names the account that it was requested for.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ ELEMENTS = (None, "none", "buyerInfo", "shippingAddress", "buyerInfo,shippingAdd
 
 @dataclass(frozen=True)
 class Call:
-    """One request of an app; `leaves` is after how many turns of the loop it hangs up, None for never."""
+    """One request of an app; `leaves`: number of event loop iterations until it disconnects, None for never."""
 
     account: str
     region: str
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens to one seller, or to all."""
+    """Something that happens to one seller or to all."""
 
     kind: str
     account: str
@@ -59,7 +59,9 @@ CALLS = st.builds(
     Call,
     st.sampled_from(ACCOUNTS),
     st.sampled_from(REGIONS),
-    st.sampled_from((*PATHS, PATHS[1], PATHS[1])),  # the one that shows which personal data its token covers
+    st.sampled_from(
+        (*PATHS, PATHS[1], PATHS[1])
+    ),  # three times as likely: it shows which personal data the token covers
     st.sampled_from(ELEMENTS),
     st.none() | st.integers(0, 30),
 )
@@ -146,26 +148,26 @@ async def make(address: str, call: Call) -> None:
             for _ in range(call.leaves):
                 await asyncio.sleep(0)
             return
-        check_answer(call, await client.read_response())
+        check_response(call, await client.read_response())
 
 
-def check_answer(call: Call, answer: RawResponse) -> None:
-    assert answer.status in {200, 403, 502, 503}, answer.body
-    assert (answer.decided["account"], answer.decided["region"]) == (call.account, call.region)
-    if answer.status == 403 and answer.error is None and not json.loads(answer.body)["errors"][0]["details"]:
-        # Amazon's bare refusal: of another region's token, and of a token that is not for this path.
+def check_response(call: Call, response: RawResponse) -> None:
+    assert response.status in {200, 403, 502, 503}, response.body
+    assert (response.decided["account"], response.decided["region"]) == (call.account, call.region)
+    if response.status == 403 and response.error is None and not json.loads(response.body)["errors"][0]["details"]:
+        # Amazon's 403 without details: a token of another region, or not for this path.
         assert call.elements == "none"
         assert call.path in {PATHS[2], PATHS[4]}
-    if answer.status != 200:
+    if response.status != 200:
         return
-    assert call.account.encode() in answer.body, "the answer is to this very request"
+    assert call.account.encode() in response.body, "the response belongs to another request"
     asked = set((call.elements or "").split(",")) if call.path == PATHS[1] else set()
     for element, sign in (("buyerInfo", b"BuyerEmail"), ("shippingAddress", b"AddressLine1")):
         if call.path == PATHS[1] and element not in asked:
-            assert sign not in answer.body, "personal data that nobody asked for"
+            assert sign not in response.body, "personal data that was not requested"
 
 
 def check_entry(entry: Recorded) -> None:
-    """Whatever reached Amazon with a good token reached the right region with the right seller's."""
+    """Check that a request that reached Amazon carried a token of the seller in its path."""
     if entry.service != "lwa" and entry.target != MINT:
         assert entry.seller in entry.target

@@ -1,6 +1,6 @@
-"""Prometheus' rules and Grafana's dashboard: they ask for what there is, and alerts come when they should.
+"""Prometheus rules and Grafana dashboard: queried series exist, and alerts fire when they should.
 
-`python -m tests.project.test_alert_rules` writes docs/alerts.md anew from the rules.
+`python -m tests.project.test_alert_rules` regenerates docs/alerts.md from the rules.
 """
 
 import json
@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.conftest import needs
 from tests.support.paths import ROOT
-from tests.support.promql import asked_for, exported, grouped, known, parsed
+from tests.support.promql import exported, grouped, known, parsed, queried
 
 PROMETHEUS = ROOT / "config" / "prometheus"
 DASHBOARD = ROOT / "config" / "grafana" / "dashboards" / "sp-api-proxy.json"
@@ -29,7 +29,7 @@ ALERTS_PAGE = ROOT / "docs" / "alerts.md"
 
 
 def promtool(*arguments: str) -> tuple[int, str]:
-    """Run promtool; return its exit code and what it said."""
+    """Run promtool; return its exit code and its output."""
     program = shutil.which("promtool")
     needs(program is not None, "promtool (Debian's package prometheus)")
     assert program is not None
@@ -38,7 +38,7 @@ def promtool(*arguments: str) -> tuple[int, str]:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Return all rules, those that record first."""
+    """Return all rules, recording rules first."""
     files = [PROMETHEUS / "rules" / name for name in ("recording.yml", "alerts.yml")]
     assert sorted(files) == sorted((PROMETHEUS / "rules").iterdir())
     groups = [group for path in files for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
@@ -51,12 +51,12 @@ ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
 @cache
 def all_known() -> dict[str, set[str]]:
-    """Return the labels of every series that may be asked for."""
+    """Return the labels of every series that may be queried."""
     return known(RECORDED)
 
 
 def cases() -> list[dict[str, Any]]:
-    """Return every case of promtool's."""
+    """Return every test case of promtool."""
     files = sorted((PROMETHEUS / "tests").glob("*.yml"))
     return [case for path in files for case in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]]
 
@@ -67,19 +67,19 @@ def dashboard() -> dict[str, Any]:
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Yield title and expression of every query of the dashboard, with its variables as they are for All."""
+    """Yield title and expression of every dashboard query, with all variables set to All."""
     for panel in dashboard()["panels"]:
         for target in panel.get("targets", ()):
             yield panel["title"], filled_in(target["expr"])
 
 
 def filled_in(text: str) -> str:
-    """Return an expression as Grafana sends it when All is chosen everywhere."""
+    """Return an expression as Grafana sends it with All selected everywhere."""
     return re.sub(r"\$(?:job|instance|account|operation)\b", ".*", text.replace("$__rate_interval", "1m"))
 
 
 def expressions() -> list[tuple[str, str]]:
-    """Return every expression there is, and where it stands."""
+    """Return every expression and its location."""
     of_rules = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
     return [*of_rules, *queries()]
 
@@ -87,7 +87,7 @@ def expressions() -> list[tuple[str, str]]:
 # Rules.
 
 
-def test_promtool_takes_the_configuration_and_the_rules() -> None:
+def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     code, said = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert (code, "2 rule files found" in said) == (0, True), said
     code, said = promtool("check", "rules", *map(str, sorted((PROMETHEUS / "rules").iterdir())))
@@ -112,7 +112,7 @@ def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not(name: st
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
+def test_an_alert_has_severity_and_remedy(name: str) -> None:
     alert = ALERTS[name]
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
@@ -124,7 +124,7 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_speaks_only_of_labels_that_it_has(name: str) -> None:
+def test_an_alert_names_only_labels_that_it_has(name: str) -> None:
     texts = " ".join(ALERTS[name]["annotations"].values())
     spoken_of = set(re.findall(r"\$labels\.(\w+)", texts))
     checks = [check for case in cases() for check in case["promql_expr_test"]]
@@ -134,7 +134,7 @@ def test_an_alert_speaks_only_of_labels_that_it_has(name: str) -> None:
     assert all(spoken_of <= labels for labels in has)
 
 
-def test_the_page_of_alerts_says_what_the_rules_say() -> None:
+def test_the_page_of_alerts_matches_the_rules() -> None:
     assert ALERTS_PAGE.read_text(encoding="utf-8") == alerts_page(), "run `python -m tests.project.test_alert_rules`"
 
 
@@ -142,23 +142,24 @@ def test_the_page_of_alerts_says_what_the_rules_say() -> None:
 
 
 @pytest.mark.parametrize(("where", "text"), expressions())
-def test_what_is_asked_for_exists(where: str, text: str) -> None:
+def test_every_queried_series_and_label_exists(where: str, text: str) -> None:
     series = all_known()
-    for asked in asked_for(text):
-        assert asked.name in series, f"{where}: there is no {asked.name}"
-        assert asked.labels <= series[asked.name], f"{where}: {asked.name} has no {asked.labels - series[asked.name]}"
+    for series_ in queried(text):
+        assert series_.name in series, f"{where}: there is no {series_.name}"
+        missing = series_.labels - series.get(series_.name, set())
+        assert not missing, f"{where}: {series_.name} has no {missing}"
     for labels, names in grouped(text):
         has = set().union(*(series[name] for name in names))
         assert labels <= has, f"{where}: none of {names} has {labels - has}"
 
 
-def test_what_is_recorded_is_asked_for() -> None:
-    asked = {one.name for _, text in expressions() for one in asked_for(text)}
-    p50 = {name for name in RECORDED if name.endswith("p50_5m")}  # for people's own panels, beside the p99
+def test_every_recorded_series_is_queried() -> None:
+    asked = {one.name for _, text in expressions() for one in queried(text)}
+    p50 = {name for name in RECORDED if name.endswith("p50_5m")}  # for users' own panels, in addition to the p99
     assert RECORDED.keys() - p50 <= asked
 
 
-def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+def test_promtool_accepts_every_expression_of_the_dashboard(tmp_path: Path) -> None:
     made = [{"record": f"dashboard:{number}", "expr": text} for number, (_, text) in enumerate(queries())]
     path = tmp_path / "rules.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": made}]}), encoding="utf-8")
@@ -168,17 +169,17 @@ def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> Non
 
 
 def test_every_series_of_the_proxy_is_on_the_dashboard() -> None:
-    asked = {one.name for _, text in expressions() for one in asked_for(text)}
+    asked = {one.name for _, text in expressions() for one in queried(text)}
     ours = {name for name in exported() if name.startswith("spapi_proxy_")}
     parts = {name for name in ours if name.endswith(("_sum", "_count")) and f"{name.rpartition('_')[0]}_bucket" in ours}
-    elsewhere = {"spapi_proxy_client_secret_expiry_timestamp_seconds"}  # its age is shown
+    elsewhere = {"spapi_proxy_client_secret_expiry_timestamp_seconds"}  # shown as its age
     assert ours - parts - elsewhere <= asked
 
 
 # The dashboard.
 
 
-def test_grafanas_own_model_knows_all_that_the_dashboard_says() -> None:
+def test_every_key_of_the_dashboard_is_in_grafanas_model() -> None:
     register_default_plugins()
     given = dashboard()
     understood = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(given)))
@@ -186,7 +187,7 @@ def test_grafanas_own_model_knows_all_that_the_dashboard_says() -> None:
 
 
 def _lost(given: Any, understood: Any, path: str = "") -> Iterator[str]:
-    """Yield the place of whatever is not in `understood` as it is in `given`."""
+    """Yield the path of every value of `given` that `understood` does not have."""
     if isinstance(given, dict) and isinstance(understood, dict):
         for key, value in given.items():
             yield from _lost(value, understood.get(key), f"{path}.{key}") if key in understood else (f"{path}.{key}",)
@@ -197,7 +198,7 @@ def _lost(given: Any, understood: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def test_panels_have_their_own_place_and_say_what_they_show() -> None:
+def test_panels_do_not_overlap_and_have_descriptions() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
@@ -213,7 +214,7 @@ def test_panels_have_their_own_place_and_say_what_they_show() -> None:
 
 def test_the_dashboard_uses_the_variables_that_it_has() -> None:
     variables = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
-    used = {name for _, text in raw_queries() for name in re.findall(r"\$(\w+)", text)} - {"__rate_interval"}
+    used = {name for _, text in queries_with_variables() for name in re.findall(r"\$(\w+)", text)} - {"__rate_interval"}
     assert used | {"datasource"} == set(variables)
     assert {"instance", "account", "operation"} <= used
     for panel in dashboard()["panels"]:
@@ -222,11 +223,11 @@ def test_the_dashboard_uses_the_variables_that_it_has() -> None:
     for name in variables.keys() - {"datasource"}:
         match = re.fullmatch(r"label_values\((.+), (\w+)\)", variables[name]["query"]["query"])
         assert match
-        (asked,) = asked_for(filled_in(match[1]))
+        (asked,) = queried(filled_in(match[1]))
         assert {*asked.labels, match[2]} <= all_known()[asked.name]
 
 
-def raw_queries() -> Iterator[tuple[str, str]]:
+def queries_with_variables() -> Iterator[tuple[str, str]]:
     for panel in dashboard()["panels"]:
         for target in panel.get("targets", ()):
             yield panel["title"], target["expr"]
@@ -246,20 +247,24 @@ def _yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def test_a_wrong_name_or_label_would_be_found() -> None:
+def test_a_wrong_name_or_label_is_found() -> None:
     with pytest.raises(AssertionError, match="there is no spapi_proxy_request_total"):
-        test_what_is_asked_for_exists("x", "sum(rate(spapi_proxy_request_total[5m]))")
+        test_every_queried_series_and_label_exists("x", "sum(rate(spapi_proxy_request_total[5m]))")
     with pytest.raises(AssertionError, match="has no"):
-        test_what_is_asked_for_exists("x", 'spapi_proxy_errors_total{account="acme"}')
+        test_every_queried_series_and_label_exists("x", 'spapi_proxy_errors_total{account="acme"}')
     with pytest.raises(AssertionError, match="none of"):
-        test_what_is_asked_for_exists("x", "sum by (account) (rate(spapi_proxy_errors_total[5m]))")
+        test_every_queried_series_and_label_exists("x", "sum by (account) (rate(spapi_proxy_errors_total[5m]))")
     with pytest.raises(ValueError, match="unclosed left parenthesis"):
         parsed("sum(")
 
 
 # The page of alerts.
 
+<<<<<<< HEAD
 _BEGINNING = """# Prometheus alerts
+=======
+_INTRODUCTION = """# Alerts
+>>>>>>> c7
 
 This page lists the alerts in [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), each with its
 remedy and its expression. `python -m tests.project.test_alert_rules` generates it from the rules.
@@ -272,11 +277,16 @@ data behind each alert.
 
 
 def alerts_page() -> str:
-    """Return docs/alerts.md as the rules have it."""
+    """Return docs/alerts.md, generated from the rules."""
     rows = [f"| [{name}](#{name.lower()}) | {rule['labels']['severity']} | {_plain(rule['annotations']['summary'])} |"
             for name, rule in ALERTS.items()]  # fmt: skip
+<<<<<<< HEAD
     contents = "\n".join(["| alert | severity | summary |", "| --- | --- | --- |", *rows])
     return f"{_BEGINNING}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
+=======
+    contents = "\n".join(["| alert | | |", "| --- | --- | --- |", *rows])
+    return f"{_INTRODUCTION}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
+>>>>>>> c7
 
 
 def _section(name: str, rule: dict[str, Any]) -> str:
@@ -289,7 +299,7 @@ def _section(name: str, rule: dict[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text of an alert with capitals where its labels and its value will stand."""
+    """Return a text of an alert with capitals in place of its labels and its value."""
     text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: match[1].upper(), text)
     return re.sub(r"\{\{ \$value( \| \w+)? \}\}", "N", text)
 

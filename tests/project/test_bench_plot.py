@@ -1,4 +1,4 @@
-"""Is the benchmark's picture one that a page can show?"""
+"""SVG charts of the benchmark."""
 
 from xml.etree import ElementTree as ET
 
@@ -22,7 +22,7 @@ def test_bars_are_in_proportion_and_texts_are_escaped() -> None:
     assert "a < b" in [element.text for element in root.iter(f"{_SVG}text")]
 
 
-def test_it_is_small() -> None:
+def test_the_svg_is_small() -> None:
     rows = [(name, (123.4, 1234.5)) for name in ("sp-api-proxy", "Envoy", "nginx", "Caddy", "bare aiohttp")]
     groups = [Group("CPU time per request", ("32 connections", "1 connection"), ",.0f", rows)] * 2
     assert len(svg("Title", "Description", "sp-api-proxy", groups).encode()) < 10_000

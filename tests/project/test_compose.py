@@ -1,4 +1,4 @@
-"""Does docker-compose.yml say what it should, by Docker's own reading of it?"""
+"""docker-compose.yml, as docker compose itself parses it."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ Service = dict[str, Any]
 
 
 def read_by_compose(environment: dict[str, str]) -> dict[str, Service]:
-    """Return the services as `docker compose` understands them, with `environment` alone around it."""
+    """Return the services as `docker compose` resolves them with only `environment` set."""
     command = [program("docker-compose"), "--file", "docker-compose.yml", "config", "--format", "json"]
     kept = {"PATH": os.environ["PATH"], "COMPOSE_DISABLE_ENV_FILE": "true"}
     done = subprocess.run(
@@ -44,14 +44,14 @@ def without_credentials() -> dict[str, Service]:
 
 
 def settings_of(proxy: Service, **changed: str) -> dict[str, str]:
-    """Return the proxy's environment as a test can have it: on free ports, and without Redis."""
+    """Return the proxy's environment adapted to a test: free ports, no Redis."""
     settings: dict[str, str] = {**proxy["environment"], **changed, "SP_API_PROXY_ADMIN": "127.0.0.1:0"}
     settings["SP_API_PROXY_LISTEN"] = settings["SP_API_PROXY_LISTEN"].replace(":8080", ":0")
     settings["SP_API_PROXY_HEALTH"] = "127.0.0.1:0"
     return {name: value for name, value in settings.items() if not name.startswith("SP_API_PROXY_STORE")}
 
 
-def test_it_names_the_four_and_what_makes_their_key(services: dict[str, Service]) -> None:
+def test_the_services_are_these_four_and_one_that_creates_the_store_key(services: dict[str, Service]) -> None:
     assert set(services) == {"proxy", "store-key", "redis", "prometheus", "grafana"}
 
 
@@ -80,7 +80,7 @@ def test_every_foreign_image_is_pinned_by_its_digest(services: dict[str, Service
     assert not [image for image in foreign if not re.fullmatch(r"[\w/-]+:[\w.-]+@sha256:[0-9a-f]{64}", image)]
 
 
-def test_every_service_that_goes_on_running_is_looked_after(services: dict[str, Service]) -> None:
+def test_every_long_running_service_has_a_health_check_and_restart_policy(services: dict[str, Service]) -> None:
     lasting = {name: service for name, service in services.items() if service["restart"] != "no"}
     assert set(services) - set(lasting) == {"store-key"}
     checks = {name: service["healthcheck"] for name, service in lasting.items()}
@@ -92,25 +92,25 @@ def test_redis_is_reached_by_the_proxy_alone(services: dict[str, Service]) -> No
     assert set(services["redis"]["networks"]) == {"store"}
 
 
-def test_what_is_mounted_from_the_checkout_is_in_config_and_cannot_be_written(services: dict[str, Service]) -> None:
+def test_mounts_from_the_checkout_are_in_config_and_read_only(services: dict[str, Service]) -> None:
     mounts = [mount for service in services.values() for mount in service.get("volumes", ()) if mount["type"] == "bind"]
     sources = {Path(mount["source"]).relative_to(ROOT).as_posix() for mount in mounts}
     assert sources == {"config/prometheus", "config/grafana/provisioning", "config/grafana/dashboards"}
     assert all(mount["read_only"] for mount in mounts)
 
 
-def test_requests_in_flight_have_the_time_that_they_may_take(services: dict[str, Service]) -> None:
+def test_the_grace_period_covers_the_shutdown_timeout(services: dict[str, Service]) -> None:
     timeouts = Config.model_fields["timeouts"].get_default(call_default_factory=True)
     assert services["proxy"]["stop_grace_period"] == "30s"
     assert timeouts.shutdown + getattr(timeouts, "shutdown_delay", 0) < 30
 
 
-async def test_without_credentials_it_serves_from_the_simulator(services: dict[str, Service]) -> None:
+async def test_without_credentials_the_simulator_is_used(services: dict[str, Service]) -> None:
     command, settings = services["proxy"]["command"], settings_of(services["proxy"])
     async with started(*command, "--log-format", "json", environment=settings) as proxy:
         assert proxy.process.stdout is not None
         welcome = (await proxy.process.stdout.readuntil(b"Ctrl-C ends both.")).decode()
-        # The address that it names is one that requests are taken at.
+        # The address in the message accepts requests.
         address = welcome.partition("http://")[2].partition("/")[0]
         assert address == proxy.addresses[0].replace("0.0.0.0", "127.0.0.1")
         got = await call(address, "GET", "/sellers/v1/marketplaceParticipations", **{"x-sp-region": "eu"})
@@ -118,7 +118,7 @@ async def test_without_credentials_it_serves_from_the_simulator(services: dict[s
         assert "account=demo" in str(got.get("x-sp-proxy"))
 
 
-def test_with_credentials_it_speaks_to_amazon() -> None:
+def test_with_credentials_amazon_is_called() -> None:
     proxy = read_by_compose(CREDENTIALS)["proxy"]
     config = load_config(None, settings_of(proxy)).config
     assert set(config.accounts["default"].refresh_tokens) == {"eu"}

@@ -15,10 +15,15 @@ from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.errors import all_errors
 from proxy.request.forbidden_hints import HINTS
 from tests.conftest import needs
+<<<<<<< HEAD
 from tests.project import test_docs
 from tests.support import pages
 from tests.support.pages import Block, blocks, proxy_commands, run_page, same
 from tests.support.site import build
+=======
+from tests.project import pages, test_docs
+from tests.project.pages import Block, blocks, proxy_commands, run_page, same
+>>>>>>> c7
 
 FOLDER = ROOT / "docs"
 PAGES = sorted([*FOLDER.glob("*.md"), *FOLDER.glob("reference/*.md")])
@@ -143,7 +148,7 @@ def test_a_page_that_nobody_can_follow_fails(tmp_path: Path) -> None:
 
 
 def test_what_a_server_says_at_its_start_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "PATIENCE", 5.0)
+    monkeypatch.setattr(pages, "TIMEOUT", 5.0)
     server = "```sh server\nbash -c 'echo serving; echo one; exec sleep 60'\n```\n\n```output\n…\n{}\n```\n"
     with pytest.raises(AssertionError, match="line 5: prints something else"):
         run_page(server.format("two"), tmp_path)

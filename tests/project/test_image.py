@@ -1,4 +1,4 @@
-"""Does the Dockerfile say what it should? Whether its image builds and runs, .ci/check_image.py tries."""
+"""Contents of the Dockerfile; .ci/check_image.py builds and runs the image."""
 
 import json
 import re
@@ -13,19 +13,19 @@ from tests.conftest import needs
 from tests.support.paths import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-BESIDE_PYTHON = Path(sys.executable).parent
+PYTHON_BIN = Path(sys.executable).parent
 
 
 def program(name: str) -> str:
-    """Return where a program is that the dev dependencies bring; skip the test where it is missing."""
-    found = shutil.which(name, path=BESIDE_PYTHON) or shutil.which(name)
+    """Return the path of a program of the dev dependencies; skip the test if it is missing."""
+    found = shutil.which(name, path=PYTHON_BIN) or shutil.which(name)
     needs(found is not None, name)
     assert found is not None
     return found
 
 
 def instructions(name: str) -> list[str]:
-    """Return what stands behind every instruction of one name, continued lines in one."""
+    """Return the arguments of every instruction of a name, continued lines joined."""
     joined = DOCKERFILE.replace("\\\n", " ")
     return [match[1].strip() for match in re.finditer(rf"^{name} (.*)$", joined, re.MULTILINE)]
 
@@ -36,7 +36,7 @@ def copied() -> list[str]:
     return [name for line in words for name in line[:-1]]
 
 
-def test_hadolint_has_no_complaint() -> None:
+def test_hadolint_reports_nothing() -> None:
     done = subprocess.run(
         [program("hadolint"), ROOT / "Dockerfile"], capture_output=True, check=False, text=True, timeout=60
     )
@@ -53,7 +53,7 @@ def test_pythons_image_is_pinned_by_its_digest_and_named_in_the_label() -> None:
     assert set(others) == {"base"}
 
 
-def test_everything_installed_is_held_to_a_hash() -> None:
+def test_every_installed_package_is_pinned_by_a_hash() -> None:
     commands = [part for line in instructions("RUN") for part in line.split("&&") if " install " in part]
     assert len(commands) == 3
     assert all("--require-hashes" in part or "--no-deps --no-index" in part for part in commands)
@@ -80,19 +80,19 @@ def test_the_program_is_started_without_a_shell_and_by_a_number() -> None:
     assert [json.loads(line) for line in instructions("ENTRYPOINT")] == [["sp-api-proxy"]]
 
 
-def test_what_the_image_starts_is_understood_by_the_command_line() -> None:
+def test_the_command_of_the_image_is_valid() -> None:
     (start,) = (json.loads(line) for line in instructions("CMD"))
     main._parser().parse_args(start)
 
 
-def test_how_the_image_asks_for_its_health_is_understood_by_the_command_line() -> None:
+def test_the_health_check_of_the_image_is_a_valid_command() -> None:
     (health,) = instructions("HEALTHCHECK")
     program_name, *words = json.loads(health.partition(" CMD ")[2])
     assert program_name == "sp-api-proxy"
     main._parser().parse_args(words)
 
 
-def test_no_setting_of_the_proxys_is_in_the_image() -> None:
+def test_no_setting_of_the_proxy_is_in_the_image() -> None:
     names = [word.partition("=")[0] for line in instructions("ENV") for word in shlex.split(line)]
     assert "PATH" in names
     assert not [name for name in names if name.startswith(("SP_API", "LWA"))]

@@ -1,4 +1,4 @@
-"""Are the manifests of config/kubernetes what Kubernetes takes, and do they agree with one another and the proxy?"""
+"""Manifests in config/kubernetes: valid for Kubernetes, and consistent with one another and with the proxy."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from tests.support.proxy_process import command
 MANIFESTS = ROOT / "config" / "kubernetes"
 FOLDERS = ("replicas", "sidecar", "monitoring")
 WITH_PROXY = ("replicas", "sidecar")
-VERSIONS = ("1.29", "1.37")  # the oldest with native sidecars, and the newest that the schemas are there for
+VERSIONS = ("1.29", "1.37")  # the oldest with native sidecars, and the newest with available schemas
 MOUNTED = "/etc/sp-api-proxy"
 TIMEOUTS = type(Config().timeouts)
 Manifest = dict[str, Any]
@@ -30,7 +30,7 @@ PROXIES = ("replicas", "sidecar")
 
 @pytest.fixture(scope="module", name="built")
 def built_by_kustomize() -> dict[str, list[Manifest]]:
-    """What `kubectl apply -k` would send, for every folder."""
+    """The output of `kubectl kustomize` for every folder."""
     kubectl = shutil.which("kubectl")
     needs(kubectl is not None, "kubectl")
     assert kubectl is not None
@@ -58,7 +58,7 @@ def pods(built: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
 
 
 def containers(pod: Manifest) -> list[Manifest]:
-    """Return the containers of a pod, sidecars among them."""
+    """Return the containers of a pod, including sidecars."""
     return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
 
 
@@ -78,7 +78,7 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-# As Kubernetes reads them.
+# As Kubernetes parses them.
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -95,7 +95,7 @@ def test_the_pod_monitor_follows_the_schema_of_the_operator(built: dict[str, lis
     from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # noqa: PLC0415 - it takes seconds
 
     (monitor,) = built["monitoring"]
-    # What the model does not know it leaves out.
+    # Unknown fields are dropped by the model.
     assert PodMonitor.model_validate(monitor).model_dump(by_alias=True, exclude_unset=True, mode="json") == monitor
 
 
@@ -107,11 +107,11 @@ def test_every_file_belongs_to_a_kustomization() -> None:
         assert there == {*listed["resources"], *generated}, folder
 
 
-# The proxy's own settings.
+# Settings of the proxy.
 
 
 @pytest.mark.parametrize("folder", PROXIES)
-async def test_the_configuration_is_good_with_the_secrets_that_are_mounted(
+async def test_the_configuration_is_valid_with_the_mounted_secrets(
     built: dict[str, list[Manifest]], folder: str, tmp_path: Path
 ) -> None:
     for number, (pod, proxy) in enumerate(proxies(built[folder])):
@@ -125,12 +125,12 @@ async def test_the_configuration_is_good_with_the_secrets_that_are_mounted(
                 (where / name).chmod((volume.get("secret") or volume["configMap"])["defaultMode"])
         (said,) = (each["value"] for each in proxy["env"])
         path = str(root / Path(said).relative_to(MOUNTED))
-        code, printed, complained = await command("check", environment={"SP_API_PROXY_CONFIG": path})
-        assert (code, complained) == (0, ""), printed
+        code, printed, errors = await command("check", environment={"SP_API_PROXY_CONFIG": path})
+        assert (code, errors) == (0, ""), printed
 
 
 def files_of(volume: Manifest, folder: str, built: list[Manifest]) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each file in a volume, secrets made up for the keys that the folder's comment creates."""
+    """Yield name and text of each file in a volume; secrets are made up for the keys in the folder's comment."""
     if "configMap" in volume:
         yield from named(built, "ConfigMap", volume["configMap"]["name"])["data"].items()
         return
@@ -158,7 +158,7 @@ def test_ports_and_probes_are_those_of_the_configuration(built: dict[str, list[M
         assert {probe["path"] for probe in probes} <= {"/startupz", "/readyz", "/livez"}
 
 
-def test_a_sidecar_takes_no_port_that_its_pod_is_likely_to_want(built: dict[str, list[Manifest]]) -> None:
+def test_a_sidecar_uses_no_port_that_its_pod_is_likely_to_need(built: dict[str, list[Manifest]]) -> None:
     settings = config_of(built["sidecar"])
     taken = {port_of(settings[name]) for name in ("listen", "admin", "health")}
     assert len(taken) == 3
@@ -168,7 +168,7 @@ def test_a_sidecar_takes_no_port_that_its_pod_is_likely_to_want(built: dict[str,
         assert {each["name"]: each["value"] for each in app["env"]}["SP_API_BASE_URL"].endswith(settings["listen"])
 
 
-def test_a_sidecar_is_a_native_one_and_what_waits_for_it_finds_it_ready(built: dict[str, list[Manifest]]) -> None:
+def test_a_sidecar_is_native_and_ready_before_containers_that_need_it(built: dict[str, list[Manifest]]) -> None:
     found = proxies(built["sidecar"])
     assert len(found) == 2
     for pod, proxy in found:
@@ -178,7 +178,7 @@ def test_a_sidecar_is_a_native_one_and_what_waits_for_it_finds_it_ready(built: d
 
 
 @pytest.mark.parametrize("folder", WITH_PROXY)
-def test_requests_in_flight_have_the_time_that_they_may_take(built: dict[str, list[Manifest]], folder: str) -> None:
+def test_the_grace_period_covers_the_shutdown_timeout(built: dict[str, list[Manifest]], folder: str) -> None:
     def seconds(name: str, otherwise: str) -> float:
         return float(config_of(built[folder]).get("timeouts", {}).get(name, otherwise).removesuffix("s"))
 
@@ -194,11 +194,11 @@ def test_the_image_is_that_of_this_version(built: dict[str, list[Manifest]], fol
     }
 
 
-# Rights: what the Pod Security Standard `restricted` asks for, and more.
+# Privileges: the Pod Security Standard `restricted`, and more.
 
 
 @pytest.mark.parametrize("folder", WITH_PROXY)
-def test_every_container_has_as_few_rights_as_can_be(built: dict[str, list[Manifest]], folder: str) -> None:
+def test_every_container_has_minimal_privileges(built: dict[str, list[Manifest]], folder: str) -> None:
     for name, pod in pods(built[folder]):
         spec, whole = pod["spec"], pod["spec"]["securityContext"]
         assert spec["automountServiceAccountToken"] is False, name
@@ -227,10 +227,10 @@ def test_secrets_are_read_by_the_proxys_group_alone(built: dict[str, list[Manife
         assert all(mount["readOnly"] and "subPath" not in mount for mount in proxy["volumeMounts"])
 
 
-# What points at what.
+# References.
 
 
-def test_whatever_selects_pods_selects_some(built: dict[str, list[Manifest]]) -> None:
+def test_every_selector_matches_a_pod(built: dict[str, list[Manifest]]) -> None:
     labels = [pod["metadata"]["labels"] for folder in WITH_PROXY for _, pod in pods(built[folder])]
     selectors = [
         *(each["spec"]["selector"] for each in built["replicas"] if each["kind"] == "Service"),
@@ -243,7 +243,7 @@ def test_whatever_selects_pods_selects_some(built: dict[str, list[Manifest]]) ->
         assert [one for one in labels if selector.items() <= one.items()], selector
 
 
-def test_ports_are_called_by_names_that_exist(built: dict[str, list[Manifest]]) -> None:
+def test_every_port_name_exists(built: dict[str, list[Manifest]]) -> None:
     there = {port["name"] for _, pod in pods(built["replicas"]) for c in containers(pod) for port in c["ports"]}
     services = {port["targetPort"] for e in built["replicas"] if e["kind"] == "Service" for port in e["spec"]["ports"]}
     policies = [each["spec"] for each in built["replicas"] if each["kind"] == "NetworkPolicy"]
@@ -253,7 +253,7 @@ def test_ports_are_called_by_names_that_exist(built: dict[str, list[Manifest]]) 
     assert services | let_in | scraped <= there
 
 
-def test_the_proxy_reaches_names_amazon_and_redis_and_nothing_else(built: dict[str, list[Manifest]]) -> None:
+def test_the_proxy_can_reach_dns_amazon_and_redis_only(built: dict[str, list[Manifest]]) -> None:
     policy = named(built["replicas"], "NetworkPolicy", "sp-api-proxy")["spec"]
     assert sorted({port["port"] for rule in policy["egress"] for port in rule["ports"]}) == [53, 443, 6379]
     blocks = [to["ipBlock"] for rule in policy["egress"] for to in rule["to"] if "ipBlock" in to]
@@ -263,14 +263,14 @@ def test_the_proxy_reaches_names_amazon_and_redis_and_nothing_else(built: dict[s
     assert "egress" not in named(built["replicas"], "NetworkPolicy", "sp-api-proxy-redis")["spec"]
 
 
-def test_the_replicas_are_three_and_are_never_all_away_at_once(built: dict[str, list[Manifest]]) -> None:
+def test_there_are_three_replicas_and_some_are_always_available(built: dict[str, list[Manifest]]) -> None:
     deployment = named(built["replicas"], "Deployment", "sp-api-proxy")["spec"]
     assert deployment["replicas"] == 3
     assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert named(built["replicas"], "PodDisruptionBudget", "sp-api-proxy")["spec"]["maxUnavailable"] == 1
 
 
-def test_the_replicas_answer_to_the_names_of_their_service(built: dict[str, list[Manifest]]) -> None:
+def test_the_proxy_accepts_the_host_names_of_its_service(built: dict[str, list[Manifest]]) -> None:
     service = named(built["replicas"], "Service", "sp-api-proxy")["metadata"]
     name, namespace = service["name"], service["namespace"]
     names = [name, f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local"]

@@ -136,7 +136,7 @@ def readers_of_the_environment(root: Path) -> set[str]:
 
 
 def things_in(folder: Path) -> set[str]:
-    """Return what lies in a package's folder, without what every package has."""
+    """Return the contents of a package's folder, without what every package has."""
     apart = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
     return {path.name.removesuffix(".py") for path in folder.iterdir() if path.name not in apart}
 
@@ -175,7 +175,7 @@ def test_only_the_command_line_and_the_configuration_read_the_environment() -> N
     assert readers_of_the_environment(PROXY) <= {"__main__", "cli", "config"}
 
 
-# Each rule, seen to fail on a small package.
+# Each rule must fail on a small package that violates it.
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# The retired word, and what is written instead.
+# Retired word and its replacement.
 RETIRED = {
     "answer": "response",
     "crowd": "concurrency",
@@ -32,7 +32,7 @@ RETIRED_BEGINNINGS = ("most_", "longest_", "MOST_", "LONGEST_")  # max_
 
 PACKAGES = ("proxy", "tests", "docs")
 NAMES_OF_OTHERS = {"most_common", "longest_pause"}  # collections.Counter; a configuration key
-OTHERS = "integration/libraries"  # programs of other people's apps
+OTHERS = "integration/libraries"  # programs of other libraries' users
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:

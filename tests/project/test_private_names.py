@@ -1,7 +1,7 @@
 """Contract with other libraries: each private or undocumented name of theirs that the proxy uses.
 
-Ruff's SLF001 sees `other._name`, and is blind to `self._name` and to an override where a base class of a library has
-that name. These tests are not. Names of redis-py: test_redis_internals.py.
+Ruff's SLF001 finds `other._name` but not `self._name`, nor an override of a private name of a library's base class.
+These tests do. Names of redis-py: test_redis_internals.py.
 """
 
 import ast
@@ -60,7 +60,7 @@ def private_names_of(kind: type) -> set[str]:
 
 
 def private_names_used_by(kind: type) -> set[str]:
-    """Return the private names that a class of ours defines, reads or sets on itself."""
+    """Return the private names that a class of the proxy defines, reads or sets on itself."""
     used = {name for name in vars(kind) if is_private(name)}
     for node in ast.walk(ast.parse(source_of(kind))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in {"self", "cls", "super()"}:
@@ -69,7 +69,7 @@ def private_names_used_by(kind: type) -> set[str]:
 
 
 def inherited_private_names(kinds: Iterator[type]) -> dict[str, set[str]]:
-    """Return, for each library, the private names of its classes that subclasses of ours use."""
+    """Return, for each library, the private names of its classes that subclasses in the proxy use."""
     found: defaultdict[str, set[str]] = defaultdict(set)
     for kind in kinds:
         for base in kind.__mro__[1:-1]:

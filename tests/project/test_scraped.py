@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes two proxies under a little traffic: every query of rules and dashboard finds something."""
+"""Queries of rules and dashboard against a real Prometheus that scrapes two proxies under light traffic."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.simulator import Fault, Simulator
 from tests.conftest import config_from, needs
 from tests.project.test_alert_rules import PROMETHEUS, RECORDED, queries
-from tests.support.promql import asked_for
+from tests.support.promql import queried
 from tests.support.raw_client import call
 
 SELLERS = "/sellers/v1/marketplaceParticipations"
@@ -28,8 +28,8 @@ ORDER = "/orders/v0/orders/1"
 DESTINATIONS = "/notifications/v1/destinations"
 DOCUMENTS = "/feeds/2021-06-30/documents"
 
-# Nothing is found where nothing of the kind happened: lines lost, and connections closed for want of room.
-DID_NOT_HAPPEN = {
+# Events that do not happen in this test: lost log lines, connections closed at the limit, store failures.
+EXPECTED_EMPTY = {
     "spapi_proxy_client_connections_closed_total",
     "spapi_proxy_log_lines_lost_total",
     "spapi_proxy_store_failures_total",
@@ -39,7 +39,7 @@ DID_NOT_HAPPEN = {
 
 @asynccontextmanager
 async def scraping(targets: list[str], folder: Path) -> AsyncIterator[str]:
-    """Run Prometheus with our rules before `targets`; yield its address."""
+    """Run Prometheus with the project's rules for `targets`; yield its address."""
     program = shutil.which("prometheus")
     needs(program is not None, "prometheus (Debian's package prometheus)")
     assert program is not None
@@ -65,7 +65,7 @@ async def scraping(targets: list[str], folder: Path) -> AsyncIterator[str]:
 
 
 async def ask(address: str, path: str) -> Any:
-    """Return the data of an answer of Prometheus'; nothing while it does not answer."""
+    """Return the data of a response of Prometheus; None while it is not ready."""
     try:
         got = await call(address, "GET", f"/api/v1/{path}")
     except OSError:
@@ -76,13 +76,13 @@ async def ask(address: str, path: str) -> Any:
 
 
 async def finds(address: str, expression: str) -> bool:
-    """Return whether an expression has a value, one that is a number."""
+    """Return whether an expression has a numeric value."""
     data = await ask(address, f"query?query={quote(expression)}")
     return data is not None and any(not math.isnan(float(one["value"][1])) for one in data["result"])
 
 
-async def a_little_of_everything(proxy: RunningProxy, simulator: Simulator) -> None:
-    """Send one call of each kind, good and bad."""
+async def send_varied_traffic(proxy: RunningProxy, simulator: Simulator) -> None:
+    """Send one call of each kind, successful and failing."""
     app = proxy.addresses[0]
     faults = simulator.state.faults
     for target, fields in (
@@ -101,8 +101,8 @@ async def a_little_of_everything(proxy: RunningProxy, simulator: Simulator) -> N
         await call(app, "GET", "/brand/new", x_sp_region="na", **({"x_sp_retry": "off"} if retry == "off" else {}))
 
 
-async def use_up(proxy: RunningProxy) -> None:
-    """Ask more than the usage plan gives, so that some is refused."""
+async def exceed_usage_plan(proxy: RunningProxy) -> None:
+    """Exceed the usage plan, so that some calls are rejected."""
     for _ in range(20):
         await call(proxy.addresses[0], "GET", SELLERS, x_sp_region="fe", x_sp_max_wait="0")
 
@@ -111,7 +111,7 @@ async def use_up(proxy: RunningProxy) -> None:
 async def simulator() -> AsyncIterator[Simulator]:
     async with Simulator() as started:
         started.state.elements = {"buyerInfo"}
-        started.state.lifetime = 3.0  # seconds, so that there are exchanges all the time
+        started.state.lifetime = 3.0  # seconds, so that tokens are exchanged continuously
         yield started
 
 
@@ -133,30 +133,30 @@ async def proxies(simulator: Simulator, tmp_path: Path) -> AsyncIterator[list[Ru
         "endpoints": {name: simulator.endpoints[name] for name in ("na", "eu", "fe", "lwa", "documents")},
         "documents": "relay",
     }
-    dropped_lines.clear()  # what other tests of this process lost
+    dropped_lines.clear()  # counts of other tests in this process
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(start_proxy(config_from(settings, tmp_path))) for _ in range(2)]
 
 
-async def test_every_query_finds_something_once_it_happened(
+async def test_every_query_returns_a_series_after_its_event(
     proxies: list[RunningProxy], simulator: Simulator, tmp_path: Path
 ) -> None:
     targets = [proxy.health for proxy in proxies if proxy.health]
     wanted = {*RECORDED, *(text for _, text in queries())}
-    silent = {text for text in wanted if {one.name for one in asked_for(text)} <= DID_NOT_HAPPEN}
+    silent = {text for text in wanted if {one.name for one in queried(text)} <= EXPECTED_EMPTY}
     missing = wanted - silent
     async with scraping(targets, tmp_path) as prometheus:
         until = asyncio.get_running_loop().time() + 40
         for proxy in proxies:
-            await use_up(proxy)
+            await exceed_usage_plan(proxy)
         while missing and asyncio.get_running_loop().time() < until:
             for proxy in proxies:
-                await a_little_of_everything(proxy, simulator)
+                await send_varied_traffic(proxy, simulator)
             missing -= {text for text in missing if await finds(prometheus, text)}
-            await asyncio.sleep(0.3)  # Prometheus looks every half second, whatever we do
+            await asyncio.sleep(0.3)  # Prometheus scrapes every half second
         assert not missing
         for text in silent:
-            assert not await finds(prometheus, text), f"it can be found: {text}"
+            assert not await finds(prometheus, text), f"has a value: {text}"
         groups = (await ask(prometheus, "rules"))["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}, [rule.get("lastError") for rule in rules]

@@ -1,4 +1,4 @@
-"""Does the source distribution hold what is under version control: the tests, and all that they look at?"""
+"""The source distribution contains every tracked file."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.conftest import needs
 from tests.support.paths import ROOT
 
 
-def test_it_holds_every_file_that_is_kept(tmp_path: Path) -> None:
+def test_the_sdist_contains_every_tracked_file(tmp_path: Path) -> None:
     needs((ROOT / ".git").exists(), "a checkout")
     kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path)]

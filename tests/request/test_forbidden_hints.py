@@ -91,7 +91,7 @@ async def test_data_that_was_left_out_is_named_on_every_answer(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     text = "Application does not have access to one or more requested data elements: [shippingAddress, buyerInfo]"
-    fake_upstream.rdt_answer = http_response("400 Bad Request", refusal(text, code="InvalidInput"))
+    fake_upstream.rdt_response = http_response("400 Bad Request", refusal(text, code="InvalidInput"))
     asked = {"x_sp_data_elements": "shippingAddress,buyerInfo"}
     got = await call(proxy.addresses[0], "GET", "/orders/v0/orders/1", **asked)
     assert (got.status, got.decided["token"], got.decided["dropped"]) == (200, "lwa", "buyerInfo,shippingAddress")

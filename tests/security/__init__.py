@@ -1,1 +1,1 @@
-"""What must hold whatever bytes arrive: attacks, faults, other parsers' corpora, fuzzing, a browser, a long run."""
+"""Security and robustness tests: attacks, faults, other parsers' corpora, fuzzing, a browser, a long run."""

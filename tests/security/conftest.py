@@ -1,35 +1,35 @@
-"""One proxy process for all tests of a worker; what happened in one test is forgotten before the next."""
+"""One proxy process for all tests of a pytest worker; its recorded state is reset before each test."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.security.harness import SECRETS, World, request
+from tests.security.harness import SECRETS, Harness, request
 
 
 @pytest.fixture(scope="session")
-def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The one process."""
-    with World.made(tmp_path_factory.mktemp("world")) as world:
-        yield world
+def shared_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    """The shared proxy process."""
+    with Harness.start(tmp_path_factory.mktemp("world")) as harness:
+        yield harness
         for path in ("/metrics", "/readyz?verbose", "/livez", "/", "/status", "/requests", "/nothing"):
-            (page,) = world.send(request(path), address=world.admin)
+            (page,) = harness.send(request(path), address=harness.admin)
             assert page.body
             assert not [secret for secret in SECRETS if secret.encode() in page.body]
 
 
 @pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    """The process, with nothing recorded; in the end, nothing improper may have arrived and no secret been told."""
-    for server in (shared_world.api, shared_world.lwa):
-        server.arrived.clear()
-        server.improper.clear()
+def harness(shared_harness: Harness) -> Iterator[Harness]:
+    """The process with empty records; afterwards, no violation may be recorded and no secret visible."""
+    for server in (shared_harness.api, shared_harness.lwa):
+        server.received.clear()
+        server.violations.clear()
         server.scripts.clear()
-    before = len(shared_world.log)
-    shared_world.said.clear()
-    yield shared_world
-    assert not shared_world.api.improper
-    assert not shared_world.lwa.improper
-    told = b"".join(shared_world.said) + "".join(shared_world.log[before:]).encode()
-    assert not [secret for secret in SECRETS if secret.encode() in told]
-    assert shared_world.process.poll() is None
+    before = len(shared_harness.log)
+    shared_harness.client_output.clear()
+    yield shared_harness
+    assert not shared_harness.api.violations
+    assert not shared_harness.lwa.violations
+    output = b"".join(shared_harness.client_output) + "".join(shared_harness.log[before:]).encode()
+    assert not [secret for secret in SECRETS if secret.encode() in output]
+    assert shared_harness.process.poll() is None

@@ -1,11 +1,11 @@
-"""Which messages do other projects test their HTTP parsers with, and how do those projects read them?
+"""Test corpora of other projects' HTTP parsers, with the result that each project expects.
 
-Both corpora are kept as they were published, each beside its licence; this file alone knows their formats.
+Both corpora are unmodified, each beside its licence; only this file knows their formats.
 
-- `corpora/gunicorn` is `tests/requests` of gunicorn 27.0.1 without the Python beside each file: what it refuses
-  (`invalid`) and what it takes (`valid`), some only with a setting.
-- `corpora/llhttp` is `test/request` and `test/response` of llhttp 9.4.2, which reads HTTP for Node and for aiohttp:
-  each message has the log of the parser's callbacks. Its lenient modes are left out.
+- `corpora/gunicorn` is `tests/requests` of gunicorn 27.0.1 without the Python beside each file: what it rejects
+  (`invalid`) and what it accepts (`valid`), some only with a setting.
+- `corpora/llhttp` is `test/request` and `test/response` of llhttp 9.4.2, the HTTP parser of Node and aiohttp: each
+  message has the log of the parser's callbacks. Its lenient modes are left out.
 """
 
 import json
@@ -23,13 +23,13 @@ _STRICT = {"request", "request-finish", "response", "response-finish"}
 
 _SPAN = re.compile(r'span\[(\w+)\]=(?:"(.*)"|(cr|lf))$')
 _HEAD = re.compile(r"headers complete (?:status=(\d+) |method=\d+ )?v=\d/\d flags=([0-9a-f]+)")
-_NO_MISTAKE = {21, 22, 23}  # the parser pauses: asked to, or before another protocol
-_CHUNKED, _LENGTH = 0x8, 0x20  # llhttp's flags of a message whose framing says where it ends
+_NO_MISTAKE = {21, 22, 23}  # the parser pauses: on request, or before another protocol
+_CHUNKED, _LENGTH = 0x8, 0x20  # llhttp's flags of a message with explicit framing
 
 
 @dataclass(slots=True)
 class Message:
-    """One message as llhttp reads it; `is_framed` is whether its head, not the connection's end, says where it ends."""
+    """One message as llhttp reads it; `is_framed`: its head, not the end of the connection, determines its end."""
 
     method: str = ""
     url: str = ""
@@ -42,16 +42,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One entry of a corpus: its bytes, whether its project refuses them, and the messages it sees where it says so."""
+    """One entry of a corpus: its bytes, whether its project rejects them, and the messages that the project reports."""
 
     name: str
     data: bytes
-    is_refused: bool
+    is_rejected: bool
     messages: list[Message] = field(default_factory=list)
 
 
 def gunicorn(folder: str) -> list[Case]:
-    r"""Return the requests of `invalid` or `valid`: line ends are spelt `\r\n`, the file's own mean nothing."""
+    r"""Return the requests of `invalid` or `valid`: line ends are written `\r\n`, those of the file are ignored."""
     paths = sorted((ROOT / "gunicorn" / folder).glob("*.http"))
     return [Case(f"{folder}/{path.stem}", _spelt_out(path.read_bytes()), folder == "invalid") for path in paths]
 
@@ -66,7 +66,7 @@ def _spelt_out(text: bytes) -> bytes:
 def llhttp(folder: str) -> list[Case]:
     """Return the strict cases of `request` or `response`, each named after its file and its heading.
 
-    Left out are those that test the callbacks of llhttp's user, such as one who says that no body follows.
+    Cases that test callbacks of llhttp's user are left out, such as a callback that skips the body.
     """
     return [case for path in sorted((ROOT / "llhttp" / folder).glob("*.md")) for case in _cases_of(path)]
 
@@ -87,8 +87,8 @@ def _cases_of(path: Path) -> list[Case]:
         name = f"{path.parent.name}/{path.stem}/" + "-".join(re.findall(r"[a-z0-9.]+", title.lower()))
         while name in cases:
             name += "-again"
-        messages, is_refused = _as_read(log[2])
-        cases[name] = Case(name, _unescaped(http[2]), is_refused, messages)
+        messages, is_rejected = _as_read(log[2])
+        cases[name] = Case(name, _unescaped(http[2]), is_rejected, messages)
     return list(cases.values())
 
 
@@ -103,7 +103,7 @@ def _unescaped(text: str) -> bytes:
 
 
 def _as_read(log: str) -> tuple[list[Message], bool]:
-    """Return the messages that a log tells of, and whether the parser found a mistake."""
+    """Return the messages in a log, and whether the parser found an error."""
     messages: list[Message] = []
     for line in log.splitlines():
         if line.endswith("message begin"):

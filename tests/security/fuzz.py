@@ -1,17 +1,18 @@
-"""Does anything that a client sends get past the proxy's rules? `python -m tests.security.fuzz --seconds 600`.
+"""Fuzzing of the proxy's request handling: `python -m tests.security.fuzz --seconds 600`.
 
-A real proxy process, a far side that records every byte, a token host, and clients that send what `grammar.py` makes.
-All the time it is checked that
+A real proxy process, an upstream that records every byte, a token host, and clients that send what `grammar.py`
+generates. It is checked continuously that
 
-- what arrives upstream is canonical, and is one of the requests that `strict.py` finds in what was sent: the same
-  method, target, body and fields, by the account that was asked for, and each of them at most once. So a request hidden
-  in a body, or sent twice, or cut off and completed, has nothing that it can be;
-- answers come in the order of their requests, each for its own, and every connection is answered or closed in time;
-- no answer, log line or metrics page shows a secret or a token, and none of the proxy's own a part of a request;
-- the proxy stays up, serves good requests in time, writes no traceback, and ends with the descriptors and the memory
-  that it began with.
+- every request that reaches the upstream is canonical, and is one of the requests that `strict.py` finds in what was
+  sent: the same method, target, body and fields, for the account that was named, and each at most once. A request that
+  was hidden in a body, sent twice, or truncated and completed matches none of them;
+- responses come in the order of their requests, each for its own, and every connection gets a response or is closed in
+  time;
+- no response, log line or metrics page contains a secret or a token, and no error of the proxy quotes a request;
+- the proxy stays up, serves valid requests in time, logs no traceback, and ends with the descriptors and the memory
+  that it started with.
 
-The exit code is 1 where any of this failed. Linux only: descriptors and memory are read from `/proc`.
+The exit code is 1 if any check failed. Linux only: descriptors and memory are read from `/proc`.
 """
 
 import argparse
@@ -41,31 +42,31 @@ from tests.support.fake_upstream import Received, TokenHost, http_response
 from tests.support.proxy_process import ProxyProcess, serving
 from tests.support.raw_client import Client, call
 
-ENDED_WITHIN = 15.0  # seconds in which the proxy answers or closes, whatever was sent; its timeouts are 2 s and 5 s
-SLOWLY = 0.02  # seconds
-A_MOMENT = 0.02  # seconds in which an answer to what is broken is waited for
-GOOD_WITHIN = 5.0  # seconds in which a good request is answered, whatever else goes on
-SETTLED_WITHIN = 30.0  # seconds
-MOST_GROWTH = 30.0  # MiB
-REMEMBERED = 300  # requests of a client that may still arrive upstream
-SHOWN = 200  # violations
+END_TIMEOUT = 15.0  # seconds until the proxy must respond or close; its timeouts are 2 s and 5 s
+SLOW_DELAY = 0.02  # seconds
+SHORT_WAIT = 0.02  # seconds to wait for a response to malformed data
+VALID_TIMEOUT = 5.0  # seconds until a valid request must get its response
+SETTLE_TIMEOUT = 30.0  # seconds
+MAX_GROWTH = 30.0  # MiB
+HISTORY_SIZE = 300  # requests of a client that may still arrive upstream
+MAX_PRINTED = 200  # violations
 
 MINT = b"/tokens/2021-03-01/restrictedDataToken"
 METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"}
-OWN_FIELDS = {b"host", b"x-amz-access-token", b"x-amz-date", b"user-agent", b"content-length", b"transfer-encoding"}
-NOT_SENT_ON = re.compile(
+PROXY_FIELDS = {b"host", b"x-amz-access-token", b"x-amz-date", b"user-agent", b"content-length", b"transfer-encoding"}
+STRIPPED_FIELDS = re.compile(
     rb"authorization|baggage|connection|cookie|expect|forwarded|keep-alive|proxy-(?:authenticate|authorization|connection)|te|trailer|upgrade|via|x-amz-security"
     rb"-token|x-amz-signature|x-amz-content-sha256|x-forwarded-.*|x-real-ip|x-request-id|x-sp-.*"
 )
 CANONICAL_LINE = re.compile(rb"[A-Z]+ /[\x21-\x7e]* HTTP/1\.1\r\n")
 ODD_IN_TARGET = re.compile(rb"[#\\]")
 MARK = re.compile(MARKS)
-RESET = struct.pack("ii", 1, 0)  # linger for no time: the peer sees a reset
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: close sends RST
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Whose a token is that was issued; without account and region it is the application's own."""
+    """Owner of an issued token; without account and region it is the application's own."""
 
     application: str
     account: bytes | None
@@ -74,7 +75,7 @@ class Grant:
 
 @dataclass(slots=True)
 class Sent:
-    """One request that a client sent, as a strict reader sees it, and where it is to go."""
+    """One request that a client sent, as the strict parser reads it, and its destination."""
 
     message: Message
     target: bytes
@@ -84,16 +85,16 @@ class Sent:
 
 @dataclass(slots=True)
 class Worker:
-    """One client after another, of accounts that nobody else uses, so that it is known whose request arrives."""
+    """A sequence of clients of accounts that no other worker uses, so that each arriving request has one origin."""
 
     accounts: tuple[bytes, bytes]
-    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=HISTORY_SIZE))
     cases: deque[Case] = field(default_factory=lambda: deque(maxlen=3))
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A rule that was broken, with the bytes that broke it."""
+    """A violated rule, with the bytes that violated it."""
 
     rule: str
     what: str
@@ -110,34 +111,34 @@ class Violation:
 
 @dataclass
 class Findings:
-    """What a run has seen so far."""
+    """Results of a run so far."""
 
     violations: list[Violation] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
     cases: int = 0
     arrived: int = 0
     cut_off: int = 0
     exchanges: int = 0
     good: int = 0
-    slowest_good: float = 0.0
+    slowest_valid: float = 0.0
 
     def violate(self, rule: str, what: str, cases: tuple[Case, ...] = (), seen: bytes = b"") -> None:
-        """Note a broken rule; what is noted is shown as it happens."""
+        """Record a violation and print it."""
         marks = set(MARK.findall(seen))
-        guilty = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
-        violation = Violation(rule, what, guilty, seen)
+        matching = tuple(one for one in cases if marks & set(MARK.findall(one.data))) or cases[-1:]
+        violation = Violation(rule, what, matching, seen)
         self.violations.append(violation)
-        if len(self.violations) <= SHOWN:
+        if len(self.violations) <= MAX_PRINTED:
             sys.stderr.write(f"{violation}\n")
 
 
-class World:
-    """Both sides of the proxy under test, and what is known about them."""
+class Oracle:
+    """Test oracle: what was sent and issued, and so what may arrive at either side of the proxy."""
 
     def __init__(self, connections: int) -> None:
         self.findings = Findings()
         self.secret = f"NEVERSHOWN{secrets.token_hex(8)}"
-        # Names so far apart that no mutation makes one of another.
+        # Names so different that no mutation turns one into another.
         names = [sha256(b"%d" % number).hexdigest().encode() for number in range(connections)]
         self.workers = [Worker((b"a" + name[:9], b"b" + name[9:18])) for name in names]
         self.good = Worker((b"good", b"good-too"))
@@ -150,7 +151,7 @@ class World:
         return [*self.workers, self.good]
 
     def settings(self) -> dict[str, Any]:
-        """Return the proxy's configuration: for each worker a listener for its first account, and an open one."""
+        """Return the proxy's configuration: for each worker a listener fixed to its first account, and an open one."""
         names = [tuple(name.decode() for name in worker.accounts) for worker in self.all_workers]
         accounts = {}
         for number, (first, second) in enumerate(names):
@@ -184,7 +185,7 @@ class World:
         return {"application": application, "refresh_tokens": tokens}
 
     def issue(self, kind: str, grant: Grant) -> str:
-        """Return a new token, and remember whose it is."""
+        """Return a new token and record its owner."""
         self.findings.exchanges += 1
         token = f"Atza|{self.secret}-{kind}-{len(self.issued)}"
         self.issued[token.encode()] = grant
@@ -193,10 +194,10 @@ class World:
     def worker_of(self, grant: Grant) -> Worker:
         return self.all_workers[int(grant.application.removeprefix("app-"))]
 
-    # What arrives upstream.
+    # Requests that arrive upstream.
 
     def arrived(self, region: str, message: Message) -> bytes:
-        """Check a request that came, whole or cut off, and return the answer to it."""
+        """Check a request that arrived, complete or truncated, and return the response to it."""
         findings = self.findings
         findings.arrived += message.complete
         findings.cut_off += not message.complete
@@ -219,20 +220,20 @@ class World:
         return echo(message)
 
     def begin(self, one: Case, worker: Worker) -> list[Sent]:
-        """Note what a case is about to send, and return it as a strict reader sees it."""
+        """Record what a case is about to send, and return it as the strict parser reads it."""
         worker.cases.append(one)
         sent = [sent_as(message, one.sender) for message in strict.requests(one.data)]
         worker.sent.extend(sent)
         return sent
 
     def check_hidden(self, rule: str, data: bytes, cases: tuple[Case, ...] = ()) -> None:
-        """Check that no secret, and nothing that was issued, is to be seen."""
+        """Check that no secret and no issued token is visible."""
         if self.secret.encode() in data:
-            self.findings.violate(rule, "a secret is to be seen", cases, data[:5000])
+            self.findings.violate(rule, "a secret is visible", cases, data[:5000])
 
 
 def sent_as(message: Message, sender: Sender) -> Sent:
-    """Return where a request is to go: its target without authority and prefix, the account and the region it names."""
+    """Return the destination of a request: its target without authority and prefix, its account and its region."""
     target = message.target
     if not target.startswith(b"/"):
         target = re.sub(rb"(?i)\Ahttps?://[^/?#]*", b"", target)
@@ -251,7 +252,7 @@ def sent_as(message: Message, sender: Sender) -> Sent:
 
 
 def not_canonical(message: Message, host: bytes) -> Iterator[str]:
-    """Yield what of a request that arrived upstream could be read in another way, or should not be there."""
+    """Yield what is ambiguous, or must not be there, in a request that arrived upstream."""
     path = message.target.partition(b"?")[0]
     plain = re.sub(rb"(?i)%5c|%2f|\\", b"/", re.sub(rb"(?i)%2e", b".", path))
     names = [name.lower().replace(b"_", b"-") for name, _ in message.fields]
@@ -265,7 +266,7 @@ def not_canonical(message: Message, host: bytes) -> Iterator[str]:
     if {segment.partition(b";")[0] for segment in plain.split(b"/")} & {b".", b".."}:
         yield "the path has a dot segment"
     if message.all(b"host") != [host]:
-        yield "the host is not the far side's own"
+        yield "the host is not the upstream's own"
     if len(message.all(b"x-amz-access-token")) != 1:
         yield "there is not exactly one token"
     if len(lengths) + len(codings) > 1 or not all(re.fullmatch(rb"\d+", one) for one in lengths):
@@ -274,25 +275,25 @@ def not_canonical(message: Message, host: bytes) -> Iterator[str]:
         codings != [b"chunked"] or not all(re.fullmatch(rb"[0-9a-f]+\r\n", x) for x in message.chunk_lines)
     ):
         yield "the chunks are not plain ones"
-    if message.target != MINT and any(NOT_SENT_ON.fullmatch(name) for name in names):
+    if message.target != MINT and any(STRIPPED_FIELDS.fullmatch(name) for name in names):
         yield "a field is there that is not for Amazon"
 
 
 def not_sent(message: Message, grant: Grant, region: str, worker: Worker) -> str | None:
-    """Take what arrived off the list of what was sent; return why it cannot be any of that, None where it is."""
+    """Remove a request that arrived from those that were sent; return why it matches none, None if it does."""
     found = [one for one in worker.sent if (one.message.method, one.target) == (message.method, message.target)]
     if not found:
-        return "nobody sent such a request"
+        return "no such request was sent"
     found = [one for one in found if one.message.clear and _is_body_of(one.message, message)]
     if not found:
         return "its body, or the end of its body, is not what was sent"
     found = [one for one in found if grant.account is None or one.account == grant.account]
     if not found:
-        return "it goes out with the token of another account"
+        return "it carries the token of another account"
     found = [one for one in found if one.region in {None, region}]
     if not found:
-        return f"it goes to {region}, and not where it should"
-    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in OWN_FIELDS)
+        return f"it goes to the wrong region, {region}"
+    added = Counter((name.lower(), value) for name, value in message.fields if name.lower() not in PROXY_FIELDS)
     found = [one for one in found if not added - Counter((name.lower(), value) for name, value in one.message.fields)]
     if not found:
         return "it has fields that were not sent"
@@ -307,7 +308,7 @@ def _is_body_of(sent: Message, arrived: Message) -> bool:
 
 
 def echo(message: Message) -> bytes:
-    """Return an answer that says which request it is for."""
+    """Return a response that names its request."""
     what = message.method + b" " + message.target
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nx-echo: " + what + b"\r\n"
     if message.method == b"HEAD":
@@ -318,11 +319,11 @@ def echo(message: Message) -> bytes:
 
 
 class _TokenHost(TokenHost):
-    """Issues tokens that are known again wherever they are seen."""
+    """Issues tokens that are recognised wherever they appear."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, oracle: Oracle) -> None:
         super().__init__()
-        self.world = world
+        self.oracle = oracle
 
     async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
         form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
@@ -330,20 +331,20 @@ class _TokenHost(TokenHost):
         if form["grant_type"] == "refresh_token":
             account, region = form["refresh_token"].partition("-refresh-")[2].rsplit("-", 1)
             grant = Grant(form["client_id"], account.encode(), region)
-        said = {"access_token": self.world.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
+        response = {"access_token": self.oracle.issue("ordinary", grant), "token_type": "bearer", "expires_in": 3600}
         self.received.clear()
-        writer.write(http_response("200 OK", json.dumps(said).encode(), content_type="application/json"))
+        writer.write(http_response("200 OK", json.dumps(response).encode(), content_type="application/json"))
         await writer.drain()
 
 
-class _FarSide(asyncio.Protocol):
+class _Upstream(asyncio.Protocol):
     """One connection from the proxy to one region."""
 
-    def __init__(self, world: World, region: str) -> None:
-        self.world = world
+    def __init__(self, oracle: Oracle, region: str) -> None:
+        self.oracle = oracle
         self.region = region
         self.buffer = b""
-        self.answered_early = False
+        self.responded_early = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -353,18 +354,18 @@ class _FarSide(asyncio.Protocol):
         self.buffer += data
         while (message := strict.request(self.buffer)) is not None:
             if not message.complete:
-                if b"/early/" in message.target and not self.answered_early:
-                    self.answered_early = True
+                if b"/early/" in message.target and not self.responded_early:
+                    self.responded_early = True
                     self.transport.write(echo(message))
                 return
             self.buffer = self.buffer[len(message.raw) :]
-            said = self.world.arrived(self.region, message)
-            if self.answered_early:
-                self.answered_early = False
+            response = self.oracle.arrived(self.region, message)
+            if self.responded_early:
+                self.responded_early = False
             elif b"/slow/" in message.target:
-                asyncio.get_running_loop().call_later(SLOWLY, self.transport.write, said)
+                asyncio.get_running_loop().call_later(SLOW_DELAY, self.transport.write, response)
             else:
-                self.transport.write(said)
+                self.transport.write(response)
         if b"\r\n\r\n" in self.buffer:
             self._is_malformed()
 
@@ -372,15 +373,15 @@ class _FarSide(asyncio.Protocol):
         message = strict.request(self.buffer)
         if message is not None:
             rest = self.buffer[len(message.raw) :]
-            self.world.arrived(self.region, message)
+            self.oracle.arrived(self.region, message)
             if re.fullmatch(rb"[0-9a-f]*\r?\n?", rest) is None:
                 self._is_malformed()
         elif self.buffer:
             self._is_malformed()
 
     def _is_malformed(self) -> None:
-        cases = tuple(one for worker in self.world.workers for one in worker.cases)
-        self.world.findings.violate("canonical", "what arrives is no HTTP/1.1", cases, self.buffer)
+        cases = tuple(one for worker in self.oracle.workers for one in worker.cases)
+        self.oracle.findings.violate("canonical", "what arrives is not HTTP/1.1", cases, self.buffer)
         self.buffer = b""
         self.transport.abort()
 
@@ -388,14 +389,14 @@ class _FarSide(asyncio.Protocol):
 # Clients.
 
 
-async def play(world: World, one: Case, worker: Worker) -> None:
-    """Send one case, read what is answered, and check it."""
-    sent = world.begin(one, worker)
-    world.findings.cases += 1
+async def play_case(oracle: Oracle, one: Case, worker: Worker) -> None:
+    """Send one case, read the responses and check them."""
+    sent = oracle.begin(one, worker)
+    oracle.findings.cases += 1
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.sender.port, limit=2**20)
     except OSError as exc:
-        world.findings.violate("up", f"no connection: {exc}", (one,))
+        oracle.findings.violate("up", f"no connection: {exc}", (one,))
         return
     try:
         with suppress(OSError):
@@ -403,9 +404,9 @@ async def play(world: World, one: Case, worker: Worker) -> None:
         if one.ending == "reset":
             return
         data, at_end = await _read(one, sent, reader)
-        check_answers(world, one, sent, data, at_end=at_end)
+        check_responses(oracle, one, sent, data, at_end=at_end)
     except TimeoutError:
-        world.findings.violate("in time", f"neither answered nor closed in {ENDED_WITHIN:g} s", (one,))
+        oracle.findings.violate("in time", f"no response and not closed within {END_TIMEOUT:g} s", (one,))
     finally:
         _close(writer, resets=one.resets or one.ending == "reset")
 
@@ -421,17 +422,17 @@ async def _send(one: Case, writer: asyncio.StreamWriter) -> None:
 
 
 async def _read(one: Case, sent: list[Sent], reader: asyncio.StreamReader) -> tuple[bytes, bool]:
-    """Return what was answered, and whether the connection ended: all answers, or what comes until it is closed."""
+    """Return what was received, and whether the connection ended: all responses, or everything up to its end."""
     whole = [item for item in sent if item.message.complete]
     methods = [item.message.method for item in sent]
     has_more = sum(len(item.message.raw) for item in whole) < len(one.data)
-    data, end = b"", time.monotonic() + ENDED_WITHIN
+    data, end = b"", time.monotonic() + END_TIMEOUT
     while True:
-        enough = one.ending == "read" and len(strict.answers(data, methods, at_end=False)[0]) >= len(whole)
+        enough = one.ending == "read" and len(strict.responses(data, methods, at_end=False)[0]) >= len(whole)
         if enough and not has_more:
             return data, False
         try:
-            async with asyncio.timeout(A_MOMENT if enough else end - time.monotonic()):
+            async with asyncio.timeout(SHORT_WAIT if enough else end - time.monotonic()):
                 chunk = await reader.read(65536)
         except TimeoutError:
             if enough:
@@ -453,18 +454,18 @@ def _close(writer: asyncio.StreamWriter, *, resets: bool) -> None:
     writer.close()
 
 
-def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_end: bool) -> None:
-    """Check that answers are well-formed, show nothing, and are each for the request of their turn."""
-    findings = world.findings
-    world.check_hidden("hidden", data, (one,))
-    found, rest = strict.answers(data, [item.message.method for item in sent], at_end=at_end)
+def check_responses(oracle: Oracle, one: Case, sent: list[Sent], data: bytes, *, at_end: bool) -> None:
+    """Check that responses are well-formed, contain no secret, and are in the order of their requests."""
+    findings = oracle.findings
+    oracle.check_hidden("hidden", data, (one,))
+    found, rest = strict.responses(data, [item.message.method for item in sent], at_end=at_end)
     if rest and not rest.startswith(b"HTTP/1."[: len(rest)]):
-        findings.violate("answers", "what is answered is no HTTP/1.1", (one,), data)
+        findings.violate("responses", "the output is not HTTP/1.1", (one,), data)
     if len(found) > len(sent) + 1:
-        findings.violate("answers", f"{len(found)} answers to {len(sent)} requests", (one,), data)
+        findings.violate("responses", f"{len(found)} responses to {len(sent)} requests", (one,), data)
     for number, got in enumerate(found):
         error = b"".join(got.all(b"x-sp-proxy-error")).decode()
-        findings.answers[f"{got.status} {error}".strip()] += 1
+        findings.responses[f"{got.status} {error}".strip()] += 1
         if error == "InternalError":
             findings.violate("up", "an internal error", (one,), got.raw)
         if error and MARK.search(got.raw):
@@ -473,25 +474,25 @@ def check_answers(world: World, one: Case, sent: list[Sent], data: bytes, *, at_
             continue
         due = sent[number].message.method + b" " + sent[number].target if number < len(sent) else None
         if got.all(b"x-echo") != [due]:
-            findings.violate("answers", f"answer {number + 1} is not for request {number + 1}", (one,), data)
+            findings.violate("responses", f"response {number + 1} is not for request {number + 1}", (one,), data)
             break
     if not found:
-        findings.answers["closed without an answer" if at_end else "nothing to answer"] += 1
+        findings.responses["closed without a response" if at_end else "no response expected"] += 1
 
 
 # Running.
 
 
 @asynccontextmanager
-async def far_sides(world: World) -> AsyncIterator[None]:
-    """Let three regions and the token host listen."""
+async def upstreams(oracle: Oracle) -> AsyncIterator[None]:
+    """Run the servers of three regions and the token host."""
     loop = asyncio.get_running_loop()
     servers = []
     for region in ("na", "eu", "fe"):
-        server = await loop.create_server(lambda region=region: _FarSide(world, region), "127.0.0.1", 0)  # type: ignore[misc]
-        world.hosts[region] = b"127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        server = await loop.create_server(lambda region=region: _Upstream(oracle, region), "127.0.0.1", 0)  # type: ignore[misc]
+        oracle.hosts[region] = b"127.0.0.1:%d" % server.sockets[0].getsockname()[1]
         servers.append(server)
-    async with world.token_host:
+    async with oracle.token_host:
         yield
     for server in servers:
         server.close()
@@ -499,7 +500,7 @@ async def far_sides(world: World) -> AsyncIterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the proxy holds: descriptors, requests in flight, resident MiB."""
+    """Resources of the proxy: descriptors, requests in flight, resident MiB."""
 
     descriptors: int
     in_flight: int
@@ -509,13 +510,13 @@ class State:
         return f"{self.descriptors} descriptors, {self.in_flight} in flight, {self.memory:.1f} MiB"
 
 
-async def state_of(world: World, proxy: ProxyProcess) -> State:
-    """Return what the proxy holds now; what its metrics page shows is checked on the way."""
+async def state_of(oracle: Oracle, proxy: ProxyProcess) -> State:
+    """Return the current resources of the proxy; check its metrics page for secrets."""
     assert proxy.admin is not None
     page = await call(proxy.admin, "GET", "/metrics", connection="close")
-    world.check_hidden("hidden", page.body)
+    oracle.check_hidden("hidden", page.body)
     if MARK.search(page.body):
-        world.findings.violate("hidden", "the metrics page quotes a request", (), page.body)
+        oracle.findings.violate("hidden", "the metrics page quotes a request", (), page.body)
     in_flight = re.search(rb"^spapi_proxy_requests_in_flight (\S+)$", page.body, re.MULTILINE)
     assert in_flight is not None
     pid = proxy.process.pid
@@ -523,44 +524,44 @@ async def state_of(world: World, proxy: ProxyProcess) -> State:
 
 
 def descriptors_of(pid: int) -> int:
-    """Return how many descriptors a process has open."""
+    """Return the number of open descriptors of a process."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-async def settled(world: World, proxy: ProxyProcess, most_descriptors: int = 0) -> State:
-    """Return the proxy's state when nothing is in flight, and descriptors are few enough or do not become fewer."""
-    end, unchanged, least = time.monotonic() + SETTLED_WITHIN, 0, 10**6
+async def settled(oracle: Oracle, proxy: ProxyProcess, max_descriptors: int = 0) -> State:
+    """Return the state when nothing is in flight and descriptors have reached `max_descriptors` or stopped falling."""
+    end, unchanged, least = time.monotonic() + SETTLE_TIMEOUT, 0, 10**6
     while True:
-        state = await state_of(world, proxy)
+        state = await state_of(oracle, proxy)
         unchanged = unchanged + 1 if state.descriptors >= least else 0
         least = min(least, state.descriptors)
-        is_done = state.descriptors <= most_descriptors if most_descriptors else unchanged >= 15
+        is_done = state.descriptors <= max_descriptors if max_descriptors else unchanged >= 15
         if (state.in_flight == 0 and is_done) or time.monotonic() > end:
             return state
         await asyncio.sleep(0.1)
 
 
-def check_log(world: World, proxy: ProxyProcess) -> None:
-    """Check what the proxy wrote since the last look, and drop it."""
+def check_log(oracle: Oracle, proxy: ProxyProcess) -> None:
+    """Check the log lines since the last check, and drop them."""
     lines, proxy.log[:] = proxy.log[:], []
     for line in lines:
-        world.check_hidden("hidden", line.encode())
+        oracle.check_hidden("hidden", line.encode())
         if "internal error" in line or "Traceback" in line or not line.startswith("{"):
-            world.findings.violate("up", f"the log says: {line}")
+            oracle.findings.violate("up", f"the log says: {line}")
         elif MARK.search(line.encode()):
-            said = {**json.loads(line), "request_id": ""}  # which the client chose for the log
-            if MARK.search(json.dumps(said).encode()):
-                world.findings.violate("hidden", f"the log quotes a request: {line}")
+            entry = {**json.loads(line), "request_id": ""}  # the client chooses this one
+            if MARK.search(json.dumps(entry).encode()):
+                oracle.findings.violate("hidden", f"the log quotes a request: {line}")
 
 
-async def good_request(world: World, port: int) -> None:
-    """Send a good request, and note how long its answer took."""
-    findings, began = world.findings, time.monotonic()
+async def valid_request(oracle: Oracle, port: int) -> None:
+    """Send a valid request and record the duration until its response."""
+    findings, began = oracle.findings, time.monotonic()
     target = f"/good/{findings.good}"
     data = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    world.begin(Case(-1, Sender(*world.good.accounts, port, fixed=True), [data], [0.0], "read", False), world.good)
+    oracle.begin(Case(-1, Sender(*oracle.good.accounts, port, fixed=True), [data], [0.0], "read", False), oracle.good)
     try:
-        async with asyncio.timeout(GOOD_WITHIN):
+        async with asyncio.timeout(VALID_TIMEOUT):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(data)
@@ -568,25 +569,25 @@ async def good_request(world: World, port: int) -> None:
             finally:
                 writer.close()
         if (got.status, got.body.decode()) != (200, f"GET {target}"):
-            findings.violate("up", f"a good request got {got.status}", (), got.body)
+            findings.violate("up", f"a valid request got {got.status}", (), got.body)
     except (TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
-        findings.violate("up", f"a good request was not answered within {GOOD_WITHIN:g} s: {exc!r}")
+        findings.violate("up", f"a valid request got no response within {VALID_TIMEOUT:g} s: {exc!r}")
     findings.good += 1
-    findings.slowest_good = max(findings.slowest_good, time.monotonic() - began)
+    findings.slowest_valid = max(findings.slowest_valid, time.monotonic() - began)
 
 
-async def watch(world: World, proxy: ProxyProcess, port: int) -> None:
-    """Once a second a good request and a look at the log; every ten seconds a line of progress."""
+async def watch(oracle: Oracle, proxy: ProxyProcess, port: int) -> None:
+    """Send a valid request and check the log every second; print progress every ten seconds."""
     begin = time.monotonic()
     for tick in range(1, 10**9):
-        await good_request(world, port)
-        check_log(world, proxy)
+        await valid_request(oracle, port)
+        check_log(oracle, proxy)
         if tick % 10 == 0:
-            findings, seconds = world.findings, time.monotonic() - begin
+            findings, seconds = oracle.findings, time.monotonic() - begin
             sys.stdout.write(
                 f"{seconds:5.0f} s: {findings.cases} cases ({findings.cases / seconds:.0f}/s), "
                 f"{findings.arrived} arrived and {findings.cut_off} cut off upstream, "
-                f"{len(findings.violations)} violations; {await state_of(world, proxy)}\n"
+                f"{len(findings.violations)} violations; {await state_of(oracle, proxy)}\n"
             )
             sys.stdout.flush()
         await asyncio.sleep(max(0.0, begin + tick - time.monotonic()))
@@ -594,7 +595,7 @@ async def watch(world: World, proxy: ProxyProcess, port: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """When a run is over: at a moment of the monotonic clock, or after so many cases; `only` is the one to play."""
+    """End of a run: a moment of the monotonic clock, or a number of cases; `only` selects one case."""
 
     moment: float = float("inf")
     cases: int | None = None
@@ -604,18 +605,18 @@ class Until:
         return time.monotonic() > self.moment or (self.cases is not None and index >= self.cases)
 
 
-async def work(world: World, seed: int, number: int, ports: list[int], until: Until) -> None:
-    """Play every case that is this worker's, one after the other."""
-    worker, step = world.workers[number], len(world.workers)
+async def work(oracle: Oracle, seed: int, number: int, ports: list[int], until: Until) -> None:
+    """Play every case of this worker, one after another."""
+    worker, step = oracle.workers[number], len(oracle.workers)
     for index in range(number, 10**9, step):
         if until.is_over(index):
             return
         if until.only is None or index == until.only:
-            await play(world, made(seed, index, worker, ports[2 * number : 2 * number + 2]), worker)
+            await play_case(oracle, made(seed, index, worker, ports[2 * number : 2 * number + 2]), worker)
 
 
 def made(seed: int, index: int, worker: Worker, ports: list[int]) -> Case:
-    """Return a case as its worker sends it: every other one to the open listener."""
+    """Return a case as its worker sends it: every second one to the open listener."""
     fixed = index // 2 % 2 == 0
     return case(seed, index, Sender(*worker.accounts, ports[0 if fixed else 1], fixed))
 
@@ -623,48 +624,48 @@ def made(seed: int, index: int, worker: Worker, ports: list[int]) -> Case:
 async def fuzz(
     seed: int, connections: int, *, seconds: float = float("inf"), cases: int | None = None, only: int | None = None
 ) -> Findings:
-    """Run against a proxy of its own, for so many seconds or cases, and return what was found."""
-    world = World(connections)
+    """Run against a new proxy for `seconds` or `cases`, and return the findings."""
+    oracle = Oracle(connections)
     with tempfile.TemporaryDirectory() as folder:
-        async with far_sides(world), serving(world.settings(), Path(folder)) as proxy:
+        async with upstreams(oracle), serving(oracle.settings(), Path(folder)) as proxy:
             ports = [int(address.rpartition(":")[2]) for address in proxy.addresses]
             for _ in range(20):
-                await good_request(world, ports[-2])
-            before = await settled(world, proxy)
-            sys.stdout.write(f"seed {seed}, begins with {before}\n")
+                await valid_request(oracle, ports[-2])
+            before = await settled(oracle, proxy)
+            sys.stdout.write(f"seed {seed}, starts with {before}\n")
             until = Until(time.monotonic() + seconds, cases, only)
-            watching = asyncio.create_task(watch(world, proxy, ports[-2]))
+            watching = asyncio.create_task(watch(oracle, proxy, ports[-2]))
             try:
                 async with asyncio.TaskGroup() as group:
                     for number in range(connections):
-                        group.create_task(work(world, seed, number, ports, until))
+                        group.create_task(work(oracle, seed, number, ports, until))
             finally:
                 watching.cancel()
                 await asyncio.wait([watching])
-            after = await settled(world, proxy, before.descriptors)
-            await check_end(world, proxy, before, after)
+            after = await settled(oracle, proxy, before.descriptors)
+            await check_end(oracle, proxy, before, after)
             sys.stdout.write(f"ends with {after}\n")
-    return world.findings
+    return oracle.findings
 
 
-async def check_end(world: World, proxy: ProxyProcess, before: State, after: State) -> None:
-    """Check that the proxy holds no more than it did, and ends in order."""
-    findings = world.findings
-    if after.in_flight or after.descriptors > before.descriptors or after.memory > before.memory + MOST_GROWTH:
-        findings.violate("end", f"it began with {before}, and ends with {after}")
+async def check_end(oracle: Oracle, proxy: ProxyProcess, before: State, after: State) -> None:
+    """Check that the proxy released its resources and exits with code 0."""
+    findings = oracle.findings
+    if after.in_flight or after.descriptors > before.descriptors or after.memory > before.memory + MAX_GROWTH:
+        findings.violate("end", f"started with {before}, ended with {after}")
     code = await proxy.stop()
     if code != 0:
         findings.violate("end", f"the exit code is {code}")
-    check_log(world, proxy)
+    check_log(oracle, proxy)
 
 
 def report(findings: Findings) -> str:
-    """Return the counts, and every rule that was broken."""
+    """Return the counts and the violations as text."""
     kinds = Counter(f"{violation.rule}: {violation.what[:80]}" for violation in findings.violations)
     rows = [
         f"{findings.cases} cases: {findings.arrived} requests arrived upstream, {findings.cut_off} cut off",
-        f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_good:.3f} s",
-        *(f"{count:8}  {what}" for what, count in findings.answers.most_common()),
+        f"{findings.exchanges} tokens; {findings.good} good requests, the slowest {findings.slowest_valid:.3f} s",
+        *(f"{count:8}  {what}" for what, count in findings.responses.most_common()),
         f"{len(findings.violations)} violations",
         *(f"{count:8}  {what}" for what, count in kinds.most_common()),
     ]
@@ -672,11 +673,11 @@ def report(findings: Findings) -> str:
 
 
 def main() -> int:
-    """Run, print what was found; 1 where a rule was broken."""
+    """Run and print the findings; return 1 if a rule was violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.security.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600, help="how long it runs (default 600)")
-    parser.add_argument("--seed", type=int, default=1, help="of every case (default 1)")
-    parser.add_argument("--connections", type=int, default=8, help="at once (default 8)")
+    parser.add_argument("--seconds", type=float, default=600, help="duration (default 600)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of every case (default 1)")
+    parser.add_argument("--connections", type=int, default=8, help="concurrent connections (default 8)")
     parser.add_argument(
         "--case", type=int, metavar="N", help="play this one alone; seed and connections as it was found"
     )

@@ -1,6 +1,6 @@
-"""What does a hostile client send? Requests from a grammar, bent in places, pipelined, mutated and cut into pieces.
+"""Generator of hostile requests: a grammar with odd parts, pipelining, mutations and splitting.
 
-Everything comes from the random generator that is handed in, so that a case can be made again from its seed.
+All randomness comes from the generator passed in, so that a case can be reproduced from its seed.
 """
 
 import re
@@ -10,8 +10,8 @@ from random import Random
 from typing import TypeVar
 
 _T = TypeVar("_T")
-MARKS = rb"(?:mk|bm)[0-9a-f]{10}z"  # of a request, of its body
-MOST = 200_000  # bytes of one case
+MARKS = rb"(?:mk|bm)[0-9a-f]{10}z"  # of a request, and of its body
+MAX_CASE_SIZE = 200_000  # bytes of one case
 
 METHODS = (*[b"GET"] * 8, *[b"POST"] * 6, b"HEAD", b"HEAD", b"PUT", b"PATCH", b"DELETE")
 ODD_METHODS = (
@@ -70,7 +70,7 @@ VERSIONS = (
     *(b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"http/1.1", b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1.1\t", b""),
     *(b"HTTP/1", b"HTTP/1.10", b"HTTPS/1.1", b"HTTP /1.1", b"ICE/1.0", b"RTSP/1.0"),
 )
-# Names of fields that are never sent on, or that decide about framing, host and credentials.
+# Names of fields that are never forwarded, or that determine framing, host and credentials.
 NAMES = (
     *(b"content-length", b"transfer-encoding", b"host", b"x-amz-access-token", b"connection", b"x-sp-account", b"te"),
     *(b"authorization", b"cookie", b"expect", b"upgrade", b"trailer", b"x-amz-date", b"user-agent", b"x-sp-region"),
@@ -157,7 +157,7 @@ PIECES = (
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who sends: two accounts that nobody else uses, and the port it sends to; `fixed` where the port is for one."""
+    """The sending client: two accounts of its own, and the port it sends to; `fixed`: the port is for one account."""
 
     account: bytes
     other: bytes
@@ -167,9 +167,9 @@ class Sender:
 
 @dataclass(slots=True)
 class Case:
-    """What one connection sends, in pieces, with a pause behind each, and how it ends.
+    """What one connection sends, in pieces, with a pause after each, and how it ends.
 
-    `ending` is "read" (all answers, then close), "fin" (no more to send), "reset" or "wait" (the proxy has to end it).
+    `ending` is "read" (all responses, then close), "fin" (half-close), "reset" or "wait" (the proxy must close it).
     """
 
     number: int
@@ -185,17 +185,17 @@ class Case:
 
 
 def case(seed: int, number: int, sender: Sender) -> Case:
-    """Return the case of that number: the same for the same seed and sender."""
+    """Return the case with this number: the same for the same seed and sender."""
     random = Random(f"{seed}/{number}")
     count = random.choices((1, 2, 3, 5, 15), (550, 250, 150, 40, 10))[0]
     made = [_Maker(random, sender, number, index).request() for index in range(count)]
-    if random.random() < 0.005:  # more than a server may want to remember
+    if random.random() < 0.005:  # more than typical limits
         many = b"GET /many/mk%09xfz/%d HTTP/1.1\r\nHost: localhost\r\nx-sp-account: %s\r\n\r\n"
         made += [many % (number, index, sender.account) for index in range(70)]
     data = b"".join(made)
     if random.random() < 0.5:
         for _ in range(random.choice((1, 1, 1, 2, 3, 6))):
-            data = random.choice(MUTATIONS)(random, data)[:MOST]
+            data = random.choice(MUTATIONS)(random, data)[:MAX_CASE_SIZE]
     if random.random() < 0.12:
         data = data[: random.randrange(len(data) + 1)]
     chunks = _split(random, data)
@@ -205,7 +205,7 @@ def case(seed: int, number: int, sender: Sender) -> Case:
 
 
 def _split(random: Random, data: bytes) -> list[bytes]:
-    """Return the data in one to a few pieces, some cut behind a head; now and then each byte for itself."""
+    """Return the data in one or a few pieces, some cut after a head; occasionally byte by byte."""
     if len(data) < 600 and random.random() < 0.03:
         return [data[at : at + 1] for at in range(len(data))]
     ends = [found.end() for found in re.finditer(rb"\r\n\r\n", data)]
@@ -216,7 +216,7 @@ def _split(random: Random, data: bytes) -> list[bytes]:
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
-# Mutations: what a broken client or a middlebox does to bytes, and what an attacker tries.
+# Mutations: damage by broken clients and middleboxes, and attacks.
 
 
 def _flip(random: Random, data: bytes) -> bytes:
@@ -236,7 +236,7 @@ def _delete(random: Random, data: bytes) -> bytes:
 
 
 def _duplicate(random: Random, data: bytes) -> bytes:
-    """Repeat a line, or any stretch."""
+    """Repeat a line or any range."""
     if random.random() < 0.5:
         lines = data.split(b"\r\n")
         at = random.randrange(len(lines))
@@ -246,7 +246,7 @@ def _duplicate(random: Random, data: bytes) -> bytes:
 
 
 def _splice(random: Random, data: bytes) -> bytes:
-    """Put the end of what is sent behind its beginning, cut at two places: halves of two requests meet."""
+    """Join the start and the end of the data at two random cuts: halves of two requests meet."""
     a, b = (random.randrange(len(data) + 1) for _ in range(2))
     return data[:a] + data[b:]
 
@@ -279,14 +279,14 @@ MUTATIONS: Sequence[Callable[[Random, bytes], bytes]] = (
 
 
 class _Maker:
-    """Makes one request; most of its parts are ordinary, so that some reach far into the proxy."""
+    """Generates one request; most of its parts are valid, so that some requests are processed far into the proxy."""
 
     def __init__(self, random: Random, sender: Sender, number: int, index: int) -> None:
         self.random = random
         self.sender = sender
         self.mark = b"mk%09x%xz" % (number, index)
         self.body_mark = b"bm%09x%xz" % (number, index)
-        self.oddity = random.choice((0.0, 0.0, 0.01, 0.04, 0.15))  # how likely each part is an odd one
+        self.oddity = random.choice((0.0, 0.0, 0.01, 0.04, 0.15))  # probability that a part is odd
 
     def odd(self, factor: float = 1.0) -> bool:
         return self.random.random() < self.oddity * factor
@@ -295,7 +295,7 @@ class _Maker:
         return self.random.choice(options)
 
     def filled(self, text: bytes) -> bytes:
-        """Return a text of the grammar with its names filled in."""
+        """Return a text of the grammar with its placeholders filled in."""
         filled = text.replace(b"{mark}", self.mark).replace(b"{account}", self.sender.account)
         return filled.replace(b"{other}", self.sender.other).replace(b"{port}", b"%d" % self.sender.port)
 
@@ -334,7 +334,7 @@ class _Maker:
         return path
 
     def fields(self) -> list[tuple[bytes, bytes]]:
-        """Return Host, what names the account, a mark, and some others."""
+        """Return Host, the account selection, a mark, and some other fields."""
         fields = [(b"Host", self.filled(self.one_of(HOSTS)) if self.odd() else b"localhost")]
         if self.odd(0.5):
             fields = self.one_of(([], fields * 2, [*fields, (b"host", b"evil.test")]))
@@ -371,7 +371,7 @@ class _Maker:
     # Bodies.
 
     def content(self) -> bytes:
-        """Return a body; often one that is a request, which nobody must ever read as one."""
+        """Return a body; often one that looks like a request and must never be parsed as one."""
         inner = b"GET /inner/%s HTTP/1.1\r\nHost: localhost\r\nx-sp-account: %s\r\n\r\n"
         return self.one_of(
             (
@@ -385,7 +385,7 @@ class _Maker:
         )
 
     def body(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """Return the fields that frame a body, and its bytes."""
+        """Return the framing fields of a body, and its bytes."""
         content = self.content()
         if self.odd(0.5):
             return [], content

@@ -1,6 +1,6 @@
-"""A proxy process between raw sockets: what the tests of this folder send, and what really arrived at the far side.
+"""A proxy process between raw sockets: what the tests of this folder send, and what arrives at the upstream.
 
-Nothing here speaks HTTP by a library, and nothing is asynchronous: a test sends bytes, reads bytes, looks at bytes.
+No HTTP library and no asyncio: a test sends bytes, reads bytes and checks bytes.
 """
 
 import json
@@ -22,13 +22,14 @@ from typing import Any, Self
 import yaml
 
 from tests.support.paths import ROOT
+from tests.support.raw_client import RawResponse
 
-PATIENCE = 20.0  # seconds
+TIMEOUT = 20.0  # seconds
 
 REFRESH_TOKENS = {"acme": "Atzr|distinctive-refresh-acme", "zenith": "Atzr|distinctive-refresh-zenith"}
 CLIENT_SECRET = "distinctive-client-secret-of-main"
 CALLER_KEY = "distinctive-caller-key-of-reports"
-TOKEN = "distinctive-token-of-"  # and the account, and a number
+TOKEN = "distinctive-token-of-"  # followed by the account and a number
 SECRETS = (*REFRESH_TOKENS.values(), CLIENT_SECRET, CALLER_KEY, TOKEN)
 
 _LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (/[\x21-\x7e]*) HTTP/1\.1")
@@ -36,8 +37,8 @@ _FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: ?[\x20-\x7e\x80-\xff\t]*")
 
 
 @dataclass
-class Arrived:
-    """One request as it came over the wire."""
+class ReceivedRequest:
+    """One request as the server received it."""
 
     line: bytes
     fields: list[tuple[str, str]]
@@ -57,7 +58,7 @@ class Arrived:
         return values[0] if values else None
 
 
-Script = Callable[["Stream", Arrived], None]
+Script = Callable[["Stream", ReceivedRequest], None]
 
 
 class Stream:
@@ -90,7 +91,7 @@ class Stream:
         return found
 
     def rest(self) -> bytes:
-        """Return all that comes until the other side ends the connection."""
+        """Return everything received until the peer closes the connection."""
         try:
             while self.more():
                 pass
@@ -104,40 +105,40 @@ class Stream:
         self.socket.close()
 
     def close(self) -> None:
-        # shutdown wakes a thread that reads.
+        # shutdown() wakes a thread that is blocked in recv().
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
-def answer(body: bytes = b'{"payload":[]}', status: str = "200 OK", *fields: bytes) -> bytes:
-    """Return an answer with its length, as Amazon gives it."""
+def http_response(body: bytes = b'{"payload":[]}', status: str = "200 OK", *fields: bytes) -> bytes:
+    """Return a response with its Content-Length, as Amazon sends it."""
     head = [b"HTTP/1.1 " + status.encode(), b"content-type: application/json", *fields]
     return b"\r\n".join([*head, b"content-length: %d" % len(body), b"", body])
 
 
 class Server:
-    """A server that records what arrives, held to the strictest reading, and answers by the script for its path."""
+    """A server that records requests, parses them strictly and responds by the script for their path."""
 
     def __init__(self, respond: Script) -> None:
         self.respond = respond
         self.scripts: dict[str, Script] = {}
-        self.arrived: list[Arrived] = []
-        self.improper: list[str] = []  # what no well-behaved client would have sent
+        self.received: list[ReceivedRequest] = []
+        self.violations: list[str] = []  # of HTTP by the proxy
         self.connections = 0
         self._streams: list[Stream] = []
-        self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port: int = self._listening.getsockname()[1]
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listening.accept()
+                sock, _ = self._listener.accept()
             except OSError:
                 return
-            sock.settimeout(PATIENCE)
+            sock.settimeout(TIMEOUT)
             self.connections += 1
             stream = Stream(sock)
             self._streams.append(stream)
@@ -156,103 +157,84 @@ class Server:
         finally:
             stream.socket.close()
 
-    def _read(self, stream: Stream, number: int) -> Arrived:
+    def _read(self, stream: Stream, number: int) -> ReceivedRequest:
         head = stream.until(b"\r\n\r\n")
         line, *lines = head.split(b"\r\n")
         if not _LINE.fullmatch(line):
-            self.improper.append(f"request line {line!r}")
-        self.improper += [f"field {one!r}" for one in lines if not _FIELD.fullmatch(one)]
+            self.violations.append(f"request line {line!r}")
+        self.violations += [f"field {one!r}" for one in lines if not _FIELD.fullmatch(one)]
         pairs = [one.decode("latin-1").partition(":") for one in lines]
-        request = Arrived(line, [(name, value.strip()) for name, _, value in pairs], connection=number)
+        request = ReceivedRequest(line, [(name, value.strip()) for name, _, value in pairs], connection=number)
         lengths, codings = request.all("content-length"), request.all("transfer-encoding")
         if len(lengths) + len(codings) > 1 or codings not in ([], ["chunked"]):
-            self.improper.append(f"framing {lengths} {codings}")
+            self.violations.append(f"framing {lengths} {codings}")
         if lengths and not re.fullmatch("[0-9]+", lengths[0]):
-            self.improper.append(f"length {lengths}")
+            self.violations.append(f"length {lengths}")
         for name in ("host", "x-amz-access-token"):
             if name == "host" and len(request.all(name)) != 1:
-                self.improper.append(f"{len(request.all(name))} times {name}")
-        self.arrived.append(request)
+                self.violations.append(f"{len(request.all(name))} times {name}")
+        self.received.append(request)
         if "early" not in request.target:
             request.body = self.body_of(stream, request)
         return request
 
-    def body_of(self, stream: Stream, request: Arrived) -> bytes:
+    def body_of(self, stream: Stream, request: ReceivedRequest) -> bytes:
         if not request.all("transfer-encoding"):
             return stream.exactly(int((request.all("content-length") or ["0"])[0]))
         body = b""
         while size := int(stream.until(b"\r\n"), 16):
             body += stream.exactly(size)
             if stream.exactly(2) != b"\r\n":
-                self.improper.append("a chunk without its end")
+                self.violations.append("a chunk without its end")
         if stream.exactly(2) != b"\r\n":
-            self.improper.append("a trailer")
+            self.violations.append("a trailer")
         return body
 
     def close(self) -> None:
-        self._listening.close()
+        self._listener.close()
         for stream in self._streams:
             stream.close()
 
 
-def _give_token(stream: Stream, request: Arrived) -> None:
+def _issue_token(stream: Stream, request: ReceivedRequest) -> None:
     form = dict(part.partition("=")[::2] for part in request.body.decode().split("&"))
     account = form.get("refresh_token", "nobody").rpartition("-")[2]
-    _give_token.count += 1  # type: ignore[attr-defined]
-    number: int = _give_token.count  # type: ignore[attr-defined]
+    _issue_token.count += 1  # type: ignore[attr-defined]
+    number: int = _issue_token.count  # type: ignore[attr-defined]
     token = f"Atza|{TOKEN}{account}-{number:06d}"
-    stream.send(answer(json.dumps({"access_token": token, "token_type": "bearer", "expires_in": 3600}).encode()))
+    stream.send(http_response(json.dumps({"access_token": token, "token_type": "bearer", "expires_in": 3600}).encode()))
 
 
-_give_token.count = 0  # type: ignore[attr-defined]
+_issue_token.count = 0  # type: ignore[attr-defined]
 
 
-def _answer_as_amazon(stream: Stream, request: Arrived) -> None:
+def _respond_as_amazon(stream: Stream, request: ReceivedRequest) -> None:
     if request.target == "/tokens/2021-03-01/restrictedDataToken":
         account = (request.get("x-amz-access-token") or "").split("-")[-2]
         token = f"Atz.sprdt|{TOKEN}{account}-000000"
-        stream.send(answer(json.dumps({"restrictedDataToken": token, "expiresIn": 3600}).encode()))
+        stream.send(http_response(json.dumps({"restrictedDataToken": token, "expiresIn": 3600}).encode()))
     elif request.line.startswith(b"HEAD "):
         stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n")
     else:
-        stream.send(answer(b'{"payload":[]}', "200 OK", b"x-amzn-requestid: for-" + request.target.encode()[:60]))
+        stream.send(
+            http_response(b'{"payload":[]}', "200 OK", b"x-amzn-requestid: for-" + request.target.encode()[:60])
+        )
 
 
-@dataclass
-class Seen:
-    """One answer as a client got it, and whether its framing says that it is whole."""
-
-    status: int
-    fields: list[tuple[str, str]]
-    body: bytes
-    complete: bool = True
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.fields if key.lower() == name.lower()]
-
-    def get(self, name: str) -> str | None:
-        values = self.all(name)
-        assert len(values) <= 1, f"{name} came {len(values)} times"
-        return values[0] if values else None
-
-    @property
-    def error(self) -> str | None:
-        return self.get("x-sp-proxy-error")
-
-
-def answers_in(data: bytes, methods: tuple[str, ...] = ()) -> list[Seen]:
-    """Return the answers in what a client received, read strictly; `methods` of the requests, GET where left out."""
-    found: list[Seen] = []
+def parse_responses(data: bytes, methods: tuple[str, ...] = ()) -> list[RawResponse]:
+    """Return the responses in what a client received; `methods` are those of the requests (default GET)."""
+    found: list[RawResponse] = []
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
         line, *lines = head.split(b"\r\n")
-        match = re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*", line)
+        match = re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) ([\x20-\x7e\x80-\xff]*)", line)
         assert match, f"no status line: {line!r}"
         assert end, f"no end of the head: {head!r}"
         pairs = [one.decode("latin-1").partition(":") for one in lines]
-        one = Seen(int(match[1]), [(name, value.strip()) for name, _, value in pairs], b"")
+        fields = [(name, value.strip()) for name, _, value in pairs]
+        one = RawResponse(int(match[1]), match[2].decode("latin-1"), fields, b"", complete=True)
         if one.status < 200:
-            assert one.status == 100, "nobody asked for another interim answer"
+            assert one.status == 100, "no other interim response was requested"
             continue
         method = methods[len(found)] if len(found) < len(methods) else "GET"
         found.append(one)
@@ -262,8 +244,8 @@ def answers_in(data: bytes, methods: tuple[str, ...] = ()) -> list[Seen]:
     return found
 
 
-def _take_body(one: Seen, data: bytes) -> bytes:
-    """Take the body of an answer off `data` and return what is behind it."""
+def _take_body(one: RawResponse, data: bytes) -> bytes:
+    """Remove the body of a response from the start of `data` and return the rest."""
     if one.get("transfer-encoding") == "chunked":
         while True:
             size_text, end, rest = data.partition(b"\r\n")
@@ -288,7 +270,7 @@ def _take_body(one: Seen, data: bytes) -> bytes:
 
 
 def settings_of(api: Server, lwa: Server, **changed: Any) -> dict[str, Any]:
-    """Return the settings of a proxy between these servers; its timeouts are short, so that a test is."""
+    """Return the settings of a proxy between these servers; timeouts are short to keep the tests short."""
     url = f"http://127.0.0.1:{api.port}"
     return {
         "listen": "127.0.0.1:0",
@@ -313,8 +295,8 @@ def settings_of(api: Server, lwa: Server, **changed: Any) -> dict[str, Any]:
 
 
 @dataclass
-class World:
-    """A proxy process, Amazon's API and Login with Amazon in front of and behind it."""
+class Harness:
+    """A proxy process with fake servers for Amazon's API and Login with Amazon."""
 
     api: Server
     lwa: Server
@@ -323,13 +305,13 @@ class World:
     addresses: list[str]
     admin: str
     log: list[str] = field(default_factory=list)
-    said: list[bytes] = field(default_factory=list)  # all that any client saw
+    client_output: list[bytes] = field(default_factory=list)  # everything that any client received
 
     @classmethod
     @contextmanager
-    def made(cls, folder: Path, limit: int | None = None, **changed: Any) -> Iterator[Self]:
-        """Start everything; `limit` is the number of files that the proxy may have open."""
-        api, lwa = Server(_answer_as_amazon), Server(_give_token)
+    def start(cls, folder: Path, limit: int | None = None, **changed: Any) -> Iterator[Self]:
+        """Start all; `limit` is the proxy's limit of open files."""
+        api, lwa = Server(_respond_as_amazon), Server(_issue_token)
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(settings_of(api, lwa, **changed)), encoding="utf-8")
         path.chmod(0o600)
@@ -339,18 +321,18 @@ class World:
             command = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *command]
         kept = {name: text for name, text in os.environ.items() if name.startswith(("COVERAGE", "PATH", "HOME"))}
         process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        world = cls(api, lwa, folder, process, [], "")
-        reading = threading.Thread(target=world._read_log, daemon=True)
-        world._serving = threading.Event()  # type: ignore[attr-defined]
+        harness = cls(api, lwa, folder, process, [], "")
+        reading = threading.Thread(target=harness._read_log, daemon=True)
+        harness._serving = threading.Event()  # type: ignore[attr-defined]
         reading.start()
         try:
-            assert world._serving.wait(PATIENCE), world.log  # type: ignore[attr-defined]
-            assert world.addresses, world.log
-            yield world
+            assert harness._serving.wait(TIMEOUT), harness.log  # type: ignore[attr-defined]
+            assert harness.addresses, harness.log
+            yield harness
         finally:
             process.terminate()
-            process.wait(PATIENCE)
-            reading.join(PATIENCE)
+            process.wait(TIMEOUT)
+            reading.join(TIMEOUT)
             if process.stderr is not None:
                 process.stderr.close()
             api.close()
@@ -362,32 +344,32 @@ class World:
             line = data.decode(errors="replace")
             self.log.append(line)
             if '"message": "serving"' in line:
-                said = json.loads(line)
-                self.addresses, self.admin = said["listen"], said["admin"]
+                entry = json.loads(line)
+                self.addresses, self.admin = entry["listen"], entry["admin"]
                 self._serving.set()  # type: ignore[attr-defined]
         self._serving.set()  # type: ignore[attr-defined]
 
     @contextmanager
     def client(self, address: str | None = None, receive: int | None = None) -> Iterator[Stream]:
-        """Connect to the proxied port; `receive` is the size of the socket's receive buffer."""
+        """Connect to the proxy port; `receive` is the size of the socket's receive buffer."""
         stream = Stream(connect(address or self.addresses[0], receive))
         try:
             yield stream
         finally:
             stream.socket.close()
 
-    def send(self, data: bytes, methods: tuple[str, ...] = (), address: str | None = None) -> list[Seen]:
-        """Send bytes on a connection of their own, and return the answers up to its end."""
+    def send(self, data: bytes, methods: tuple[str, ...] = (), address: str | None = None) -> list[RawResponse]:
+        """Send bytes on a new connection, and return the responses up to its end."""
         with self.client(address) as stream:
-            with suppress(ConnectionError):  # where it is refused before its end, the refusal is there to be read
+            with suppress(ConnectionError):  # rejected before all was sent: the response can still be read
                 stream.send(data)
             got = stream.rest()
-        self.said.append(got)
-        return answers_in(got, methods)
+        self.client_output.append(got)
+        return parse_responses(got, methods)
 
     def metric(self, name: str) -> float:
-        """Return the sum of a metric's series; `name` may go on with the beginning of its labels."""
-        with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=PATIENCE) as page:
+        """Return the sum of a metric's series; `name` may include the start of its labels."""
+        with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=TIMEOUT) as page:
             lines = page.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
@@ -401,7 +383,7 @@ def connect(address: str, receive: int | None = None) -> socket.socket:
         host, _, port = address.rpartition(":")
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         target = (host.strip("[]"), int(port))
-    sock.settimeout(PATIENCE)
+    sock.settimeout(TIMEOUT)
     if receive is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
     try:
@@ -413,8 +395,8 @@ def connect(address: str, receive: int | None = None) -> socket.socket:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, looking again and again for a bounded time."""
-    end = time.monotonic() + PATIENCE
+    """Wait until a condition holds; poll it for at most TIMEOUT seconds."""
+    end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.01)
@@ -424,9 +406,9 @@ SELLERS = "/sellers/v1/marketplaceParticipations"
 
 
 def request(target: str | bytes = SELLERS, *fields: bytes, method: str = "GET", body: bytes | None = None) -> bytes:
-    """Return a request for localhost, the last on its connection, with these fields, and a length where it has a body.
+    """Return a request to localhost that ends its connection, with these fields, and a length if it has a body.
 
-    A field that names Host or Connection stands in for the usual one.
+    A Host or Connection field replaces the default one.
     """
     raw = target if isinstance(target, bytes) else target.encode()
     names = {one.partition(b":")[0].lower() for one in fields}

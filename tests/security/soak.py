@@ -1,12 +1,12 @@
-"""What does half an hour of everything that goes wrong leave behind? `python -m tests.security.soak --minutes 30`.
+"""Soak test: half an hour of mixed traffic with faults: `python -m tests.security.soak --minutes 30`.
 
-A real proxy process with two applications and twenty accounts in three regions (and one more for plain requests); a far
-side and a token host that fail in every way there is; and clients that do mixed traffic, leave in every phase, read and
-send slowly, and send nonsense.
+A real proxy process with two applications and twenty accounts in three regions (and one more for plain requests); an
+upstream and a token host with many kinds of faults; and clients that send mixed traffic, disconnect in every phase,
+read and send slowly, and send malformed requests.
 
-Every answer is checked: it is for the very request, by the account that was asked for, and whole or visibly cut off.
-In the end all load stops, and descriptors, memory and requests in flight must be back where they were; SIGTERM must end
-the process with exit code 0. The exit code is 1 where any of that failed. Linux only: `/proc` is read.
+Every response is checked: it belongs to its request, for the account that was named, and is complete or visibly
+truncated. At the end all load stops, and descriptors, memory and requests in flight must return to their start values;
+SIGTERM must end the process with exit code 0. The exit code is 1 if any check failed. Linux only: `/proc` is read.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from zlib import crc32
 
+from tests.bench.output import print_lines
 from tests.bench.processes import end_on_signals, memory_kib
 from tests.security.fuzz import RESET, descriptors_of
 from tests.support.fake_upstream import Received, http_response, read_body
@@ -37,22 +38,22 @@ from tests.support.raw_client import Client, RawResponse, call
 
 REGIONS = ("na", "eu", "fe")
 ACCOUNTS = [f"seller-{number}" for number in range(20)]
-PLAIN = "plain"  # the account whose requests meet no fault: how long they take is measured
+PLAIN = "plain"  # account without injected faults, for the latency measurement
 CLIENTS = 40
-ANSWERED_WITHIN = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
-SETTLED_WITHIN = 60.0  # seconds
-MORE_DESCRIPTORS = 5  # in the end, for pooled connections
-MOST_GROWTH = 30.0  # MiB, from a tenth of the time on
-SHOWN = 50  # wrong answers
+RESPONSE_TIMEOUT = 45.0  # seconds; the proxy's `timeouts.total` is 20 s
+SETTLE_TIMEOUT = 60.0  # seconds
+EXTRA_DESCRIPTORS = 5  # allowed at the end, for pooled connections
+MAX_GROWTH = 30.0  # MiB, after the first tenth of the time
+MAX_PRINTED = 50  # wrong responses
 MINT = "/tokens/2021-03-01/restrictedDataToken"
-MARKED = "x-soak"  # what a client asks for, told to the far side
-ECHO = "x-soak-echo"  # the same, told by the far side to the client
-SUM = "x-soak-sum"  # of the body that carries it
+MARK_HEADER = "x-soak"  # request header that tells the upstream what the client expects
+ECHO_HEADER = "x-soak-echo"  # the same, returned by the upstream to the client
+CHECKSUM_HEADER = "x-soak-sum"  # checksum of the message's body
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
-    """What one request is about: whose it is, its number, how long the answer is to be, and the sum of its body."""
+class ExpectedCall:
+    """One request and its expected response: account, number, response size, and checksum of the request body."""
 
     account: str
     region: str
@@ -64,21 +65,21 @@ class Errand:
         return f"{self.account}/{self.region}/{self.number}/{self.size}/{self.sum}"
 
     @classmethod
-    def parse(cls, text: str | None) -> "Errand | None":
+    def parse(cls, text: str | None) -> "ExpectedCall | None":
         if text is None:
             return None
         account, region, *numbers = text.split("/")
         return cls(account, region, *map(int, numbers))
 
     def content(self) -> bytes:
-        """Return the body of its answer, in which every line says whose it is."""
+        """Return the body of its response, in which every line names the request."""
         line = f"{self}\n".encode()
         return (line * (self.size // len(line) + 1))[: self.size]
 
 
 @dataclass
 class Soak:
-    """What is known while it runs."""
+    """State of the run."""
 
     random: Random
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -89,46 +90,46 @@ class Soak:
     tokens: int = 0
     stopping: bool = False
 
-    def is_wrong(self, what: str) -> None:
+    def report(self, what: str) -> None:
         self.wrong.append(what)
-        if len(self.wrong) <= SHOWN:
+        if len(self.wrong) <= MAX_PRINTED:
             sys.stderr.write(f"WRONG: {what}\n")
 
-    def one_in(self, count: float) -> bool:
+    def happens_one_in(self, count: float) -> bool:
         return self.random.random() < 1 / count
 
 
-# The far side: answers, and everything that can go wrong with them.
+# Upstream: responses and faults.
 
 
-def head(errand: Errand, status: str, body: bytes, *fields: str) -> bytes:
-    """Return the head of an answer that says what it answers, and the sum of its body."""
-    lines = [f"HTTP/1.1 {status}", f"{ECHO}: {errand}", f"{SUM}: {crc32(body)}", *fields]
+def head(call_info: ExpectedCall, status: str, body: bytes, *fields: str) -> bytes:
+    """Return the head of a response that names its request and the checksum of its body."""
+    lines = [f"HTTP/1.1 {status}", f"{ECHO_HEADER}: {call_info}", f"{CHECKSUM_HEADER}: {crc32(body)}", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def whole(errand: Errand, status: str = "200 OK", body: bytes | None = None, *fields: str) -> bytes:
-    """Return a whole answer with a Content-Length."""
-    body = errand.content() if body is None else body
-    return head(errand, status, body, f"content-length: {len(body)}", "x-amzn-RateLimit-Limit: 200", *fields) + body
+def whole(call_info: ExpectedCall, status: str = "200 OK", body: bytes | None = None, *fields: str) -> bytes:
+    """Return a complete response with a Content-Length."""
+    body = call_info.content() if body is None else body
+    return head(call_info, status, body, f"content-length: {len(body)}", "x-amzn-RateLimit-Limit: 200", *fields) + body
 
 
-def refusal(errand: Errand, status: str, code: str, details: str = "") -> bytes:
+def refusal(call_info: ExpectedCall, status: str, code: str, details: str = "") -> bytes:
     """Return an error in Amazon's envelope."""
-    error = {"code": code, "message": f"for {errand}", "details": details}
-    return whole(errand, status, json.dumps({"errors": [error]}).encode(), "content-type: application/json")
+    error = {"code": code, "message": f"for {call_info}", "details": details}
+    return whole(call_info, status, json.dumps({"errors": [error]}).encode(), "content-type: application/json")
 
 
-Fault = Callable[[Errand, Received, asyncio.StreamWriter], Awaitable[None]]
+Fault = Callable[[ExpectedCall, Received, asyncio.StreamWriter], Awaitable[None]]
 
 
-async def good(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(whole(errand))
+async def good(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(call_info))
 
 
-async def chunked(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    body = errand.content()
-    writer.write(head(errand, "200 OK", body, "transfer-encoding: chunked"))
+async def chunked(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = call_info.content()
+    writer.write(head(call_info, "200 OK", body, "transfer-encoding: chunked"))
     for at in range(0, len(body), 20_000):
         chunk = body[at : at + 20_000]
         writer.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
@@ -136,15 +137,15 @@ async def chunked(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> 
     writer.write(b"0\r\n\r\n")
 
 
-async def until_closed(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    body = errand.content()
-    writer.write(head(errand, "200 OK", body, "connection: close") + body)
+async def until_closed(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = call_info.content()
+    writer.write(head(call_info, "200 OK", body, "connection: close") + body)
     await writer.drain()
     writer.close()
 
 
-async def slow(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    data = whole(errand)
+async def slow(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    data = whole(call_info)
     for at in range(0, len(data), len(data) // 4 + 1):
         if at:
             await asyncio.sleep(0.3)
@@ -152,113 +153,113 @@ async def slow(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> Non
         await writer.drain()
 
 
-async def interim(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + whole(errand))
+async def interim(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + whole(call_info))
 
 
-async def surplus(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    """Say more than was asked for, at one blow; nobody may ever take it for an answer."""
-    other = Errand("surplus", errand.region, errand.number, 10, 0)
-    writer.write(whole(errand) + (whole(other) if errand.size <= 3000 else b""))
+async def surplus(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    """Send a second response in the same segment; it must never be used."""
+    other = ExpectedCall("surplus", call_info.region, call_info.number, 10, 0)
+    writer.write(whole(call_info) + (whole(other) if call_info.size <= 3000 else b""))
 
 
-async def moved(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(whole(errand, "301 Moved Permanently", None, "location: http://127.0.0.1:1/elsewhere"))
+async def moved(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(call_info, "301 Moved Permanently", None, "location: http://127.0.0.1:1/elsewhere"))
 
 
-async def throttled(errand: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
+async def throttled(call_info: ExpectedCall, received: Received, writer: asyncio.StreamWriter) -> None:
     status = "429 Too Many Requests" if "/listings/" in received.target else "200 OK"
-    writer.write(refusal(errand, status, "QuotaExceeded"))
+    writer.write(refusal(call_info, status, "QuotaExceeded"))
 
 
-async def expired(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(refusal(errand, "403 Forbidden", "Unauthorized", "The access token you provided has expired."))
+async def expired(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(call_info, "403 Forbidden", "Unauthorized", "The access token you provided has expired."))
 
 
-async def unauthorized(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(refusal(errand, "401 Unauthorized", "Unauthorized", "The access token you provided is revoked."))
+async def unauthorized(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(call_info, "401 Unauthorized", "Unauthorized", "The access token you provided is revoked."))
 
 
-async def denied(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(refusal(errand, "403 Forbidden", "Unauthorized"))
+async def denied(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(call_info, "403 Forbidden", "Unauthorized"))
 
 
-async def failing(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(refusal(errand, "500 Internal Server Error", "InternalFailure"))
+async def failing(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(call_info, "500 Internal Server Error", "InternalFailure"))
 
 
-async def unavailable(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(refusal(errand, "503 Service Unavailable", "ServiceUnavailable"))
+async def unavailable(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(refusal(call_info, "503 Service Unavailable", "ServiceUnavailable"))
 
 
-async def reset(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+async def reset(_: ExpectedCall, __: Received, writer: asyncio.StreamWriter) -> None:
     cut(writer)
 
 
-async def closed(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+async def closed(_: ExpectedCall, __: Received, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
 
-async def silent(_: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
+async def silent(_: ExpectedCall, received: Received, writer: asyncio.StreamWriter) -> None:
     assert received.reader is not None
     with suppress(TimeoutError):
-        async with asyncio.timeout(ANSWERED_WITHIN):
+        async with asyncio.timeout(RESPONSE_TIMEOUT):
             await received.reader.read()
     writer.close()
 
 
-async def half_a_head(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(whole(errand)[:40])
+async def half_a_head(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(call_info)[:40])
     await writer.drain()
     writer.close()
 
 
-async def short(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    """End the connection, in order, before all of the announced length was sent."""
-    body = errand.content() + b"and what never comes"
-    writer.write(head(errand, "200 OK", body, f"content-length: {len(body)}") + errand.content())
+async def short(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    """Close the connection before all of the announced length was sent."""
+    body = call_info.content() + b"and what never comes"
+    writer.write(head(call_info, "200 OK", body, f"content-length: {len(body)}") + call_info.content())
     await writer.drain()
     writer.close()
 
 
-async def short_chunks(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    body = errand.content()
-    writer.write(head(errand, "200 OK", body, "transfer-encoding: chunked") + b"%x\r\n%s" % (len(body) + 9, body))
+async def short_chunks(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    body = call_info.content()
+    writer.write(head(call_info, "200 OK", body, "transfer-encoding: chunked") + b"%x\r\n%s" % (len(body) + 9, body))
     await writer.drain()
     writer.close()
 
 
-async def reset_within(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    """Reset an answer that only the end of the connection would end."""
-    body = errand.content() + b"and what never comes"
-    writer.write(head(errand, "200 OK", body, "connection: close") + errand.content())
+async def reset_within(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    """Reset a response that is framed by the end of the connection."""
+    body = call_info.content() + b"and what never comes"
+    writer.write(head(call_info, "200 OK", body, "connection: close") + call_info.content())
     await writer.drain()
     await asyncio.sleep(0.05)
     cut(writer)
 
 
-async def bad_chunks(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(head(errand, "200 OK", b"", "transfer-encoding: chunked") + b"5\r\nhello world\r\nzz\r\n0\r\n\r\n")
+async def bad_chunks(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(head(call_info, "200 OK", b"", "transfer-encoding: chunked") + b"5\r\nhello world\r\nzz\r\n0\r\n\r\n")
 
 
-async def garbage(_: Errand, __: Received, writer: asyncio.StreamWriter) -> None:
+async def garbage(_: ExpectedCall, __: Received, writer: asyncio.StreamWriter) -> None:
     writer.write(b"\x16\x03\x01\x00\xff SSH-2.0 <html>\r\n\r\n")
 
 
-async def endless_head(errand: Errand, _: Received, writer: asyncio.StreamWriter) -> None:
-    writer.write(head(errand, "200 OK", b"")[:-2])
+async def endless_head(call_info: ExpectedCall, _: Received, writer: asyncio.StreamWriter) -> None:
+    writer.write(head(call_info, "200 OK", b"")[:-2])
     for number in range(2000):
         writer.write(b"x-%d: %s\r\n" % (number, b"a" * 1000))
         await writer.drain()
     writer.close()
 
 
-async def stalling(errand: Errand, received: Received, writer: asyncio.StreamWriter) -> None:
-    """Fall silent in the middle of the answer."""
-    body = errand.content() + b"and what never comes"
-    writer.write(head(errand, "200 OK", body, f"content-length: {len(body)}") + errand.content())
+async def stalling(call_info: ExpectedCall, received: Received, writer: asyncio.StreamWriter) -> None:
+    """Stop sending in the middle of the response."""
+    body = call_info.content() + b"and what never comes"
+    writer.write(head(call_info, "200 OK", body, f"content-length: {len(body)}") + call_info.content())
     await writer.drain()
-    await silent(errand, received, writer)
+    await silent(call_info, received, writer)
 
 
 ORDINARY: tuple[Fault, ...] = (*[good] * 60, *[chunked] * 15, *[until_closed] * 4, *[slow] * 4, *[interim] * 4)
@@ -270,7 +271,7 @@ FAULTS: tuple[Fault, ...] = (
 
 
 def cut(writer: asyncio.StreamWriter) -> None:
-    """End a connection by a reset."""
+    """Reset a connection."""
     sock = writer.get_extra_info("socket")
     if sock is not None:
         with suppress(OSError):
@@ -284,63 +285,63 @@ async def fake_upstream(soak: Soak, region: str, reader: asyncio.StreamReader, w
         while not writer.is_closing():
             line, *texts = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
             fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
-            await far_request(soak, region, Received(line, fields, reader=reader), writer)
+            await serve_request(soak, region, Received(line, fields, reader=reader), writer)
             await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
-        pass  # the proxy has left
+        pass  # the proxy has disconnected
     finally:
         writer.close()
 
 
-async def far_request(soak: Soak, region: str, received: Received, writer: asyncio.StreamWriter) -> None:
-    """Answer one request, check whose token it brings, and whether its body came as it was sent."""
+async def serve_request(soak: Soak, region: str, received: Received, writer: asyncio.StreamWriter) -> None:
+    """Respond to one request; check its token and its body."""
     assert received.reader is not None
-    token = (received.get("x-amz-access-token") or "").split("|")  # what it is, for whom, where, its number
-    errand = Errand.parse(received.get(MARKED))
+    token = (received.get("x-amz-access-token") or "").split("|")  # kind, owner, region, number
+    call_info = ExpectedCall.parse(received.get(MARK_HEADER))
     if received.target == MINT:
         await read_body(received, received.reader)
         await mint(soak, token, writer)
         return
-    if errand is None:
-        if received.target != "/soak":  # which is one of the broken ones, of which the head is good
-            soak.is_wrong(f"a request that nobody sent: {received.line}")
+    if call_info is None:
+        if received.target != "/soak":  # one of BROKEN with a valid head
+            soak.report(f"a request that no client sent: {received.line}")
         writer.close()
         return
-    if token[:3] != token_for(errand, received.target) or errand.region != region:
-        soak.is_wrong(f"{received.line} for {errand} came to {region} with the token {token}")
-    fault = good if errand.account == PLAIN else soak.random.choice(FAULTS if soak.one_in(5) else ORDINARY)
-    is_early = received.method == "POST" and errand.account != PLAIN and soak.one_in(20)
-    soak.faults["early answer" if is_early else fault.__name__] += 1
+    if token[:3] != token_for(call_info, received.target) or call_info.region != region:
+        soak.report(f"{received.line} for {call_info} came to {region} with the token {token}")
+    fault = good if call_info.account == PLAIN else soak.random.choice(FAULTS if soak.happens_one_in(5) else ORDINARY)
+    is_early = received.method == "POST" and call_info.account != PLAIN and soak.happens_one_in(20)
+    soak.faults["early response" if is_early else fault.__name__] += 1
     if is_early:
-        writer.write(whole(errand))
+        writer.write(whole(call_info))
         await writer.drain()
     body = await read_body(received, received.reader)
-    if crc32(body) != errand.sum:
-        soak.is_wrong(f"{received.line} for {errand} came with another body, or not all of it")
+    if crc32(body) != call_info.sum:
+        soak.report(f"{received.line} for {call_info} came with another body, or not all of it")
     if received.method == "HEAD":
-        writer.write(head(errand, "200 OK", b"", "content-length: 5"))
+        writer.write(head(call_info, "200 OK", b"", "content-length: 5"))
     elif not is_early:
-        await fault(errand, received, writer)
+        await fault(call_info, received, writer)
 
 
-def token_for(errand: Errand, target: str) -> list[str]:
-    """Return what the token of a request must say: what it is, for whom, where."""
+def token_for(call_info: ExpectedCall, target: str) -> list[str]:
+    """Return the expected contents of a request's token: kind, owner, region."""
     if "/notifications/" in target:
-        return ["Atza", owner_of(errand.account), "-"]
+        return ["Atza", owner_of(call_info.account), "-"]
     is_restricted = target.endswith("/address") or "/documents/" in target
-    return ["Atz.sprdt" if is_restricted else "Atza", errand.account, errand.region]
+    return ["Atz.sprdt" if is_restricted else "Atza", call_info.account, call_info.region]
 
 
 async def mint(soak: Soak, token: list[str], writer: asyncio.StreamWriter) -> None:
-    """Mint a Restricted Data Token, as a rule."""
+    """Usually mint a Restricted Data Token."""
     _, account, region, _ = token
     soak.tokens += 1
     granted = {"restrictedDataToken": f"Atz.sprdt|{account}|{region}|{soak.tokens}", "expiresIn": 20}
-    await say_token(soak, granted, writer, may_fail=account != PLAIN)
+    await send_token(soak, granted, writer, may_fail=account != PLAIN)
 
 
 async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Serve one token exchange, as a rule."""
+    """Usually serve one token exchange."""
     try:
         line, *texts = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
         fields = [(name, value.strip()) for name, _, value in (text.partition(":") for text in texts)]
@@ -354,17 +355,17 @@ async def token_host(soak: Soak, reader: asyncio.StreamReader, writer: asyncio.S
             "access_token": f"Atza|{account}|{region}|{soak.tokens}",
             "expires_in": soak.random.choice((8, 30, 90)),
         }
-        await say_token(soak, granted, writer, may_fail=account != PLAIN)
+        await send_token(soak, granted, writer, may_fail=account != PLAIN)
         await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ValueError):
-        pass  # the proxy has left
+        pass  # the proxy has disconnected
     finally:
         writer.close()
 
 
-async def say_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamWriter, *, may_fail: bool) -> None:
-    """Answer an exchange; now and then by something else."""
-    good_answer = http_response("200 OK", json.dumps(granted).encode(), content_type="application/json")
+async def send_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamWriter, *, may_fail: bool) -> None:
+    """Send a token response; occasionally a fault instead."""
+    good_response = http_response("200 OK", json.dumps(granted).encode(), content_type="application/json")
     kind = soak.random.randrange(100) if may_fail else 99
     soak.faults["token refused or nonsense" if kind < 16 else "token"] += 1
     if kind < 3:
@@ -381,15 +382,15 @@ async def say_token(soak: Soak, granted: dict[str, Any], writer: asyncio.StreamW
         writer.write(http_response("400 Bad Request", b'{"error":"invalid_grant"}'))
     elif kind < 14:
         await asyncio.sleep(1.0)
-        writer.write(good_answer)
+        writer.write(good_response)
     elif kind < 15:
-        await asyncio.sleep(3.0)  # longer than the proxy waits
+        await asyncio.sleep(3.0)  # longer than the proxy's timeout
     elif kind < 16:
-        writer.write(good_answer[:-5])
+        writer.write(good_response[:-5])
         await writer.drain()
         writer.close()
     else:
-        writer.write(good_answer)
+        writer.write(good_response)
 
 
 def owner_of(account: str) -> str:
@@ -397,29 +398,29 @@ def owner_of(account: str) -> str:
     return "client-plain" if account == PLAIN else f"client-{ACCOUNTS.index(account) % 2}"
 
 
-# The near side.
+# Clients.
 
 
 class SlowReader(Client):
-    """A client that does not read for a while, and then does."""
+    """A client that pauses before it reads."""
 
     pause = 0.0
 
-    async def _read_body(self, answer: RawResponse) -> None:
+    async def _read_body(self, response: RawResponse) -> None:
         await asyncio.sleep(self.pause)
-        await super()._read_body(answer)
+        await super()._read_body(response)
 
 
 @dataclass(slots=True)
 class Plan:
-    """How one request is made: its bytes, and how the client behaves."""
+    """How one request is made: its bytes, and the behaviour of the client."""
 
-    errand: Errand
+    call_info: ExpectedCall
     method: str
     head: bytes
     body: list[bytes]
     leaves: str = ""  # in which phase: "head", "upload", "waiting", "download"
-    pause: float = 0.0  # between two pieces of the body
+    pause: float = 0.0  # seconds between two chunks of the body
     reads_after: float = 0.0
 
 
@@ -432,11 +433,11 @@ def plan(soak: Soak, account: str) -> Plan:
     size = random.choice((0, 10, 300, 3000, 3000, 40_000, 40_000, 700_000))
     uploaded = 0 if method in {"GET", "HEAD"} else random.choice((0, 1, 300, 5000, 100_000, 100_000, 2 * 1024**2))
     body = random.randbytes(uploaded)
-    errand = Errand(account, region, soak.number, size, crc32(body))
+    call_info = ExpectedCall(account, region, soak.number, size, crc32(body))
     target = {"GET": "/listings/2021-08-01/items/A1/{}", "POST": "/soak/{}", "HEAD": "/soak/{}"}.get(
         method, "/listings/2021-08-01/items/A1/{}"
     ).format(soak.number)
-    if method == "GET" and soak.one_in(3):
+    if method == "GET" and soak.happens_one_in(3):
         target = random.choice(
             (
                 f"/orders/v0/orders/{soak.number}/address",
@@ -444,57 +445,59 @@ def plan(soak: Soak, account: str) -> Plan:
                 f"/reports/2021-06-30/documents/{soak.number}",
             )
         )
-    version = "1.0" if soak.one_in(20) else "1.1"
-    lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-client: c{random.randrange(5)}"]
-    if soak.one_in(2):
+    version = "1.0" if soak.happens_one_in(20) else "1.1"
+    lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-client: c{random.randrange(5)}"]
+    if soak.happens_one_in(2):
         target = f"/@{account}/{region}{target}"
     else:
         lines += [f"x-sp-account: {account}", f"x-sp-region: {region}"]
-    if soak.one_in(30):
+    if soak.happens_one_in(30):
         lines += ["x-sp-timeout: 300ms"]
     chunks = [body[at : at + 30_000] for at in range(0, len(body), 30_000)]
     if method not in {"GET", "HEAD"}:
-        if version == "1.1" and soak.one_in(2):
+        if version == "1.1" and soak.happens_one_in(2):
             lines += ["transfer-encoding: chunked"]
             chunks = [b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks] + [b"0\r\n\r\n"]
         else:
             lines += [f"content-length: {uploaded}"]
-    made = Plan(errand, method, "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode(), chunks)
-    if soak.one_in(6):
-        made.leaves = random.choice(("head", "upload", "waiting", "download"))
-    if soak.one_in(12):
-        made.pause = random.choice((0.05, 0.2, 0.2, 3.0))  # the last one is too long
-    if soak.one_in(12):
-        made.reads_after = random.choice((0.3, 1.0, 3.0))
-    return made
+    planned = Plan(
+        call_info, method, "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode(), chunks
+    )
+    if soak.happens_one_in(6):
+        planned.leaves = random.choice(("head", "upload", "waiting", "download"))
+    if soak.happens_one_in(12):
+        planned.pause = random.choice((0.05, 0.2, 0.2, 3.0))  # the last one is intentionally too long
+    if soak.happens_one_in(12):
+        planned.reads_after = random.choice((0.3, 1.0, 3.0))
+    return planned
 
 
 def grantless(soak: Soak, account: str) -> Plan:
-    """Return a request that goes out with the application's own token."""
+    """Return a request that is sent with the application's own token."""
     soak.number += 1
-    errand = Errand(account, "eu", soak.number, 100, 0)
-    lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-account: {account}", "x-sp-region: eu"]
+    call_info = ExpectedCall(account, "eu", soak.number, 100, 0)
+    lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-account: {account}", "x-sp-region: eu"]
     return Plan(
-        errand, "GET", "\r\n".join(["GET /notifications/v1/destinations HTTP/1.1", *lines, "", ""]).encode(), []
+        call_info, "GET", "\r\n".join(["GET /notifications/v1/destinations HTTP/1.1", *lines, "", ""]).encode(), []
     )
 
 
 async def client(soak: Soak, port: int) -> None:
-    """Make requests, one after the other, until the load stops; keep connections now and then."""
+    """Send requests one after another until the load stops; sometimes reuse the connection."""
     connection: SlowReader | None = None
     while not soak.stopping:
         if connection is None or connection.writer.is_closing():
             connection = await connected(soak, port)
         account = soak.random.choice(ACCOUNTS)
-        made = grantless(soak, account) if soak.one_in(15) else plan(soak, account)
+        planned = grantless(soak, account) if soak.happens_one_in(15) else plan(soak, account)
         try:
-            async with asyncio.timeout(ANSWERED_WITHIN):
-                outcome, is_kept = await one_request(soak, connection, made)
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
+                outcome, is_kept = await one_request(soak, connection, planned)
         except TimeoutError:
-            outcome, is_kept = "never answered", False
-            soak.is_wrong(f"{made.head!r} was neither answered nor closed")
+            outcome, is_kept = "no response", False
+            soak.report(f"{planned.head!r} got no response and was not closed")
         soak.outcomes[outcome] += 1
-        if not is_kept or soak.one_in(3):
+        if not is_kept or soak.happens_one_in(3):
             await leave(soak, connection)
             connection = None
         await asyncio.sleep(soak.random.random() * 0.1)
@@ -507,75 +510,75 @@ async def connected(soak: Soak, port: int) -> SlowReader:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**16)
         except OSError as exc:
-            soak.is_wrong(f"no connection: {exc!r}")
+            soak.report(f"no connection: {exc!r}")
             await asyncio.sleep(1)
         else:
             return SlowReader(reader, writer)
 
 
 async def leave(soak: Soak, connection: Client) -> None:
-    """Close a connection, in order or not."""
-    if soak.one_in(3):
+    """Close a connection, sometimes with a reset."""
+    if soak.happens_one_in(3):
         cut(connection.writer)
     connection.writer.close()
     with suppress(ConnectionError):
         await connection.writer.wait_closed()
 
 
-async def one_request(soak: Soak, connection: SlowReader, made: Plan) -> tuple[str, bool]:
-    """Make one request; return what became of it, and whether its connection can be used again."""
-    connection.pause = made.reads_after
-    with suppress(ConnectionError):  # perhaps it is answered, and closed, before all was sent
-        await send(soak, connection, made)
-    if made.leaves == "waiting":
+async def one_request(soak: Soak, connection: SlowReader, planned: Plan) -> tuple[str, bool]:
+    """Make one request; return its outcome, and whether its connection can be reused."""
+    connection.pause = planned.reads_after
+    with suppress(ConnectionError):  # the response, and a close, may come before all was sent
+        await send(soak, connection, planned)
+    if planned.leaves == "waiting":
         await asyncio.sleep(soak.random.random() * 0.2)
-    elif made.leaves == "download":
+    elif planned.leaves == "download":
         with suppress(ConnectionError):
             await connection.reader.read(500)
-    if made.leaves:
-        return f"left: {made.leaves}", False
+    if planned.leaves:
+        return f"left: {planned.leaves}", False
     try:
-        got = await connection.read_response(made.method)
+        got = await connection.read_response(planned.method)
     except (asyncio.IncompleteReadError, ConnectionError):
-        return "closed without an answer", False
+        return "closed without a response", False
     except ValueError:
-        soak.is_wrong(f"what was answered to {made.head!r} is no HTTP")
+        soak.report(f"the response to {planned.head!r} is not HTTP")
         return "no HTTP", False
     if not got.complete:
         return "cut off", False
-    check(soak, made, got)
-    is_kept = got.get("connection") != "close" and b" HTTP/1.0\r\n" not in made.head
+    check(soak, planned, got)
+    is_kept = got.get("connection") != "close" and b" HTTP/1.0\r\n" not in planned.head
     return f"{got.status} {got.error or ''}".strip(), is_kept and not connection.writer.is_closing()
 
 
-async def send(soak: Soak, connection: SlowReader, made: Plan) -> None:
-    """Send a request, or as much of it as its plan says."""
-    if made.leaves == "head":
-        await connection.send(made.head[: soak.random.randrange(1, len(made.head))])
+async def send(soak: Soak, connection: SlowReader, planned: Plan) -> None:
+    """Send a request, or the part of it that its plan says."""
+    if planned.leaves == "head":
+        await connection.send(planned.head[: soak.random.randrange(1, len(planned.head))])
         return
-    await connection.send(made.head)
-    for number, chunk in enumerate(made.body):
-        if made.leaves == "upload" and number == len(made.body) // 2:
+    await connection.send(planned.head)
+    for number, chunk in enumerate(planned.body):
+        if planned.leaves == "upload" and number == len(planned.body) // 2:
             await connection.send(chunk[: len(chunk) // 2])
             return
         await connection.send(chunk)
-        if made.pause and number < 20:
-            await asyncio.sleep(made.pause)
+        if planned.pause and number < 20:
+            await asyncio.sleep(planned.pause)
 
 
-def check(soak: Soak, made: Plan, got: RawResponse) -> None:
-    """Check that a whole answer is for this very request."""
+def check(soak: Soak, planned: Plan, got: RawResponse) -> None:
+    """Check that a complete response belongs to this request."""
     account = got.decided.get("account")
-    if account not in {made.errand.account, "-"}:
-        soak.is_wrong(f"{made.errand} was decided to be for {account}")
+    if account not in {planned.call_info.account, "-"}:
+        soak.report(f"{planned.call_info} was routed to {account}")
     if got.error is not None:
-        if got.error == "InternalError" or (b'"errors"' not in got.body and made.method != "HEAD"):
-            soak.is_wrong(f"{made.errand} got {got.status} {got.body!r}")
+        if got.error == "InternalError" or (b'"errors"' not in got.body and planned.method != "HEAD"):
+            soak.report(f"{planned.call_info} got {got.status} {got.body!r}")
         return
-    if got.get(ECHO) != str(made.errand):
-        soak.is_wrong(f"{made.errand} got the answer to {got.get(ECHO)}")
-    elif made.method != "HEAD" and got.get(SUM) != str(crc32(got.body)):
-        soak.is_wrong(f"{made.errand} got {got.status} with {len(got.body)} bytes that are not the answer's")
+    if got.get(ECHO_HEADER) != str(planned.call_info):
+        soak.report(f"{planned.call_info} got the response to {got.get(ECHO_HEADER)}")
+    elif planned.method != "HEAD" and got.get(CHECKSUM_HEADER) != str(crc32(got.body)):
+        soak.report(f"{planned.call_info} got {got.status} with {len(got.body)} bytes of another body")
 
 
 BROKEN = (
@@ -593,39 +596,39 @@ BROKEN = (
 )
 
 
-async def nuisance(soak: Soak, port: int) -> None:
-    """Connect, send nonsense or nothing, and wait until the proxy has had enough, or leave before."""
+async def hostile_client(soak: Soak, port: int) -> None:
+    """Connect, send malformed data or nothing, and wait until the proxy closes, or disconnect before."""
     while not soak.stopping:
         connection = await connected(soak, port)
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(soak.random.choice((0.1, 1.0, 10.0))):
                 await connection.send(soak.random.choice(BROKEN))
                 await connection.reader.read()
-        soak.outcomes["nuisance"] += 1
+        soak.outcomes["hostile client"] += 1
         await leave(soak, connection)
 
 
 async def plain_requests(soak: Soak, port: int) -> None:
-    """Make plain good requests, twenty in a second, and note how long each takes."""
+    """Send twenty plain valid requests per second and record their latency."""
     begin = time.monotonic()
     kept: SlowReader | None = None
     for tick in range(1, 10**9):
         if soak.stopping:
             break
         soak.number += 1
-        errand = Errand(PLAIN, "eu", soak.number, 2000, 0)
-        lines = ["host: localhost", f"{MARKED}: {errand}", f"x-sp-account: {PLAIN}"]
+        call_info = ExpectedCall(PLAIN, "eu", soak.number, 2000, 0)
+        lines = ["host: localhost", f"{MARK_HEADER}: {call_info}", f"x-sp-account: {PLAIN}"]
         data = "\r\n".join([f"GET /soak/{soak.number} HTTP/1.1", *lines, "", ""]).encode()
-        asked = time.monotonic()
+        started = time.monotonic()
         connection = kept or await connected(soak, port)
         try:
-            async with asyncio.timeout(ANSWERED_WITHIN):
-                outcome, is_kept = await one_request(soak, connection, Plan(errand, "GET", data, []))
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
+                outcome, is_kept = await one_request(soak, connection, Plan(call_info, "GET", data, []))
         except TimeoutError:
-            outcome, is_kept = "never answered", False
+            outcome, is_kept = "no response", False
         if outcome != "200":
-            soak.is_wrong(f"a plain request: {outcome}")
-        soak.latencies.append(time.monotonic() - asked)
+            soak.report(f"a plain request: {outcome}")
+        soak.latencies.append(time.monotonic() - started)
         kept = connection if is_kept and tick % 2 else None
         if kept is None:
             await leave(soak, connection)
@@ -639,7 +642,7 @@ async def plain_requests(soak: Soak, port: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the proxy holds at one moment, and how long plain requests took since the last one, in milliseconds."""
+    """Resources of the proxy at one moment, and the latency of plain requests since the last sample, in ms."""
 
     seconds: float
     descriptors: int
@@ -663,7 +666,7 @@ HEADING = (
 
 
 async def sample(soak: Soak, proxy: ProxyProcess, seconds: float) -> Sample:
-    """Take a sample from outside."""
+    """Take a sample from outside the process."""
     assert proxy.admin is not None
     page = (await call(proxy.admin, "GET", "/metrics", connection="close")).body.decode()
     in_flight = re.search(r"^spapi_proxy_requests_in_flight (\S+)$", page, re.MULTILINE)
@@ -683,13 +686,13 @@ async def sample(soak: Soak, proxy: ProxyProcess, seconds: float) -> Sample:
 
 
 def threads_of(pid: int) -> int:
-    """Return how many threads a process has."""
+    """Return the number of threads of a process."""
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 @asynccontextmanager
-async def far_sides(soak: Soak) -> AsyncIterator[dict[str, str]]:
-    """Let three regions and the token host listen; yield the proxy's `endpoints`."""
+async def upstreams(soak: Soak) -> AsyncIterator[dict[str, str]]:
+    """Run the servers of three regions and the token host; yield the proxy's `endpoints`."""
     handlers = {region: partial(fake_upstream, soak, region) for region in REGIONS}
     servers = {}
     for name, handler in {**handlers, "lwa": partial(token_host, soak)}.items():
@@ -733,92 +736,87 @@ def settings(endpoints: dict[str, str]) -> dict[str, Any]:
 
 
 def read_log(soak: Soak, proxy: ProxyProcess) -> None:
-    """Look for what must not be in the log, and drop the rest."""
+    """Check the log lines for internal errors, and drop them."""
     lines, proxy.log[:] = proxy.log[:], []
     for line in lines:
         if "internal error" in line or "Traceback" in line or not line.startswith("{"):
-            soak.is_wrong(f"the log says: {line}")
+            soak.report(f"the log says: {line}")
 
 
 async def watch(soak: Soak, proxy: ProxyProcess, begin: float, samples: list[Sample]) -> None:
-    """Take a sample every ten seconds, and show it."""
+    """Take and print a sample every ten seconds."""
     for tick in range(1, 10**9):
         await asyncio.sleep(max(0.0, begin + tick * 10 - time.monotonic()))
         read_log(soak, proxy)
         samples.append(await sample(soak, proxy, time.monotonic() - begin))
-        say(f"{samples[-1].row(f'{samples[-1].seconds:.0f} s')} {sum(soak.outcomes.values())} requests")
+        print_lines(f"{samples[-1].row(f'{samples[-1].seconds:.0f} s')} {sum(soak.outcomes.values())} requests")
 
 
-async def calm(soak: Soak, proxy: ProxyProcess, most_descriptors: int) -> Sample:
-    """Return a sample when nothing is in flight and descriptors are few; the last one where that does not come."""
-    end = time.monotonic() + SETTLED_WITHIN
+async def wait_until_settled(soak: Soak, proxy: ProxyProcess, max_descriptors: int) -> Sample:
+    """Return a sample with nothing in flight and few descriptors; after SETTLED_WITHIN, the last one."""
+    end = time.monotonic() + SETTLE_TIMEOUT
     while True:
         now = await sample(soak, proxy, 0.0)
-        if (now.in_flight == 0 and now.descriptors <= most_descriptors) or time.monotonic() > end:
+        if (now.in_flight == 0 and now.descriptors <= max_descriptors) or time.monotonic() > end:
             return now
         await asyncio.sleep(0.5)
 
 
 async def run(minutes: float, seed: int) -> Soak:
-    """Run for so many minutes, and say what became of it."""
+    """Run for `minutes` and print the result."""
     soak, samples = Soak(Random(seed)), list[Sample]()
     with tempfile.TemporaryDirectory() as folder:
-        async with far_sides(soak) as endpoints, serving(settings(endpoints), Path(folder)) as proxy:
+        async with upstreams(soak) as endpoints, serving(settings(endpoints), Path(folder)) as proxy:
             port = int(proxy.addresses[0].rpartition(":")[2])
             start = await sample(soak, proxy, 0.0)
-            say(HEADING, start.row("start"))
+            print_lines(HEADING, start.row("start"))
             begin = time.monotonic()
             watching = asyncio.create_task(watch(soak, proxy, begin, samples))
             async with asyncio.TaskGroup() as group:
                 for _ in range(CLIENTS):
                     group.create_task(client(soak, port))
                 for _ in range(4):
-                    group.create_task(nuisance(soak, port))
+                    group.create_task(hostile_client(soak, port))
                 group.create_task(plain_requests(soak, port))
                 await asyncio.sleep(minutes * 60)
                 soak.stopping = True
             watching.cancel()
             await asyncio.wait([watching])
             samples.append(await sample(soak, proxy, time.monotonic() - begin))
-            end = await calm(soak, proxy, start.descriptors + MORE_DESCRIPTORS)
+            end = await wait_until_settled(soak, proxy, start.descriptors + EXTRA_DESCRIPTORS)
             code = await proxy.stop()
             read_log(soak, proxy)
-    judge(soak, start, samples, end, code)
+    assess(soak, start, samples, end, code)
     return soak
 
 
-def judge(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: int) -> None:
-    """Say how it ended, and note what is not as it should be."""
+def assess(soak: Soak, start: Sample, samples: list[Sample], end: Sample, code: int) -> None:
+    """Print the results and record what is wrong."""
     tenth = next((one for one in samples if one.seconds >= samples[-1].seconds / 10), start)
-    most = Sample(0.0, *(max(values) for values in zip(*map(figures, (*samples, end)), strict=True)))
-    say("", HEADING, start.row("start"), tenth.row("after a tenth"), most.row("most"), end.row("end"), "")
+    maximum = Sample(0.0, *(max(values) for values in zip(*map(fields_of, (*samples, end)), strict=True)))
+    print_lines("", HEADING, start.row("start"), tenth.row("after a tenth"), maximum.row("maximum"), end.row("end"), "")
     for counter in (soak.outcomes, soak.faults):
-        say(*(f"{count:8}  {what}" for what, count in counter.most_common()), "")
+        print_lines(*(f"{count:8}  {what}" for what, count in counter.most_common()), "")
     if end.in_flight:
-        soak.is_wrong(f"{end.in_flight} requests are still in flight")
-    if end.descriptors > start.descriptors + MORE_DESCRIPTORS:
-        soak.is_wrong(f"{end.descriptors} descriptors are open, {start.descriptors} were")
-    if end.memory > tenth.memory + MOST_GROWTH:
-        soak.is_wrong(f"{end.memory:.1f} MiB are resident; after a tenth of the time it was {tenth.memory:.1f}")
+        soak.report(f"{end.in_flight} requests are still in flight")
+    if end.descriptors > start.descriptors + EXTRA_DESCRIPTORS:
+        soak.report(f"{end.descriptors} descriptors are open, {start.descriptors} were")
+    if end.memory > tenth.memory + MAX_GROWTH:
+        soak.report(f"{end.memory:.1f} MiB are resident; after a tenth of the time it was {tenth.memory:.1f}")
     if code != 0:
-        soak.is_wrong(f"after SIGTERM the exit code is {code}")
-    say(f"{len(soak.wrong)} things are wrong, exit code of the proxy {code}", *soak.wrong[:SHOWN])
+        soak.report(f"after SIGTERM the exit code is {code}")
+    print_lines(f"{len(soak.wrong)} errors, exit code of the proxy {code}", *soak.wrong[:MAX_PRINTED])
 
 
-def figures(one: Sample) -> tuple[float, ...]:
+def fields_of(one: Sample) -> tuple[float, ...]:
     return (one.descriptors, one.memory, one.threads, one.in_flight, one.p50, one.p99)
 
 
-def say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
 def main() -> int:
-    """Run, say what became of it; 1 where something is wrong."""
+    """Run and print the results; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.security.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30, help="how long (default 30)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is sent and what goes wrong (default 1)")
+    parser.add_argument("--minutes", type=float, default=30, help="duration (default 30)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of traffic and faults (default 1)")
     options = parser.parse_args()
     end_on_signals()
     try:

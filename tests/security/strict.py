@@ -1,7 +1,7 @@
-"""What do these bytes say to a reader that takes RFC 9112 at its word? It shares no code with the proxy.
+"""Strict HTTP/1.1 parser by RFC 9112 that shares no code with the proxy.
 
-It decides what a client really sent, and it reads what arrived upstream: one reader, so that a byte which the proxy
-understands in another way shows as a difference.
+It determines what a client really sent and parses what arrived upstream: with the same parser on both sides, a byte
+that the proxy interprets differently shows as a difference.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# More than one space, and RTSP, which some take for HTTP: odd, but nothing about where a request ends depends on it.
+# More than one space, and RTSP, which some parsers accept: the end of a request does not depend on them.
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") +([^\x00-\x20\x7f]+) +(?:HTTP|RTSP)/(1\.[01])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d) [\t\x20-\x7e\x80-\xff]*")
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
@@ -19,10 +19,10 @@ _END = b"\r\n\r\n"
 
 @dataclass(slots=True)
 class Message:
-    """A request or an answer whose head is whole; `start` holds its method or status, target and version.
+    """A request or a response with a complete head; `start` holds its method or status, target and version.
 
-    `complete` is whether its whole body is there, `clear` whether its framing can be read in one way only, `is_last`
-    whether nothing behind it can be a message; `raw` is all of it.
+    `complete`: its whole body was received; `clear`: its framing is unambiguous; `is_last`: no message can follow it;
+    `raw`: all of its bytes.
     """
 
     start: tuple[bytes, ...]
@@ -47,12 +47,12 @@ class Message:
         return int(self.start[0])
 
     def all(self, name: bytes) -> list[bytes]:
-        """Return every value of a field; a `_` in its name counts as the `-` that some servers take it for."""
+        """Return every value of a field; `_` in its name counts as `-`, as some servers treat it."""
         return [value for key, value in self.fields if key.lower().replace(b"_", b"-") == name]
 
 
 def requests(data: bytes) -> list[Message]:
-    """Return the requests that stand in what a client sent, up to the first byte that is no HTTP.
+    """Return the requests in what a client sent, up to the first byte that is not HTTP.
 
     Line breaks before a request line are skipped (RFC 9112 section 2.2). The last one may be incomplete.
     """
@@ -71,7 +71,7 @@ def requests(data: bytes) -> list[Message]:
 
 
 def request(data: bytes, at: int = 0) -> Message | None:
-    """Return the request that begins at `at`; None where there is no whole, well-formed head."""
+    """Return the request that begins at `at`; None without a complete, well-formed head."""
     message = _head(data, at, _REQUEST_LINE)
     if message is None:
         return None
@@ -91,10 +91,10 @@ def request(data: bytes, at: int = 0) -> Message | None:
     return message
 
 
-def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[list[Message], bytes]:
-    """Return the final answers to requests with these methods, and the bytes that are left over.
+def responses(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[list[Message], bytes]:
+    """Return the final responses to requests with these methods, and the remaining bytes.
 
-    `at_end` is whether the connection has ended, which also ends an answer without a framing.
+    `at_end`: the connection has ended, which also ends a response without framing.
     """
     found: list[Message] = []
     at = 0
@@ -106,7 +106,7 @@ def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[lis
             at += len(message.raw)
             continue
         method = methods[len(found)] if len(found) < len(methods) else b""
-        _read_answer_body(message, data, at, method, at_end=at_end)
+        _read_response_body(message, data, at, method, at_end=at_end)
         found.append(message)
         at += len(message.raw)
         if not message.complete:
@@ -114,10 +114,10 @@ def answers(data: bytes, methods: Sequence[bytes], *, at_end: bool) -> tuple[lis
     return found, data[at:]
 
 
-def _read_answer_body(message: Message, data: bytes, at: int, method: bytes, *, at_end: bool) -> None:
+def _read_response_body(message: Message, data: bytes, at: int, method: bytes, *, at_end: bool) -> None:
     begin = at + len(message.raw)
     lengths = message.all(b"content-length")
-    # An error that is said instead of the answer to a HEAD request has a body, and ends the connection.
+    # An error that replaces the response to HEAD may have a body; it then closes the connection.
     has_none = method == b"HEAD" and not (data[begin : begin + 1] == b"{" and b"close" in message.all(b"connection"))
     if has_none or message.status in {204, 304}:
         message.complete = True
@@ -148,7 +148,7 @@ def _head(data: bytes, at: int, first_line: re.Pattern[bytes]) -> Message | None
 
 
 def _read_body(message: Message, data: bytes, at: int, length: int, *, chunked: bool) -> None:
-    """Read a body as far as it is there and well-formed; `raw` grows by it."""
+    """Read a body as far as it is received and well-formed; extend `raw` by it."""
     begin = at + len(message.raw)
     if chunked:
         end = _read_chunks(message, data, begin)

@@ -1,7 +1,7 @@
-"""Can a web page, in a real browser on this machine, use the proxy or read what it answers?
+"""Attacks by a web page in a real browser on this machine: using the proxy, or reading its responses.
 
-Chromium opens a page of the test's own. Its script tries all that a page may try, and posts to the test what it could
-read. The attacker's names resolve to this machine, as any name does whose owner wants it.
+Chromium opens a page whose script tries everything a page may try and posts to the test what it could read. The
+attacker's names resolve to this machine, as the owner of a domain can arrange.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad"),
     *("--no-proxy-server", f"--host-resolver-rules={', '.join(RULES)}"),
-    "--disable-popup-blocking",  # a click of the visitor's would let a page open windows
+    "--disable-popup-blocking",  # as a click of the visitor would
 )
-PATIENCE = 50.0  # seconds
+TIMEOUT = 50.0  # seconds
 
 ORDERS = "/orders/v0/orders"
-NAMES = ("127.0.0.1", "localhost", "rebind.test", "0.0.0.0")  # under which a page may reach a port of this machine
+NAMES = ("127.0.0.1", "localhost", "rebind.test", "0.0.0.0")  # host names of this machine that a page may use
 
-# What a page may try with an address. Each attempt gives the text that it could read, or nothing, or fails.
+# Attempts of a page on an address. Each returns the text that it could read, or nothing, or fails.
 ATTEMPTS = """
 const load = (tag, attributes) => new Promise((resolve, reject) => {
   const element = Object.assign(document.createElement(tag), attributes);
@@ -57,7 +57,7 @@ const form = (frame, attributes, field) => {
   document.body.append(form);
   form.submit();
 };
-const text = (url, options) => fetch(url, options).then((answer) => answer.text());
+const text = (url, options) => fetch(url, options).then((response) => response.text());
 const ended = (source, good) => new Promise((resolve, reject) => {
   source[good] = (event) => resolve(event.data ?? "open");
   source.onerror = () => reject("no connection");
@@ -78,7 +78,7 @@ const attempts = {
   "xhr": (url) => new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.onload = () => resolve(request.responseText);
-    request.onerror = () => reject("no answer");
+    request.onerror = () => reject("no response");
     request.open("GET", url);
     request.send();
   }),
@@ -104,7 +104,7 @@ const attempts = {
 };
 """
 
-# Those that read what their own site answers; the others send, and could only guess.
+# Attempts that can read responses of their own site; the others can only send.
 READERS = {
     *("fetch", "fetch-header", "fetch-post", "fetch-json", "fetch-put", "fetch-delete"),
     *("no-cors-get", "no-cors-post", "no-cors-no-referrer", "redirected", "xhr"),
@@ -139,21 +139,21 @@ def page(script: str, **constants: object) -> str:
 
 @dataclass
 class Site:
-    """The attacker's web site: its page, the page's report, and something to read at every other path."""
+    """The attacker's web site: its page, the page's report, and readable content at every other path."""
 
     page: str = ""
     report: dict[str, Any] = field(default_factory=dict)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     page_waits: asyncio.Event = field(default_factory=asyncio.Event)
-    page_may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    page_continues: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
-        response = await self._answer(request)
+        response = await self._respond(request)
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.force_close()
         return response
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    async def _respond(self, request: web.BaseRequest) -> web.Response:
         match request.path:
             case "/":
                 return web.Response(text=self.page, content_type="text/html")
@@ -161,7 +161,7 @@ class Site:
                 return web.Response(status=307, headers={"Location": unquote(request.query_string)})
             case "/wait":
                 self.page_waits.set()
-                await self.page_may_go_on.wait()
+                await self.page_continues.wait()
             case "/report":
                 self.report = json.loads(await request.read())
                 self.reported.set()
@@ -170,7 +170,7 @@ class Site:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
-        """Answer on a free port of 127.0.0.1, and yield it."""
+        """Serve on a free port of 127.0.0.1, and yield it."""
         runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=1.0)
         await runner.setup()
         try:
@@ -181,13 +181,13 @@ class Site:
 
 
 def url_of(request: Received) -> str:
-    """Return what was asked for; a form's empty field counts as a bare word."""
+    """Return the URL that was requested; an empty form field counts as a bare word."""
     return f"http://{request.get('host')}{request.target.removesuffix('=')}"
 
 
 @dataclass
 class Tap(RawServer):
-    """Stands before a listener of the proxy's, and keeps each request with its answer."""
+    """Proxy in front of a listener that records each request with its response."""
 
     address: str = ""
     exchanges: list[tuple[Received, RawResponse]] = field(default_factory=list)
@@ -207,13 +207,13 @@ class Tap(RawServer):
         await writer.drain()
 
     def urls(self) -> set[str]:
-        """Return what was asked for."""
+        """Return the requested URLs."""
         return {url_of(request) for request, _ in self.exchanges}
 
-    async def has_answered(self, urls: set[str]) -> None:
-        """Wait until all of them were answered."""
+    async def has_responded(self, urls: set[str]) -> None:
+        """Wait until all of them have a response."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not urls <= self.urls():
                     self.answered.clear()
                     await self.answered.wait()
@@ -222,7 +222,7 @@ class Tap(RawServer):
 
 @asynccontextmanager
 async def browsing(url: str, folder: Path) -> AsyncIterator[None]:
-    """Open a page in a browser that nobody has used yet, and end it."""
+    """Open a page in a browser with a new profile, and end it."""
     browser = await asyncio.create_subprocess_exec(
         *(CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", url), stderr=asyncio.subprocess.DEVNULL
     )
@@ -231,17 +231,17 @@ async def browsing(url: str, folder: Path) -> AsyncIterator[None]:
     finally:
         if browser.returncode is None:
             browser.terminate()
-        await asyncio.wait_for(browser.wait(), PATIENCE)
+        await asyncio.wait_for(browser.wait(), TIMEOUT)
 
 
 @pytest.fixture(autouse=True)
 def chromium() -> None:
-    """Every test here needs a browser."""
+    """Skip the tests if there is no browser."""
     needs(bool(CHROMIUM), "chromium")
 
 
 async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> None:
-    """Let a page on `name` try everything: all of it arrives, and the page reads what is its own alone."""
+    """Let a page on `name` try everything: all of it arrives, and the page reads only its own content."""
     site = Site()
     async with site.listening() as port:
         own = f"http://{name}:{port}/own"
@@ -249,10 +249,10 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
         targets = [own, *(door + path for door in doors for path in paths)]
         site.page = page(ATTEMPTS + TRY_ALL, targets=targets)
         async with browsing(f"http://{name}:{port}/", folder):
-            await asyncio.wait_for(site.reported.wait(), PATIENCE)
+            await asyncio.wait_for(site.reported.wait(), TIMEOUT)
             tried = {url for url in site.report if not url.startswith(own)}
-            icons = {f"{door}/favicon.ico" for door in doors}  # the browser asks for them itself, as the same origin
-            await tap.has_answered(tried | icons)
+            icons = {f"{door}/favicon.ico" for door in doors}  # requested by the browser itself, as same-origin
+            await tap.has_responded(tried | icons)
     assert {url for url, text in site.report.items() if text} == {f"{own}?{attempt}" for attempt in READERS}
     responses = [(url_of(request), got) for request, got in tap.exchanges]
     assert [(url, got.status) for url, got in responses if url in tried and got.status not in {403, 421}] == []
@@ -263,7 +263,7 @@ async def attack(name: str, tap: Tap, paths: tuple[str, ...], folder: Path) -> N
 
 @pytest.mark.parametrize("name", ["evil.test", "localhost"])
 @pytest.mark.timeout(120)
-async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_an_answer(
+async def test_a_web_page_can_neither_send_anything_to_amazon_nor_read_a_response(
     name: str, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     async with serving(settings_for(fake_upstream, token_host), tmp_path) as proxy:
@@ -297,12 +297,12 @@ async def test_a_web_page_cannot_read_the_admin_address(
 @pytest.mark.parametrize(
     ("listener", "path", "posted"),
     [
-        ("listen", ORDERS, 403),  # it brings its Origin, and that is looked at first
+        ("listen", ORDERS, 403),  # it has an Origin, which is checked first
         ("admin", "/metrics", 421),
     ],
 )
 @pytest.mark.timeout(120)
-async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
+async def test_dns_rebinding_to_this_machine_gives_no_access(
     listener: str, path: str, posted: int, fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     """DNS rebinding: for the browser the page and the proxy are one origin, so that `Host` alone tells them apart."""
@@ -311,12 +311,12 @@ async def test_a_name_that_comes_to_mean_this_machine_opens_nothing(
         port = await before.enter_async_context(site.listening())
         site.page = page(TRY_AS_ITS_OWN, control=f"http://control.test:{control}", path=path)
         async with browsing(f"http://rebind.test:{port}/", tmp_path):
-            await asyncio.wait_for(site.page_waits.wait(), PATIENCE)
+            await asyncio.wait_for(site.page_waits.wait(), TIMEOUT)
             await before.aclose()
             address = f"127.0.0.1:{port}"
             async with serving({**settings_for(fake_upstream, token_host), listener: address}, tmp_path) as proxy:
-                site.page_may_go_on.set()
-                await asyncio.wait_for(site.reported.wait(), PATIENCE)
+                site.page_continues.set()
+                await asyncio.wait_for(site.reported.wait(), TIMEOUT)
                 assert (fake_upstream.received, token_host.received) == ([], [])
                 assert site.report == {"get": 421, "head": 421, "header": 421, "post": posted}
                 assert (await call(address, "GET", path)).status == 200

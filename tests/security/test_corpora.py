@@ -1,4 +1,4 @@
-"""What other projects test their parsers with, sent through the proxy: does each side see plain messages alone?"""
+"""Other projects' parser test corpora sent through the proxy: each side must see only canonical messages."""
 
 import asyncio
 import re
@@ -15,12 +15,12 @@ from tests.security.corpora import Case, Message, gunicorn, llhttp
 from tests.support.fake_upstream import FakeUpstream, Received, Script, http_response
 from tests.support.raw_client import Client, RawResponse, call, connect
 
-LONGEST = 30.0  # seconds for one exchange; the proxy's own patience ends long before
-PATIENCE = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
-MOST_PIECES = 256
+EXCHANGE_TIMEOUT = 30.0  # seconds; the proxy's own timeouts are much shorter
+TIMEOUT = {"header": "1s", "body_idle": "1s", "upstream_idle": "1s", "keep_alive": "200ms"}
+MAX_SEGMENTS = 256
 PATH = "/brand/new"
 
-# Refused by gunicorn for reasons of its own. The proxy takes them; what then arrives must be plain all the same.
+# Rejected by gunicorn's own policy. The proxy accepts them; what arrives must still be canonical.
 POLICY = {
     "invalid/006": "gunicorn's limit for a request line is 4094 bytes, the proxy's 16 KiB",
     "invalid/007": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
@@ -30,21 +30,21 @@ POLICY = {
     "invalid/011": "a limit that the case sets: 2 fields",
     "invalid/012": "a limit that the case sets: 98 bytes for a field",
     "invalid/017": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
-    "invalid/019": "X-Forwarded-Proto and X-Forwarded-Ssl disagree; the proxy believes neither and passes none on",
+    "invalid/019": "X-Forwarded-Proto and X-Forwarded-Ssl disagree; the proxy trusts neither and forwards none",
     "invalid/chunked_07": "a setting of the case refuses names with an underscore; the proxy drops Transfer_Encoding",
     "invalid/limit_header_default_01": "gunicorn's limit for a field is 8190 bytes, the proxy's 32 KiB",
     "invalid/rfc9110_trailer_forbidden_host_01": "trailer fields may be dropped (RFC 9112 section 7.1.2), and all are",
     "invalid/rfc9112_leading_crlf_02": "more than one empty line may be skipped (RFC 9112 section 2.2)",
 }
 
-# Where gunicorn finds the mistake in the body, so that the request's beginning may already be on its way.
+# The error is in the body, so the start of the request may already have been forwarded.
 IN_THE_BODY = ("invalid/chunked_", "invalid/rfc9110_trailer_", "invalid/rfc9112_chunked_")
 
-# The requests of gunicorn's `valid` files that hold more than one.
+# Number of requests in gunicorn's `valid` files with more than one.
 PIPELINED = {"valid/018": 2, "valid/022": 2, "valid/023": 2, "valid/pp_02": 2}
 
-# Taken by the other project, and refused here, by why.
-REFUSED_HERE = {
+# Accepted by the other project and rejected here, by reason.
+REJECTED_HERE = {
     "the method is not forwarded": (
         "valid/031",
         "valid/031compat",
@@ -70,7 +70,7 @@ REFUSED_HERE = {
         "request/sample/simple-request",
         "request/uri/underscore-in-hostname",
     ),
-    "a body on GET, which Amazon refuses": (
+    "a body on GET, which Amazon rejects": (
         "valid/008",
         "valid/020",
         "valid/040",
@@ -95,25 +95,25 @@ REFUSED_HERE = {
         "valid/pp_05",
     ),
     "folded fields, for which gunicorn has a setting": ("valid/compat_obs_fold", "valid/compat_obs_fold_huge"),
-    "a space behind a field's name, for which gunicorn has a setting": ("valid/028",),
+    "a space after a field's name, for which gunicorn has a setting": ("valid/028",),
     "spaces in chunk extensions": ("valid/013",),
     "a target with '#'": ("valid/005", "request/uri/fragment-in-uri"),
     "a target with a backslash": ("request/uri/quotes-in-uri",),
     "a target that begins with two slashes": ("valid/100",),
     "a target with a user in it": ("valid/rfc9112_target_absolute_userinfo_01", "request/uri/host-port-and-basic-auth"),
     "no version": ("request/sample/no-http-version",),
-    "an Origin: web pages are refused": ("request/connection/upgrade-get-request",),
+    "an Origin: web pages are rejected": ("request/connection/upgrade-get-request",),
     "a body that is shorter than its length": ("valid/099",),
 }
 
-# What comes behind a request that ends its connection is refused, and the request with it where both come at once.
-# A connection also ends where the next request comes together with the end of a chunked body: there may have been
-# trailer fields in it (tests/security/test_fuzz.py).
-TOGETHER = {"valid/019", "valid/021", "valid/023"}
+# Data after a request that ends its connection is rejected, with the request if both come in one segment.
+# A connection also ends if the next request comes in one segment with the end of a chunked body: that end may have
+# contained trailer fields (tests/security/test_fuzz.py).
+SAME_SEGMENT = {"valid/019", "valid/021", "valid/023"}
 
-# Answers that llhttp takes, and the proxy does not pass on, by why.
-NOT_PASSED_ON = {
-    "another protocol that nobody asked for": (
+# Responses that llhttp accepts and the proxy does not forward, by reason.
+NOT_FORWARDED = {
+    "an upgrade that was not requested": (
         "response/connection/http-101-response-with-upgrade-and-content-length-header",
         "response/connection/http-101-response-with-upgrade-and-transfer-encoding-header",
     ),
@@ -125,7 +125,7 @@ NOT_PASSED_ON = {
     ),
 }
 
-# The only requests that may go to Amazon: the narrowest form that RFC 9112 has for them.
+# The only requests that may go to Amazon: the strictest form of RFC 9112.
 _LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) /[\x21\x22\x24-\x5b\x5d-\x7e]* HTTP/1\.1")
 _VISIBLE = rb"[\x21-\x7e\x80-\xff]"
 _FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: (" + _VISIBLE + rb"([\t\x20-\x7e\x80-\xff]*" + _VISIBLE + rb")?)?")
@@ -133,7 +133,7 @@ _FRAMING = re.compile(rb"content-length: [0-9]+|transfer-encoding: chunked", re.
 _CHUNK_SIZE = re.compile(rb"(0|[1-9a-f][0-9a-f]*)\r\n")
 
 
-def mistakes(head: bytes) -> list[str]:
+def violations(head: bytes) -> list[str]:
     """Return what is ambiguous or not canonical in a request's head (without its blank line)."""
     line, *fields = head.split(b"\r\n")
     names = [text.partition(b":")[0].strip().lower() for text in fields]
@@ -153,7 +153,7 @@ def _is_framing(name: bytes) -> bool:
 
 
 async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
-    """Read a request's body; raise ValueError where its chunks are not canonical."""
+    """Read a request's body; raise ValueError if its chunks are not canonical."""
     if request.get("transfer-encoding") is None:
         return await reader.readexactly(int(request.get("content-length") or 0))
     body = b""
@@ -171,19 +171,19 @@ async def whole_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 
 @dataclass
 class Witness(FakeUpstream):
-    """Amazon's API, which takes plain requests alone, and notes what was not plain and what broke off."""
+    """Fake of Amazon's API that accepts only canonical requests and records other ones and truncated ones."""
 
-    not_plain: list[str] = field(default_factory=list)
-    broken_off: list[bytes] = field(default_factory=list)
+    not_canonical: list[str] = field(default_factory=list)
+    truncated: list[bytes] = field(default_factory=list)
 
     async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as exc:
-            self.not_plain += [f"half a head: {exc.partial!r}"] if exc.partial else []
+            self.not_canonical += [f"half a head: {exc.partial!r}"] if exc.partial else []
             return False
-        if found := mistakes(head.removesuffix(b"\r\n\r\n")):
-            self.not_plain += found
+        if found := violations(head.removesuffix(b"\r\n\r\n")):
+            self.not_canonical += found
             return False
         line, *fields = head.decode("latin-1").split("\r\n")[:-2]
         request = Received(line, [(name, value) for name, _, value in (text.partition(": ") for text in fields)])
@@ -191,10 +191,10 @@ class Witness(FakeUpstream):
         try:
             request.body = await whole_body(request, reader)
         except asyncio.IncompleteReadError:
-            self.broken_off.append(head)
+            self.truncated.append(head)
             return False
         except ValueError as exc:
-            self.not_plain.append(str(exc))
+            self.not_canonical.append(str(exc))
             return False
         self.received.append(request)
         await self.respond(request, writer)
@@ -210,8 +210,8 @@ async def fake_upstream() -> AsyncIterator[Witness]:
 
 @pytest.fixture
 async def proxy(start_proxy: StartProxy) -> RunningProxy:
-    """A proxy that soon gives up on who says no more."""
-    return await start_proxy(timeouts=PATIENCE)
+    """A proxy with short timeouts."""
+    return await start_proxy(timeouts=TIMEOUT)
 
 
 def items(cases: list[Case]) -> list[Any]:
@@ -219,12 +219,12 @@ def items(cases: list[Case]) -> list[Any]:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
-async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_pieces: bool) -> None:
-    """Send it at once, or so that the other side mostly gets to see it byte by byte."""
-    size = max(1, len(data) // MOST_PIECES) if in_pieces else len(data)
+async def deliver(data: bytes, send: Callable[[bytes], Awaitable[None]], *, in_segments: bool) -> None:
+    """Send the data in one write, or in small segments, mostly byte by byte."""
+    size = max(1, len(data) // MAX_SEGMENTS) if in_segments else len(data)
     for start in range(0, len(data), size):
         await send(data[start : start + size])
-        await asyncio.sleep(0)  # no wait: it lets the other side have a look
+        await asyncio.sleep(0)  # yields to the event loop, so that the peer reads the segment
 
 
 # Requests.
@@ -236,10 +236,10 @@ _FRAMED = re.compile(rb"^(?:content-length|transfer-encoding):[ \t]*(.*?)[ \t]*\
 _LAST_CHUNK = re.compile(rb"(?:^|\r\n)0+\r\n(?:[^\r\n]+\r\n)*\r\n")
 
 
-def at_our_door(data: bytes) -> bytes:
-    """Return a corpus' requests with a Host that the proxy answers to, so that they are not refused for that alone.
+def with_accepted_host(data: bytes) -> bytes:
+    """Return a corpus' requests with a Host that the proxy accepts, so that Host alone does not reject them.
 
-    A head with several different Hosts stays as it is, and so does a target with a user in it.
+    A head with several different Hosts is unchanged, and so is a target with userinfo.
     """
     result = b""
     while data:
@@ -260,7 +260,7 @@ def _with_our_host(head: bytes) -> bytes:
 
 
 def _body_size(head: bytes, rest: bytes) -> int:
-    """Return how much of `rest` is this request's body; all of it where that is not plain."""
+    """Return how much of `rest` is this request's body; all of it if its framing is ambiguous."""
     framing: list[bytes] = _FRAMED.findall(head)
     if not framing:
         return 0
@@ -270,10 +270,10 @@ def _body_size(head: bytes, rest: bytes) -> int:
     return last.end() if last is not None and len(framing) == 1 else len(rest)
 
 
-async def answers_of(client: Client, method: str) -> list[RawResponse]:
-    """Return the answers up to one that says that it is the last, or up to the connection's end."""
+async def responses_of(client: Client, method: str) -> list[RawResponse]:
+    """Return the responses up to one with `Connection: close`, or up to the end of the connection."""
     responses: list[RawResponse] = []
-    with suppress(OSError):  # a reset is an end too
+    with suppress(OSError):  # a reset also ends the connection
         try:
             while not responses or responses[-1].get("connection") != "close":
                 responses.append(await client.read_response(method))
@@ -283,44 +283,44 @@ async def answers_of(client: Client, method: str) -> list[RawResponse]:
     return responses
 
 
-async def exchange(address: str, data: bytes, *, in_pieces: bool) -> list[RawResponse]:
-    """Send raw bytes on a connection of their own; return the answers when the proxy has ended it."""
+async def exchange(address: str, data: bytes, *, in_segments: bool) -> list[RawResponse]:
+    """Send raw bytes on a new connection; return the responses when the proxy has closed it."""
     method = data.lstrip().split(b" ")[0].decode("latin-1")
-    async with asyncio.timeout(LONGEST), connect(address) as client:
-        reading = asyncio.create_task(answers_of(client, method))
-        with suppress(OSError):  # the proxy may end the connection before it has all
-            await deliver(data, client.send, in_pieces=in_pieces)
+    async with asyncio.timeout(EXCHANGE_TIMEOUT), connect(address) as client:
+        reading = asyncio.create_task(responses_of(client, method))
+        with suppress(OSError):  # the proxy may close before it has received all
+            await deliver(data, client.send, in_segments=in_segments)
         responses = await reading
         with suppress(OSError):
-            client.writer.write_eof()  # the proxy need not wait for more, and may not say more
-        return responses + await answers_of(client, method)
+            client.writer.write_eof()  # half-close: no further response may follow
+        return responses + await responses_of(client, method)
 
 
 def allowed(case: Case) -> int:
-    """Return how many whole requests of a case may reach Amazon."""
+    """Return how many complete requests of a case may reach Amazon."""
     if case.messages:
         return sum(message.is_whole for message in case.messages)
-    if case.is_refused:
+    if case.is_rejected:
         return int(case.name in POLICY)
     return PIPELINED.get(case.name, 1)
 
 
-def may_break_off(case: Case) -> bool:
-    """Return whether a case ends, or goes wrong, inside a body: then its beginning may have been sent on."""
+def may_be_truncated(case: Case) -> bool:
+    """Return whether a case ends, or becomes invalid, inside a body: its start may have been forwarded."""
     if case.messages:
         return any(message.has_head and not message.is_whole for message in case.messages)
-    return not case.is_refused or case.name.startswith(IN_THE_BODY)
+    return not case.is_rejected or case.name.startswith(IN_THE_BODY)
 
 
-def agrees(request: Received, message: Message) -> bool:
-    """Return whether what arrived is the request that llhttp read."""
+def matches(request: Received, message: Message) -> bool:
+    """Return whether a received request is the one that llhttp read."""
     target = re.sub(r"^https?://[^/?]*", "", message.url)
     target = target if target.startswith("/") else f"/{target}"
     return (request.method, request.target, request.body) == (message.method, target, message.body)
 
 
 @pytest.mark.parametrize("case", items([*gunicorn("invalid"), *gunicorn("valid"), *llhttp("request")]))
-async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
+async def test_only_canonical_requests_reach_amazon_and_no_invalid_one(
     proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
@@ -328,57 +328,57 @@ async def test_only_plain_requests_reach_amazon_and_none_that_is_invalid(
         await writer.drain()
 
     fake_upstream.script = script
-    most_arrived = 0
-    for in_pieces in (False, True):
+    max_received = 0
+    for in_segments in (False, True):
         fake_upstream.received.clear()
-        responses = await exchange(proxy.addresses[0], at_our_door(case.data), in_pieces=in_pieces)
+        responses = await exchange(proxy.addresses[0], with_accepted_host(case.data), in_segments=in_segments)
         arrived = fake_upstream.received.copy()
         good = await call(proxy.addresses[0], "GET", PATH)
         assert (good.status, good.get("x-line")) == (200, f"GET {PATH} HTTP/1.1")
 
-        assert not fake_upstream.not_plain
+        assert not fake_upstream.not_canonical
         assert len(arrived) <= allowed(case)
-        assert may_break_off(case) or not fake_upstream.broken_off
+        assert may_be_truncated(case) or not fake_upstream.truncated
         if case.messages:
             read = iter(case.messages)
-            assert all(any(agrees(request, message) for message in read) for request in arrived)
+            assert all(any(matches(request, message) for message in read) for request in arrived)
 
         passed = [got for got in responses if got.error is None]
         assert [got.get("x-line") for got in passed] == [request.line for request in arrived]
         assert all(got.status == 200 for got in passed)
         assert all(400 <= got.status <= 505 for got in responses if got.error is not None)
-        most_arrived = max(most_arrived, len(arrived))
+        max_received = max(max_received, len(arrived))
 
-    if (case.name in POLICY or not case.is_refused) and case.name not in TOGETHER:
-        is_refused_here = any(case.name in names for names in REFUSED_HERE.values())
-        assert most_arrived == (0 if is_refused_here else allowed(case))
+    if (case.name in POLICY or not case.is_rejected) and case.name not in SAME_SEGMENT:
+        is_rejected_here = any(case.name in names for names in REJECTED_HERE.values())
+        assert max_received == (0 if is_rejected_here else allowed(case))
 
 
 # Responses.
 
 
 @pytest.mark.parametrize("case", items(llhttp("response")))
-async def test_an_answer_is_passed_on_whole_or_visibly_not(
+async def test_a_response_is_forwarded_complete_or_visibly_truncated(
     proxy: RunningProxy, fake_upstream: Witness, case: Case
 ) -> None:
     message = next((each for each in case.messages if each.status == 101 or not 100 <= each.status < 200), Message())
-    says_its_end = message.is_whole or case.is_refused
-    for in_pieces in (False, True):
-        for closes in (False, True) if says_its_end else (True,):
+    has_explicit_end = message.is_whole or case.is_rejected
+    for in_segments in (False, True):
+        for closes in (False, True) if has_explicit_end else (True,):
             fake_upstream.received.clear()
-            fake_upstream.script = playing(case.data, fake_upstream, in_pieces=in_pieces, closes=closes)
+            fake_upstream.script = respond_once_with(case.data, fake_upstream, in_segments=in_segments, closes=closes)
             first = await call_if_answered(proxy.addresses[0])
             second = await call_if_answered(proxy.addresses[0])
-            assert is_right(first, message), (in_pieces, closes, first)
-            if not case.is_refused:
+            assert is_valid_result(first, message), (in_segments, closes, first)
+            if not case.is_rejected:
                 is_own_error = first is not None and first.error is not None
-                assert is_own_error == any(case.name in names for names in NOT_PASSED_ON.values())
+                assert is_own_error == any(case.name in names for names in NOT_FORWARDED.values())
             assert second is not None
             assert (second.status, second.reason, second.body, second.complete) == (200, "OK", b"own", True)
 
 
-def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: bool) -> Script:
-    """Return a script that answers the first request with these bytes, and every other one properly."""
+def respond_once_with(data: bytes, fake_upstream: Witness, *, in_segments: bool, closes: bool) -> Script:
+    """Return a script that sends these bytes to the first request and a valid response to every other."""
 
     async def script(request: Received, writer: asyncio.StreamWriter) -> None:
         async def send(piece: bytes) -> None:
@@ -388,7 +388,7 @@ def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: boo
         if request is not fake_upstream.received[0]:
             await send(http_response("200 OK", b"own"))
             return
-        await deliver(data, send, in_pieces=in_pieces)
+        await deliver(data, send, in_segments=in_segments)
         if closes:
             writer.close()
 
@@ -396,18 +396,18 @@ def playing(data: bytes, fake_upstream: Witness, *, in_pieces: bool, closes: boo
 
 
 async def call_if_answered(address: str) -> RawResponse | None:
-    """Send one request that is never repeated; return None where the connection ended instead of an answer."""
+    """Send one request that is never retried; return None if the connection ended without a response."""
     try:
-        async with asyncio.timeout(LONGEST):
+        async with asyncio.timeout(EXCHANGE_TIMEOUT):
             return await call(address, "POST", PATH, b"{}", x_sp_retry="off")
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
 
 
-def is_right(got: RawResponse | None, message: Message) -> bool:
-    """Return whether the app can rely on what it got: Amazon's whole answer, or what cannot be taken for one.
+def is_valid_result(got: RawResponse | None, message: Message) -> bool:
+    """Return whether the app can rely on the result: Amazon's complete response, or a recognisable failure.
 
-    The proxy may refuse more than llhttp does. A mistake behind a whole answer does not make that answer wrong.
+    The proxy may reject more than llhttp does. An error after a complete response does not make that response wrong.
     """
     if got is None or got.error is not None:
         return got is None or got.status in {502, 504}

@@ -1,29 +1,29 @@
-"""Rows 19 to 26 of the threats: a message that two readers could read differently is refused, not repaired."""
+"""Threats 19 to 26: a message that two parsers could read differently is rejected, not repaired."""
 
 from contextlib import suppress
 
 import pytest
 
-from tests.security.harness import SELLERS, Arrived, Stream, World, answer, request, until
+from tests.security.harness import SELLERS, Harness, ReceivedRequest, Stream, http_response, request, until
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FEEDS = b"/feeds/2021-06-30/feeds"
 
 
 def post(*fields: bytes, body: bytes = b"", version: bytes = b"HTTP/1.1") -> bytes:
-    """Return a POST whose framing is all the test's own."""
+    """Return a POST without framing fields of its own."""
     return b"\r\n".join([b"POST " + FEEDS + b" " + version, b"Host: localhost", *fields, b"", body])
 
 
-def refused(world: World, data: bytes, *statuses: int) -> None:
-    """Send; one refusal comes back, the connection is closed, and nothing is forwarded: not what follows either."""
-    got = world.send(data + HIDDEN)
+def assert_rejected(harness: Harness, data: bytes, *statuses: int) -> None:
+    """Send; expect one rejection and a closed connection, and nothing forwarded, including what follows."""
+    got = harness.send(data + HIDDEN)
     assert len(got) == 1
     assert got[0].status in (statuses or (400,))
     assert got[0].error
-    assert not [one for one in world.api.arrived if one.target == "/hidden"]
-    # A body may turn out to be broken on its way; it then never comes to its end.
-    assert not [one for one in world.api.arrived if one.body]
+    assert not [one for one in harness.api.received if one.target == "/hidden"]
+    # A body may be found malformed while it is forwarded; it is then never completed.
+    assert not [one for one in harness.api.received if one.body]
 
 
 BOTH = [
@@ -37,8 +37,8 @@ BOTH = [
 
 
 @pytest.mark.parametrize("fields", BOTH, ids=repr)
-def test_19_both_framings_are_refused(world: World, fields: tuple[bytes, ...]) -> None:
-    refused(world, post(*fields, body=b"0\r\n\r\n"))
+def test_19_both_framings_are_rejected(harness: Harness, fields: tuple[bytes, ...]) -> None:
+    assert_rejected(harness, post(*fields, body=b"0\r\n\r\n"))
 
 
 CODINGS = [
@@ -83,32 +83,32 @@ CODINGS = [
 
 
 @pytest.mark.parametrize("fields", CODINGS, ids=repr)
-def test_20_any_transfer_coding_but_chunked_is_refused(world: World, fields: bytes) -> None:
-    refused(world, post(fields, body=b"5\r\nhello\r\n0\r\n\r\n"), 400, 501)
+def test_20_any_transfer_coding_but_chunked_is_rejected(harness: Harness, fields: bytes) -> None:
+    assert_rejected(harness, post(fields, body=b"5\r\nhello\r\n0\r\n\r\n"), 400, 501)
 
 
 @pytest.mark.parametrize("name", [b"Transfer_Encoding", b"Content_Length", b"X-Transfer-Encoding"])
-def test_20_a_name_that_resembles_a_framing_field_frames_nothing(world: World, name: bytes) -> None:
-    got = world.send(post(name + b": 5", b"Content-Length: 2", b"Connection: close", body=b"{}"))
+def test_20_a_name_that_resembles_a_framing_field_frames_nothing(harness: Harness, name: bytes) -> None:
+    got = harness.send(post(name + b": 5", b"Content-Length: 2", b"Connection: close", body=b"{}"))
     assert [one.status for one in got] == [200]
-    assert [one.body for one in world.api.arrived] == [b"{}"]
+    assert [one.body for one in harness.api.received] == [b"{}"]
 
 
 @pytest.mark.parametrize("coding", [b"chunked", b"Chunked", b"CHUNKED", b" chunked "])
-def test_20_chunked_is_taken(world: World, coding: bytes) -> None:
+def test_20_chunked_is_accepted(harness: Harness, coding: bytes) -> None:
     fields = (b"Transfer-Encoding:" + coding, b"Connection: close")
-    got = world.send(post(*fields, body=b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n"))
+    got = harness.send(post(*fields, body=b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n"))
     assert [one.status for one in got] == [200]
-    assert [one.body for one in world.api.arrived] == [b"hello!"]
+    assert [one.body for one in harness.api.received] == [b"hello!"]
 
 
-def test_20_chunked_in_http_1_0_is_refused(world: World) -> None:
+def test_20_chunked_in_http_1_0_is_rejected(harness: Harness) -> None:
     for more in ((), (b"Connection: keep-alive",)):
         data = post(b"Transfer-Encoding: chunked", *more, body=b"2\r\n{}\r\n0\r\n\r\n", version=b"HTTP/1.0")
-        refused(world, data)
-        (got,) = world.send(data)
+        assert_rejected(harness, data)
+        (got,) = harness.send(data)
         assert got.error == "MalformedRequest"
-        assert not world.api.arrived
+        assert not harness.api.received
 
 
 LENGTHS = [
@@ -145,15 +145,15 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize("fields", LENGTHS, ids=repr)
-def test_21_a_length_is_digits_and_stands_there_once(world: World, fields: bytes) -> None:
-    refused(world, post(fields, body=b"{}"), 400, 431)
+def test_21_a_length_is_digits_and_given_once(harness: Harness, fields: bytes) -> None:
+    assert_rejected(harness, post(fields, body=b"{}"), 400, 431)
 
 
 @pytest.mark.parametrize("length", [b"2", b"02", b"0002", b" 2", b"2 ", b"\t2\t"])
-def test_21_a_plain_length_is_taken_and_goes_on_plain(world: World, length: bytes) -> None:
-    got = world.send(post(b"Content-Length:" + length, b"Connection: close", body=b"{}"))
+def test_21_a_valid_length_is_accepted_and_forwarded_canonically(harness: Harness, length: bytes) -> None:
+    got = harness.send(post(b"Content-Length:" + length, b"Connection: close", body=b"{}"))
     assert [one.status for one in got] == [200]
-    assert [one.body for one in world.api.arrived] == [b"{}"]
+    assert [one.body for one in harness.api.received] == [b"{}"]
 
 
 CHUNKS = [
@@ -188,20 +188,20 @@ CHUNKS = [
 
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: repr(chunks[:40]))
-def test_22_malformed_chunks_never_become_a_request(world: World, chunks: bytes) -> None:
-    got = world.send(post(b"Transfer-Encoding: chunked", body=chunks + HIDDEN))
+def test_22_malformed_chunks_never_become_a_request(harness: Harness, chunks: bytes) -> None:
+    got = harness.send(post(b"Transfer-Encoding: chunked", body=chunks + HIDDEN))
     assert len(got) <= 1
     assert not got or got[0].status in {400, 408}
-    assert not [one for one in world.api.arrived if one.body or one.target == "/hidden"]
+    assert not [one for one in harness.api.received if one.body or one.target == "/hidden"]
 
 
 @pytest.mark.parametrize(
     "chunks", [b"2;x=y\r\n{}\r\n0\r\n\r\n", b'2;x="y"\r\n{}\r\n0;z\r\n\r\n', b"002\r\n{}\r\n000\r\n\r\n"]
 )
-def test_22_chunk_extensions_go_no_further(world: World, chunks: bytes) -> None:
-    got = world.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
+def test_22_chunk_extensions_are_not_forwarded(harness: Harness, chunks: bytes) -> None:
+    got = harness.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
     assert [one.status for one in got] == [200]
-    assert [one.body for one in world.api.arrived] == [b"{}"]
+    assert [one.body for one in harness.api.received] == [b"{}"]
 
 
 TRAILERS = [
@@ -221,23 +221,23 @@ TRAILERS = [
 
 
 @pytest.mark.parametrize("trailer", TRAILERS, ids=repr)
-def test_23_trailers_become_nothing(world: World, trailer: bytes) -> None:
+def test_23_trailers_are_dropped(harness: Harness, trailer: bytes) -> None:
     chunks = b"2\r\n{}\r\n0\r\n" + trailer + b"\r\n\r\n"
-    got = world.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
+    got = harness.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
     assert len(got) == 1
     assert got[0].status in {200, 400}
-    whole = [one for one in world.api.arrived if one.body]
+    whole = [one for one in harness.api.received if one.body]
     assert len(whole) == (1 if got[0].status == 200 else 0)
     for one in whole:
         assert not [value for _, value in one.fields if "mine" in value or "evil" in value]
         assert (one.get("x-amz-access-token") or "").startswith("Atza|distinctive-token-of-acme")
 
 
-def test_23_endless_trailers_end(world: World) -> None:
+def test_23_endless_trailers_are_cut_off(harness: Harness) -> None:
     chunks = b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * 50_000
-    got = world.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
+    got = harness.send(post(b"Transfer-Encoding: chunked", b"Connection: close", body=chunks))
     assert [one.status for one in got] in ([400], [431])
-    assert not [one for one in world.api.arrived if one.body]
+    assert not [one for one in harness.api.received if one.body]
 
 
 BAD_HEADS = [
@@ -282,8 +282,8 @@ BAD_HEADS = [
 
 
 @pytest.mark.parametrize("field", BAD_HEADS, ids=repr)
-def test_24_a_malformed_field_is_refused(world: World, field: bytes) -> None:
-    refused(world, b"GET " + SELLERS.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n")
+def test_24_a_malformed_field_is_rejected(harness: Harness, field: bytes) -> None:
+    assert_rejected(harness, b"GET " + SELLERS.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n")
 
 
 BARE = [
@@ -298,8 +298,8 @@ BARE = [
 
 
 @pytest.mark.parametrize("head", BARE, ids=repr)
-def test_24_a_line_ends_with_both_cr_and_lf(world: World, head: bytes) -> None:
-    refused(world, head, 400, 408)
+def test_24_a_line_ends_with_both_cr_and_lf(harness: Harness, head: bytes) -> None:
+    assert_rejected(harness, head, 400, 408)
 
 
 LINES = [
@@ -335,20 +335,20 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES, ids=repr)
-def test_24_25_a_malformed_request_line_is_refused(world: World, line: bytes) -> None:
-    refused(world, line + b"\r\nHost: localhost\r\n\r\n", 400, 505)
+def test_24_25_a_malformed_request_line_is_rejected(harness: Harness, line: bytes) -> None:
+    assert_rejected(harness, line + b"\r\nHost: localhost\r\n\r\n", 400, 505)
 
 
 VERSIONS = [b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"HTTP/1.10", b"HTTP/3.0", b"HTTP/9.9", b"HTTP/1.9"]
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=repr)
-def test_25_other_versions_are_refused_in_our_own(world: World, version: bytes) -> None:
-    with world.client() as stream:
+def test_25_other_versions_are_rejected_in_http_1_1(harness: Harness, version: bytes) -> None:
+    with harness.client() as stream:
         stream.send(b"GET /a " + version + b"\r\nHost: localhost\r\n\r\n")
         got = stream.rest()
     assert got.startswith((b"HTTP/1.1 505 ", b"HTTP/1.1 400 "))
-    assert not world.api.arrived
+    assert not harness.api.received
 
 
 FOREIGN = [
@@ -367,36 +367,36 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("data", FOREIGN, ids=lambda data: repr(data[:20]))
-def test_25_other_protocols_get_a_refusal_and_an_end(world: World, data: bytes) -> None:
-    with world.client() as stream:
+def test_25_other_protocols_are_rejected_and_closed(harness: Harness, data: bytes) -> None:
+    with harness.client() as stream:
         stream.send(data)
         got = stream.rest()
     assert got == b"" or got.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 505 ", b"HTTP/1.1 408 "))
-    assert not world.api.arrived
+    assert not harness.api.received
 
 
 @pytest.mark.parametrize("upgrade", [b"h2c", b"websocket", b"TLS/1.0", b"HTTP/2.0", b"x, h2c"])
-def test_25_no_protocol_is_switched(world: World, upgrade: bytes) -> None:
+def test_25_no_protocol_is_switched(harness: Harness, upgrade: bytes) -> None:
     fields = (
         b"Connection: Upgrade, HTTP2-Settings, close",
         b"Upgrade: " + upgrade,
         b"HTTP2-Settings: AAMAAABkAAQAAP__",
     )
-    got = world.send(request("/x", *fields))
+    got = harness.send(request("/x", *fields))
     assert [one.status for one in got] == [200]
-    (arrived,) = world.api.arrived
-    assert {name.lower() for name, _ in arrived.fields} == {"host", "x-amz-access-token", "x-amz-date", "user-agent"}
+    (received,) = harness.api.received
+    assert {name.lower() for name, _ in received.fields} == {"host", "x-amz-access-token", "x-amz-date", "user-agent"}
 
 
-def test_25_what_comes_behind_an_upgrade_is_still_read_as_http(world: World) -> None:
+def test_25_bytes_after_an_upgrade_request_are_parsed_as_http(harness: Harness) -> None:
     first = request("/first", b"Connection: Upgrade", b"Upgrade: h2c")
-    got = world.send(first + request("/second"))
-    targets = [one.target for one in world.api.arrived]
+    got = harness.send(first + request("/second"))
+    targets = [one.target for one in harness.api.received]
     assert targets in (["/first"], ["/first", "/second"])  # the connection may end with the first
     assert [one.status for one in got] == [200] * len(targets)
 
 
-REFUSED_WITH_A_BODY = [
+REJECTED_WITH_A_BODY = [
     request("/x", method="OPTIONS", body=HIDDEN),
     request("/a/../b", method="POST", body=HIDDEN),
     request("/x", b"Host: evil.test", method="POST", body=HIDDEN),
@@ -407,79 +407,79 @@ REFUSED_WITH_A_BODY = [
 ]
 
 
-@pytest.mark.parametrize("data", REFUSED_WITH_A_BODY, ids=lambda data: repr(data[:30]))
-def test_26_the_body_of_a_refused_request_is_not_read_as_a_request(world: World, data: bytes) -> None:
-    got = world.send(data.replace(b"Connection: close", b"Connection: keep-alive"))
+@pytest.mark.parametrize("data", REJECTED_WITH_A_BODY, ids=lambda data: repr(data[:30]))
+def test_26_the_body_of_a_rejected_request_is_not_parsed_as_a_request(harness: Harness, data: bytes) -> None:
+    got = harness.send(data.replace(b"Connection: close", b"Connection: keep-alive"))
     assert len(got) == 1
     assert got[0].status in {400, 403, 405, 421}
-    assert not world.api.arrived
+    assert not harness.api.received
 
 
-def test_26_requests_in_a_row_on_one_connection_are_answered_in_their_order(world: World) -> None:
+def test_26_pipelined_requests_get_responses_in_order(harness: Harness) -> None:
     ask = [request(f"/number/{number}", b"Connection: keep-alive") for number in range(20)]
-    got = world.send(b"".join(ask) + request("/number/20"))
+    got = harness.send(b"".join(ask) + request("/number/20"))
     assert [one.get("x-amzn-requestid") for one in got] == [f"for-/number/{number}" for number in range(21)]
 
 
-def test_26_a_body_is_exactly_as_long_as_it_says(world: World) -> None:
-    got = world.send(request(FEEDS, b"Connection: keep-alive", method="POST", body=b"{}") + request("/next"))
+def test_26_a_body_is_exactly_as_long_as_its_content_length(harness: Harness) -> None:
+    got = harness.send(request(FEEDS, b"Connection: keep-alive", method="POST", body=b"{}") + request("/next"))
     assert [one.status for one in got] == [200, 200]
-    assert [(one.target, one.body) for one in world.api.arrived] == [(FEEDS.decode(), b"{}"), ("/next", b"")]
+    assert [(one.target, one.body) for one in harness.api.received] == [(FEEDS.decode(), b"{}"), ("/next", b"")]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_body_where_none_belongs_is_refused(world: World, method: str) -> None:
-    refused(world, request("/x", method=method, body=b"{}"))
-    refused(world, request("/x", b"Transfer-Encoding: chunked", method=method) + b"2\r\n{}\r\n0\r\n\r\n")
+def test_a_body_on_get_or_head_is_rejected(harness: Harness, method: str) -> None:
+    assert_rejected(harness, request("/x", method=method, body=b"{}"))
+    assert_rejected(harness, request("/x", b"Transfer-Encoding: chunked", method=method) + b"2\r\n{}\r\n0\r\n\r\n")
 
 
 @pytest.mark.parametrize(
     "second", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
 )
-def test_23_a_trailer_becomes_no_field_of_what_comes_with_it(world: World, second: bytes) -> None:
-    def script(stream: Stream, arrived: Arrived) -> None:
-        world.api.body_of(stream, arrived)
-        stream.send(answer())
+def test_23_a_trailer_becomes_no_field_of_the_next_pipelined_request(harness: Harness, second: bytes) -> None:
+    def script(stream: Stream, received: ReceivedRequest) -> None:
+        harness.api.body_of(stream, received)
+        stream.send(http_response())
 
-    world.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
+    harness.api.scripts["/early/first"] = script  # /early/ requests are recorded before their body is received
     head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
-    with world.client() as stream:
+    with harness.client() as stream:
         stream.send(head)
-        until(lambda: bool(world.api.arrived), "nothing arrives")
+        until(lambda: bool(harness.api.received), "nothing arrives")
         stream.send(b"0\r\nx-leaked: 1\r\n\r\nPOST /second HTTP/1.1\r\nHost: localhost\r\n" + second)
         stream.rest()
-    assert [one.target for one in world.api.arrived] == ["/early/first"]
+    assert [one.target for one in harness.api.received] == ["/early/first"]
 
 
-def test_23_a_trailer_in_two_pieces_becomes_no_field_of_the_next_request(world: World) -> None:
-    def script(stream: Stream, arrived: Arrived) -> None:
-        world.api.body_of(stream, arrived)
-        stream.send(answer())
+def test_23_a_trailer_in_two_segments_becomes_no_field_of_the_next_request(harness: Harness) -> None:
+    def script(stream: Stream, received: ReceivedRequest) -> None:
+        harness.api.body_of(stream, received)
+        stream.send(http_response())
 
-    world.api.scripts["/early/first"] = script  # what is called early is noted before its body comes
+    harness.api.scripts["/early/first"] = script  # /early/ requests are recorded before their body is received
     head = b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with world.client() as stream:
+    with harness.client() as stream:
         stream.send(head + b"2\r\n{}\r\n0\r\nx-leaked: 1")
-        until(lambda: bool(world.api.arrived), "nothing arrives")
-        stream.send(b"0\r\n\r\n")  # which alone would be the end of a body without a trailer section
+        until(lambda: bool(harness.api.received), "nothing arrives")
+        stream.send(b"0\r\n\r\n")  # alone, this would end a body without a trailer section
         stream.until(b'{"payload":[]}')
         with suppress(ConnectionError):
             stream.send(request("/second"))
         stream.rest()
-    assert not [one for one in world.api.arrived if one.get("x-leaked") is not None]
+    assert not [one for one in harness.api.received if one.get("x-leaked") is not None]
 
 
-def test_23_a_last_chunk_of_its_own_ends_no_connection(world: World) -> None:
-    def script(stream: Stream, arrived: Arrived) -> None:
-        world.api.body_of(stream, arrived)
-        stream.send(answer())
+def test_23_a_last_chunk_in_its_own_segment_does_not_end_the_connection(harness: Harness) -> None:
+    def script(stream: Stream, received: ReceivedRequest) -> None:
+        harness.api.body_of(stream, received)
+        stream.send(http_response())
 
-    world.api.scripts["/early/first"] = script
-    with world.client() as stream:
+    harness.api.scripts["/early/first"] = script
+    with harness.client() as stream:
         stream.send(b"POST /early/first HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
-        until(lambda: bool(world.api.arrived), "nothing arrives")
+        until(lambda: bool(harness.api.received), "nothing arrives")
         stream.send(b"0\r\n\r\n")
         stream.until(b'{"payload":[]}')
         stream.send(request("/second"))
         stream.rest()
-    assert [one.target for one in world.api.arrived] == ["/early/first", "/second"]
+    assert [one.target for one in harness.api.received] == ["/early/first", "/second"]

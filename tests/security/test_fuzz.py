@@ -1,4 +1,4 @@
-"""A few seconds of `fuzz.py`, whether it would notice, and what it has found."""
+"""Fuzzing for a few seconds, tests of the fuzzer's own rules, and regression tests of past findings."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import StartProxy, needs
 from tests.security import strict
-from tests.security.fuzz import Grant, World, check_answers, echo, fuzz
+from tests.security.fuzz import Grant, Oracle, check_responses, echo, fuzz
 from tests.security.grammar import Case, Sender, case
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.raw_client import connect
@@ -16,7 +16,7 @@ SEED, CASES = 1, 300
 SENDER = Sender(b"ann", b"bob", 1, fixed=True)
 
 
-def test_nothing_that_the_grammar_makes_gets_past_the_rules() -> None:
+def test_no_generated_request_breaks_a_rule() -> None:
     needs(Path("/proc/self/fd").exists(), "/proc")
     findings = asyncio.run(fuzz(SEED, 4, cases=CASES))
     assert not findings.violations, "\n".join(map(str, findings.violations))
@@ -24,7 +24,7 @@ def test_nothing_that_the_grammar_makes_gets_past_the_rules() -> None:
     assert findings.arrived > CASES // 5, "some of it must get through, or nothing was tried"
 
 
-# What the fuzzer has found: bytes that a client sends, and what must then stand in no request to Amazon.
+# Past findings: bytes that a client sends, and text that must then be in no request to Amazon.
 
 HOST = b"Host: localhost\r\n"
 HIDDEN = b"GET /hidden HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -36,11 +36,11 @@ FOUND = {
         ],
         "x-leaked",
     ),
-    "behind a refused CONNECT, its body is read as a request": (
+    "after a rejected CONNECT, its body is read as a request": (
         [b"CONNECT /first HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN],
         "/hidden",
     ),
-    "behind a refused CONNECT, its body is read as a request where another one ends in chunks": (
+    "after a rejected CONNECT, its body is read as a request where another one ends in chunks": (
         [
             b"CONNECT /first HTTP/1.1\r\n"
             + HOST
@@ -52,11 +52,11 @@ FOUND = {
         ],
         "/hidden",
     ),
-    "behind an empty Transfer-Encoding, which says nothing about where the body ends, requests are served": (
+    "after an empty Transfer-Encoding, which does not frame the body, requests are served": (
         [b"POST /first HTTP/1.1\r\n" + HOST + b"Transfer-Encoding:\r\n\r\n" + HIDDEN],
         "/hidden",
     ),
-    "what follows an upgrade that nobody knows is lost, and the body of the next request is read as a request": (
+    "data after an unknown upgrade is lost, and the body of the next request is read as a request": (
         [
             b"GET /first HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: foo\r\n\r\n"
             b"POST /second HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(HIDDEN),
@@ -68,7 +68,7 @@ FOUND = {
         [b"POST /first HTTP/1.1\r\n" + HOST + b"Content_Length: 5\r\n\r\n"],
         "content_length",
     ),
-    "an account's name with a Unicode line separator behind it is taken for the account's": (
+    "an account's name followed by a Unicode line separator is taken for the account's": (
         [b"GET /first HTTP/1.1\r\n" + HOST + b"x-sp-account: acme\xe2\x80\xa8\r\n\r\n"],
         "/first",
     ),
@@ -76,35 +76,35 @@ FOUND = {
 
 
 @pytest.mark.parametrize(("pieces", "never"), FOUND.values(), ids=FOUND.keys())
-async def test_what_was_found_stays_mended(
+async def test_past_findings_stay_fixed(
     start_proxy: StartProxy, fake_upstream: FakeUpstream, pieces: list[bytes], never: str
 ) -> None:
     proxy = await start_proxy(timeouts={"header": "300ms", "body_idle": "300ms", "keep_alive": "300ms"})
     async with connect(proxy.addresses[0]) as client:
         await client.send(pieces[0])
         for chunk in pieces[1:]:
-            await client.read_response()  # to what came before: so the rest comes in a segment of its own
+            await client.read_response()  # the response to the previous segment: the next one is sent separately
             await client.send(chunk)
-        await client.reader.read()  # until the proxy has had enough
+        await client.reader.read()  # until the proxy closes the connection
     for received in fake_upstream.received:
         assert never not in received.line
         assert not any(never in name.lower() for name, _ in received.fields)
 
 
-# Whether it would notice.
+# Rules of the fuzzer.
 
 TOKEN = b"x-amz-access-token: T\r\n"
 GOOD = b"GET /mine HTTP/1.1\r\nhost: h\r\n" + TOKEN + b"\r\n"
 
 
-def world_that_sent(data: bytes) -> World:
-    """Return a world in which this was sent, and T is the token that was issued for it."""
-    world = World(1)
-    world.hosts["eu"] = b"h"
-    world.issued[b"T"] = Grant("app-0", b"ann", "eu")
-    world.issued[b"OTHER"] = Grant("app-0", b"bob", "eu")
-    world.begin(Case(0, SENDER, [data], [0.0], "read", resets=False), world.workers[0])
-    return world
+def oracle_after(data: bytes) -> Oracle:
+    """Return an oracle that has recorded `data` as sent, and T as the token that was issued for it."""
+    oracle = Oracle(1)
+    oracle.hosts["eu"] = b"h"
+    oracle.issued[b"T"] = Grant("app-0", b"ann", "eu")
+    oracle.issued[b"OTHER"] = Grant("app-0", b"bob", "eu")
+    oracle.begin(Case(0, SENDER, [data], [0.0], "read", resets=False), oracle.workers[0])
+    return oracle
 
 
 SENT = b"GET /mine HTTP/1.1\r\nhost: localhost\r\nx: 1\r\n\r\nPOST /body HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello"
@@ -133,56 +133,56 @@ SENT = b"GET /mine HTTP/1.1\r\nhost: localhost\r\nx: 1\r\n\r\nPOST /body HTTP/1.
         b"POST /body HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n" + TOKEN + b"\r\n5;a\r\nhello\r\n0\r\n\r\n",
     ],
 )
-def test_a_request_that_should_not_arrive_is_noticed(arrives: bytes) -> None:
-    world = world_that_sent(SENT)
+def test_a_request_that_must_not_arrive_is_a_violation(arrives: bytes) -> None:
+    oracle = oracle_after(SENT)
     message = strict.request(arrives)
     assert message is not None
-    world.arrived("eu", message)
-    assert world.findings.violations
+    oracle.arrived("eu", message)
+    assert oracle.findings.violations
 
 
-def test_requests_as_they_were_sent_are_no_findings_but_each_is_once() -> None:
-    world = world_that_sent(SENT)
+def test_requests_as_sent_are_no_violations_but_a_repetition_is() -> None:
+    oracle = oracle_after(SENT)
     body = b"POST /body HTTP/1.1\r\nhost: h\r\ncontent-length: 5\r\n" + TOKEN + b"\r\nhel"
     for data in (GOOD, body):
         message = strict.request(data)
         assert message is not None
-        world.arrived("eu", message)
-    assert not world.findings.violations
+        oracle.arrived("eu", message)
+    assert not oracle.findings.violations
     message = strict.request(GOOD)
     assert message is not None
-    world.arrived("eu", message)
-    assert [violation.rule for violation in world.findings.violations] == ["as sent"]
+    oracle.arrived("eu", message)
+    assert [violation.rule for violation in oracle.findings.violations] == ["as sent"]
 
 
-def test_an_upload_that_was_cut_off_may_not_arrive_whole() -> None:
-    world = world_that_sent(b"POST /body HTTP/1.1\r\ncontent-length: 5\r\n\r\nhel")
+def test_a_truncated_upload_must_not_arrive_complete() -> None:
+    oracle = oracle_after(b"POST /body HTTP/1.1\r\ncontent-length: 5\r\n\r\nhel")
     message = strict.request(b"POST /body HTTP/1.1\r\nhost: h\r\ncontent-length: 3\r\n" + TOKEN + b"\r\nhel")
     assert message is not None
-    world.arrived("eu", message)
-    assert [violation.rule for violation in world.findings.violations] == ["as sent"]
+    oracle.arrived("eu", message)
+    assert [violation.rule for violation in oracle.findings.violations] == ["as sent"]
 
 
-def test_answers_out_of_turn_and_secrets_are_noticed() -> None:
+def test_responses_out_of_order_and_secrets_are_violations() -> None:
     one = Case(0, SENDER, [SENT], [0.0], "read", resets=False)
     first, second = (echo(message) for message in strict.requests(SENT))
-    for data, is_fine in (
+    for data, is_valid in (
         (first + second, True),
         (second + first, False),
         (first + second + first, False),
         (first + b"surplus", False),
         (first + second.replace(b"POST /body", b"NEVERSHOWN"), False),
     ):
-        world = world_that_sent(SENT)
-        data = data.replace(b"NEVERSHOWN", world.secret.encode()[:10])  # noqa: PLW2901 - each world has its own
-        check_answers(world, one, list(world.workers[0].sent), data, at_end=True)
-        assert (not world.findings.violations) is is_fine
-    world = world_that_sent(SENT)
-    world.check_hidden("hidden", b"a token: Atza|" + world.secret.encode())
-    assert world.findings.violations
+        oracle = oracle_after(SENT)
+        data = data.replace(b"NEVERSHOWN", oracle.secret.encode()[:10])  # noqa: PLW2901 - each world has its own
+        check_responses(oracle, one, list(oracle.workers[0].sent), data, at_end=True)
+        assert (not oracle.findings.violations) is is_valid
+    oracle = oracle_after(SENT)
+    oracle.check_hidden("hidden", b"a token: Atza|" + oracle.secret.encode())
+    assert oracle.findings.violations
 
 
-# The strict reader.
+# The strict parser.
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_answers_out_of_turn_and_secrets_are_noticed() -> None:
         (b"GET / HTTP/2.0\r\n\r\n", []),
     ],
 )
-def test_a_strict_reader_reads_what_is_there(data: bytes, read: list[tuple[bytes, bytes]]) -> None:
+def test_the_strict_parser_finds_the_requests(data: bytes, read: list[tuple[bytes, bytes]]) -> None:
     found = strict.requests(data)
     assert [(message.target, message.body) for message in found] == read
     assert all(message.complete and message.clear for message in found)
@@ -219,7 +219,7 @@ def test_a_strict_reader_reads_what_is_there(data: bytes, read: list[tuple[bytes
         b"transfer-encoding:\r\n",
     ],
 )
-def test_where_the_framing_is_unclear_a_strict_reader_stops(framing: bytes) -> None:
+def test_the_strict_parser_stops_at_ambiguous_framing(framing: bytes) -> None:
     (message,) = strict.requests(b"POST / HTTP/1.1\r\n" + framing + b"\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n")
     assert not message.clear
     assert not message.complete

@@ -1,6 +1,6 @@
-"""Rows 39 to 52 of the threats, and the faults: whatever clients and Amazon do, others are served and nothing stays.
+"""Threats 39 to 52, and faults: other clients are served and all resources are released.
 
-What is about time alone is looked at with a clock of the tests' own elsewhere (tests/request/tokens/test_provider.py,
+Behaviour that depends only on time is tested with a fake clock (tests/request/tokens/test_provider.py,
 tests/request/upstream/test_retry.py).
 """
 
@@ -17,22 +17,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.harness import PATIENCE, SELLERS, Arrived, Stream, World, answer, connect, request, until
+from tests.security.harness import (
+    SELLERS,
+    TIMEOUT,
+    Harness,
+    ReceivedRequest,
+    Stream,
+    connect,
+    http_response,
+    request,
+    until,
+)
 
 FEEDS = "/feeds/2021-06-30/feeds"
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
-def served(world: World) -> None:
-    (got,) = world.send(request("/good"))
+def assert_served(harness: Harness) -> None:
+    (got,) = harness.send(request("/good"))
     assert (got.status, got.get("x-amzn-requestid")) == (200, "for-/good")
 
 
-def nothing_in_flight(world: World) -> None:
-    until(lambda: world.metric("spapi_proxy_requests_in_flight") == 0, "a request is in flight for ever")
+def wait_until_idle(harness: Harness) -> None:
+    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "a request stays in flight")
 
 
-def refuses(address: str) -> bool:
+def is_rejected(address: str) -> bool:
     try:
         connect(address).close()
     except OSError:
@@ -40,25 +50,25 @@ def refuses(address: str) -> bool:
     return False
 
 
-def held_until(held: threading.Event) -> Callable[[Stream, Arrived], None]:
-    """Return a script that answers once it may."""
+def respond_when_set(held: threading.Event) -> Callable[[Stream, ReceivedRequest], None]:
+    """Return a script that responds once the event is set."""
 
-    def script(stream: Stream, _: Arrived) -> None:
-        held.wait(PATIENCE)
-        stream.send(answer())
+    def script(stream: Stream, _: ReceivedRequest) -> None:
+        held.wait(TIMEOUT)
+        stream.send(http_response())
 
     return script
 
 
-def descriptors(world: World) -> int:
-    return len(os.listdir(f"/proc/{world.process.pid}/fd"))  # noqa: PTH208 - their number alone
+def descriptors(harness: Harness) -> int:
+    return len(os.listdir(f"/proc/{harness.process.pid}/fd"))  # noqa: PTH208 - their number alone
 
 
-# Rows 39 to 42: load.
+# Threats 39 to 42: load.
 
 
-def test_39_a_head_that_drips_is_ended(world: World) -> None:
-    with world.client() as stream:
+def test_39_a_slow_head_is_ended(harness: Harness) -> None:
+    with harness.client() as stream:
         began = time.monotonic()
         try:
             for byte in request("/slow", b"x: " + b"a" * 5000):
@@ -69,34 +79,34 @@ def test_39_a_head_that_drips_is_ended(world: World) -> None:
         except ConnectionError:
             pass
         assert time.monotonic() - began < 5
-    assert not world.api.arrived
+    assert not harness.api.received
 
 
 @pytest.mark.parametrize("said", [b"", b"GET", b"GET /x HTTP/1.1\r\n", b"GET /x HTTP/1.1\r\nHost: localhost\r\n"])
-def test_39_200_connections_that_say_too_little_are_ended_and_hinder_nobody(world: World, said: bytes) -> None:
-    before = descriptors(world)
+def test_39_200_incomplete_requests_are_ended_and_do_not_delay_others(harness: Harness, said: bytes) -> None:
+    before = descriptors(harness)
     with ExitStack() as stack:
-        streams = [stack.enter_context(world.client()) for _ in range(200)]
+        streams = [stack.enter_context(harness.client()) for _ in range(200)]
         for stream in streams:
             if said:
                 stream.send(said)
-        served(world)
-        told = [stream.rest() for stream in streams]
-    assert {data[:12] for data in told} == ({b"HTTP/1.1 408"} if said else {b""})
-    until(lambda: descriptors(world) <= before + 3, "descriptors were left behind")
+        assert_served(harness)
+        output = [stream.rest() for stream in streams]
+    assert {data[:12] for data in output} == ({b"HTTP/1.1 408"} if said else {b""})
+    until(lambda: descriptors(harness) <= before + 3, "descriptors were not closed")
 
 
-def test_39_a_body_that_stalls_is_ended(world: World) -> None:
-    with world.client() as stream:
+def test_39_a_stalled_body_is_ended(harness: Harness) -> None:
+    with harness.client() as stream:
         stream.send(request(FEEDS, b"Content-Length: 1000", method="POST") + b"half")
         got = stream.rest()
     assert got.startswith(b"HTTP/1.1 408 ")
-    assert not [one for one in world.api.arrived if one.body]
-    nothing_in_flight(world)
+    assert not [one for one in harness.api.received if one.body]
+    wait_until_idle(harness)
 
 
-def test_39_a_body_that_drips_for_ever_is_ended(world: World) -> None:
-    with world.client() as stream:
+def test_39_an_endless_slow_body_is_ended(harness: Harness) -> None:
+    with harness.client() as stream:
         stream.send(request(FEEDS, b"Content-Length: 100000", method="POST"))
         began = time.monotonic()
         try:
@@ -106,13 +116,13 @@ def test_39_a_body_that_drips_for_ever_is_ended(world: World) -> None:
         except ConnectionError:
             pass
         assert time.monotonic() - began < 10
-    nothing_in_flight(world)
-    served(world)
+    wait_until_idle(harness)
+    assert_served(harness)
 
 
-def test_39_a_client_that_reads_by_the_byte_is_ended(world: World) -> None:
-    world.api.scripts["/large"] = lambda stream, _: stream.send(answer(b"x" * 50_000_000))
-    with world.client(receive=2048) as stream:
+def test_39_a_client_that_reads_byte_by_byte_is_ended(harness: Harness) -> None:
+    harness.api.scripts["/large"] = lambda stream, _: stream.send(http_response(b"x" * 50_000_000))
+    with harness.client(receive=2048) as stream:
         stream.send(request("/large"))
         began = time.monotonic()
         got = 0
@@ -124,9 +134,9 @@ def test_39_a_client_that_reads_by_the_byte_is_ended(world: World) -> None:
                     break
         except ConnectionError:
             pass
-        assert world.metric("spapi_proxy_requests_in_flight") == 0
+        assert harness.metric("spapi_proxy_requests_in_flight") == 0
         assert got < 1000
-    served(world)
+    assert_served(harness)
 
 
 HEADS = [b"x: " + b"a" * 30_000_000, b"x: y\r\n" * 3_000_000, b"a" * 30_000_000, b"x-%d: y\r\n" * 300_000]
@@ -134,135 +144,141 @@ HEADS = [b"x: " + b"a" * 30_000_000, b"x: y\r\n" * 3_000_000, b"a" * 30_000_000,
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: repr(head[:10]))
 @pytest.mark.parametrize("first", [b"GET /x HTTP/1.1\r\nHost: localhost\r\n", b"GET /", b""])
-def test_40_an_endless_head_is_refused_in_bounded_memory(world: World, head: bytes, first: bytes) -> None:
-    with world.client() as stream:
+def test_40_an_endless_head_is_rejected_in_bounded_memory(harness: Harness, head: bytes, first: bytes) -> None:
+    with harness.client() as stream:
         with suppress(ConnectionError):
             stream.send(first + head)
         got = stream.rest()
     assert got == b"" or got.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
-    assert not world.api.arrived
-    served(world)
+    assert not harness.api.received
+    assert_served(harness)
 
 
-def test_40_thousands_of_pipelined_requests_are_served_one_by_one(world: World) -> None:
+def test_40_thousands_of_pipelined_requests_are_served_in_sequence(harness: Harness) -> None:
     data = request("/many", b"Connection: keep-alive") * 3000 + request("/last")
-    with world.client() as stream:
+    with harness.client() as stream:
         sending = threading.Thread(target=stream.socket.sendall, args=(data,), daemon=True)
         sending.start()
-        served(world)
+        assert_served(harness)
         got = stream.rest()
-        sending.join(PATIENCE)
+        sending.join(TIMEOUT)
     assert got.count(b"HTTP/1.1 200 ") == 3001
 
 
-def test_40_a_body_in_tiny_chunks_arrives_whole(world: World) -> None:
+def test_40_a_body_in_tiny_chunks_arrives_complete(harness: Harness) -> None:
     body = b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
-    (got,) = world.send(request(FEEDS, b"Transfer-Encoding: chunked", method="POST") + body)
+    (got,) = harness.send(request(FEEDS, b"Transfer-Encoding: chunked", method="POST") + body)
     assert got.status == 200
-    assert world.api.arrived[0].body == b"x" * 50_000
+    assert harness.api.received[0].body == b"x" * 50_000
 
 
-def test_41_clients_that_leave_leave_nothing_behind(world: World) -> None:
+def test_41_clients_that_disconnect_leave_no_request_in_flight(harness: Harness) -> None:
     held = threading.Event()
     closed = threading.Semaphore(0)
 
-    def script(stream: Stream, _: Arrived) -> None:
+    def script(stream: Stream, _: ReceivedRequest) -> None:
         try:
-            stream.socket.settimeout(PATIENCE)
+            stream.socket.settimeout(TIMEOUT)
             stream.more()
         except OSError:
             pass
         closed.release()
-        held.wait(PATIENCE)
+        held.wait(TIMEOUT)
 
-    world.api.scripts["/held"] = script
+    harness.api.scripts["/held"] = script
     for _ in range(150):
-        with world.client() as stream:
+        with harness.client() as stream:
             stream.send(request("/held"))
-    until(lambda: world.metric("spapi_proxy_requests_in_flight") == 0, "the calls of clients that left go on")
-    served(world)
-    for _ in range(len([one for one in world.api.arrived if one.target == "/held"])):
-        assert closed.acquire(timeout=PATIENCE)
+    until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 0, "the calls of disconnected clients continue")
+    assert_served(harness)
+    for _ in range(len([one for one in harness.api.received if one.target == "/held"])):
+        assert closed.acquire(timeout=TIMEOUT)
     held.set()
 
 
 def test_42_f19_few_descriptors_are_enough(tmp_path: Path) -> None:
-    with World.made(tmp_path, limit=64) as world, ExitStack() as stack:
+    with Harness.start(tmp_path, limit=64) as harness, ExitStack() as stack:
         for _ in range(150):
             try:
-                stack.enter_context(world.client())
+                stack.enter_context(harness.client())
             except OSError:
                 break
-        served(world)
-        held = [stack.enter_context(world.client()) for _ in range(30)]
+        assert_served(harness)
+        held = [stack.enter_context(harness.client()) for _ in range(30)]
         for stream in held:
             with suppress(OSError):
                 stream.send(b"GET /x HT")
-        served(world)
-        assert descriptors(world) <= 64
+        assert_served(harness)
+        assert descriptors(harness) <= 64
         stack.close()
-        until(lambda: descriptors(world) < 40, "descriptors were left behind")
-        served(world)
-        assert len(world.log) < 300
-        assert world.metric("spapi_proxy_client_connections_closed_total") > 50
+        until(lambda: descriptors(harness) < 40, "descriptors were not closed")
+        assert_served(harness)
+        assert len(harness.log) < 300
+        assert harness.metric("spapi_proxy_client_connections_closed_total") > 50
 
 
-def test_42_where_all_are_busy_a_new_connection_is_told_so(tmp_path: Path) -> None:
-    with World.made(tmp_path, bounds={"connections": 3}) as world, ExitStack() as stack:
+def test_42_a_new_connection_is_rejected_when_all_are_busy(tmp_path: Path) -> None:
+    with Harness.start(tmp_path, bounds={"connections": 3}) as harness, ExitStack() as stack:
         held = threading.Event()
-        world.api.scripts["/held"] = held_until(held)
-        streams = [stack.enter_context(world.client()) for _ in range(3)]
+        harness.api.scripts["/held"] = respond_when_set(held)
+        streams = [stack.enter_context(harness.client()) for _ in range(3)]
         for stream in streams:
             stream.send(request("/held"))
-        until(lambda: world.metric("spapi_proxy_requests_in_flight") == 3, "they do not arrive")
-        (got,) = world.send(b"")
+        until(lambda: harness.metric("spapi_proxy_requests_in_flight") == 3, "the requests do not arrive")
+        (got,) = harness.send(b"")
         assert (got.status, got.error, got.get("retry-after")) == (503, "TooManyConnections", "1")
         held.set()
         assert all(stream.rest().startswith(b"HTTP/1.1 200 ") for stream in streams)
-        served(world)
+        assert_served(harness)
 
 
-def test_a_caller_that_has_too_much_in_flight_is_told_so_and_others_are_served(tmp_path: Path) -> None:
+def test_a_caller_over_its_limit_is_rejected_and_others_are_served(tmp_path: Path) -> None:
     callers = {"greedy": {"key": "distinctive-key-one"}, "modest": {"key": "distinctive-key-two"}}
-    with World.made(tmp_path, bounds={"requests": 5}, callers=callers) as world, ExitStack() as stack:
+    with Harness.start(tmp_path, bounds={"requests": 5}, callers=callers) as harness, ExitStack() as stack:
         held = threading.Event()
-        world.api.scripts["/held"] = held_until(held)
-        streams = [stack.enter_context(world.client()) for _ in range(5)]
+        harness.api.scripts["/held"] = respond_when_set(held)
+        streams = [stack.enter_context(harness.client()) for _ in range(5)]
         for stream in streams:
             stream.send(request("/held", b"x-sp-key: distinctive-key-one"))
-        until(lambda: world.metric('spapi_proxy_caller_requests_in_flight{caller="greedy"}') == 5, "they do not arrive")
-        (got,) = world.send(request("/x", b"x-sp-key: distinctive-key-one"))
+        until(
+            lambda: harness.metric('spapi_proxy_caller_requests_in_flight{caller="greedy"}') == 5,
+            "the requests do not arrive",
+        )
+        (got,) = harness.send(request("/x", b"x-sp-key: distinctive-key-one"))
         assert (got.status, got.error, got.get("retry-after")) == (429, "CallerBusy", "1")
-        (got,) = world.send(request("/x", b"x-sp-key: distinctive-key-two"))
+        (got,) = harness.send(request("/x", b"x-sp-key: distinctive-key-two"))
         assert got.status == 200
         held.set()
         assert all(stream.rest().startswith(b"HTTP/1.1 200 ") for stream in streams)
 
 
-def test_an_account_that_fills_its_share_leaves_room_for_the_others(tmp_path: Path) -> None:
-    with World.made(tmp_path, bounds={"account_requests": 4}, limits={"max_wait": "1s"}) as world, ExitStack() as stack:
+def test_an_account_at_its_limit_does_not_block_other_accounts(tmp_path: Path) -> None:
+    with (
+        Harness.start(tmp_path, bounds={"account_requests": 4}, limits={"max_wait": "1s"}) as harness,
+        ExitStack() as stack,
+    ):
         held = threading.Event()
-        world.api.scripts["/held"] = held_until(held)
-        streams = [stack.enter_context(world.client()) for _ in range(4)]
+        harness.api.scripts["/held"] = respond_when_set(held)
+        streams = [stack.enter_context(harness.client()) for _ in range(4)]
         for stream in streams:
             stream.send(request("/held", b"x-sp-account: acme"))
-        until(lambda: world.metric("spapi_proxy_account_requests_in_flight") == 4, "they do not arrive")
-        (got,) = world.send(request("/x", b"x-sp-account: acme"))
+        until(lambda: harness.metric("spapi_proxy_account_requests_in_flight") == 4, "the requests do not arrive")
+        (got,) = harness.send(request("/x", b"x-sp-account: acme"))
         assert (got.status, got.error) == (503, "AccountBusy")
-        (got,) = world.send(request("/x", b"x-sp-account: zenith"))
+        (got,) = harness.send(request("/x", b"x-sp-account: zenith"))
         assert got.status == 200
-        waiting = stack.enter_context(world.client())
+        waiting = stack.enter_context(harness.client())
         waiting.send(request("/x", b"x-sp-account: acme", b"x-sp-max-wait: 10s"))
         held.set()
         assert waiting.rest().startswith(b"HTTP/1.1 200 ")
         assert all(stream.rest().startswith(b"HTTP/1.1 200 ") for stream in streams)
 
 
-# Rows 50 to 52, faults 8 to 14: Amazon fails.
+# Threats 50 to 52, faults 8 to 14: Amazon fails.
 
 
-def ends(how: str) -> Callable[[Stream, Arrived], None]:
-    def script(stream: Stream, _: Arrived) -> None:
+def ends(how: str) -> Callable[[Stream, ReceivedRequest], None]:
+    def script(stream: Stream, _: ReceivedRequest) -> None:
         if how == "reset":
             stream.reset()
         elif how == "close":
@@ -276,33 +292,33 @@ def ends(how: str) -> Callable[[Stream, Arrived], None]:
 
 @pytest.mark.parametrize("method", ["POST", "PATCH", "PUT", "DELETE", "GET"])
 @pytest.mark.parametrize("how", ["reset", "close", "half a head", "silence"])
-def test_50_51_what_may_have_been_acted_on_is_not_sent_twice(tmp_path: Path, method: str, how: str) -> None:
-    with World.made(tmp_path, retry={"attempts": 3}) as world:
-        world.api.scripts["/broken"] = ends(how)
-        (got,) = world.send(
+def test_50_51_a_request_that_may_have_been_processed_is_not_sent_twice(tmp_path: Path, method: str, how: str) -> None:
+    with Harness.start(tmp_path, retry={"attempts": 3}) as harness:
+        harness.api.scripts["/broken"] = ends(how)
+        (got,) = harness.send(
             request("/broken", b"x-sp-timeout: 6s", method=method, body=None if method == "GET" else b"{}")
         )
-        count = len([one for one in world.api.arrived if one.target == "/broken"])
+        count = len([one for one in harness.api.received if one.target == "/broken"])
     assert got.status in {502, 504}
     assert count == 1 if method in {"POST", "PATCH"} else count <= 3
 
 
-def test_51_f13_connections_that_died_cost_no_call_and_no_crowd_of_repetitions(world: World) -> None:
-    for round_ in range(5):
+def test_51_f13_dead_pooled_connections_fail_no_request_and_cause_few_retries(harness: Harness) -> None:
+    for attempt_round in range(5):
         for number in range(5):
-            world.send(request(f"/warm/{round_}/{number}"))
-        for stream in world.api._streams:
+            harness.send(request(f"/warm/{attempt_round}/{number}"))
+        for stream in harness.api._streams:
             stream.close()
-        (got,) = world.send(request("/after", method="GET"))
+        (got,) = harness.send(request("/after", method="GET"))
         assert got.status == 200
-        (got,) = world.send(request(FEEDS, method="POST", body=b"{}"))
+        (got,) = harness.send(request(FEEDS, method="POST", body=b"{}"))
         assert got.status in {200, 502}
-    assert len([one for one in world.api.arrived if one.target == "/after"]) <= 10
+    assert len([one for one in harness.api.received if one.target == "/after"]) <= 10
 
 
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
-def test_52_a_refused_token_is_replaced_once(tmp_path: Path, status: str, always: bool) -> None:
+def test_52_a_rejected_token_is_replaced_once(tmp_path: Path, status: str, always: bool) -> None:
     refusal = {
         "code": "Unauthorized",
         "message": "Access to requested resource is denied.",
@@ -310,30 +326,30 @@ def test_52_a_refused_token_is_replaced_once(tmp_path: Path, status: str, always
     }
     seen: list[str] = []
 
-    def script(stream: Stream, arrived: Arrived) -> None:
-        seen.append(arrived.get("x-amz-access-token") or "")
+    def script(stream: Stream, received: ReceivedRequest) -> None:
+        seen.append(received.get("x-amz-access-token") or "")
         refuse = always or seen[-1] == seen[0]
-        stream.send(answer(json.dumps({"errors": [refusal]}).encode(), status) if refuse else answer())
+        stream.send(http_response(json.dumps({"errors": [refusal]}).encode(), status) if refuse else http_response())
 
-    with World.made(tmp_path) as world:
-        world.api.scripts["/refused"] = script
-        (got,) = world.send(request("/refused", method="POST", body=b"{}"))
+    with Harness.start(tmp_path) as harness:
+        harness.api.scripts["/refused"] = script
+        (got,) = harness.send(request("/refused", method="POST", body=b"{}"))
         assert got.status == (int(status[:3]) if always else 200)
         assert len(seen) == len(set(seen)) == 2
-        assert len(world.lwa.arrived) == 2
+        assert len(harness.lwa.received) == 2
 
 
-def test_f8_a_far_side_that_comes_back_is_used_at_once(tmp_path: Path) -> None:
+def test_f8_an_upstream_that_recovers_is_used_immediately(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with World.made(tmp_path) as behind:
+    with Harness.start(tmp_path) as behind:
         lwa = {"lwa": f"http://127.0.0.1:{behind.lwa.port}/auth/o2/token"}
         folder = tmp_path / "second"
         folder.mkdir()
         endpoints = {**dict.fromkeys(("na", "eu", "fe"), f"http://127.0.0.1:{port}"), **lwa}
-        with World.made(folder, endpoints=endpoints) as world:
+        with Harness.start(folder, endpoints=endpoints) as harness:
             began = time.monotonic()
-            (got,) = world.send(request(SELLERS))
+            (got,) = harness.send(request(SELLERS))
             assert (got.status, got.error) == (502, "UpstreamUnreachable")
             assert time.monotonic() - began < 4
             with socket.create_server(("127.0.0.1", port)) as server:
@@ -343,41 +359,41 @@ def test_f8_a_far_side_that_comes_back_is_used_at_once(tmp_path: Path) -> None:
                     with sock:
                         stream = Stream(sock)
                         stream.until(b"\r\n\r\n")
-                        stream.send(answer())
+                        stream.send(http_response())
 
                 thread = threading.Thread(target=serve, daemon=True)
                 thread.start()
-                (got,) = world.send(request(SELLERS))
+                (got,) = harness.send(request(SELLERS))
                 assert got.status == 200
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT)
 
 
-def test_f10_silence_before_an_answer_is_a_504_and_within_it_a_broken_one(world: World) -> None:
-    world.api.scripts["/silent"] = lambda _stream, _: None
-    (got,) = world.send(request("/silent"))
+def test_f10_silence_before_a_response_is_a_504_and_within_it_a_truncated_one(harness: Harness) -> None:
+    harness.api.scripts["/silent"] = lambda _stream, _: None
+    (got,) = harness.send(request("/silent"))
     assert (got.status, got.error) == (504, "UpstreamTimeout")
-    world.api.scripts["/half"] = lambda stream, _: stream.send(OK + b"content-length: 10\r\n\r\nhalf")
-    (got,) = world.send(request("/half"))
+    harness.api.scripts["/half"] = lambda stream, _: stream.send(OK + b"content-length: 10\r\n\r\nhalf")
+    (got,) = harness.send(request("/half"))
     assert not got.complete
-    served(world)
+    assert_served(harness)
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_f12_an_answer_before_the_end_of_the_upload_arrives(world: World, framing: str) -> None:
-    world.api.scripts["/early"] = lambda stream, _: stream.send(
-        answer(b"too large", "413 Content Too Large", b"connection: close")
+def test_f12_a_response_before_the_end_of_the_upload_arrives(harness: Harness, framing: str) -> None:
+    harness.api.scripts["/early"] = lambda stream, _: stream.send(
+        http_response(b"too large", "413 Content Too Large", b"connection: close")
     )
-    with world.client() as stream:
+    with harness.client() as stream:
         if framing == "length":
             stream.send(request("/early", b"Content-Length: 50000000", method="POST") + b"hello")
         else:
             stream.send(request("/early", b"Transfer-Encoding: chunked", method="POST") + b"5\r\nhello\r\n")
-        until(lambda: bool(world.api.arrived), "nothing arrives")
+        until(lambda: bool(harness.api.received), "nothing arrives")
         got = stream.rest()
     assert got.startswith(b"HTTP/1.1 413 ")
     assert b"too large" in got
-    nothing_in_flight(world)
-    served(world)
+    wait_until_idle(harness)
+    assert_served(harness)
 
 
 LEFT = {
@@ -390,10 +406,12 @@ LEFT = {
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("stage", list(LEFT))
-def test_f15_a_client_that_leaves_ends_its_call_and_disturbs_nobody(world: World, stage: str, how: str) -> None:
+def test_f15_a_client_that_disconnects_ends_its_call_and_affects_no_other(
+    harness: Harness, stage: str, how: str
+) -> None:
     gone = threading.Event()
 
-    def script(stream: Stream, _: Arrived) -> None:
+    def script(stream: Stream, _: ReceivedRequest) -> None:
         try:
             if stage == "download":
                 stream.send(OK + b"content-length: 1000000000\r\n\r\n")
@@ -405,11 +423,11 @@ def test_f15_a_client_that_leaves_ends_its_call_and_disturbs_nobody(world: World
             pass
         gone.set()
 
-    world.api.scripts["/early/left"] = script
-    with world.client() as stream:
+    harness.api.scripts["/early/left"] = script
+    with harness.client() as stream:
         stream.send(LEFT[stage])
         if stage != "head":
-            until(lambda: bool(world.api.arrived), "nothing arrives")
+            until(lambda: bool(harness.api.received), "nothing arrives")
         if stage == "download":
             stream.exactly(100_000)
         if how == "reset":
@@ -418,120 +436,120 @@ def test_f15_a_client_that_leaves_ends_its_call_and_disturbs_nobody(world: World
             stream.close()
     if stage != "head":
         assert gone.wait(5), "the call to Amazon goes on"
-    nothing_in_flight(world)
-    assert not [one for one in world.api.arrived if one.body == b"half"]
-    served(world)
+    wait_until_idle(harness)
+    assert not [one for one in harness.api.received if one.body == b"half"]
+    assert_served(harness)
 
 
-def test_f16_a_client_that_ends_its_side_is_answered_or_let_go(world: World) -> None:
-    with world.client() as stream:
+def test_f16_a_half_closed_client_gets_a_response_or_is_closed(harness: Harness) -> None:
+    with harness.client() as stream:
         stream.send(request("/x"))
         stream.socket.shutdown(socket.SHUT_WR)
         got = stream.rest()
     assert got == b"" or got.startswith(b"HTTP/1.1 200 ")
-    nothing_in_flight(world)
+    wait_until_idle(harness)
 
 
-def test_f18_a_quick_call_is_not_behind_250_slow_ones(tmp_path: Path) -> None:
+def test_f18_a_fast_call_is_not_delayed_by_250_slow_ones(tmp_path: Path) -> None:
     held = threading.Event()
-    with World.made(tmp_path, timeouts={"upstream_idle": "30s"}) as world, ExitStack() as stack:
-        world.api.scripts["/slow"] = held_until(held)
-        streams = [stack.enter_context(world.client()) for _ in range(250)]
+    with Harness.start(tmp_path, timeouts={"upstream_idle": "30s"}) as harness, ExitStack() as stack:
+        harness.api.scripts["/slow"] = respond_when_set(held)
+        streams = [stack.enter_context(harness.client()) for _ in range(250)]
         for stream in streams:
             stream.send(request("/slow"))
-        until(lambda: world.metric("spapi_proxy_requests_in_flight") >= 250, "they do not arrive")
+        until(lambda: harness.metric("spapi_proxy_requests_in_flight") >= 250, "the requests do not arrive")
         began = time.monotonic()
-        served(world)
+        assert_served(harness)
         took = time.monotonic() - began
         held.set()
         assert all(stream.rest().startswith(b"HTTP/1.1 ") for stream in streams)
     assert took < 1.0
 
 
-def test_f20_sigterm_finishes_what_is_in_flight_and_ends(tmp_path: Path) -> None:
-    with World.made(tmp_path) as world, ExitStack() as stack:
+def test_f20_sigterm_completes_requests_in_flight_and_exits(tmp_path: Path) -> None:
+    with Harness.start(tmp_path) as harness, ExitStack() as stack:
         held = threading.Event()
 
-        def script(stream: Stream, _: Arrived) -> None:
+        def script(stream: Stream, _: ReceivedRequest) -> None:
             stream.send(OK + b"content-length: 8\r\n\r\nhalf")
-            held.wait(PATIENCE)
+            held.wait(TIMEOUT)
             stream.send(b"done")
 
-        world.api.scripts["/drip"] = script
-        idle = stack.enter_context(world.client())
+        harness.api.scripts["/drip"] = script
+        idle = stack.enter_context(harness.client())
         idle.send(request("/x", b"Connection: keep-alive"))
         idle.until(b"payload")
-        streams = [stack.enter_context(world.client()) for _ in range(8)]
+        streams = [stack.enter_context(harness.client()) for _ in range(8)]
         for stream in streams:
             stream.send(request("/drip"))
         for stream in streams:
             stream.until(b"half")
-        world.process.send_signal(signal.SIGTERM)
+        harness.process.send_signal(signal.SIGTERM)
         idle.rest()
-        until(lambda: refuses(world.addresses[0]), "it still listens")
+        until(lambda: is_rejected(harness.addresses[0]), "it still listens")
         held.set()
         assert [stream.rest()[-4:] for stream in streams] == [b"done"] * 8
-        assert world.process.wait(PATIENCE) == 0
+        assert harness.process.wait(TIMEOUT) == 0
 
 
 def test_f21_a_killed_process_starts_again_with_one_exchange(tmp_path: Path) -> None:
-    with World.made(tmp_path) as world:
-        served(world)
-        world.process.send_signal(signal.SIGKILL)
-        assert world.process.wait(PATIENCE) == -signal.SIGKILL
+    with Harness.start(tmp_path) as harness:
+        assert_served(harness)
+        harness.process.send_signal(signal.SIGKILL)
+        assert harness.process.wait(TIMEOUT) == -signal.SIGKILL
     folder = tmp_path / "again"
     folder.mkdir()
-    with World.made(folder) as world:
+    with Harness.start(folder) as harness:
         for _ in range(10):
-            served(world)
-        assert len(world.lwa.arrived) == 1
+            assert_served(harness)
+        assert len(harness.lwa.received) == 1
 
 
-def test_f25_a_replaced_secret_is_used_from_the_next_exchange_on(tmp_path: Path) -> None:
+def test_f25_a_replaced_secret_is_used_from_the_next_exchange(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("old-secret-of-the-application")
     secret.chmod(0o600)
     applications = {"main": {"client_id": "c", "client_secret": {"file": str(secret)}}}
-    with World.made(tmp_path, applications=applications) as world:
-        world.send(request("/x", b"x-sp-account: acme"))
+    with Harness.start(tmp_path, applications=applications) as harness:
+        harness.send(request("/x", b"x-sp-account: acme"))
         secret.write_text("new-secret-of-the-application")
-        world.send(request("/x", b"x-sp-account: zenith"))
-        world.send(request("/x", b"x-sp-account: acme"))
-        bodies = [one.body.decode() for one in world.lwa.arrived]
+        harness.send(request("/x", b"x-sp-account: zenith"))
+        harness.send(request("/x", b"x-sp-account: acme"))
+        bodies = [one.body.decode() for one in harness.lwa.received]
     assert ["old-secret" in body for body in bodies] == [True, False]
     assert ["new-secret" in body for body in bodies] == [False, True]
 
 
-def test_f31_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
-    with World.made(tmp_path) as world:
-        # Standard error is a pipe; a reader that is gone closes it.
-        assert world.process.stderr is not None
-        os.close(os.dup(world.process.stderr.fileno()))
+def test_f31_a_log_pipe_that_is_not_read_blocks_no_request(tmp_path: Path) -> None:
+    with Harness.start(tmp_path) as harness:
+        # Standard error is a pipe; closing its read end simulates a log reader that has exited.
+        assert harness.process.stderr is not None
+        os.close(os.dup(harness.process.stderr.fileno()))
         for _ in range(50):
-            served(world)
+            assert_served(harness)
 
 
-def test_f31_a_full_disk_stops_nothing(tmp_path: Path) -> None:
-    with World.made(tmp_path, audit="/dev/full") as world:
+def test_f31_a_full_disk_blocks_no_request(tmp_path: Path) -> None:
+    with Harness.start(tmp_path, audit="/dev/full") as harness:
         for _ in range(50):
-            served(world)
-        until(lambda: world.metric('spapi_proxy_log_lines_lost_total{log="audit"}') >= 50, "the loss is not counted")
+            assert_served(harness)
+        until(lambda: harness.metric('spapi_proxy_log_lines_lost_total{log="audit"}') >= 50, "the loss is not counted")
 
 
-def test_f32_both_loopbacks_can_be_listened_on(tmp_path: Path) -> None:
-    with World.made(tmp_path, listen=["127.0.0.1:0", "[::1]:0", f"unix:{tmp_path}/x.sock"]) as world:
-        for address in world.addresses:
-            assert [one.status for one in world.send(request("/x"), address=address)] == [200]
+def test_f32_ipv4_and_ipv6_loopback_can_be_listened_on(tmp_path: Path) -> None:
+    with Harness.start(tmp_path, listen=["127.0.0.1:0", "[::1]:0", f"unix:{tmp_path}/x.sock"]) as harness:
+        for address in harness.addresses:
+            assert [one.status for one in harness.send(request("/x"), address=address)] == [200]
 
 
-def test_no_core_is_dumped_and_nobody_looks_inside(world: World) -> None:
-    assert resource.prlimit(world.process.pid, resource.RLIMIT_CORE) == (0, 0)
-    # What is not dumpable belongs to the administrator, whoever runs it; here they are one.
-    limits = Path(f"/proc/{world.process.pid}/limits").read_text()
+def test_no_core_is_dumped_and_memory_cannot_be_read(harness: Harness) -> None:
+    assert resource.prlimit(harness.process.pid, resource.RLIMIT_CORE) == (0, 0)
+    # The files in /proc of a non-dumpable process belong to root (proc(5)); the test may run as root.
+    limits = Path(f"/proc/{harness.process.pid}/limits").read_text()
     soft, hard = limits.partition("Max open files")[2].split()[:2]
     assert soft == hard
 
 
-def test_45_no_secret_stands_in_the_command_line(world: World) -> None:
-    line = Path(f"/proc/{world.process.pid}/cmdline").read_bytes()
+def test_45_no_secret_is_in_the_command_line(harness: Harness) -> None:
+    line = Path(f"/proc/{harness.process.pid}/cmdline").read_bytes()
     assert b"distinctive" not in line

@@ -1,4 +1,4 @@
-"""Rows 1 to 14 of the threats: who may come in, for which account, with whose credentials."""
+"""Threats 1 to 14: access to the port, the account, and the credentials that are used."""
 
 import os
 import ssl
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.harness import CALLER_KEY, Stream, World, connect, request
+from tests.security.harness import CALLER_KEY, Harness, Stream, connect, request
 from tests.support.certificates import Authority
 
 EU = "sellingpartnerapi-eu.amazon.com"
 
 
-def refused(world: World, data: bytes, status: int, error: str) -> None:
-    got = world.send(data)
+def assert_rejected(harness: Harness, data: bytes, status: int, error: str) -> None:
+    got = harness.send(data)
     assert [(one.status, one.error) for one in got] == [(status, error)]
     assert not [name for name, _ in got[0].fields if name.lower().startswith("access-control")]
-    assert not world.api.arrived
-    assert not world.lwa.arrived
+    assert not harness.api.received
+    assert not harness.lwa.received
 
 
 FOREIGN = [
@@ -60,17 +60,17 @@ FOREIGN = [
 
 @pytest.mark.parametrize("host", FOREIGN)
 @pytest.mark.parametrize("target", ["/orders/v0/orders", "/metrics", "/", "/livez"])
-def test_1_4_a_foreign_host_is_refused_on_every_path(world: World, target: str, host: str) -> None:
-    got = world.send(request(target, b"Host: " + host.encode("latin-1")))
+def test_1_4_a_foreign_host_is_rejected_on_every_path(harness: Harness, target: str, host: str) -> None:
+    got = harness.send(request(target, b"Host: " + host.encode("latin-1")))
     assert [one.status for one in got] in ([421], [400])
     assert got[0].error
-    assert not world.api.arrived
-    assert not world.lwa.arrived
+    assert not harness.api.received
+    assert not harness.lwa.received
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", EU, EU.upper()])
-def test_1_our_own_names_and_amazons_work(world: World, host: str) -> None:
-    assert [one.status for one in world.send(request("/x", f"Host: {host}".encode()))] == [200]
+def test_1_hosts_of_the_proxy_and_of_amazon_are_accepted(harness: Harness, host: str) -> None:
+    assert [one.status for one in harness.send(request("/x", f"Host: {host}".encode()))] == [200]
 
 
 @pytest.mark.parametrize(
@@ -81,20 +81,20 @@ def test_1_our_own_names_and_amazons_work(world: World, host: str) -> None:
         (b"X: 1", b"Host: ", b"host: x"),
     ],
 )
-def test_1_two_hosts_are_refused(world: World, fields: tuple[bytes, ...]) -> None:
-    refused(world, request("/x", *fields), 400, "MalformedRequest")
+def test_1_two_hosts_are_rejected(harness: Harness, fields: tuple[bytes, ...]) -> None:
+    assert_rejected(harness, request("/x", *fields), 400, "MalformedRequest")
 
 
-def test_1_no_host_is_refused(world: World) -> None:
-    refused(world, b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "MalformedRequest")
-    refused(world, b"GET /x HTTP/1.0\r\n\r\n", 400, "MalformedRequest")
+def test_1_a_missing_host_is_rejected(harness: Harness) -> None:
+    assert_rejected(harness, b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "MalformedRequest")
+    assert_rejected(harness, b"GET /x HTTP/1.0\r\n\r\n", 400, "MalformedRequest")
 
 
-def test_1_the_admin_listener_has_the_same_check(world: World) -> None:
+def test_1_the_admin_listener_has_the_same_check(harness: Harness) -> None:
     for path in ("/", "/metrics", "/readyz", "/livez", "/nothing"):
-        (got,) = world.send(request(path, b"Host: evil.test"), address=world.admin)
+        (got,) = harness.send(request(path, b"Host: evil.test"), address=harness.admin)
         assert got.status == 421
-        (got,) = world.send(request(path, b"Origin: http://evil.test"), address=world.admin)
+        (got,) = harness.send(request(path, b"Origin: http://evil.test"), address=harness.admin)
         assert got.status == 403
 
 
@@ -116,36 +116,36 @@ SIGNS = [
 
 @pytest.mark.parametrize("sign", SIGNS, ids=repr)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "PUT", "HEAD"])
-def test_3_5_what_a_web_page_causes_is_refused_whatever_its_method(world: World, sign: bytes, method: str) -> None:
+def test_3_5_requests_of_web_pages_are_rejected_whatever_the_method(harness: Harness, sign: bytes, method: str) -> None:
     body = b"{}" if method in {"POST", "PUT"} else None
-    got = world.send(request("/feeds/2021-06-30/feeds", sign, method=method, body=body), (method,))
+    got = harness.send(request("/feeds/2021-06-30/feeds", sign, method=method, body=body), (method,))
     assert [one.status for one in got] == [403]
     assert not [name for name, _ in got[0].fields if name.lower().startswith("access-control")]
-    assert not world.api.arrived
-    assert not world.lwa.arrived
+    assert not harness.api.received
+    assert not harness.lwa.received
 
 
 @pytest.mark.parametrize("sign", [b"Sec-Fetch-Site: none", b"Sec-Fetch-Site: same-origin", b"Referer: http://x.test/"])
-def test_3_what_programs_send_too_passes(world: World, sign: bytes) -> None:
-    assert [one.status for one in world.send(request("/x", sign))] == [200]
+def test_3_headers_that_programs_send_too_are_accepted(harness: Harness, sign: bytes) -> None:
+    assert [one.status for one in harness.send(request("/x", sign))] == [200]
 
 
-def test_5_a_preflight_gets_no_leave(world: World) -> None:
+def test_5_a_cors_preflight_gets_no_permission(harness: Harness) -> None:
     preflight = (b"Origin: https://evil.test", b"Access-Control-Request-Method: PUT")
-    refused(world, request("/x", *preflight, method="OPTIONS"), 403, "BrowserRefused")
-    refused(world, request("/x", method="OPTIONS"), 405, "MethodNotAllowed")
+    assert_rejected(harness, request("/x", *preflight, method="OPTIONS"), 403, "BrowserRefused")
+    assert_rejected(harness, request("/x", method="OPTIONS"), 405, "MethodNotAllowed")
 
 
-def test_3_a_web_socket_is_refused(world: World) -> None:
+def test_3_a_websocket_is_rejected(harness: Harness) -> None:
     fields = (b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Key: x", b"Sec-WebSocket-Version: 13")
-    refused(world, request("/x", *fields, b"Origin: http://evil.test"), 403, "BrowserRefused")
-    (got,) = world.send(request("/x", *fields, b"Connection: close"))
+    assert_rejected(harness, request("/x", *fields, b"Origin: http://evil.test"), 403, "BrowserRefused")
+    (got,) = harness.send(request("/x", *fields, b"Connection: close"))
     assert got.status == 200
-    assert not [name for name, _ in world.api.arrived[0].fields if "upgrade" in name.lower()]
+    assert not [name for name, _ in harness.api.received[0].fields if "upgrade" in name.lower()]
 
 
-def test_7_nothing_listens_outside_loopback(world: World) -> None:
-    pid = world.process.pid
+def test_7_no_socket_listens_outside_loopback(harness: Harness) -> None:
+    pid = harness.process.pid
     sockets = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
     open_to_others = []
     for table in ("tcp", "tcp6"):
@@ -159,32 +159,32 @@ def test_7_nothing_listens_outside_loopback(world: World) -> None:
     assert not open_to_others
 
 
-def test_8_the_admin_pages_are_not_on_the_proxied_port(world: World) -> None:
+def test_8_the_admin_pages_are_not_on_the_proxy_port(harness: Harness) -> None:
     for path in ("/metrics", "/livez", "/readyz", "/status", "/quitquitquit", "/debug/pprof"):
-        world.send(request(path))
-    assert [one.target for one in world.api.arrived] == [
+        harness.send(request(path))
+    assert [one.target for one in harness.api.received] == [
         *("/metrics", "/livez", "/readyz", "/status", "/quitquitquit", "/debug/pprof")
     ]
 
 
-def test_8_the_proxy_is_no_way_to_itself(world: World) -> None:
-    for address in (world.admin, world.addresses[0]):
-        (got,) = world.send(request(f"http://{address}/metrics"))
+def test_8_the_admin_listener_is_not_reachable_through_the_proxy(harness: Harness) -> None:
+    for address in (harness.admin, harness.addresses[0]):
+        (got,) = harness.send(request(f"http://{address}/metrics"))
         assert b"spapi_proxy" not in got.body
-    assert {one.target for one in world.api.arrived} == {"/metrics"}
+    assert {one.target for one in harness.api.received} == {"/metrics"}
 
 
 @pytest.mark.parametrize("path", ["/quitquitquit", "/debug", "/config", "/metrics", "/reload"])
-def test_8_nothing_is_changed_through_the_admin_listener(world: World, path: str) -> None:
+def test_8_nothing_is_changed_through_the_admin_listener(harness: Harness, path: str) -> None:
     for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x"):
-        (got,) = world.send(request(path, b"Content-Type: " + kind, method="POST", body=b"x"), address=world.admin)
+        (got,) = harness.send(request(path, b"Content-Type: " + kind, method="POST", body=b"x"), address=harness.admin)
         assert got.status in {404, 405, 415}
-    (got,) = world.send(request(path, method="POST", body=b""), address=world.admin)
+    (got,) = harness.send(request(path, method="POST", body=b""), address=harness.admin)
     assert got.status in {404, 405}
-    assert world.process.poll() is None
+    assert harness.process.poll() is None
 
 
-# Account: rows 10 to 14 (who gets whose token is looked at in tests/integration/test_tenant_isolation.py).
+# Account: threats 10 to 14 (tests/integration/test_tenant_isolation.py checks whose token is used).
 
 
 @pytest.mark.parametrize(
@@ -215,10 +215,10 @@ def test_8_nothing_is_changed_through_the_admin_listener(world: World, path: str
         ("/x?MarketplaceIds=ATVPDKIKX0DER", (b"x-sp-region: eu",), "ConflictingSources"),
     ],
 )
-def test_11_an_ambiguous_account_or_region_is_refused(
-    world: World, target: str, fields: tuple[bytes, ...], error: str
+def test_11_an_ambiguous_account_or_region_is_rejected(
+    harness: Harness, target: str, fields: tuple[bytes, ...], error: str
 ) -> None:
-    refused(world, request(target, *fields), 400, error)
+    assert_rejected(harness, request(target, *fields), 400, error)
 
 
 OWN = [
@@ -260,102 +260,102 @@ OWN = [
 
 
 @pytest.mark.parametrize("field", OWN, ids=repr)
-def test_12_to_14_and_28_29_what_is_the_apps_own_does_not_go_on(world: World, field: bytes) -> None:
-    (got,) = world.send(request("/x", field))
+def test_12_to_14_and_28_29_private_and_hop_by_hop_fields_are_not_forwarded(harness: Harness, field: bytes) -> None:
+    (got,) = harness.send(request("/x", field))
     assert got.status == 200
-    (arrived,) = world.api.arrived
-    assert not [value for _, value in arrived.fields if "mine" in value.lower()]
-    token = arrived.get("x-amz-access-token")
+    (received,) = harness.api.received
+    assert not [value for _, value in received.fields if "mine" in value.lower()]
+    token = received.get("x-amz-access-token")
     assert token is not None
     assert token.startswith("Atza|distinctive-token-of-acme-")
-    assert len([name for name, _ in arrived.fields if name.lower().replace("_", "-") == "x-amz-access-token"]) == 1
+    assert len([name for name, _ in received.fields if name.lower().replace("_", "-") == "x-amz-access-token"]) == 1
 
 
 @pytest.mark.parametrize("named", [b"x-amz-access-token", b"Host", b"x-amz-date", b"user-agent", b"Content-Length, x"])
-def test_28_connection_cannot_name_our_own_fields_away(world: World, named: bytes) -> None:
-    (got,) = world.send(request("/feeds/2021-06-30/feeds", b"Connection: close, " + named, method="POST", body=b"{}"))
+def test_28_connection_cannot_remove_fields_that_the_proxy_adds(harness: Harness, named: bytes) -> None:
+    (got,) = harness.send(request("/feeds/2021-06-30/feeds", b"Connection: close, " + named, method="POST", body=b"{}"))
     assert got.status == 200
-    (arrived,) = world.api.arrived
-    assert arrived.body == b"{}"
+    (received,) = harness.api.received
+    assert received.body == b"{}"
     for name in ("host", "x-amz-access-token", "x-amz-date", "user-agent"):
-        assert arrived.get(name)
+        assert received.get(name)
 
 
-def test_28_several_connection_lines_all_count(world: World) -> None:
+def test_28_several_connection_lines_all_count(harness: Harness) -> None:
     fields = (b"Connection: x-one", b"X-One: 1", b"connection: X-Two , close", b"X-Two: 2", b"X-Three: 3")
-    world.send(request("/x", *fields))
-    names = {name.lower() for name, _ in world.api.arrived[0].fields}
+    harness.send(request("/x", *fields))
+    names = {name.lower() for name, _ in harness.api.received[0].fields}
     assert names == {"x-three", "host", "x-amz-access-token", "x-amz-date", "user-agent"}
 
 
-def test_14_no_decision_depends_on_what_another_hop_might_have_said(world: World) -> None:
+def test_14_no_decision_depends_on_forwarding_headers(harness: Harness) -> None:
     fields = (
         b"X-Forwarded-Host: evil.test",
         b"X-Forwarded-Proto: https",
         b"Forwarded: host=evil.test",
         b"User-Agent: kube",
     )
-    (got,) = world.send(request("/x", *fields))
+    (got,) = harness.send(request("/x", *fields))
     assert got.status == 200
-    refused_one = world.send(request("/x", b"Host: evil.test", b"X-Forwarded-Host: localhost"))
+    refused_one = harness.send(request("/x", b"Host: evil.test", b"X-Forwarded-Host: localhost"))
     assert [one.status for one in refused_one] == [421]
 
 
-def test_9_a_unix_socket_is_its_owners_alone_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+def test_9_a_unix_socket_is_accessible_to_its_owner_alone_by_default(tmp_path: Path) -> None:
     listeners = [
         f"unix:{tmp_path}/own.sock",
         {"address": f"unix:{tmp_path}/group.sock", "mode": "0660", "group": "nogroup"},
         {"address": f"unix:{tmp_path}/nobody.sock", "owner": "nobody"},
     ]
-    with World.made(tmp_path, listen=listeners) as world:
+    with Harness.start(tmp_path, listen=listeners) as harness:
         modes = {name: (tmp_path / f"{name}.sock").stat() for name in ("own", "group", "nobody")}
         assert [stat.S_IMODE(status.st_mode) for status in modes.values()] == [0o600, 0o660, 0o600]
         assert (tmp_path / "group.sock").group() == "nogroup"
         assert (tmp_path / "nobody.sock").owner() == "nobody"
-        assert [one.status for one in world.send(request("/x"))] == [200]
+        assert [one.status for one in harness.send(request("/x"))] == [200]
         attempt = ["setpriv", "--reuid=nobody", "--clear-groups", "curl", "-s", "--unix-socket", f"{tmp_path}/own.sock"]
         assert subprocess.run([*attempt, "http://localhost/x"], check=False, capture_output=True).returncode != 0
 
 
 @pytest.mark.parametrize("field", [f"x-sp-key: {CALLER_KEY}", f"Authorization: Bearer {CALLER_KEY}"])
-def test_6_a_listener_may_demand_what_a_fetcher_of_urls_cannot_send(tmp_path: Path, field: str) -> None:
+def test_6_a_listener_can_require_a_header_that_a_url_fetcher_cannot_send(tmp_path: Path, field: str) -> None:
     listen = [{"address": "127.0.0.1:0", "require_header": True}]
     callers = {"reports": {"key": CALLER_KEY, "accounts": ["acme"]}}
-    with World.made(tmp_path, listen=listen, callers=callers) as world:
-        refused(world, request("/x"), 403, "CallerRefused")
-        refused(world, request("/@acme/x"), 403, "CallerRefused")
+    with Harness.start(tmp_path, listen=listen, callers=callers) as harness:
+        assert_rejected(harness, request("/x"), 403, "CallerRefused")
+        assert_rejected(harness, request("/@acme/x"), 403, "CallerRefused")
         account = b"x-sp-account: acme" if "Bearer" in field else b"x: y"
-        assert [one.status for one in world.send(request("/x", field.encode(), account))] == [200]
-        assert CALLER_KEY not in str(world.api.arrived[0].fields)
+        assert [one.status for one in harness.send(request("/x", field.encode(), account))] == [200]
+        assert CALLER_KEY not in str(harness.api.received[0].fields)
 
 
-def test_7_9_a_process_knows_its_callers_by_certificate_and_by_user(tmp_path: Path) -> None:
+def test_7_9_callers_are_authenticated_by_certificate_and_by_uid(tmp_path: Path) -> None:
     authority = Authority.made(tmp_path / "authority")
     certificate, key = authority.issue("localhost", alternative="DNS:localhost,IP:127.0.0.1")
     tls = {"certificate": certificate, "key": key, "client_ca": authority.certificate}
     listen = [{"address": "127.0.0.1:0", "tls": tls}, f"unix:{tmp_path}/x.sock"]
     callers = {"warehouse": {"certificate": "warehouse"}, "me": {"uid": os.getuid(), "operations": ["sellers.*"]}}
-    with World.made(tmp_path, listen=listen, callers=callers) as world:
+    with Harness.start(tmp_path, listen=listen, callers=callers) as harness:
         context = ssl.create_default_context(cafile=authority.certificate)
         for name, expected in (("warehouse", b"HTTP/1.1 200 "), ("stranger", b"HTTP/1.1 403 ")):
             context.load_cert_chain(*authority.issue(name))
             with (
-                connect(world.addresses[0]) as plain,
+                connect(harness.addresses[0]) as plain,
                 context.wrap_socket(plain, server_hostname="localhost") as encrypted,
             ):
                 stream = Stream(encrypted)
                 stream.send(request("/x"))
                 assert stream.rest().startswith(expected)
-        assert [one.status for one in world.send(request(), address=world.addresses[1])] == [200]
-        assert [one.error for one in world.send(request("/x"), address=world.addresses[1])] == ["NotAllowed"]
-        with connect(world.addresses[0]) as silent:  # it does not even begin the handshake
+        assert [one.status for one in harness.send(request(), address=harness.addresses[1])] == [200]
+        assert [one.error for one in harness.send(request("/x"), address=harness.addresses[1])] == ["NotAllowed"]
+        with connect(harness.addresses[0]) as silent:  # a client that never starts the TLS handshake
             assert Stream(silent).rest() == b""
-    assert any('"caller": "warehouse"' in line for line in world.log)
+    assert any('"caller": "warehouse"' in line for line in harness.log)
 
 
-def test_8_39_the_admin_listener_does_not_wait_for_ever_either(world: World) -> None:
+def test_8_39_the_admin_listener_times_out_incomplete_requests(harness: Harness) -> None:
     for said in (b"", b"GET /livez HTTP/1.1\r\nHost: loc"):
-        with world.client(world.admin) as stream:
+        with harness.client(harness.admin) as stream:
             stream.send(said)
             got = stream.rest()
         assert got == b"" or got.startswith(b"HTTP/1.1 408 ")

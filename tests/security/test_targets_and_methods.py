@@ -1,29 +1,29 @@
-"""Rows 15 to 18 of the threats: the request goes to Amazon's host with the very path that was judged, or nowhere."""
+"""Threats 15 to 18: a request goes to Amazon's host with exactly the validated path, or nowhere."""
 
 import re
 
 import pytest
 
-from tests.security.harness import World, request
+from tests.security.harness import Harness, request
 
 EU = "sellingpartnerapi-eu.amazon.com"
 
 
-def refused(world: World, data: bytes, *statuses: int) -> None:
-    """Send; one refusal must come back, and nothing may have gone out, not even for a token."""
-    got = world.send(data)
+def assert_rejected(harness: Harness, data: bytes, *statuses: int) -> None:
+    """Send; expect one rejection and no outgoing request, not even for a token."""
+    got = harness.send(data)
     assert [one.status for one in got] == [got[0].status]
     assert got[0].status in statuses
     assert got[0].error
-    assert not world.api.arrived
-    assert not world.lwa.arrived
+    assert not harness.api.received
+    assert not harness.lwa.received
 
 
 @pytest.fixture(params=[b"127.0.0.1", b"localhost", b"169.254.169.254", b"evil.test"])
-def elsewhere(request: pytest.FixtureRequest, shared_world: World) -> bytes:
-    """Another server: one that is there (this machine's token host), and one that is not."""
+def elsewhere(request: pytest.FixtureRequest, shared_harness: Harness) -> bytes:
+    """Another server: a running one (this machine's token host), and one that does not exist."""
     host: bytes = request.param
-    return host + b":%d" % shared_world.lwa.port
+    return host + b":%d" % shared_harness.lwa.port
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,15 @@ def elsewhere(request: pytest.FixtureRequest, shared_world: World) -> bytes:
     ],
     ids=repr,
 )
-def test_15_no_spelling_of_another_server_moves_a_request(world: World, elsewhere: bytes, spelling: bytes) -> None:
+def test_15_no_spelling_of_another_server_redirects_a_request(
+    harness: Harness, elsewhere: bytes, spelling: bytes
+) -> None:
     target = spelling % elsewhere if b"%s" in spelling else spelling
-    refused(world, request(target), 400, 421)
+    assert_rejected(harness, request(target), 400, 421)
 
 
 @pytest.mark.parametrize("scheme", [b"http", b"https", b"HTTP"])
-def test_15_an_absolute_form_to_another_server_is_refused(world: World, scheme: bytes) -> None:
+def test_15_an_absolute_form_to_another_server_is_refused(harness: Harness, scheme: bytes) -> None:
     for authority in (
         b"169.254.169.254",
         b"evil.test",
@@ -73,16 +75,16 @@ def test_15_an_absolute_form_to_another_server_is_refused(world: World, scheme: 
         b"%s.evil.test" % EU.encode(),
         b"amazon.com",
     ):
-        refused(world, request(scheme + b"://" + authority + b"/x"), 421)
-        assert not world.lwa.arrived
+        assert_rejected(harness, request(scheme + b"://" + authority + b"/x"), 421)
+        assert not harness.lwa.received
 
 
 @pytest.mark.parametrize("authority", [EU, f"{EU}:443", f"{EU.upper()}", "localhost", "127.0.0.1:1"])
-def test_15_an_absolute_form_to_amazon_or_to_ourselves_is_reduced_to_its_path(world: World, authority: str) -> None:
-    (got,) = world.send(request(f"http://{authority}/orders/v0/orders?x=%41"))
+def test_15_an_absolute_form_to_amazon_or_to_ourselves_is_reduced_to_its_path(harness: Harness, authority: str) -> None:
+    (got,) = harness.send(request(f"http://{authority}/orders/v0/orders?x=%41"))
     assert got.status == 200
-    (arrived,) = world.api.arrived
-    assert (arrived.target, arrived.get("host")) == ("/orders/v0/orders?x=%41", f"127.0.0.1:{world.api.port}")
+    (received,) = harness.api.received
+    assert (received.target, received.get("host")) == ("/orders/v0/orders?x=%41", f"127.0.0.1:{harness.api.port}")
 
 
 @pytest.mark.parametrize(
@@ -122,10 +124,10 @@ def test_15_an_absolute_form_to_amazon_or_to_ourselves_is_reduced_to_its_path(wo
     ],
     ids=lambda target: target[:40],
 )
-def test_16_17_a_target_goes_on_byte_for_byte(world: World, target: str) -> None:
-    (got,) = world.send(request(target))
+def test_16_17_a_target_is_forwarded_byte_for_byte(harness: Harness, target: str) -> None:
+    (got,) = harness.send(request(target))
     assert got.status == 200
-    assert [one.target for one in world.api.arrived] == [target]
+    assert [one.target for one in harness.api.received] == [target]
 
 
 DOTS = [
@@ -153,8 +155,8 @@ DOTS = [
 
 
 @pytest.mark.parametrize("target", DOTS)
-def test_16_a_dot_segment_is_refused_in_every_spelling(world: World, target: str) -> None:
-    refused(world, request(target), 400)
+def test_16_a_dot_segment_is_rejected_in_every_spelling(harness: Harness, target: str) -> None:
+    assert_rejected(harness, request(target), 400)
 
 
 UNFIT = [
@@ -179,16 +181,18 @@ UNFIT = [
 
 
 @pytest.mark.parametrize("target", UNFIT, ids=repr)
-def test_16_a_byte_that_never_stands_raw_in_a_target_is_refused(world: World, target: bytes) -> None:
-    refused(world, request(target), 400)
+def test_16_a_byte_that_is_not_allowed_in_a_target_is_rejected(harness: Harness, target: bytes) -> None:
+    assert_rejected(harness, request(target), 400)
 
 
 @pytest.mark.parametrize(
     "target", ["/orders/v0/%6frders", "/orders/v0//orders", "/Orders/v0/orders", "/orders/v0/orders/"]
 )
-def test_16_what_looks_like_an_operation_gets_no_more_than_its_ordinary_token(world: World, target: str) -> None:
-    world.send(request(target, b"x-sp-data-elements: buyerInfo"))
-    assert "/tokens/2021-03-01/restrictedDataToken" not in [one.target for one in world.api.arrived] or "%6f" in target
+def test_16_a_path_that_resembles_an_operation_gets_only_an_access_token(harness: Harness, target: str) -> None:
+    harness.send(request(target, b"x-sp-data-elements: buyerInfo"))
+    assert (
+        "/tokens/2021-03-01/restrictedDataToken" not in [one.target for one in harness.api.received] or "%6f" in target
+    )
 
 
 METHODS = [
@@ -218,39 +222,39 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_18_any_other_method_is_refused(world: World, method: str) -> None:
-    got = world.send(request("/orders/v0/orders", b"x-amz-access-token: mine", method=method))
+def test_18_any_other_method_is_rejected(harness: Harness, method: str) -> None:
+    got = harness.send(request("/orders/v0/orders", b"x-amz-access-token: mine", method=method))
     assert len(got) == 1
     assert got[0].status in {400, 405}
     assert b"mine" not in got[0].body
-    assert not world.api.arrived
-    assert not world.lwa.arrived
+    assert not harness.api.received
+    assert not harness.lwa.received
 
 
-def test_18_connect_is_refused_and_nothing_is_tunnelled(world: World) -> None:
-    with world.client() as stream:
+def test_18_connect_is_refused_and_nothing_is_tunnelled(harness: Harness) -> None:
+    with harness.client() as stream:
         stream.send(f"CONNECT {EU}:443 HTTP/1.1\r\nHost: {EU}:443\r\n\r\n".encode())
         stream.send(b"\x16\x03\x01" + b"x" * 100)
         got = stream.rest()
     assert re.match(rb"HTTP/1\.1 (405|400) ", got)
-    assert not world.api.arrived
+    assert not harness.api.received
 
 
 @pytest.mark.parametrize(
     "name", ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X_HTTP_Method_Override"]
 )
-def test_18_no_header_changes_the_method(world: World, name: str) -> None:
-    (got,) = world.send(request("/feeds/2021-06-30/feeds", f"{name}: DELETE".encode(), method="POST", body=b"{}"))
+def test_18_no_header_changes_the_method(harness: Harness, name: str) -> None:
+    (got,) = harness.send(request("/feeds/2021-06-30/feeds", f"{name}: DELETE".encode(), method="POST", body=b"{}"))
     assert got.status == 200
-    (arrived,) = world.api.arrived
-    assert not [key for key, _ in arrived.fields if "method" in key.lower()]
+    (received,) = harness.api.received
+    assert not [key for key, _ in received.fields if "method" in key.lower()]
 
 
 @pytest.mark.parametrize(
     "name", ["X-Original-URL", "X-Rewrite-URL", "X-Original-URI", "X-Forwarded-Uri", "X-Forwarded-Prefix"]
 )
-def test_16_no_header_changes_the_path(world: World, name: str) -> None:
-    world.send(request("/orders/v0/orders", f"{name}: /tokens/2021-03-01/restrictedDataToken".encode()))
-    (arrived,) = world.api.arrived
-    assert arrived.target == "/orders/v0/orders"
-    assert name.lower() not in [key.lower() for key, _ in arrived.fields]
+def test_16_no_header_changes_the_path(harness: Harness, name: str) -> None:
+    harness.send(request("/orders/v0/orders", f"{name}: /tokens/2021-03-01/restrictedDataToken".encode()))
+    (received,) = harness.api.received
+    assert received.target == "/orders/v0/orders"
+    assert name.lower() not in [key.lower() for key, _ in received.fields]

@@ -172,7 +172,7 @@ async def test_an_exchange_that_began_with_an_old_refresh_token_serves_only_who_
     proxy = await start_proxy()
     token_host.held = asyncio.Event()
     grants = [json.dumps({"access_token": f"Atza|{name}", "expires_in": 3600}).encode() for name in ("new", "old")]
-    token_host.answers = [http_response("200 OK", grant, content_type="application/json") for grant in grants]
+    token_host.responses = [http_response("200 OK", grant, content_type="application/json") for grant in grants]
     old = asyncio.create_task(call(proxy.addresses[0], "GET", SELLERS))
     await token_host.arrived.wait()
     await proxy.apply_config(configured(accounts={"acme": {"refresh_tokens": {"eu": "Atzr|acme-new"}}}))

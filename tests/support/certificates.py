@@ -1,4 +1,4 @@
-"""Certificates for tests, made by the openssl program: an authority, and what it vouches for."""
+"""Certificates for tests, created by the openssl program: an authority and certificates it issues."""
 
 import subprocess
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ commonName = supplied
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 """
-# RFC 5280 section 4.2.1 wants these; VERIFY_X509_STRICT, the default since Python 3.13, refuses a chain without them.
+# Required by RFC 5280 section 4.2.1; VERIFY_X509_STRICT, the default since Python 3.13, rejects a chain without them.
 _OF_AN_AUTHORITY = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
 _YEARS = {False: ("20200101000000Z", "20990101000000Z"), True: ("20200101000000Z", "20200102000000Z")}
 
 
 @dataclass(frozen=True)
 class Authority:
-    """An authority whose files are in `folder`."""
+    """A certificate authority whose files are in `folder`."""
 
     folder: Path
 
     @classmethod
     def made(cls, folder: Path) -> "Authority":
-        """Make a new one."""
+        """Create a new authority."""
         folder.mkdir(exist_ok=True)
         (folder / "ca.conf").write_text(_CONFIGURATION)
         (folder / "index.txt").write_text("")
@@ -47,7 +47,7 @@ class Authority:
 
     @property
     def certificate(self) -> str:
-        """The path of its own certificate, for those who trust it."""
+        """Path of its own certificate, for clients that trust it."""
         return str(self.folder / "ca.crt")
 
     def issue(self, name: str, *, expired: bool = False, alternative: str | None = None) -> tuple[str, str]:

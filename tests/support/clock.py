@@ -1,4 +1,4 @@
-"""A clock that the test moves: time is a parameter, and tests do not sleep."""
+"""Clock controlled by the test: time is a parameter, and tests do not sleep."""
 
 import asyncio
 import heapq
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(order=True)
 class Due:
-    """A call to be made at a moment."""
+    """A scheduled call."""
 
     moment: float
     number: int
@@ -22,7 +22,7 @@ class Due:
 
 
 class FakeClock:
-    """Seconds, as a callable; `advance` moves it, and makes the calls that fall due on the way."""
+    """Callable that returns seconds; `advance` moves it and makes the scheduled calls in between."""
 
     def __init__(self, start: float = 1_000_000.0) -> None:
         self.seconds = start
@@ -33,7 +33,7 @@ class FakeClock:
         return self.seconds
 
     def call_later(self, delay: float, callback: Callable[..., object], *arguments: Any) -> Due:
-        """Make a call once the clock has moved on by `delay` seconds."""
+        """Schedule a call for when the clock has advanced by `delay` seconds."""
         due = Due(self.seconds + delay, next(self._numbers), lambda: callback(*arguments))
         heapq.heappush(self._due, due)
         return due
@@ -48,6 +48,6 @@ class FakeClock:
         self.seconds = end
 
     async def sleep(self, seconds: float) -> None:
-        """Let the time pass that somebody would sleep for."""
+        """Advance the clock instead of sleeping."""
         self.advance(seconds)
         await asyncio.sleep(0)

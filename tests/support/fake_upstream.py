@@ -1,6 +1,6 @@
-"""The far side of the proxy, by hand: servers that record the very bytes they get and answer the very bytes scripted.
+"""Fake upstream servers that record the exact bytes they receive and send the exact bytes of a script.
 
-They share no code with the proxy and use no HTTP library: what a library would tidy up is what the tests look at.
+They share no code with the proxy and use no HTTP library, because a library would hide what the tests check.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ Script = Callable[["Received", asyncio.StreamWriter], Coroutine[None, None, None
 
 @dataclass(slots=True)
 class Received:
-    """One request as it came: its line, its fields in order, and its body once it was read."""
+    """One request as received: its line, its fields in order, and its body after it was read."""
 
     line: str
     fields: list[tuple[str, str]]
@@ -35,21 +35,21 @@ class Received:
         return [value for key, value in self.fields if key.lower() == name.lower()]
 
     def get(self, name: str) -> str | None:
-        """Return the one value of a field, None where it is absent."""
+        """Return the value of a field that occurs at most once; None if it is absent."""
         values = self.all(name)
         assert len(values) < 2, f"{name} came {len(values)} times"
         return values[0] if values else None
 
 
 def http_response(status: str, body: bytes = b"", **fields: str) -> bytes:
-    """Return an HTTP/1.1 answer with a Content-Length; `content_type=` becomes `content-type:`."""
+    """Return an HTTP/1.1 response with a Content-Length; `content_type=` becomes `content-type:`."""
     lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
 
 
 @dataclass
 class RawServer:
-    """A server on a free port of 127.0.0.1 that answers each request by its script."""
+    """A server on a free port of 127.0.0.1 that responds to each request by its script."""
 
     script: Script | None = None
     received: list[Received] = field(default_factory=list)
@@ -118,7 +118,7 @@ class RawServer:
 
 
 async def read_body(request: Received, reader: asyncio.StreamReader) -> bytes:
-    """Return a request's whole body, by its length or its chunks."""
+    """Return a request's complete body, framed by its length or its chunks."""
     if request.get("transfer-encoding") == "chunked":
         body = b""
         while size := int(await reader.readline(), 16):
@@ -131,9 +131,9 @@ async def read_body(request: Received, reader: asyncio.StreamReader) -> bytes:
 
 @dataclass
 class FakeUpstream(RawServer):
-    """Amazon's API. Mints Restricted Data Tokens by itself; everything else is the script's."""
+    """Amazon's API. Mints Restricted Data Tokens itself; the script responds to everything else."""
 
-    rdt_answer: bytes | None = None
+    rdt_response: bytes | None = None
     minted: list[Received] = field(default_factory=list)
 
     async def respond(self, request: Received, writer: asyncio.StreamWriter) -> None:
@@ -143,15 +143,15 @@ class FakeUpstream(RawServer):
         self.received.remove(request)
         self.minted.append(request)
         body = json.dumps({"restrictedDataToken": f"Atz.sprdt|{len(self.minted)}", "expiresIn": 3600}).encode()
-        writer.write(self.rdt_answer or http_response("200 OK", body, content_type="application/json"))
+        writer.write(self.rdt_response or http_response("200 OK", body, content_type="application/json"))
         await writer.drain()
 
 
 @dataclass
 class TokenHost(RawServer):
-    """Login with Amazon. Each exchange gives a token of its own; `answers` replaces what it says."""
+    """Login with Amazon. Each exchange issues a new token; `responses` replaces the next responses."""
 
-    answers: list[bytes] = field(default_factory=list)
+    responses: list[bytes] = field(default_factory=list)
     expires_in: object = 3600
     held: asyncio.Event | None = None
 
@@ -167,6 +167,6 @@ class TokenHost(RawServer):
             "token_type": "bearer",
             "expires_in": self.expires_in,
         }
-        scripted = self.answers.pop(0) if self.answers else None
+        scripted = self.responses.pop(0) if self.responses else None
         writer.write(scripted or http_response("200 OK", json.dumps(grant).encode(), content_type="application/json"))
         await writer.drain()

@@ -1,4 +1,4 @@
-"""What a PromQL expression asks for, and what the proxy has: for the rules and the dashboard."""
+"""Series and labels that PromQL expressions query, and those that the proxy exports."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from prometheus_client.metrics import MetricWrapperBase
 from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 
-TARGET = {"job", "instance"}  # what Prometheus adds to every series that it scrapes
+TARGET = {"job", "instance"}  # labels that Prometheus adds to every scraped series
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A series that an expression asks for, and the labels that it knows it by."""
+class QueriedSeries:
+    """A series that an expression queries, and the labels in its selector."""
 
     name: str
     labels: frozenset[str]
 
 
 def exported() -> dict[str, set[str]]:
-    """Return the labels of every series that a proxy exports, by its name; of histograms all three."""
+    """Return the labels of every series that a proxy exports, by name; a histogram has three series."""
     found: dict[str, set[str]] = {}
     registry = Metrics().registry
     for one in registry._collector_to_names:
@@ -49,10 +49,10 @@ def parsed(text: str) -> Any:
     return promql.parse(text)
 
 
-def asked_for(text: str) -> set[Asked]:
-    """Return what an expression asks for."""
+def queried(text: str) -> set[QueriedSeries]:
+    """Return the series that an expression queries."""
     return {
-        Asked(selector.name or "", frozenset(matcher.name for matcher in selector.matchers.matchers))
+        QueriedSeries(selector.name or "", frozenset(matcher.name for matcher in selector.matchers.matchers))
         for selector in _selectors(parsed(text))
     }
 
@@ -60,13 +60,13 @@ def asked_for(text: str) -> set[Asked]:
 def _selectors(tree: Any) -> list[Any]:
     found: list[Any] = []
 
-    def look(node: Any) -> None:
+    def visit(node: Any) -> None:
         if isinstance(node, promql.VectorSelector):
             found.append(node)
         elif isinstance(node, promql.MatrixSelector):
             found.append(node.vector_selector)
 
-    promql.walk(tree, look)
+    promql.walk(tree, visit)
     return found
 
 
@@ -74,16 +74,16 @@ def grouped(text: str) -> Iterator[tuple[set[str], set[str]]]:
     """Yield, for each `by (…)`, its labels and the names of the series that must have them."""
     groups: list[tuple[set[str], set[str]]] = []
 
-    def look(node: Any) -> None:
+    def visit(node: Any) -> None:
         if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
             groups.append((set(node.modifier.labels), {one.name for one in _selectors(node.expr)}))
 
-    promql.walk(parsed(text), look)
+    promql.walk(parsed(text), visit)
     yield from groups
 
 
 def labels_left(tree: Any) -> set[str]:
-    """Return the labels of what an expression of our rules returns: those of the `by (…)` that it ends with."""
+    """Return the labels in the result of a rule's expression: those of its outermost `by (…)`."""
     if isinstance(tree, promql.AggregateExpr):
         return set(tree.modifier.labels) if tree.modifier else set()
     if isinstance(tree, promql.BinaryExpr):
@@ -96,11 +96,11 @@ def labels_left(tree: Any) -> set[str]:
     return _LABELS_OF.get(_selectors(tree)[0].name, set()) if _selectors(tree) else set()
 
 
-_LABELS_OF: dict[str, set[str]] = {}  # of series that rules record, in the order in which they are recorded
+_LABELS_OF: dict[str, set[str]] = {}  # of recorded series, in the order of the rules
 
 
 def known(rules: dict[str, str]) -> dict[str, set[str]]:
-    """Return the labels of every series that there is: the proxy's, Prometheus' own, and what `rules` record."""
+    """Return the labels of every existing series: the proxy's, Prometheus' own, and those that `rules` record."""
     found = {name: {*labels, *TARGET} for name, labels in {**exported(), "up": set()}.items()}
     _LABELS_OF.update(found)
     for name, expression in rules.items():

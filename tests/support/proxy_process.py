@@ -1,4 +1,4 @@
-"""A proxy as users run it: a process of its own, started with a configuration file, told to stop by a signal."""
+"""A proxy as users run it: a process started with a configuration file and stopped by a signal."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ START = 30.0  # seconds
 
 @dataclass
 class ProxyProcess:
-    """A running process: its addresses, and what it wrote to standard error so far."""
+    """A running process: its addresses, and its standard error so far."""
 
     process: asyncio.subprocess.Process
     addresses: list[str] = field(default_factory=list)
@@ -29,7 +29,7 @@ class ProxyProcess:
     wrote: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def process_says(self, message: str) -> None:
-        """Wait until a line with this message was written."""
+        """Wait until a line with this message is logged."""
         async with asyncio.timeout(START), self.wrote:
             await self.wrote.wait_for(lambda: any(f'"message": "{message}"' in line for line in self.log))
 
@@ -45,7 +45,7 @@ class ProxyProcess:
 
 
 async def command(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Run `python -m proxy …` to its end; return its exit code and what it printed and complained."""
+    """Run `python -m proxy …` to its end; return its exit code, standard output and standard error."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", *arguments),
         cwd=ROOT,
@@ -65,7 +65,7 @@ def _environment(added: dict[str, str] | None) -> dict[str, str]:
 
 @asynccontextmanager
 async def serving(settings: dict[str, Any], folder: Path) -> AsyncIterator[ProxyProcess]:
-    """Start `serve --config`, wait until it serves, and stop it in the end."""
+    """Start `serve --config`, wait until it serves, and stop it at the end of the block."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     async with started("serve", "--config", str(path), "--log-format", "json") as proxy:
@@ -74,7 +74,7 @@ async def serving(settings: dict[str, Any], folder: Path) -> AsyncIterator[Proxy
 
 @asynccontextmanager
 async def started(*arguments: str, environment: dict[str, str] | None = None) -> AsyncIterator[ProxyProcess]:
-    """Start `python -m proxy …`, wait until it says that it serves, and stop it in the end."""
+    """Start `python -m proxy …`, wait until it serves, and stop it at the end of the block."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", *arguments),
         cwd=ROOT,
@@ -105,4 +105,4 @@ async def _read_log(proxy: ProxyProcess, ready: asyncio.Event) -> None:
             said = json.loads(line)
             proxy.addresses, proxy.admin = said["listen"], said["admin"]
             ready.set()
-    ready.set()  # it ended: whoever waits finds out from its exit code
+    ready.set()  # end of output: waiters continue and check the exit code

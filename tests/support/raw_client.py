@@ -1,4 +1,4 @@
-"""The app's side of the proxy, by hand: a raw client that sends the bytes given and sees the bytes answered."""
+"""Raw HTTP client that sends the exact bytes given and records the response without interpretation."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RawResponse:
-    """One answer as it came; `complete` is whether its framing says that all of it came."""
+    """One response as received; `complete`: its framing says that all of it was received."""
 
     status: int
     reason: str
@@ -26,12 +26,12 @@ class RawResponse:
 
     @property
     def error(self) -> str | None:
-        """The code of the proxy's own error, None where the answer is Amazon's."""
+        """The code of the proxy's own error; None if the response is Amazon's."""
         return self.get("x-sp-proxy-error")
 
     @property
     def decided(self) -> dict[str, str]:
-        """What `x-sp-proxy` says."""
+        """The pairs in the header `x-sp-proxy`."""
         pairs = (part.partition("=") for part in (self.get("x-sp-proxy") or "").split("; "))
         return {name: value for name, _, value in pairs}
 
@@ -48,12 +48,12 @@ class Client:
         await self.writer.drain()
 
     async def request(self, method: str, target: str, body: bytes | None = None, /, **fields: str) -> RawResponse:
-        """Send a request with a Host and the given fields (`x_sp_region=` is `x-sp-region:`); return its answer."""
+        """Return the bytes of a request with `Host: localhost`, the fields, and the body with its length."""
         await self.send(request(method, target, body, **fields))
         return await self.read_response(method)
 
     async def read_response(self, method: str = "GET") -> RawResponse:
-        """Read one answer; interim ones (1xx) are skipped."""
+        """Read one response; interim responses (1xx) are skipped."""
         while True:
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             line, *texts = head.split("\r\n")[:-2]
@@ -66,25 +66,25 @@ class Client:
             await self._read_body(response)
         return response
 
-    async def _read_body(self, answer: RawResponse) -> None:
+    async def _read_body(self, response: RawResponse) -> None:
         try:
-            if answer.get("transfer-encoding") == "chunked":
+            if response.get("transfer-encoding") == "chunked":
                 while size := int(await self.reader.readline() or b"x", 16):
-                    answer.body += await self.reader.readexactly(size)
+                    response.body += await self.reader.readexactly(size)
                     await self.reader.readexactly(2)
                 await self.reader.readexactly(2)
-            elif answer.get("content-length") is not None:
-                answer.body = await self.reader.readexactly(int(answer.get("content-length") or 0))
+            elif response.get("content-length") is not None:
+                response.body = await self.reader.readexactly(int(response.get("content-length") or 0))
             else:
-                answer.body = await self.reader.read()
+                response.body = await self.reader.read()
         except asyncio.IncompleteReadError as exc:
-            answer.body += exc.partial
-            answer.complete = False
+            response.body += exc.partial
+            response.complete = False
         except (ValueError, ConnectionError):
-            answer.complete = False
+            response.complete = False
 
     async def at_end(self) -> bool:
-        """Return whether the proxy closed the connection, having waited for it."""
+        """Wait for data or the end of the connection; return whether the proxy closed it."""
         try:
             return await self.reader.read(1) == b""
         except ConnectionError:

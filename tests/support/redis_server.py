@@ -1,4 +1,4 @@
-"""A real Redis for tests and benchmarks: on a free port or a socket, with nothing on disk, ended with the block."""
+"""Real Redis server for tests and benchmarks: on a free port and a socket, without persistence."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def documented_permissions() -> list[str]:
 
 @dataclass
 class RedisServer:
-    """A server that can be ended and begun again at its old place."""
+    """A server that can be stopped and restarted at the same address."""
 
     folder: Path
     port: int
@@ -36,16 +36,16 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Return what a proxy's `store` is."""
+        """The proxy's `store` setting for it."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
     def socket(self) -> Path:
-        """Return its Unix socket."""
+        """Its Unix socket."""
         return self.folder / "redis.sock"
 
     def start(self) -> None:
-        """Start it, empty, and wait until it answers."""
+        """Start it, empty, and wait until it accepts connections."""
         place = ("--bind", "127.0.0.1", "--port", str(self.port), "--unixsocket", str(self.socket))
         nothing_kept = ("--save", "", "--appendonly", "no", "--dir", str(self.folder), "--logfile", "redis.log")
         assert PROGRAM is not None
@@ -56,7 +56,7 @@ class RedisServer:
                 try:
                     probe.connect(str(self.socket))
                 except OSError:
-                    time.sleep(0.01)  # it tells nobody when it listens, but systemd where it was built for that
+                    time.sleep(0.01)  # redis-server has no readiness notification except for systemd
                     continue
                 return
         raise AssertionError("redis-server did not start")

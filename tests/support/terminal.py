@@ -1,4 +1,4 @@
-"""The other end of a terminal, for commands that look whether they have one."""
+"""Pseudo-terminal for commands that check whether they run in one."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 @asynccontextmanager
 async def shown_at(descriptor: int) -> AsyncIterator[asyncio.StreamReader]:
-    """Read what a terminal shows, at the end that `pty.openpty` returns first; it is closed in the end."""
+    """Read what a terminal shows, from the end that `pty.openpty` returns first; close it at the end."""
     reader = asyncio.StreamReader()
     end = os.fdopen(descriptor, "rb", buffering=0)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), end)
@@ -16,4 +16,4 @@ async def shown_at(descriptor: int) -> AsyncIterator[asyncio.StreamReader]:
         yield reader
     finally:
         transport.close()
-        await asyncio.sleep(0)  # in which it is
+        await asyncio.sleep(0)  # lets the transport close

@@ -206,7 +206,7 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
     first = await tokens.get(ACME)
-    token_host.answers = [http_response("500 Internal Server Error")] * 100
+    token_host.responses = [http_response("500 Internal Server Error")] * 100
     for _ in range(20):
         clock.advance(3600 * 0.92 / 20)
         assert await tokens.get(ACME) is first
@@ -219,7 +219,7 @@ async def test_a_valid_token_serves_while_login_with_amazon_is_down(
 async def test_a_failure_is_remembered_for_a_moment_and_then_tried_again(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
-    token_host.answers = [http_response("503 Service Unavailable")] * TRIES
+    token_host.responses = [http_response("503 Service Unavailable")] * TRIES
     for _ in range(10):
         with pytest.raises(TokenUnavailable) as caught:
             await tokens.get(ACME)
@@ -259,7 +259,7 @@ async def test_a_refusal_names_the_account_and_what_to_do_and_is_not_hammered(
     place: str,
 ) -> None:
     refused = http_response(status, json.dumps(body).encode(), content_type="application/json")
-    token_host.answers = [refused] * 100
+    token_host.responses = [refused] * 100
     for _ in range(30):
         with pytest.raises(TokenRefused) as caught:
             await tokens.get(ACME)
@@ -285,7 +285,7 @@ async def test_a_refusal_names_the_key_of_the_credential_and_to_the_log_alone_it
             ("invalid_grant", "accounts.acme.refresh_tokens.eu", tmp_path / "acme_eu"),
             ("invalid_client", "applications.main.client_id and client_secret", tmp_path / "secret"),
         ):
-            token_host.answers = [http_response("400 Bad Request", json.dumps({"error": reason}).encode())]
+            token_host.responses = [http_response("400 Bad Request", json.dumps({"error": reason}).encode())]
             with pytest.raises(TokenRefused) as caught:
                 await tokens.get(ACME)
             assert caught.value.hint.endswith(f" Look at {keys}, in the place that the log names.")
@@ -298,7 +298,7 @@ async def test_one_accounts_trouble_is_not_anothers(
 ) -> None:
     accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
     async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
+        token_host.responses = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
         with pytest.raises(TokenRefused):
             await tokens.get(ACME)
         assert (await tokens.get(ACME._replace(account="zeta"))).kind == "lwa"
@@ -324,7 +324,7 @@ NONSENSE = {
 async def test_nonsense_from_the_token_host_is_no_token(
     tokens: TokenProvider, token_host: TokenHost, case: str
 ) -> None:
-    token_host.answers = [NONSENSE[case]] * TRIES
+    token_host.responses = [NONSENSE[case]] * TRIES
     with pytest.raises(TokenUnavailable) as caught:
         await tokens.get(ACME)
     assert caught.value.retry_after is not None
@@ -336,7 +336,7 @@ async def test_a_redirect_of_the_token_host_is_no_way_to_the_secret(
     tokens: TokenProvider, token_host: TokenHost, status: str
 ) -> None:
     async with TokenHost() as elsewhere:
-        token_host.answers = [http_response(status, location=elsewhere.url)] * TRIES
+        token_host.responses = [http_response(status, location=elsewhere.url)] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
         assert not elsewhere.received
@@ -399,7 +399,7 @@ async def test_an_unrestricted_document_gets_the_ordinary_token(
     tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
-    fake_upstream.rdt_answer = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    fake_upstream.rdt_response = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
     token = await tokens.get(DOCUMENT)
     assert (token.kind, token.value.reveal()) == ("lwa", "Atza|1")
 
@@ -407,7 +407,7 @@ async def test_an_unrestricted_document_gets_the_ordinary_token(
 async def test_a_refused_rdt_says_why_and_what_to_do(tokens: TokenProvider, fake_upstream: FakeUpstream) -> None:
     message = "Application does not have access to one or more requested data elements: [shippingAddress]"
     body = json.dumps({"errors": [{"code": "InvalidInput", "message": message}]}).encode()
-    fake_upstream.rdt_answer = http_response("400 Bad Request", body)
+    fake_upstream.rdt_response = http_response("400 Bad Request", body)
     with pytest.raises(RestrictedDataRefused) as caught:
         await tokens.get(RDT)
     assert message in caught.value.message
@@ -425,7 +425,7 @@ async def test_a_warm_up_fetches_every_account_and_region_and_survives_refusals(
     fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, clock: FakeClock
 ) -> None:
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"t{number}", "na": f"u{number}"}} for number in range(30)}
-    token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
+    token_host.responses = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
     async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
         await tokens.warm_up(access_token_keys(tokens._client.settings.config))
         assert len(token_host.received) == 60
@@ -437,7 +437,7 @@ async def test_exchanges_are_counted_by_kind_result_and_reason(
 ) -> None:
     async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, metrics):
         await tokens.get(ACME)
-        token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_scope"}')]
+        token_host.responses = [http_response("400 Bad Request", b'{"error":"invalid_scope"}')]
         with pytest.raises(TokenRefused):
             await tokens.get(GRANTLESS)
         labels = {"account": "acme", "region": "eu", "kind": "lwa"}
@@ -503,7 +503,7 @@ async def test_a_renewal_that_fails_is_tried_again_while_the_token_is_in_use(
     await tokens.get(ACME)
     clock.advance(3600 * 0.7)
     await tokens.get(ACME)
-    token_host.answers = [http_response("500 Internal Server Error")] * TRIES
+    token_host.responses = [http_response("500 Internal Server Error")] * TRIES
     clock.advance(3600 * 0.21)
     await settle(tokens)
     assert len(token_host.received) == 1 + TRIES
@@ -520,7 +520,7 @@ async def test_expired_tokens_of_documents_are_let_go_of(tokens: TokenProvider, 
 
 
 async def test_a_passing_fault_is_nobodys_business(tokens: TokenProvider, token_host: TokenHost) -> None:
-    token_host.answers = [http_response("503 Service Unavailable"), http_response("200 OK", b"<html>")]
+    token_host.responses = [http_response("503 Service Unavailable"), http_response("200 OK", b"<html>")]
     assert (await tokens.get(ACME)).value.reveal() == "Atza|3"
 
 
@@ -551,7 +551,7 @@ async def test_while_login_with_amazon_is_silent_callers_are_not_kept_for_a_time
 ) -> None:
     monkeypatch.setattr(tokens_module, "PROBE_TIMEOUT", 0.05)
     async with open_tokens(fake_upstream, token_host, tmp_path, clock) as (tokens, _):
-        token_host.answers = [http_response("503 Service Unavailable")] * TRIES
+        token_host.responses = [http_response("503 Service Unavailable")] * TRIES
         with pytest.raises(TokenUnavailable):
             await tokens.get(ACME)
         clock.advance(tokens_module.MAX_PAUSE)
@@ -569,7 +569,7 @@ async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
 ) -> None:
     first = await tokens.get(ACME)
     clock.advance(3590)
-    token_host.answers = [http_response("503 Service Unavailable")] * 1000
+    token_host.responses = [http_response("503 Service Unavailable")] * 1000
     moments = []
     while clock() < first.expires_hard - 0.7:
         assert await tokens.get(ACME) is first
@@ -584,13 +584,13 @@ async def test_in_its_last_seconds_a_token_serves_where_no_other_is_to_be_had(
 
 async def test_a_pause_ends_when_the_token_does(tokens: TokenProvider, token_host: TokenHost, clock: FakeClock) -> None:
     first = await tokens.get(ACME)
-    token_host.answers = [http_response("503 Service Unavailable")] * TRIES * 4
+    token_host.responses = [http_response("503 Service Unavailable")] * TRIES * 4
     for _ in range(4):
         clock.advance(max(0.0, first.renew_at - clock()) + tokens_module.MAX_PAUSE)
         await tokens.get(ACME)
         await settle(tokens)
     clock.advance(first.expires_at - clock() - 0.5)
-    token_host.answers = [http_response("503 Service Unavailable")] * TRIES
+    token_host.responses = [http_response("503 Service Unavailable")] * TRIES
     await tokens.get(ACME)
     await settle(tokens)
     clock.advance(first.expires_hard - clock())
@@ -638,7 +638,7 @@ async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
     secret.write_text("old-secret")
     applications = {"main": {"client_id": "client", "client_secret": {"file": str(secret)}}}
     async with open_tokens(fake_upstream, token_host, tmp_path, clock, applications=applications) as (tokens, _):
-        token_host.answers = [http_response("401 Unauthorized", b'{"error":"invalid_client"}')]
+        token_host.responses = [http_response("401 Unauthorized", b'{"error":"invalid_client"}')]
         for _ in range(3):
             with pytest.raises(TokenRefused):
                 await tokens.get(RDT)
@@ -650,7 +650,7 @@ async def test_a_refused_secret_is_tried_again_as_soon_as_it_is_another(
 async def test_refusals_are_asked_about_ever_more_rarely(
     tokens: TokenProvider, token_host: TokenHost, clock: FakeClock
 ) -> None:
-    token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
+    token_host.responses = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')] * 1000
     for _ in range(3600):
         with pytest.raises(TokenRefused):
             await tokens.get(ACME)
@@ -782,7 +782,7 @@ async def test_an_element_without_a_role_is_left_out_for_an_hour(
 async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(
     tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
-    fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    fake_upstream.rdt_response = elements_refused("buyerInfo", "shippingAddress")
     token = await tokens.get(ORDERS)
     assert (token.kind, token.value.reveal(), token.data_elements) == ("lwa", "Atza|1", ())
     await tokens.get(ORDERS)
@@ -792,7 +792,7 @@ async def test_with_no_element_left_the_ordinary_token_goes_where_it_works(
 async def test_with_no_element_left_other_operations_are_refused_clearly(
     tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
-    fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+    fake_upstream.rdt_response = elements_refused("buyerInfo", "shippingAddress")
     for _ in range(3):
         with pytest.raises(RestrictedDataRefused, match="no role for any") as caught:
             await tokens.get(ORDERS._replace(optional=False))
@@ -805,16 +805,16 @@ async def test_elements_refused_for_one_account_are_asked_for_another(
 ) -> None:
     accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}"}} for name in ("acme", "zeta")}
     async with open_tokens(fake_upstream, token_host, tmp_path, clock, accounts=accounts) as (tokens, _):
-        fake_upstream.rdt_answer = elements_refused("buyerInfo", "shippingAddress")
+        fake_upstream.rdt_response = elements_refused("buyerInfo", "shippingAddress")
         await tokens.get(ORDERS)
-        fake_upstream.rdt_answer = None
+        fake_upstream.rdt_response = None
         assert (await tokens.get(ORDERS._replace(account="zeta"))).data_elements == ("buyerInfo", "shippingAddress")
 
 
 async def test_a_refusal_that_names_other_elements_is_no_endless_loop(
     tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
-    fake_upstream.rdt_answer = elements_refused("buyerTaxInformation")
+    fake_upstream.rdt_response = elements_refused("buyerTaxInformation")
     with pytest.raises(RestrictedDataRefused):
         await tokens.get(ORDERS)
     assert len(fake_upstream.minted) == 1
@@ -840,7 +840,7 @@ async def test_a_429_of_the_mint_teaches_its_plan(
 ) -> None:
     limits = {"pace": True, "max_wait": "0s"}
     async with open_tokens(fake_upstream, token_host, tmp_path, clock, limits=limits) as (tokens, _):
-        fake_upstream.rdt_answer = http_response("429 Too Many Requests")
+        fake_upstream.rdt_response = http_response("429 Too Many Requests")
         with pytest.raises(TokenUnavailable):
             await tokens.get(RDT)
         with pytest.raises(UsagePlanExhausted):
@@ -851,7 +851,7 @@ async def test_a_document_that_is_not_restricted_is_asked_about_once(
     tokens: TokenProvider, fake_upstream: FakeUpstream
 ) -> None:
     message = {"code": "InvalidInput", "message": "Invalid or unsupported document ID found"}
-    fake_upstream.rdt_answer = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
+    fake_upstream.rdt_response = http_response("400 Bad Request", json.dumps({"errors": [message]}).encode())
     for _ in range(3):
         assert (await tokens.get(DOCUMENT)).kind == "lwa"
     assert len(fake_upstream.minted) == 1

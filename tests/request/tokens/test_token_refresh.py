@@ -185,7 +185,7 @@ async def test_a_refused_client_gets_amazons_refusal_where_no_new_token_is_to_be
 ) -> None:
     await call(proxy.addresses[0], "GET", SELLERS)
     takes(fake_upstream, refused=refusal(details=EXPIRED))
-    token_host.answers = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
+    token_host.responses = [http_response("400 Bad Request", b'{"error":"invalid_grant"}')]
     got = await call(proxy.addresses[0], "GET", SELLERS)
     assert (got.status, got.body, got.error) == (403, refusal(details=EXPIRED), None)
 

@@ -103,7 +103,7 @@ async def test_requests_are_served_while_the_metrics_are_written_down(proxy: Run
 
 async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: RunningProxy, token_host: TokenHost) -> None:
     needs(shutil.which("promtool") is not None, "promtool (Debian's package prometheus)")
-    token_host.answers = [http_response("503 Service Unavailable")]
+    token_host.responses = [http_response("503 Service Unavailable")]
     await call(proxy.addresses[0], "GET", SELLERS)
     await call(proxy.addresses[0], "GET", "/mfn/v0/shipments/1")
     await call(proxy.addresses[0], "POST", "/feeds/2021-06-30/feeds", b"{}")

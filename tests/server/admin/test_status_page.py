@@ -146,12 +146,12 @@ async def test_nothing_secret_and_nothing_of_a_request_is_shown(
     path: str, proxy: RunningProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     refusal = b'{"error": "invalid_grant", "request_id": "amazon-id-1", "error_description": "of Atzr|acme-eu"}'
-    token_host.answers = [http_response("400 Bad Request", refusal, content_type="application/json")]
+    token_host.responses = [http_response("400 Bad Request", refusal, content_type="application/json")]
     await call(proxy.addresses[0], "GET", ORDERS)
     refused = (await ask(proxy, path)).body.decode()
     assert ("invalid_grant" in refused) == (path in {"/", "/status"})
     await mended(proxy)
-    fake_upstream.rdt_answer = http_response(
+    fake_upstream.rdt_response = http_response(
         "403 Forbidden", b'{"errors": [{"message": "of order 902-1845936-5435065"}]}'
     )
     await call(proxy.addresses[0], "GET", ORDER, x_request_id="app-id-1")
@@ -182,7 +182,7 @@ async def test_an_account_whose_credentials_are_refused_comes_first(
     accounts = {f"a{number}": {"refresh_tokens": {"eu": f"Atzr|a{number}"}} for number in range(30)}
     proxy = await start_proxy(accounts=accounts)
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="a3")
-    token_host.answers = [
+    token_host.responses = [
         http_response("400 Bad Request", b'{"error": "invalid_grant"}', content_type="application/json")
     ]
     await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="a7")

@@ -99,7 +99,7 @@ async def with_traffic(start_proxy: StartProxy, token_host: TokenHost, count: in
     proxy = await start_proxy(accounts=accounts, limits={"max_wait": "0"})
     for number, name in enumerate(accounts):
         if number % 40 == 7:
-            token_host.answers = [REFUSAL]
+            token_host.responses = [REFUSAL]
         await call(proxy.addresses[0], "GET", ORDERS, x_sp_account=name)
     for _ in range(21):
         await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="seller-0000")

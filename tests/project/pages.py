@@ -1,18 +1,18 @@
-"""What happens to somebody who does what a page of the documents says, word by word?
+"""Execution of a documentation page as one session of a reader.
 
-The fenced blocks of a page are one session, in a folder of its own. What is done with a block follows from what it is:
+The fenced blocks of a page are run in order, in a folder of their own. What is done depends on the language:
 
-    sh            bash runs it; it must end with 0, or with the number in `sh exit=2`
-    sh until      the same again and again, until it prints what is expected: for what happens a moment later
-    sh server     starts what runs on, as in another terminal; the same server anew, without the one before
-    python, js    run as they stand
-    yaml          must be a good configuration of the proxy, or a good manifest where it has a `kind`
-    promql        must be a query
-    output        what the block before it prints; `…` stands for anything within a line, and alone for any lines
+    sh            run by bash; must exit with 0, or with the number in `sh exit=2`
+    sh until      repeated until it prints what is expected: for effects that take a moment
+    sh server     started in the background, as in another terminal; replaces an earlier instance of the same server
+    python, js    run unchanged
+    yaml          must be a valid configuration of the proxy, or a valid manifest if it has a `kind`
+    promql        must be a valid query
+    output        what the block before it prints; `…` matches anything within a line, and alone any lines
 
-A block whose first line names a file (`# config.yaml`, `// call.mjs`) is written into that file, and not run. Ports of
-this machine are exchanged for free ones, and back in what is printed. Below a comment `<!-- not run: REASON -->` a
-block is only looked at.
+A block whose first line names a file (`# config.yaml`, `// call.mjs`) is written to that file and not run. Ports of
+this machine are replaced by free ones, and restored in the output. A block after a comment `<!-- not run: REASON -->`
+is only inspected.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ from markdown_it import MarkdownIt
 from proxy.config import load_config
 from tests.support.paths import ROOT
 
-PATIENCE = 90.0  # seconds for one block: the machine may have much else to do
+TIMEOUT = 90.0  # seconds for one block, generous for a busy machine
 KUBERNETES = "1.29"  # the oldest with native sidecars
 
 _FILE = re.compile(r"\A(?:#|//) ([\w./-]+\.(?:yaml|yml|py|mjs|sh))\n")
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 _PORT = re.compile(r"(?P<before>(?:127\.0\.0\.1|localhost|0\.0\.0\.0):|--port )(?P<port>[1-9]\d{2,4})\b")
 _READY = re.compile(r"serving|listens|Ready to accept connections|Serving HTTP")
-_SIMULATOR = range(9700, 9704)  # it takes four ports in a row
-_FREE = range(20_000, 30_000)  # below those that a system gives out by itself
-# What a reader has: the command that an installed package brings, at the ports of this session.
+_SIMULATOR = range(9700, 9704)  # it uses four consecutive ports
+_FREE = range(20_000, 30_000)  # below the ephemeral port range
+# The command of the installed package, at the ports of this session.
 _COMMAND = """\
 #!/bin/bash
 file=${{SP_API_PROXY_CONFIG:-}}
@@ -59,12 +59,12 @@ PYTHONWARNINGS=error exec {python} -m proxy "$@"
 
 
 class PageError(AssertionError):
-    """A page says what is not so; the message names the line."""
+    """A page that does not work as written; the message names the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: the line it begins at, what is written behind the fence, and why it is not run, if so."""
+    """A fenced block: its first line number, its info string, its text, and why it is not run, if so."""
 
     line: int
     language: str
@@ -74,7 +74,7 @@ class Block:
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """Yield the fenced blocks of a page in their order."""
+    """Yield the fenced blocks of a page in order."""
     reason: str | None = None
     for token in MarkdownIt("commonmark").parse(text):
         if token.type == "fence":
@@ -87,7 +87,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def same(expected: str, printed: str) -> bool:
-    """Return whether a page's output is what was printed."""
+    """Return whether a page's output matches what was printed."""
     lines = (
         r"(?:.*\n)*?" if line.strip() == "…" else re.escape(line.rstrip()).replace("…", ".*?") + r"\n"
         for line in expected.rstrip("\n").split("\n")
@@ -100,13 +100,13 @@ def _tidy(printed: str) -> str:
 
 
 class Ports:
-    """Which free port stands for which port of a page."""
+    """Mapping from the ports of a page to free ports."""
 
     def __init__(self) -> None:
         self._taken: dict[int, int] = {}
 
     def of(self, port: int) -> int:
-        """Return the port to use instead."""
+        """Return the replacement for a port."""
         if port not in self._taken:
             wanted = _SIMULATOR if port in _SIMULATOR else range(port, port + 1)
             self._taken |= zip(wanted, _free_ports(len(wanted)), strict=True)
@@ -117,7 +117,7 @@ class Ports:
         return _PORT.sub(lambda found: f"{found['before']}{self.of(int(found['port']))}", text)
 
     def back(self, text: str) -> str:
-        """Return what was printed, with the ports of the page."""
+        """Return printed text with the ports of the page."""
         for port, taken in self._taken.items():
             text = re.sub(rf"(?<=:){taken}\b", str(port), text)
         return text
@@ -137,29 +137,29 @@ def _free_ports(count: int) -> range:
 
 @dataclass
 class Server:
-    """A process that runs on, and the file that has what it says."""
+    """A background process, and the file with its output."""
 
     process: subprocess.Popen[bytes]
     said: Path
 
     def text(self) -> str:
-        """Return what it has said so far."""
+        """Return its output so far."""
         return self.said.read_text(encoding="utf-8")
 
     def stop(self) -> int:
-        """End it as Ctrl-C does, where it has not ended, and return its exit code."""
+        """End it like Ctrl-C if it still runs, and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait(PATIENCE)
+            return self.process.wait(TIMEOUT)
 
 
 @dataclass
 class Session:
-    """One page's folder, environment and servers."""
+    """Folder, environment and servers of one page."""
 
     folder: Path
     ports: Ports = field(default_factory=Ports)
@@ -168,7 +168,7 @@ class Session:
     last: Block | None = None
 
     def __post_init__(self) -> None:
-        """Give the session what a reader has: the commands, and the files of a checkout."""
+        """Create what a reader has: the commands, and the files of a checkout."""
         self._behind = self.folder / ".session"
         commands = self._behind / "bin"
         commands.mkdir(parents=True)
@@ -186,10 +186,10 @@ class Session:
         path = f"{commands}:{os.environ['PATH']}"
         self._environment = {**kept, "PATH": path, "HOME": str(self.folder), "PYTHONPATH": str(ROOT)}
 
-    # What a block is, and what is done with it.
+    # Blocks.
 
     def do(self, block: Block) -> None:
-        """Do what a block says; raise PageError where that does not go as the page says."""
+        """Execute a block; raise PageError if the result differs from the page."""
         if block.not_run is not None:
             look_at(block)
         elif block.language == "output":
@@ -216,7 +216,7 @@ class Session:
     def _run(self, block: Block) -> None:
         if "server" in block.options:
             self._serve(block)
-        elif "until" not in block.options:  # which waits for the output that is to come
+        elif "until" not in block.options:  # `until` runs when its output block is compared
             self.printed = self._printed_by(block)
 
     def _printed_by(self, block: Block) -> str:
@@ -238,10 +238,10 @@ class Session:
         said = self._behind / "printed"
         with said.open("wb") as file, self._started(words, file) as process:
             try:
-                code = process.wait(PATIENCE)
+                code = process.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise PageError(f"line {block.line}: has not ended after {PATIENCE:g} s\n{block.text}") from None
+                raise PageError(f"line {block.line}: still running after {TIMEOUT:g} s\n{block.text}") from None
         return code, self.ports.back(said.read_text(encoding="utf-8"))
 
     def _started(self, words: list[str], file: Any) -> subprocess.Popen[bytes]:
@@ -278,7 +278,7 @@ class Session:
             raise PageError(f"`{name}` ended with {code}\n{server.text()}")
 
     def end(self) -> None:
-        """End all servers, the newest first, whatever happens."""
+        """End all servers, the newest first; every server is ended even if one fails."""
         wrong = []
         for name in reversed(list(self.servers)):
             try:
@@ -288,7 +288,7 @@ class Session:
         if wrong:
             raise PageError("\n".join(wrong))
 
-    # What comes out.
+    # Output.
 
     def _compare(self, block: Block) -> None:
         before = self.last
@@ -318,7 +318,7 @@ class Session:
                 kubernetes_validate.validate(each, KUBERNETES, strict=True)
             return
         (settings,) = documents
-        if path is None:  # a part of a configuration: what it leaves out is made up
+        if path is None:  # part of a configuration: required settings are added
             path = self.folder / ".part.yaml"
             path.write_text(yaml.safe_dump(_completed(settings)), encoding="utf-8")
         names = re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8"))
@@ -334,14 +334,14 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def look_at(block: Block) -> None:
-    """Look at a block that is not run: its files must be there."""
+    """Inspect a block that is not run: the files that it names must exist."""
     for name in re.findall(r"(?<![\w/-])(?:config|docs|tests|proxy)/[\w./-]+", block.text):
         if not (ROOT / name).exists():
             raise PageError(f"line {block.line}: there is no {name}")
 
 
 def proxy_commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command of the proxy's in a page, in a line or within backticks."""
+    """Yield the arguments of each command of the proxy in a page, on a line or within backticks."""
     inline = re.findall(r"`sp-api-proxy ([a-z][^`\n]*)`", text)
     lines = [
         line.removeprefix("sp-api-proxy ")
@@ -359,17 +359,17 @@ def proxy_commands(text: str) -> Iterator[list[str]]:
 
 
 def until(happens: Any) -> bool:
-    """Wait until something is so, and return whether it was in time."""
-    end = time.monotonic() + PATIENCE
+    """Wait until a condition holds, and return whether it did in time."""
+    end = time.monotonic() + TIMEOUT
     while not happens():
         if time.monotonic() > end:
             return False
-        time.sleep(0.05)  # what is waited for is in other processes, which tell nobody
+        time.sleep(0.05)  # the condition depends on other processes, which cannot notify
     return True
 
 
 def run_page(text: str, folder: Path) -> int:
-    """Do what a page says from beginning to end; return how many blocks were not run."""
+    """Execute a page from start to end; return how many blocks were not run."""
     session = Session(folder)
     page = list(blocks(text))
     try:

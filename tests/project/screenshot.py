@@ -1,4 +1,4 @@
-"""The picture of the status page in the documentation: `python -m tests.support.screenshot` writes it."""
+"""Screenshot of the status page for the documentation: `python -m tests.project.screenshot` writes it."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ OPERATIONS = (
 
 
 def tokens() -> list[TokenRow]:
-    """Return one account that needs somebody, and many that do not."""
+    """Return one account that needs attention, and many that do not."""
     refused = TokenRow(
         *("dagny", "main", "production", "eu", "failed"),
         error="TokenRefused",
@@ -49,7 +49,7 @@ def tokens() -> list[TokenRow]:
 
 
 def requests() -> list[RequestRecord]:
-    """Return the last requests, few of which went wrong."""
+    """Return the last requests, some of which failed."""
     found = []
     for number in range(1, 200):
         ago, upstream = (200 - number) * 0.6, random.lognormvariate(-1.4, 0.5)
@@ -66,7 +66,7 @@ def requests() -> list[RequestRecord]:
 
 
 def samples() -> list[Sample]:
-    """Return ten minutes with a busy while in them, in which Amazon throttled."""
+    """Return ten minutes of samples with a busy period, in which Amazon throttled."""
     found = []
     for place in range(MAX_SAMPLES):
         busy = math.exp(-(((place - 130) / 30) ** 2))
@@ -79,7 +79,7 @@ def samples() -> list[Sample]:
 
 
 def made_up() -> Snapshot:
-    """Return all there is to see."""
+    """Return a snapshot with made-up data in every section."""
     role: str = HINTS["role"]
     return seen(
         requests(),
@@ -107,11 +107,11 @@ def made_up() -> Snapshot:
 
 
 async def picture() -> None:
-    """Have a browser draw the page, and write what it shows."""
+    """Let a browser render the page, and write the screenshot."""
     given = made_up()
     text = status_page.render(given, diagnose(given), every=3600)
 
-    async def answer(route: Route) -> None:
+    async def respond(route: Route) -> None:
         name = route.request.url.removeprefix(URL)
         if name in status_page.FILES:
             await route.fulfill(body=status_page.file_of(name), content_type=status_page.FILES[name])
@@ -121,7 +121,7 @@ async def picture() -> None:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         shown = await browser.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
-        await shown.route("**/*", answer)
+        await shown.route("**/*", respond)
         await shown.goto(URL)
         await shown.screenshot(path=PICTURE)
         await browser.close()
