@@ -17,7 +17,6 @@ import pytest
 from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.amazon.report_types import RESTRICTED_TYPES
 from proxy.errors import ProxyError, all_errors
-from proxy.remedies import REMEDIES
 from proxy.request.forbidden_hints import HINTS
 from tests.conftest import needs
 from tests.project import test_docs
@@ -283,7 +282,7 @@ def with_errors(text: str) -> str:
 def about(error: type[ProxyError]) -> str:
     again = "yes" if error.retryable else "no"
     meaning = (error.__doc__ or "").splitlines()[0]
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {REMEDIES[error.code]}"
+    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {error.remedy}"
 
 
 def with_hints(text: str) -> str:

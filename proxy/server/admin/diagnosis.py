@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 from proxy.errors import ClientError, ProxyError, all_errors
 from proxy.observability.request_history import RequestRecord
-from proxy.remedies import REMEDIES
 from proxy.request.forbidden_hints import HINTS
 from proxy.server.admin.snapshot import MEANINGS, Snapshot, TokenRow
 

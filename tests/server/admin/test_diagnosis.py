@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from proxy.errors import BrowserRefused, RegionRequired
 from proxy.observability.request_history import RequestRecord
-from proxy.remedies import REMEDIES
 from proxy.server.admin.diagnosis import Diagnosis, diagnose, name_of, responsible_for
 from proxy.server.admin.snapshot import Snapshot, TokenRow
 
@@ -156,7 +156,7 @@ def test_mistakes_of_apps_are_to_be_known_and_each_says_what_to_do() -> None:
     diagnosis = diagnose(seen([request()] * 9 + [request(400, "RegionRequired"), request(403, "BrowserRefused")]))
     assert (diagnosis.state, diagnosis.responsible) == ("working", None)
     assert diagnosis.summary == "Working: 11 requests lately. 2 things to know below."
-    assert [other.remedy for other in diagnosis.others] == [REMEDIES["RegionRequired"], REMEDIES["BrowserRefused"]]
+    assert [other.remedy for other in diagnosis.others] == [RegionRequired.remedy, BrowserRefused.remedy]
     diagnosis = diagnose(seen([request()] * 9 + [request(400, "BadOption"), request(503)]))
     assert (diagnosis.state, diagnosis.responsible, len(diagnosis.others)) == ("degraded", "Amazon's", 1)
 
