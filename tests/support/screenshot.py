@@ -27,19 +27,25 @@ OPERATIONS = (
 
 
 def tokens() -> list[TokenRow]:
-    """Return one account that needs somebody, and many that do not."""
+    """Return one account with a problem, and many without."""
     refused = TokenRow(
         *("dagny", "main", "production", "eu", "failed"),
         error="TokenRefused",
         reason="invalid_grant",
-        do="The refresh token is wrong, revoked or expired: authorise the application again and replace it. "
+        remedy="The refresh token is wrong, revoked or expired: authorise the application again and replace it. "
         "Look at accounts.dagny.refresh_tokens.eu.",
         failures=4,
-        pause=38.0,
+        retry_in=38.0,
     )
     good = [
         TokenRow(
-            name, "main", "production", region, "good", left=random.uniform(600, 3500), age=random.uniform(60, 2000)
+            name,
+            "main",
+            "production",
+            region,
+            "good",
+            expires_in=random.uniform(600, 3500),
+            age=random.uniform(60, 2000),
         )
         for name in SELLERS
         for region in ("eu", "na")
@@ -66,7 +72,7 @@ def requests() -> list[RequestRecord]:
 
 
 def samples() -> list[Sample]:
-    """Return ten minutes with a busy while in them, in which Amazon throttled."""
+    """Return ten minutes with a busy phase in which Amazon throttled."""
     found = []
     for place in range(MAX_SAMPLES):
         busy = math.exp(-(((place - 130) / 30) ** 2))
@@ -79,7 +85,7 @@ def samples() -> list[Sample]:
 
 
 def made_up() -> Snapshot:
-    """Return all there is to see."""
+    """Return a whole snapshot."""
     role: str = HINTS["role"]
     return seen(
         requests(),
@@ -109,12 +115,12 @@ def made_up() -> Snapshot:
 async def picture() -> None:
     """Have a browser draw the page, and write what it shows."""
     given = made_up()
-    text = status_page.render(given, diagnose(given), every=3600)
+    text = status_page.render(given, diagnose(given), refresh_interval=3600)
 
     async def answer(route: Route) -> None:
         name = route.request.url.removeprefix(URL)
         if name in status_page.FILES:
-            await route.fulfill(body=status_page.file_of(name), content_type=status_page.FILES[name])
+            await route.fulfill(body=status_page.read_file(name), content_type=status_page.FILES[name])
         else:
             await route.fulfill(body=text, content_type="text/html; charset=utf-8", headers=status_page.HEADERS)
 
