@@ -255,8 +255,9 @@ def token_rows(config: Config, tokens: TokenProvider) -> list[TokenRow]:
             if restricted[key] or restricted_failed[key]:
                 row = row._replace(restricted=restricted[key], restricted_failed=restricted_failed[key])
             rows.append(row)
-    for (application, region), status in grantless.items():
-        row = TokenRow("", application, status.token_key.environment, region, "unused")
+    for (application, _), status in grantless.items():
+        token_key = status.token_key
+        row = TokenRow("", application, token_key.environment, token_key.region, "unused")
         rows.append(_with_status(row, status))
     rows.sort(key=lambda row: (_STATE_ORDER[row.state], -row.restricted_failed))
     return rows

@@ -101,7 +101,7 @@ async def test_requests_are_served_during_a_scrape(proxy: RunningProxy) -> None:
     assert (await scrape).status == 200
 
 
-async def test_promtool_has_nothing_to_say_about_the_metrics(proxy: RunningProxy, token_host: TokenHost) -> None:
+async def test_promtool_accepts_the_metrics(proxy: RunningProxy, token_host: TokenHost) -> None:
     needs(shutil.which("promtool") is not None, "promtool (Debian's package prometheus)")
     token_host.answers = [http_response("503 Service Unavailable")]
     await call(proxy.addresses[0], "GET", SELLERS)
