@@ -16,7 +16,7 @@ from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from tests.conftest import needs
 
-# Label names whose values are bounded: names of the configuration and the operation table, and words of the proxy's own.
+# Labels whose values are bounded: names of the configuration and the operation table, and words of the proxy's own.
 LABELS = {"caller", "listener", "log",
           "account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
           "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
