@@ -117,7 +117,7 @@ async def picture() -> None:
     given = made_up()
     text = status_page.render(given, diagnose(given), refresh_interval=3600)
 
-    async def answer(route: Route) -> None:
+    async def respond(route: Route) -> None:
         name = route.request.url.removeprefix(URL)
         if name in status_page.FILES:
             await route.fulfill(body=status_page.read_file(name), content_type=status_page.FILES[name])
@@ -127,7 +127,7 @@ async def picture() -> None:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         shown = await browser.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
-        await shown.route("**/*", answer)
+        await shown.route("**/*", respond)
         await shown.goto(URL)
         await shown.screenshot(path=PICTURE)
         await browser.close()
