@@ -32,7 +32,7 @@ TokenState = Literal["failed", "failing", "fetching", "good", "unused"]
 # The states, which are part of `/status`, and their texts on the page; in the order of the rows: problems first.
 TOKEN_STATES: dict[TokenState, str] = {
     "failed": "no token",
-    "failing": "valid, but the refresh fails",
+    "failing": "valid, refresh fails",
     "fetching": "being fetched",
     "good": "valid",
     "unused": "not requested yet",
@@ -86,7 +86,7 @@ class TokenRow(NamedTuple):
 
 
 class PlanRow(NamedTuple):
-    """A usage plan that is exhausted or was since the start; its fields are keys of `/status`.
+    """A usage plan that is exhausted or has throttled calls since the start; its fields are keys of `/status`.
 
     `rate` is in calls per second and `tokens` the calls it allows at once now. Since the start, `refused` counts the
     calls that the proxy rejected for it, and `throttled` Amazon's 429 responses.
@@ -292,7 +292,7 @@ def _samples(series: CounterSeries | GaugeSeries) -> Iterator[tuple[Mapping[str,
 
 
 def plan_rows(metrics: Metrics, recent: Iterable[RequestRecord]) -> list[PlanRow]:
-    """Return the usage plans that are exhausted now or were since the start; those under most pressure first."""
+    """Return the usage plans that are exhausted or have throttled calls since the start, the busiest first."""
     refused, throttled = (
         {(labels["account"], labels["region"], labels["operation"]): round(count) for labels, count in _samples(series)}
         for series in (metrics.limit_refused, metrics.throttled)

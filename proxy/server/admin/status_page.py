@@ -114,7 +114,7 @@ def _diagnosis(diagnosis: Diagnosis) -> str:
 
 def _accounts(snapshot: Snapshot, account: str | None) -> str:
     rows, states = snapshot.tokens, Counter(row.state for row in snapshot.tokens)
-    counts = ", ".join(f"{states[state]} {text}" for state, text in TOKEN_STATES.items() if states[state])
+    counts = "; ".join(f"{text}: {states[state]}" for state, text in TOKEN_STATES.items() if states[state])
     intro = f"<p>{escape(counts) or 'None configured.'}</p>\n"
     if account is not None:
         unknown = "" if rows else " No account has this name."
@@ -175,7 +175,7 @@ def _token_cells(row: TokenRow) -> tuple[str, ...]:
 
 
 def _plans(snapshot: Snapshot) -> str:
-    title = "Exhausted usage plans"
+    title = "Throttled usage plans"
     if not snapshot.plans:
         return section("plans", title, "<p>None, now or since the start.</p>\n")
     rows = (
@@ -203,12 +203,12 @@ def _requests(snapshot: Snapshot) -> str:
         return section("requests", "Recent requests", "<p>None yet.</p>\n")
     head = (
         *("ended (UTC)", "status", "operation", "account", "duration"),
-        *("plan wait", "token wait", "Amazon", "note"),
+        *("plan", "token", "Amazon", "note"),
     )
     rows = (_request_cells(snapshot, request) for request in newest)
     intro = (
-        "<p>The duration includes the wait for the usage plan, the wait for the token, and the time until Amazon’s "
-        "response began.</p>\n"
+        "<p>Parts of the duration: plan and token are the waits for the usage plan and for the token, Amazon is the "
+        "time until its response began.</p>\n"
     )
     return section("requests", "Recent requests", intro, table("request-rows", "Recent requests", head, rows))
 
