@@ -89,15 +89,15 @@ class Metrics:
         self._durations: dict[tuple[str, ...], HotHistogram] = {}
         self._upstream_durations: dict[tuple[str, ...], HotHistogram] = {}
         self._traffic: dict[tuple[str, ...], Traffic] = {}
-        self._requests()
-        self._waiting()
-        self._tokens()
-        self._store()
-        self._reloads()
+        self._add_request_series()
+        self._add_limit_series()
+        self._add_token_series()
+        self._add_store_series()
+        self._add_reload_series()
         build = self._gauge("build_info", "The version that is running; the value is always 1.", "version", "python")
         build.labels(__version__, platform.python_version()).set(1)
 
-    def _requests(self) -> None:
+    def _add_request_series(self) -> None:
         by_operation = ("account", "region", "operation") if self.account_on_histograms else ("region", "operation")
         self._callback_collector(
             "requests_total",
@@ -144,7 +144,7 @@ class Metrics:
         self.loop_lag = self._gauge(
             "event_loop_lag_seconds", "Longest delay of the event loop since the previous scrape."
         )
-        self.masked_tokens = self._counter(
+        self.redacted_tokens = self._counter(
             "tokens_masked_total", "Amazon's responses that contained the request's token, which was redacted."
         )
         self.document_urls = self._counter(
@@ -208,7 +208,7 @@ class Metrics:
             )
         return found
 
-    def _waiting(self) -> None:
+    def _add_limit_series(self) -> None:
         self.limit_wait = self._durations_of("limit_wait_seconds", "Time that a call waited for its usage plan.")
         self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanGauges]] = dict
         plan_labels = ("account", "region", "operation")
@@ -240,7 +240,7 @@ class Metrics:
             kind="gauge",
         )
 
-    def _tokens(self) -> None:
+    def _add_token_series(self) -> None:
         self.token_refreshes = self._counter(
             "token_refreshes_total",
             "Requests for a new token, by kind of token, result (ok, refused, failed) and reason.",
@@ -272,7 +272,7 @@ class Metrics:
             "token_expiry_timestamp_seconds", "Expiry of the token in use, as Unix time.", "account", "region", "kind"
         )
 
-    def _store(self) -> None:
+    def _add_store_series(self) -> None:
         self.store_up = self._gauge(
             "store_up", "1 while the store that replicas share is available, 0 while each replica works alone."
         )
@@ -289,7 +289,7 @@ class Metrics:
             "reason",
         )
 
-    def _reloads(self) -> None:
+    def _add_reload_series(self) -> None:
         self.reloads = self._counter(
             "config_reloads_total",
             "Reloads of the configuration, by result (ok, unchanged, failed).",

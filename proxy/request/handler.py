@@ -187,7 +187,7 @@ class Handler:
                 if call.has_account_slot:
                     self.concurrency.release_account(route.account)
                 if call.redactor.matched:
-                    self.metrics.masked_tokens.inc()
+                    self.metrics.redacted_tokens.inc()
 
     async def _relay(
         self,
