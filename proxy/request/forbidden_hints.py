@@ -25,7 +25,7 @@ Hint = Literal[
     "role",
 ]
 
-# What each hint means, and what to do (the README's table is made of this).
+# What each hint means, and what to do (docs/reference/errors.md is made from this).
 HINTS: dict[Hint, str] = {
     "token_refused": "Amazon calls the token expired, revoked or invalid; a new one did not help, or the body was too "
     "large to be sent again. If it goes on: the seller withdrew the authorisation, or Amazon has trouble.",
