@@ -458,9 +458,7 @@ def _with_errors(text: str) -> str:
 
 def _about(error: type[ProxyError]) -> str:
     retry = "yes" if error.retryable else "no"
-    return (
-        f"*{error.status}, fault: {error.fault}, retry: {retry}.* {_meaning(error)} **Remedy:** {error.remedy}"
-    )
+    return f"*{error.status}, fault: {error.fault}, retry: {retry}.* {_meaning(error)} **Remedy:** {error.remedy}"
 
 
 def _with_hints(text: str) -> str:
