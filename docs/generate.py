@@ -28,7 +28,6 @@ from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
 from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
-from proxy.remedies import REMEDIES
 from proxy.request.authentication import KEY_HEADER
 from proxy.request.context import RequestContext
 from proxy.request.forbidden_hints import HINTS
@@ -131,7 +130,7 @@ def errors_table() -> str:
 
 def _error(error: type[ProxyError]) -> tuple[str, ...]:
     code, retry = f"[`{error.code}`](../errors.md#{error.code.lower()})", "yes" if error.retryable else "no"
-    return code, str(error.status), error.fault, retry, _meaning(error), REMEDIES[error.code]
+    return code, str(error.status), error.fault, retry, _meaning(error), error.remedy
 
 
 def _meaning(error: type[ProxyError]) -> str:
@@ -459,9 +458,7 @@ def _with_errors(text: str) -> str:
 
 def _about(error: type[ProxyError]) -> str:
     retry = "yes" if error.retryable else "no"
-    return (
-        f"*{error.status}, fault: {error.fault}, retry: {retry}.* {_meaning(error)} **Remedy:** {REMEDIES[error.code]}"
-    )
+    return f"*{error.status}, fault: {error.fault}, retry: {retry}.* {_meaning(error)} **Remedy:** {error.remedy}"
 
 
 def _with_hints(text: str) -> str:

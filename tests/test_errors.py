@@ -1,4 +1,4 @@
-"""Every error of the proxy's own: whose fault it is, what the client sees, and that nobody takes it for Amazon's."""
+"""The proxy's own errors: the contract of each, and the response that a client gets."""
 
 import json
 from collections import Counter
@@ -75,17 +75,18 @@ def test_no_two_errors_share_a_code() -> None:
     assert [code for code, times in counted.items() if times > 1] == []
 
 
-def test_every_error_says_what_it_means_and_is_an_error_status() -> None:
+def test_every_error_has_a_meaning_a_remedy_of_its_own_and_an_error_status() -> None:
     for error in all_errors():
         assert (error.__doc__ or "").strip().endswith("."), error
+        assert vars(error)["remedy"].endswith("."), error
         assert 400 <= error.status < 600, error
         assert error.code.isalnum(), error
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.code)
-def test_every_error_is_answered_in_the_envelope_of_amazon_and_marked_as_ours(kind: type[ProxyError]) -> None:
+def test_every_error_is_sent_in_the_envelope_of_amazon_and_marked_as_ours(kind: type[ProxyError]) -> None:
     error = kind("something is wrong", "Do this.")
-    if kind is TokenRequestRefused:  # as Login with Amazon: who asks there reads nothing else
+    if kind is TokenRequestRefused:  # clients of a token endpoint expect OAuth's format
         as_oauth = {"error": "invalid_request", "error_description": "something is wrong. Do this."}
         assert json.loads(error.body()) == as_oauth
     else:
@@ -103,7 +104,7 @@ def test_an_error_without_a_hint_has_empty_details() -> None:
 
 
 @pytest.mark.parametrize("text", ['"quoted" \\ <b>', "Türkiye – 店", "line\nbreak\x00", "{{}}"])
-def test_a_message_survives_json_whatever_it_holds(text: str) -> None:
+def test_any_message_survives_json(text: str) -> None:
     error = HostRefused(text, text)
     assert json.loads(error.body())["errors"][0] == {"code": "HostRefused", "message": text, "details": text}
     assert str(error) == text
@@ -118,7 +119,7 @@ def test_retry_after_is_in_whole_seconds_rounded_up_and_at_least_one(seconds: fl
         assert kind("later", retry_after=seconds).headers()["Retry-After"] == header
 
 
-def test_a_refused_method_names_those_that_are_allowed() -> None:
+def test_a_405_names_the_allowed_methods() -> None:
     headers = MethodRefused("TRACE is not forwarded").headers()
     assert headers["Allow"] == "GET, HEAD, POST, PUT, PATCH, DELETE"
     assert headers["x-sp-proxy-error"] == "MethodNotAllowed"

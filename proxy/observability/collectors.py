@@ -1,7 +1,7 @@
-"""How is counted what happens on every request? By plain numbers, turned into series only when somebody asks.
+"""Collectors for the series of the request path: plain numbers, turned into samples only when they are scraped.
 
-prometheus_client takes a lock and checks labels at each step, which is right for threads and too much for a path that
-one event loop walks thousands of times a second.
+prometheus_client takes a lock at each increment and looks a child up by its labels. Threads need that; the request path
+runs on one event loop, thousands of times a second, and does not.
 """
 
 from bisect import bisect_left
@@ -13,37 +13,42 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-# From a local refusal (1 ms) to a slow report call (60 s), in seconds.
+# Upper bounds in seconds, from a rejection by the proxy (1 ms) to a slow report call (60 s).
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-def _text(bound: float) -> str:
+def _format_bound(bound: float) -> str:
+    # As prometheus_client writes the bounds of its own histograms: `1.0`, `+Inf`.
     text: str = floatToGoString(bound)  # type: ignore[no-untyped-call]  # not annotated there
     return text
 
 
 class HotHistogram:
-    """One histogram of durations in seconds: how many fell into each bucket, and their sum."""
+    """A histogram of durations in seconds: a count for each bucket, and the sum.
+
+    Only the event loop may change it; a scrape on another thread reads it, and may see a count without its sum.
+    """
 
     __slots__ = ("counts", "sum", "zero_count")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(DURATION_BUCKETS) + 1)
-        self.zero_count = 0  # durations of nothing, which most waits are: counted apart, and with the others when asked
+        # Zero durations. Most waits are zero, so their callers add them here, which is cheaper than `observe`.
+        self.zero_count = 0
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one duration."""
+        """Count a duration in seconds."""
         self.counts[bisect_left(DURATION_BUCKETS, seconds)] += 1
         self.sum += seconds
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return the buckets as Prometheus has them: each with those below it, by its upper bound."""
-        so_far, found = self.zero_count, []
+        """Return the upper bound and the cumulative count of each bucket, as Prometheus defines them."""
+        total, buckets = self.zero_count, []
         for bound, count in zip((*DURATION_BUCKETS, float("inf")), self.counts, strict=True):
-            so_far += count
-            found.append((_text(bound), float(so_far)))
-        return found
+            total += count
+            buckets.append((_format_bound(bound), float(total)))
+        return buckets
 
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -56,9 +61,9 @@ _FAMILIES: dict[Kind, Callable[..., Family]] = {
 
 
 class CallbackCollector(Collector):
-    """One family of series whose numbers are kept elsewhere; `read` returns label values and number of each.
+    """A metric whose values are kept elsewhere; `read` returns the label values and the value of each series.
 
-    It is asked on another thread than the one that counts, so that many series do not hold requests up.
+    `read` is called on the thread of the scrape, not on the event loop, so it must copy what the loop may change.
     """
 
     def __init__(
@@ -76,11 +81,11 @@ class CallbackCollector(Collector):
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        """Say what there will be."""
+        """Return the metric without samples; the registry checks the names of its series by it."""
         return (self._family(),)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the family with its series."""
+        """Yield the metric with a sample for each series."""
         family = self._family()
         for labels, value in self._read():
             if isinstance(family, HistogramMetricFamily) and isinstance(value, HotHistogram):

@@ -1,6 +1,6 @@
-"""What does the log look like: one line an event, text for a person, JSON for a machine?
+"""The log and the audit log: one line for each event, as text or JSON, written by a thread.
 
-Nothing that a caller or Amazon wrote goes into a line unchecked, no query string, no body, no token, at any level.
+Nothing that a client or Amazon sent goes into a line unchecked; no query string, body or token does, at any level.
 """
 
 import json
@@ -14,29 +14,29 @@ import time
 from collections import Counter
 from typing import Any, Literal, TextIO
 
-FIELDS = "fields"
+FIELDS = "fields"  # the attribute of a LogRecord that holds the event's own fields
 
 LOGGER = logging.getLogger("sp-api-proxy")
 AUDIT = logging.getLogger("sp-api-proxy.audit")
-AUDIT.propagate = False  # a stream of its own
-AUDIT.setLevel(logging.CRITICAL)  # until it is set up
+AUDIT.propagate = False  # audit lines go to their own target only
+AUDIT.setLevel(logging.CRITICAL)  # off until `set_up_audit`
 
-dropped_lines: Counter[str] = Counter()  # lines that were not written, by log
+dropped_lines: Counter[str] = Counter()  # lines that were not written, by the name of the log
 
-_MAX_QUEUED = 10_000  # lines
-_FLUSH_TIMEOUT = 2.0  # seconds for what still waits when the process ends
+MAX_QUEUED_LINES = 10_000
+FLUSH_TIMEOUT = 2.0  # seconds to write the queued lines when the process ends
 
 
 def extra(**values: Any) -> dict[str, dict[str, Any]]:
-    """Return the `extra` argument that puts `values` into a line."""
+    """Return the `extra` argument of a logging call that adds `values` to the line as fields."""
     return {FIELDS: values}
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, message, and the event's own fields."""
+    """One JSON object for each event: time (UTC), level, message, and the event's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; an exception is named by its type alone, its text may quote what a peer sent."""
+        """Return the line; of an exception only type and location, because its text may quote what a peer sent."""
         line: dict[str, Any] = {
             "time": _time_of(record),
             "level": record.levelname.lower(),
@@ -45,11 +45,11 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = format_location(record.exc_info[1])
-        return json.dumps(line, default=str)  # ASCII: every stream can hold it
+        return json.dumps(line, default=str)  # escaped to ASCII, so that a stream of any encoding can write it
 
 
 class AuditLines(logging.Formatter):
-    """One JSON object a line: time (UTC) and the event's fields."""
+    """One JSON object for each event: time (UTC) and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -57,10 +57,10 @@ class AuditLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """One line for a person: `12:00:00 INFO request code=200 account=acme`."""
+    """One readable line for each event: `12:00:00 INFO request code=200 account=acme`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, the fields as `key=value` behind the message."""
+        """Return the line with the fields as `key=value` after the message; empty ones are left out."""
         parts = [self.formatTime(record, "%H:%M:%S"), record.levelname, record.getMessage()]
         parts += [f"{key}={value}" for key, value in getattr(record, FIELDS, {}).items() if value not in ("", None)]
         if record.exc_info and record.exc_info[1] is not None:
@@ -73,68 +73,73 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return the text with line breaks and other control characters written out: a line cannot be forged."""
+    """Escape line breaks and other control characters, so that no text can forge a line (CWE-117)."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def format_location(exc: BaseException) -> str:
-    """Return the exception's type and where it arose, without its text: texts quote what was sent."""
-    places: list[str] = []
+    """Return the type of an exception and the last six frames of its traceback, without its text (see JsonLines)."""
+    frames: list[str] = []
     trace = exc.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        places.append(f"{code.co_name}:{trace.tb_lineno}")
+        frames.append(f"{code.co_name}:{trace.tb_lineno}")
         trace = trace.tb_next
-    return f"{type(exc).__module__}.{type(exc).__qualname__} at {' > '.join(places[-6:])}"
+    return f"{type(exc).__module__}.{type(exc).__qualname__} at {' > '.join(frames[-6:])}"
 
 
 def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | None = None) -> None:
-    """Send every log line to `stream` (standard error), in the chosen style."""
+    """Send every log line to `stream`, by default standard error; `auto` is text on a terminal and JSON elsewhere."""
     target = stream or sys.stderr
     handler = logging.StreamHandler(target)
-    as_text = style == "text" or (style == "auto" and target.isatty())
-    handler.setFormatter(TextLines() if as_text else JsonLines())
+    is_text = style == "text" or (style == "auto" and target.isatty())
+    handler.setFormatter(TextLines() if is_text else JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # other libraries may quote headers below that
+    root.setLevel(logging.WARNING)  # lines of other libraries below WARNING may quote headers
     LOGGER.setLevel(level.upper())
-    # A closed or full log must not become a traceback per line, nor stop the service.
+    # Otherwise logging prints a traceback to standard error for each line that a closed or full target rejects.
     logging.raiseExceptions = False
-    # aiohttp logs whole exceptions with the request they belong to; what matters of them is in our own lines.
+    # aiohttp logs exceptions with their text and the request; the proxy's own lines have what matters of them.
     for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class BackgroundHandler(logging.Handler):
-    """Hands lines to a thread that writes them: a full disk, or a reader that stopped, delays no request.
+    """Queues lines for a thread that writes them to `target`: a full disk or a stalled pipe delays no request.
 
-    What waits is bounded; what does not fit, or cannot be written, is counted in LOST under `name`.
+    The queue is bounded. Lines that do not fit or cannot be written are counted in `dropped_lines` under `name`.
+
+    The standard library's QueueHandler and QueueListener do not do this: `QueueListener.stop` puts its sentinel without
+    waiting, which fails on a full queue, and joins its thread without a timeout, so that a stalled target would keep
+    the process from ending; and `QueueHandler.prepare` merges the text of an exception into the message.
     """
 
-    def __init__(self, target: logging.Handler, name: str, most: int = _MAX_QUEUED) -> None:
+    def __init__(self, target: logging.Handler, name: str, max_queued: int = MAX_QUEUED_LINES) -> None:
         super().__init__()
         self.set_name(name)
         self._label = name
         self._target = target
-        target.handleError = self._drop  # type: ignore[method-assign, assignment]  # instead of a traceback a line
-        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(most)
+        target.handleError = self._drop  # type: ignore[method-assign, assignment]  # called with the line that failed
+        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(max_queued)
+        # A daemon: the interpreter does not wait for it at exit, even if the target has stalled.
         self._thread = threading.Thread(target=self._write, name=f"log {name}", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line, without waiting."""
+        """Queue a line without waiting, or count it as dropped."""
         try:
             self._lines.put_nowait(record)
         except queue.Full:
             self._drop(record)
 
     def flush(self) -> None:
-        """Write what waits, within a short time."""
+        """Write the queued lines and end the thread, within 2 * FLUSH_TIMEOUT; later lines are not written."""
         try:
-            self._lines.put(None, timeout=_FLUSH_TIMEOUT)
+            self._lines.put(None, timeout=FLUSH_TIMEOUT)
         except queue.Full:
             return
-        self._thread.join(_FLUSH_TIMEOUT)
+        self._thread.join(FLUSH_TIMEOUT)
 
     def _write(self) -> None:
         while (record := self._lines.get()) is not None:
@@ -145,9 +150,10 @@ class BackgroundHandler(logging.Handler):
 
 
 class _PrivateFile(logging.handlers.WatchedFileHandler):
-    """A file that its owner alone can read, opened anew when it was moved away."""
+    """A file that only its owner can read, opened again after it was moved away (log rotation)."""
 
     def _open(self) -> Any:
+        # The method of FileHandler that opens the file, overridden only for the mode 0600.
         return open(
             self.baseFilename,
             self.mode,
@@ -158,25 +164,26 @@ class _PrivateFile(logging.handlers.WatchedFileHandler):
 
 
 def start_background() -> list[BackgroundHandler]:
-    """Let a thread write what `set_up` chose; return what has to be finished in the end."""
+    """Write the log by a thread from now on; return the handlers that must be flushed when the process ends."""
     root = logging.getLogger()
-    root.handlers[:] = behind = [BackgroundHandler(handler, "log") for handler in root.handlers]
-    return behind
+    handlers = [BackgroundHandler(handler, "log") for handler in root.handlers]
+    root.handlers[:] = handlers
+    return handlers
 
 
 def flush() -> None:
-    """Write what waits: the process is about to end where it stands."""
+    """Write the queued lines of both logs, before the process ends without unwinding (`os._exit`)."""
     for handler in (*logging.getLogger().handlers, *AUDIT.handlers):
         if isinstance(handler, BackgroundHandler):
             handler.flush()
 
 
 def set_up_audit(where: str) -> BackgroundHandler:
-    """Send the audit log to `stdout`, `stderr` or a file; return what has to be finished in the end. Raises OSError."""
+    """Send the audit log to `stdout`, `stderr` or a file; return the handler to flush at the end. Raises OSError."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
     target = logging.StreamHandler(streams[where]) if where in streams else _PrivateFile(where, encoding="utf-8")
     target.setFormatter(AuditLines())
-    behind = BackgroundHandler(target, "audit")
-    AUDIT.handlers[:] = [behind]
+    handler = BackgroundHandler(target, "audit")
+    AUDIT.handlers[:] = [handler]
     AUDIT.setLevel(logging.INFO)
-    return behind
+    return handler

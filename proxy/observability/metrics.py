@@ -1,8 +1,11 @@
-"""Which Prometheus series does the proxy export? All of them are in this list.
+"""The Prometheus series that the proxy exports.
 
-Names follow Prometheus' own practice: one prefix, base units, `_total` for counters. Labels are bounded: accounts and
-applications come from the configuration, operations from the table (or are `unknown`, or `relayDocument`); no path, id
-or header of a caller ever becomes one.
+Names follow Prometheus' naming practices: one prefix, base units, `_total` for counters. Label values are bounded:
+accounts and applications come from the configuration, operations from the table (or are `unknown`, or
+`relayDocument`); no path, id or header of a request becomes one.
+
+What is counted for each request is a plain number or a HotHistogram behind a CallbackCollector (see `collectors`);
+everything else is an instrument of prometheus_client.
 """
 
 import asyncio
@@ -17,15 +20,15 @@ from prometheus_client.registry import Collector
 
 from proxy import __version__
 from proxy.observability.collectors import DURATION_BUCKETS, CallbackCollector, HotHistogram, Kind
-from proxy.observability.request_history import RequestHistory
 
-# The `_created` series double the number of series and nobody asks them anything.
+# prometheus_client exports the creation time of each counter and histogram as a series of its own (`…_created`), which
+# adds a series for each combination of labels, and nothing here needs it.
 _disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated there
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Body bytes of one account, region and operation."""
+    """Bytes of request bodies sent to Amazon and of response bodies received, of one account, region and operation."""
 
     sent: int = 0
     received: int = 0
@@ -33,7 +36,7 @@ class Traffic:
 
 @dataclass(slots=True)
 class RequestSeries:
-    """The series that one finished request counts in; found once for each combination of labels."""
+    """The series that one finished request counts in; looked up once for each combination of labels."""
 
     duration: HotHistogram
     upstream_duration: HotHistogram
@@ -43,7 +46,7 @@ class RequestSeries:
 
 
 class PlanGauges(NamedTuple):
-    """What is shown of a usage plan: calls per second, calls there is room for, calls that wait."""
+    """The state of a usage plan: calls per second, calls that it allows at once now, calls that wait."""
 
     rate: float
     tokens: float
@@ -51,32 +54,32 @@ class PlanGauges(NamedTuple):
 
 
 class PreScrape(Collector):
-    """Not a series: brings gauges up to date when somebody wants to see them; the first that the registry asks.
+    """Runs functions that update gauges before each scrape; has no series.
 
-    That is on a thread of its own.
+    It works because a registry collects in the order of registration, and this is registered first. The functions run
+    on the thread of the scrape, not on the event loop.
     """
 
     def __init__(self, updates: list[Callable[[], None]]) -> None:
         self._updates = updates
 
     def describe(self) -> Iterable[Metric]:
-        """Say what there will be, without an update."""
+        """Return nothing and run nothing; the registry calls this once, when this is registered."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """Make the updates."""
+        """Run the functions and return nothing."""
         for update in self._updates:
             update()
         return ()
 
 
 class Metrics:
-    """The series of one proxy, in a registry of their own."""
+    """The series of one proxy, in their own registry: several proxies in one process (tests) count separately."""
 
-    def __init__(self, *, account_on_histograms: bool = False, remembers: bool = True) -> None:
-        self.history = RequestHistory() if remembers else None  # the requests that were answered last
+    def __init__(self, *, account_on_histograms: bool = False) -> None:
         self.registry = CollectorRegistry()
-        self.scrape_lock = asyncio.Lock()  # who exports: what is brought up to date for it is not made for two at once
+        self._scrape_lock = asyncio.Lock()
         self.pre_scrape_hooks: list[Callable[[], None]] = []
         self.registry.register(PreScrape(self.pre_scrape_hooks))
         ProcessCollector(registry=self.registry)
@@ -86,102 +89,117 @@ class Metrics:
         self._durations: dict[tuple[str, ...], HotHistogram] = {}
         self._upstream_durations: dict[tuple[str, ...], HotHistogram] = {}
         self._traffic: dict[tuple[str, ...], Traffic] = {}
-        self._requests()
-        self._waiting()
-        self._tokens()
-        self._store()
-        self._reloads()
-        build = self._gauge("build_info", "Which version is running; always 1.", "version", "python")
+        self._add_request_series()
+        self._add_limit_series()
+        self._add_token_series()
+        self._add_store_series()
+        self._add_reload_series()
+        build = self._gauge("build_info", "The version that is running; the value is always 1.", "version", "python")
         build.labels(__version__, platform.python_version()).set(1)
 
-    def _requests(self) -> None:
+    def _add_request_series(self) -> None:
         by_operation = ("account", "region", "operation") if self.account_on_histograms else ("region", "operation")
         self._callback_collector(
             "requests_total",
-            "Requests answered, by what they were and who answered (source: amazon or proxy).",
+            "Requests served, by kind and by source of the response (amazon, proxy; client: it left before).",
             ("account", "region", "operation", "method", "code", "token", "source"),
             lambda: ((labels, series.requests) for labels, series in self.series_cache.copy().items()),
         )
         self._callback_collector(
             "request_duration_seconds",
-            "From a request's head to the last byte of its answer.",
+            "Time from the head of a request to the last byte of its response.",
             by_operation,
             lambda: self._durations.copy().items(),
             kind="histogram",
         )
         self._callback_collector(
             "upstream_duration_seconds",
-            "From sending to Amazon to the head of its answer.",
+            "Time from sending a call to Amazon to the head of its response.",
             by_operation,
             lambda: self._upstream_durations.copy().items(),
             kind="histogram",
         )
         self.in_flight = 0
-        self.requests_in_flight = self._gauge("requests_in_flight", "Requests that are being served now.")
-        self.pre_scrape_hooks.append(lambda: self.requests_in_flight.set(self.in_flight))
+        self._callback_collector(
+            "requests_in_flight",
+            "Requests that are being served now.",
+            (),
+            lambda: (((), self.in_flight),),
+            kind="gauge",
+        )
         self.caller_requests = self._gauge(
-            "caller_requests_in_flight", "Requests of a caller, or of a listener's anonymous, now.", "caller"
+            "caller_requests_in_flight",
+            "Requests served now, by caller; without one, by listener.",
+            "caller",
         )
         self.account_requests = self._gauge(
-            "account_requests_in_flight", "Requests of an account that are at Amazon now.", "account"
+            "account_requests_in_flight", "Requests sent to Amazon and not complete yet, by account.", "account"
         )
-        self.client_connections = self._gauge(
-            "client_connections", "Connections of apps that are open now.", "listener"
-        )
+        self.client_connections = self._gauge("client_connections", "Client connections that are open now.", "listener")
         self.closed_connections = self._counter(
             "client_connections_closed_total",
-            "Connections of apps that were closed for want of room (evicted: an idle one; refused: a new one).",
+            "Client connections closed because of bounds.connections (evicted: an idle one; refused: a new one).",
             *("listener", "reason"),
         )
         self.loop_lag = self._gauge(
-            "event_loop_lag_seconds", "How late the event loop was at most, since the last time this was asked."
+            "event_loop_lag_seconds", "Longest delay of the event loop since the previous scrape."
         )
-        self.masked_tokens = self._counter(
-            "tokens_masked_total", "Answers of Amazon's that repeated the token of their request, which was masked."
+        self.redacted_tokens = self._counter(
+            "tokens_masked_total", "Amazon's responses that contained the request's token, which was redacted."
         )
         self.document_urls = self._counter(
             "document_urls_total",
-            "Presigned URLs in answers, where documents are relayed (relayed; left as they are: foreign_host, "
-            "too_large, unreadable).",
+            "Presigned URLs in responses where documents are relayed, by result (relayed; or left unchanged: "
+            "foreign_host, too_large, unreadable).",
             "result",
         )
         self.dropped_lines = self._counter(
-            "log_lines_lost_total", "Lines that were not written because nobody took them.", "log"
+            "log_lines_lost_total", "Log lines dropped because the target did not accept them.", "log"
         )
-        self.dropped_spans = self._counter("trace_spans_lost_total", "Spans of traces that the collector did not take.")
+        self.dropped_spans = self._counter("trace_spans_lost_total", "Trace spans that the collector did not accept.")
         self._callback_collector(
             "request_body_bytes_total",
-            "Body bytes sent to Amazon.",
+            "Bytes of request bodies sent to Amazon.",
             ("account", "region", "operation"),
-            lambda: ((where, traffic.sent) for where, traffic in self._traffic.copy().items()),
+            lambda: ((labels, traffic.sent) for labels, traffic in self._traffic.copy().items()),
         )
         self._callback_collector(
             "response_body_bytes_total",
-            "Body bytes sent to apps.",
+            "Bytes of response bodies sent to clients.",
             ("account", "region", "operation"),
-            lambda: ((where, traffic.received) for where, traffic in self._traffic.copy().items()),
+            lambda: ((labels, traffic.received) for labels, traffic in self._traffic.copy().items()),
         )
-        self.errors = self._counter(
-            "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
-        )
+        self.errors = self._counter("errors_total", "Errors of the proxy's own, by code and fault.", "code", "fault")
         self.truncated = self._counter(
             "answers_cut_off_total",
-            "Answers whose connection to the app was broken because they could not be completed.",
+            "Responses cut off by closing the client's connection, because they could not be completed.",
         )
         self.circuit_open = self._gauge(
-            "circuit_open", "1 where a region fails throughout, and calls to it are not sent.", "environment", "region"
+            "circuit_open",
+            "1 while a region is down: only probes are sent to it.",
+            "environment",
+            "region",
         )
-        self.retries = self._counter("upstream_retries_total", "Calls sent to Amazon again, by reason.", "reason")
+        self.retries = self._counter("upstream_retries_total", "Calls that were retried, by reason.", "reason")
         self.replaced_tokens = self._counter(
-            "client_tokens_replaced_total", "Requests that brought an x-amz-access-token of their own."
+            "client_tokens_replaced_total", "Requests with an x-amz-access-token of their own, which was replaced."
         )
 
+    async def export(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
+        """Return all series as `encode` writes them.
+
+        It runs on a thread: with many accounts there are many series, and requests must not wait for them. One scrape
+        at a time, because pre_scrape_hooks compute differences to the previous scrape and are not thread-safe.
+        """
+        async with self._scrape_lock:
+            return await asyncio.to_thread(encode, self.registry)
+
     def series_of(self, *labels: str) -> RequestSeries:
-        """Return the series of a request by the labels of `requests_total`, looked up once for each combination."""
+        """Return the series of a request by the labels of `requests_total`, creating them for new labels."""
         found = self.series_cache.get(labels)
         if found is None:
-            account, region, operation = where = labels[:3]
-            by_operation = where if self.account_on_histograms else (region, operation)
+            account, region, operation = labels[:3]
+            by_operation = (account, region, operation) if self.account_on_histograms else (region, operation)
             found = self.series_cache[labels] = RequestSeries(
                 self._durations.setdefault(by_operation, HotHistogram()),
                 self._upstream_durations.setdefault(by_operation, HotHistogram()),
@@ -190,101 +208,101 @@ class Metrics:
             )
         return found
 
-    def _waiting(self) -> None:
-        self.limit_wait = self._durations_of("limit_wait_seconds", "Time a call waited for its place in a usage plan.")
+    def _add_limit_series(self) -> None:
+        self.limit_wait = self._durations_of("limit_wait_seconds", "Time that a call waited for its usage plan.")
         self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanGauges]] = dict
-        of_plans = ("account", "region", "operation")
+        plan_labels = ("account", "region", "operation")
         self._callback_collector(
             "limit_queue_length",
-            "Calls that wait for a place in a usage plan now.",
-            of_plans,
-            lambda: ((where, plan.waiting) for where, plan in self.read_plans().items()),
+            "Calls that wait for a usage plan now.",
+            plan_labels,
+            lambda: ((labels, plan.waiting) for labels, plan in self.read_plans().items()),
             kind="gauge",
         )
         self._callback_collector(
             "usage_plan_tokens",
-            "Calls that a usage plan has room for at once, by the proxy's estimate; account * is all of them together.",
-            of_plans,
-            lambda: ((where, plan.tokens) for where, plan in self.read_plans().items()),
+            "Calls that a usage plan allows at once now, by the proxy's estimate; account * is all accounts together.",
+            plan_labels,
+            lambda: ((labels, plan.tokens) for labels, plan in self.read_plans().items()),
             kind="gauge",
         )
         self.limit_refused = self._counter(
-            "limit_refused_total", "Calls refused because no place came in time.", "account", "region", "operation"
+            "limit_refused_total", "Calls rejected: no usage plan capacity in time.", "account", "region", "operation"
         )
         self.throttled = self._counter(
-            "upstream_throttled_total", "429 answers received from Amazon.", "account", "region", "operation"
+            "upstream_throttled_total", "429 responses received from Amazon.", "account", "region", "operation"
         )
         self._callback_collector(
             "usage_plan_rate",
-            "Calls per second that a usage plan allows, as published, announced or learnt.",
-            of_plans,
-            lambda: ((where, plan.rate) for where, plan in self.read_plans().items()),
+            "Calls per second that a usage plan allows: as published, as sent in a response header, or as estimated.",
+            plan_labels,
+            lambda: ((labels, plan.rate) for labels, plan in self.read_plans().items()),
             kind="gauge",
         )
 
-    def _tokens(self) -> None:
+    def _add_token_series(self) -> None:
         self.token_refreshes = self._counter(
             "token_refreshes_total",
-            "Token exchanges, by result (ok, refused, failed) and reason.",
+            "Requests for a new token, by kind of token, result (ok, refused, failed) and reason.",
             *("kind", "account", "region", "result", "reason"),
         )
         self.token_refresh_duration = self._histogram(
-            "token_refresh_duration_seconds", "How long a token exchange took.", "kind"
+            "token_refresh_duration_seconds", "Duration of a request for a new token.", "kind"
         )
-        self.token_wait = self._durations_of("token_wait_seconds", "Time a request waited for its token.")
+        self.token_wait = self._durations_of("token_wait_seconds", "Time that a request waited for its token.")
         self.refused_elements = self._counter(
             "data_elements_refused_total",
-            "Data elements that Amazon refused a Restricted Data Token for, and that are left out for a while.",
+            "Data elements for which Amazon refused a Restricted Data Token; they are left out for a while.",
             *("account", "region", "element"),
         )
         self.forbidden = self._counter(
             "forbidden_errors_total",
-            "401 and 403 answers of Amazon's, by what is probably behind them.",
+            "401 and 403 responses of Amazon's, by probable cause (hint).",
             *("account", "region", "operation", "hint"),
         )
         self.secret_age = self._gauge(
-            "client_secret_age_seconds", "Since the client secret was made, where rotated_at says when.", "application"
+            "client_secret_age_seconds", "Age of the client secret, for applications with rotated_at.", "application"
         )
         self.secret_expiry = self._gauge(
             "client_secret_expiry_timestamp_seconds",
-            "When Amazon's 180 days for a client secret are over, where rotated_at says when it was made.",
+            "When the client secret expires (180 days after rotated_at), as Unix time.",
             "application",
         )
         self.token_expiry = self._gauge(
-            "token_expiry_timestamp_seconds", "When the token in use expires.", "account", "region", "kind"
+            "token_expiry_timestamp_seconds", "Expiry of the token in use, as Unix time.", "account", "region", "kind"
         )
 
-    def _store(self) -> None:
+    def _add_store_series(self) -> None:
         self.store_up = self._gauge(
-            "store_up", "1 where what replicas share can be had; 0 while each process is on its own."
+            "store_up", "1 while the store that replicas share is available, 0 while each replica works alone."
         )
         self.store_up.set(1)
         self.store_failures = self._counter(
             "store_failures_total",
-            "Questions that Redis did not answer well (timeout, connection, refused, full, read_only, nonsense), or "
-            "whose answer the proxy was too busy to see in time (late).",
+            "Failed commands to Redis, by reason (timeout, connection, refused, full, read_only, nonsense: an invalid "
+            "reply, late: the proxy was too busy to read the reply in time).",
             "reason",
         )
         self.store_ignored = self._counter(
             "store_values_ignored_total",
-            "Values in Redis that were ignored (not_ours: of another key or place; too_large).",
+            "Values in Redis that were ignored (not_ours: encrypted with another key or for another entry; too_large).",
             "reason",
         )
 
-    def _reloads(self) -> None:
+    def _add_reload_series(self) -> None:
         self.reloads = self._counter(
             "config_reloads_total",
-            "Times a new configuration was looked at (result: ok, unchanged or failed).",
+            "Reloads of the configuration, by result (ok, unchanged, failed).",
             "result",
         )
         for result in ("ok", "unchanged", "failed"):
             self.reloads.labels(result)
         self.last_reload_success = self._gauge(
-            "config_last_reload_success_timestamp_seconds", "When the configuration was last read and found good."
+            "config_last_reload_success_timestamp_seconds", "Time of the last successful reload, as Unix time."
         )
         self.last_reload_successful = self._gauge(
             "config_last_reload_successful",
-            "0 where the newest configuration was refused, and the one before it serves on.",
+            "1 if the last reload succeeded; 0 if it was rejected and the previous configuration stays in force.",
         )
         self.last_reload_successful.set(1)
 

@@ -27,6 +27,7 @@ from proxy.errors import (
 )
 from proxy.observability.logging import AUDIT, LOGGER, extra
 from proxy.observability.metrics import Metrics
+from proxy.observability.request_history import RequestHistory
 from proxy.request.authentication import CallerAuthenticator, peer_of
 from proxy.request.authorization import AccessPolicy
 from proxy.request.context import RequestContext
@@ -88,6 +89,7 @@ class Handler:
     metrics: Metrics
     tracer: "Tracer | None" = None
     document_relay: "DocumentRelay | None" = None
+    history: RequestHistory | None = None  # None where no admin address shows it
     now: Callable[[], float] = time.monotonic
     # Settings that every request asks for.
     _max_wait: float = field(init=False)
@@ -185,7 +187,7 @@ class Handler:
                 if call.has_account_slot:
                     self.concurrency.release_account(route.account)
                 if call.redactor.matched:
-                    self.metrics.masked_tokens.inc()
+                    self.metrics.redacted_tokens.inc()
 
     async def _relay(
         self,
@@ -354,24 +356,8 @@ class Handler:
         series = metrics.series_cache.get(labels) or metrics.series_of(*labels)
         series.requests += 1
         series.duration.observe(duration)
-        recent = metrics.history
-        if recent is not None:
-            # Names and numbers alone: what else is known of the request ends with it.
-            recent.append(
-                (
-                    recent.number(),
-                    series.labels,
-                    context.caller,
-                    context.started,
-                    duration,
-                    context.rate_limit_wait,
-                    context.token_wait,
-                    context.upstream_duration,
-                    context.attempts,
-                    context.error,
-                    context.hint,
-                )
-            )
+        if self.history is not None:
+            self.history.add(series.labels, context, duration)
         if route is not None:
             if context.rate_limit_wait:
                 metrics.limit_wait.observe(context.rate_limit_wait)

@@ -165,7 +165,7 @@ class ConfigWatcher:
         return self.record("failed", problems[:MAX_PROBLEMS])
 
     def record(self, result: Result, problems: tuple[str, ...]) -> Result:
-        self._status.looked_at, self._status.result = self._wall(), result
+        self._status.checked_at, self._status.result = self._wall(), result
         self._status.problems = problems
         self._metrics.reloads.labels(result).inc()
         self._metrics.last_reload_successful.set(result != "failed")

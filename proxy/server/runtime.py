@@ -20,7 +20,7 @@ from proxy.config import Config, ConfigError, Problem
 from proxy.errors import ShuttingDown
 from proxy.observability.logging import LOGGER, dropped_lines, extra
 from proxy.observability.metrics import Metrics
-from proxy.observability.request_history import Sampler
+from proxy.observability.request_history import RequestHistory, Sampler
 from proxy.request.authentication import CallerAuthenticator
 from proxy.request.authorization import build_policies
 from proxy.request.forbidden_hints import SuccessHistory
@@ -92,6 +92,7 @@ class RunningProxy:
     quit: asyncio.Event
     has_started: "asyncio.Task[None]"
     apply_config: Callable[[Config], Awaitable[ReloadOutcome]]
+    history: RequestHistory | None
 
 
 @dataclass(slots=True)
@@ -112,9 +113,8 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
     """
     async with AsyncExitStack() as stack:
         current = ConfigRef(config)
-        metrics = Metrics(
-            account_on_histograms=config.metrics.account_on_histograms, remembers=config.admin is not None
-        )
+        metrics = Metrics(account_on_histograms=config.metrics.account_on_histograms)
+        history = RequestHistory() if config.admin is not None else None
         readiness, reloading, told_to_quit = Readiness(), ReloadStatus(), asyncio.Event()
         metrics.last_reload_success.set(reloading.good_since)
         store, rate_limiter = await open_store(config, metrics, stack)
@@ -158,14 +158,15 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             connection_limiter=limiter,
             listeners=ports,
             tracer=traces,
+            history=history,
         )
         export_secret_ages(config, metrics, time.time)
         admin = health = None
-        if config.admin is not None and metrics.history is not None:
-            history = Sampler(metrics.history)
-            stack.callback(asyncio.create_task(history.watch(), name="history").cancel)
-            about = AdminContext(readiness, reloading, current, told_to_quit, tokens, metrics.history, history)
-            app = admin_app(about, metrics, config.admin)
+        if config.admin is not None and history is not None:
+            sampler = Sampler(history)
+            stack.callback(asyncio.create_task(sampler.watch(), name="sampler").cancel)
+            context = AdminContext(readiness, reloading, current, told_to_quit, tokens, history, sampler)
+            app = admin_app(context, metrics, config.admin)
             admin = await stack.enter_async_context(status_port(app, config.admin, "admin", config, metrics))
         if config.health is not None:
             app = health_app(readiness, metrics, current)
@@ -197,6 +198,7 @@ async def start_proxy(config: Config) -> AsyncIterator[RunningProxy]:
             told_to_quit,
             warming,
             shared.apply_config,
+            history,
         )
 
 
@@ -231,6 +233,7 @@ class Runtime:
     connection_limiter: ConnectionLimiter
     listeners: ListenerSet
     tracer: "Tracer | None"
+    history: RequestHistory | None
     retry_policies: RetryPolicies | None = None
     document_cipher: "DocumentCipher | None" = None
     deadline_timers: WeakSet[DeadlineTimer] = field(
@@ -270,6 +273,7 @@ class Runtime:
                 self.metrics,
                 self.tracer,
                 relay,
+                self.history,
             )
             for index, listener in enumerate(config.listen)
         ]

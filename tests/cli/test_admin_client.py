@@ -42,7 +42,7 @@ async def test_the_state_of_a_proxy_is_asked_for_by_url_and_by_configuration(
         code, _, complained = await command("shutdown", *config)
         assert code == 1
         assert complained == (
-            "404: switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
+            "404: switched off: the setting quit is false; set quit: true, which needs no restart, and try again\n"
         )
         code, _, complained = await command("healthcheck", "--url", f"http://{proxy.addresses[0]}")
         assert code == 1

@@ -304,9 +304,9 @@ async def test_a_rejected_request_is_labelled_with_its_known_operation(
         counted = proxy.metrics.registry.get_sample_value(
             "spapi_proxy_requests_total", {**labels, "token": "none", "source": "proxy"}
         )
-        recent = proxy.metrics.history
-        assert recent is not None
-        (request,) = recent.after()
+        history = proxy.history
+        assert history is not None
+        (request,) = history.after()
     assert (got.error, got.decided["operation"], counted, request.operation) == (error, operation, 1, operation)
     line = next(line for line in map(json.loads, log.getvalue().splitlines()) if line["message"] == "request")
     assert (line["operation"], line["error"]) == (operation, error)

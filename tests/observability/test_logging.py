@@ -1,4 +1,4 @@
-"""One line an event, JSON for machines and text for people, and no text of an exception in either."""
+"""The log: one line for each event, as JSON or text, and no text of an exception in either."""
 
 import io
 import json
@@ -19,7 +19,7 @@ OTHERS = ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal",
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """Logging is one for the whole process: put everything back."""
+    """Restore the configuration of logging, which is global to the process."""
     root = logging.getLogger()
     handlers, level, raising = root.handlers[:], root.level, logging.raiseExceptions
     levels = {name: logging.getLogger(name).level for name in OTHERS}
@@ -58,7 +58,7 @@ def test_a_json_line_holds_time_level_message_and_the_fields() -> None:
     assert (second["level"], second["message"]) == ("warning", "reload of config.yaml")
 
 
-def test_a_text_line_holds_the_fields_that_say_something() -> None:
+def test_a_text_line_leaves_out_empty_fields() -> None:
     stream = io.StringIO()
     set_up("info", "text", stream)
     LOGGER.info("request", extra=extra(code=200, account="acme", operation="", retries=0, region=None))
@@ -74,7 +74,7 @@ def test_a_text_line_holds_the_fields_that_say_something() -> None:
         ("text", io.StringIO, False),
     ],
 )
-def test_auto_means_text_on_a_terminal_and_json_elsewhere(style: Any, stream: type[io.StringIO], is_json: bool) -> None:
+def test_auto_is_text_on_a_terminal_and_json_elsewhere(style: Any, stream: type[io.StringIO], is_json: bool) -> None:
     target = stream()
     set_up("info", style, target)
     LOGGER.info("started")
@@ -90,7 +90,7 @@ def test_auto_means_text_on_a_terminal_and_json_elsewhere(style: Any, stream: ty
         ("error", ["error"]),
     ],
 )
-def test_the_level_is_the_least_that_is_written(level: str, written: list[str]) -> None:
+def test_the_level_is_the_lowest_that_is_written(level: str, written: list[str]) -> None:
     stream = io.StringIO()
     set_up(level, "json", stream)
     for name in ("debug", "info", "warning", "error"):
@@ -99,7 +99,7 @@ def test_the_level_is_the_least_that_is_written(level: str, written: list[str]) 
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_an_exception_leaves_its_type_and_place_and_not_its_text(style: Any) -> None:
+def test_an_exception_is_logged_with_type_and_location_but_not_its_text(style: Any) -> None:
     stream = io.StringIO()
     set_up("debug", style, stream)
     try:
@@ -121,14 +121,14 @@ def test_an_exception_leaves_its_type_and_place_and_not_its_text(style: Any) -> 
     assert len(text.splitlines()) == 2
 
 
-def test_an_exception_that_is_none_leaves_nothing() -> None:
+def test_without_an_exception_there_is_no_field_for_it() -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
     LOGGER.info("fine", exc_info=True)
     assert "exception" not in json_lines(stream)[0]
 
 
-def test_what_json_does_not_know_is_written_as_text() -> None:
+def test_values_that_json_cannot_hold_are_written_as_text() -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
     LOGGER.info("x", extra=extra(kinds={"a"}, error=ValueError, path=b"\xff"))
@@ -146,14 +146,14 @@ def test_every_json_line_is_one_line_that_parses(message: str, value: str) -> No
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "a\rb", "\n12:00:00 ERROR forged"])
-def test_every_text_line_is_one_line_too(text: str) -> None:
+def test_every_text_line_is_one_line(text: str) -> None:
     stream = io.StringIO()
     set_up("info", "text", stream)
     LOGGER.info("message %s", text, extra=extra(value=text))
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_a_stream_that_cannot_hold_a_character_gets_the_line_all_the_same() -> None:
+def test_a_line_is_written_whatever_the_encoding_of_the_stream() -> None:
     raw = io.BytesIO()
     set_up("info", "json", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     LOGGER.info("Türkiye", extra=extra(value="\udcff"))
@@ -161,22 +161,22 @@ def test_a_stream_that_cannot_hold_a_character_gets_the_line_all_the_same() -> N
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_a_closed_stream_is_no_failure(capsys: pytest.CaptureFixture[str], style: Any) -> None:
+def test_a_closed_stream_causes_no_traceback(capsys: pytest.CaptureFixture[str], style: Any) -> None:
     stream = io.StringIO()
     set_up("info", style, stream)
     stream.close()
-    LOGGER.info("nobody hears this")
-    LOGGER.error("nor this", exc_info=ValueError("x"))
-    assert capsys.readouterr().err == ""  # not a traceback for each line either
+    LOGGER.info("not written")
+    LOGGER.error("not written either", exc_info=ValueError("x"))
+    assert capsys.readouterr().err == ""  # no traceback
 
 
-def test_a_line_that_cannot_be_put_together_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_cannot_be_formatted_causes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     set_up("info", "json", io.StringIO())
     LOGGER.info("%d", "not a number")
     assert capsys.readouterr().err == ""
 
 
-def test_other_libraries_are_heard_from_warnings_on_and_aiohttp_hardly_at_all() -> None:
+def test_other_libraries_are_logged_from_warnings_on_and_aiohttp_only_if_critical() -> None:
     stream = io.StringIO()
     set_up("debug", "json", stream)
     logging.getLogger("some.package").info("header: %s", SECRET)
@@ -186,7 +186,7 @@ def test_other_libraries_are_heard_from_warnings_on_and_aiohttp_hardly_at_all() 
     assert [line["message"] for line in json_lines(stream)] == ["heard"]
 
 
-def test_setting_up_again_replaces_what_was_set_up() -> None:
+def test_a_second_set_up_replaces_the_first() -> None:
     first, second = io.StringIO(), io.StringIO()
     set_up("info", "json", first)
     set_up("error", "json", second)
@@ -194,25 +194,25 @@ def test_setting_up_again_replaces_what_was_set_up() -> None:
     assert (len(json_lines(first)), len(json_lines(second))) == (0, 1)
 
 
-def test_the_stream_is_standard_error_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_stream_is_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     set_up("info", "json")
     LOGGER.info("here")
     captured = capsys.readouterr()
     assert (captured.out, json.loads(captured.err)["message"]) == ("", "here")
 
 
-# Lines that a thread writes.
+# Lines written by a thread.
 
 
-class Stuck(io.StringIO):
-    """A stream whose reader stopped."""
+class StalledStream(io.StringIO):
+    """A stream that blocks writes until `resumes` is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.goes_on = threading.Event()
+        self.resumes = threading.Event()
 
     def write(self, text: str) -> int:
-        self.goes_on.wait(10)
+        self.resumes.wait(10)
         return super().write(text)
 
 
@@ -220,35 +220,35 @@ def record(number: int) -> logging.LogRecord:
     return logging.LogRecord("x", logging.INFO, "", 0, f"line {number}", None, None)
 
 
-def test_a_stream_that_takes_nothing_holds_up_nobody_and_what_is_lost_is_counted() -> None:
-    stream = Stuck()
-    behind = BackgroundHandler(logging.StreamHandler(stream), "stuck", most=5)
-    before = dropped_lines["stuck"]
+def test_a_stalled_stream_delays_no_caller_and_dropped_lines_are_counted() -> None:
+    stream = StalledStream()
+    handler = BackgroundHandler(logging.StreamHandler(stream), "stalled", max_queued=5)
+    before = dropped_lines["stalled"]
     for number in range(50):
-        behind.handle(record(number))
-    assert dropped_lines["stuck"] - before in {44, 45}  # one may be in the thread's hands
-    stream.goes_on.set()
-    behind.flush()
+        handler.handle(record(number))
+    assert dropped_lines["stalled"] - before in {44, 45}  # the thread may have taken one from the queue
+    stream.resumes.set()
+    handler.flush()
     lines = stream.getvalue().splitlines()
     assert lines == [f"line {number}" for number in range(len(lines))]
     assert len(lines) in {5, 6}
 
 
-def test_a_stream_that_fails_is_counted_and_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_that_a_stream_rejects_are_counted_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     stream.close()
-    behind = BackgroundHandler(logging.StreamHandler(stream), "closed")
+    handler = BackgroundHandler(logging.StreamHandler(stream), "closed")
     for number in range(3):
-        behind.handle(record(number))
-    behind.flush()
+        handler.handle(record(number))
+    handler.flush()
     assert dropped_lines["closed"] == 3
     assert capsys.readouterr().err == ""
 
 
-def test_what_waits_is_written_in_the_end() -> None:
+def test_queued_lines_are_written_by_flush() -> None:
     stream = io.StringIO()
-    behind = BackgroundHandler(logging.StreamHandler(stream), "whole")
+    handler = BackgroundHandler(logging.StreamHandler(stream), "whole")
     for number in range(1000):
-        behind.handle(record(number))
-    behind.flush()
+        handler.handle(record(number))
+    handler.flush()
     assert len(stream.getvalue().splitlines()) == 1000

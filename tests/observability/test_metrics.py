@@ -1,4 +1,4 @@
-"""The series: named and typed as Prometheus wants them, with labels that no caller can multiply."""
+"""The series: names and types as Prometheus recommends, and label values that no client can multiply."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from tests.conftest import needs
 
-# What a label may say: names of the configuration, of the operation table, and short words of our own.
+# Labels whose values are bounded: names of the configuration and the operation table, and words of the proxy's own.
 LABELS = {"caller", "listener", "log",
           "account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
           "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
@@ -26,7 +26,7 @@ def series(metrics: Metrics) -> list[Any]:
     return [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
 
-def tallied(metrics: Metrics) -> list[CallbackCollector]:
+def callback_collectors(metrics: Metrics) -> list[CallbackCollector]:
     return [one for one in metrics.registry._collector_to_names if isinstance(one, CallbackCollector)]
 
 
@@ -49,7 +49,7 @@ def filled(*, account_on_histograms: bool = False) -> Metrics:
 
 
 @pytest.mark.parametrize("account_on_histograms", [False, True])
-def test_promtool_has_nothing_to_say_about_the_series(account_on_histograms: bool) -> None:
+def test_promtool_accepts_the_series(account_on_histograms: bool) -> None:
     promtool = shutil.which("promtool")
     needs(promtool is not None, "promtool (Debian's package prometheus)")
     assert promtool is not None
@@ -58,17 +58,17 @@ def test_promtool_has_nothing_to_say_about_the_series(account_on_histograms: boo
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
 
 
-def test_every_series_begins_with_our_prefix_or_is_of_the_process() -> None:
+def test_every_series_has_the_prefix_or_is_of_the_process() -> None:
     families = list(text_string_to_metric_families(generate_latest(filled().registry).decode()))
-    strange = [f.name for f in families if not f.name.startswith(("spapi_proxy_", "process_", "python_"))]
-    assert strange == []
+    others = [f.name for f in families if not f.name.startswith(("spapi_proxy_", "process_", "python_"))]
+    assert others == []
     assert (
         sum(family.name.startswith("spapi_proxy_") for family in families)
-        == len([*series(Metrics()), *tallied(Metrics())]) + 1
+        == len([*series(Metrics()), *callback_collectors(Metrics())]) + 1
     )
 
 
-def test_every_series_is_explained_in_a_sentence() -> None:
+def test_every_help_text_is_a_sentence() -> None:
     for family in filled().registry.collect():
         if family.name.startswith("spapi_proxy_"):
             assert family.documentation.endswith("."), family.name
@@ -86,23 +86,23 @@ def test_names_carry_their_unit_and_counters_end_in_total() -> None:
         assert not any(name.endswith("_created") for name in samples)
 
 
-def test_labels_are_of_a_bounded_kind() -> None:
+def test_the_values_of_every_label_are_bounded() -> None:
     for one in series(Metrics(account_on_histograms=True)):
         assert set(one._labelnames) <= LABELS, one._name
-    for tally in tallied(Metrics(account_on_histograms=True)):
-        assert set(tally.labels) <= LABELS, tally.name
+    for collector in callback_collectors(Metrics(account_on_histograms=True)):
+        assert set(collector.labels) <= LABELS, collector.name
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(False, []), (True, ["request_duration", "upstream_duration"])])
-def test_histograms_carry_the_account_only_where_asked(wanted: bool, expected: list[str]) -> None:
+def test_histograms_have_the_account_only_if_configured(wanted: bool, expected: list[str]) -> None:
     metrics = Metrics(account_on_histograms=wanted)
-    found = [one.name for one in tallied(metrics) if one.kind == "histogram" and "account" in one.labels]
+    found = [one.name for one in callback_collectors(metrics) if one.kind == "histogram" and "account" in one.labels]
     assert not [one for one in series(metrics) if one._type == "histogram" and "account" in one._labelnames]
     assert found == [f"spapi_proxy_{name}_seconds" for name in expected]
 
 
 @pytest.mark.parametrize("account_on_histograms", [False, True])
-def test_a_finished_request_counts_in_each_of_its_series(account_on_histograms: bool) -> None:
+def test_a_finished_request_counts_in_all_of_its_series(account_on_histograms: bool) -> None:
     metrics = Metrics(account_on_histograms=account_on_histograms)
     labels = ("acme", "eu", "orders.v0.getOrders", "GET", "200", "lwa", "amazon")
     found = metrics.series_of(*labels)
@@ -124,27 +124,27 @@ def test_a_finished_request_counts_in_each_of_its_series(account_on_histograms: 
     assert value("spapi_proxy_response_body_bytes_total", where) == 20
 
 
-def test_the_version_is_a_series_of_value_one() -> None:
+def test_the_version_is_a_series_with_the_value_1() -> None:
     (info,) = [f for f in Metrics().registry.collect() if f.name == "spapi_proxy_build_info"]
     (sample,) = info.samples
     assert (sample.labels["version"], sample.value) == (__version__, 1)
 
 
-def test_two_proxies_in_one_process_count_apart() -> None:
+def test_two_proxies_in_one_process_count_separately() -> None:
     one, other = Metrics(), Metrics()
     one.truncated.inc()
     assert one.registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 1
     assert other.registry.get_sample_value("spapi_proxy_answers_cut_off_total") == 0
 
 
-def test_the_series_are_readable_as_openmetrics_too() -> None:
+def test_the_series_can_be_parsed_as_openmetrics() -> None:
     text = generate_openmetrics(filled().registry).decode()  # type: ignore[no-untyped-call]  # not annotated there
     families = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # not annotated there
     assert text.endswith("# EOF\n")
     assert {family.name for family in families} >= {"spapi_proxy_requests", "spapi_proxy_limit_wait_seconds"}
 
 
-def test_the_buckets_reach_from_a_refusal_to_a_slow_report() -> None:
+def test_the_buckets_range_from_a_rejection_to_a_slow_report() -> None:
     metrics = filled()
     waits = next(f for f in metrics.registry.collect() if f.name == "spapi_proxy_limit_wait_seconds")
     bounds = [s.labels["le"] for s in waits.samples if s.name.endswith("_bucket")]

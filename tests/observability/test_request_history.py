@@ -1,11 +1,11 @@
-"""The requests that came lately: bounded, names and numbers alone; and the samples of the last minutes."""
+"""The request history: bounded, names and numbers only; and the samples of the last minutes."""
 
 import gc
 import tracemalloc
 from collections.abc import Iterator
 
 from proxy.observability.metrics import Metrics
-from proxy.observability.request_history import MAX_REQUESTS, MAX_SAMPLES, RequestHistory, Sampler
+from proxy.observability.request_history import MAX_REQUESTS, MAX_SAMPLES, RequestHistory, RequestRecord, Sampler
 from proxy.request.context import RequestContext
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
@@ -17,27 +17,53 @@ ORDER = "/orders/v0/orders/902-1845936-5435065?secret-query=1"
 LABELS = ("acme", "eu", "orders.v0.getOrders", "GET", "200", "lwa", "amazon")
 
 
-def note(recent: RequestHistory, ended: float, duration: float = 0.1, status: int = 200) -> None:
+def add(history: RequestHistory, ended: float, duration: float = 0.1, status: int = 200) -> None:
     labels = (*LABELS[:4], str(status), *LABELS[5:])
-    recent.append((recent.number(), labels, "", ended - duration, duration, 0.0, 0.0, duration, 1, "", ""))
+    history.add(labels, RequestContext("GET", ended - duration), duration)
 
 
-def test_the_newest_are_remembered_and_asked_for_by_number() -> None:
-    recent = RequestHistory(most=3)
-    assert (recent.after(), recent.last_number) == ([], 0)
+def test_every_field_of_a_record_comes_from_the_field_of_its_name() -> None:
+    history, context = RequestHistory(), RequestContext("GET", 1.0)
+    context.caller, context.error, context.hint, context.attempts = "reports", "UpstreamTimeout", "role", 7
+    context.rate_limit_wait, context.token_wait, context.upstream_duration = 3.0, 4.0, 5.0
+    history.add(LABELS, context, 2.0)
+    assert history.after() == [
+        RequestRecord(
+            number=1,
+            labels=LABELS,
+            caller="reports",
+            started=1.0,
+            duration=2.0,
+            rate_limit_wait=3.0,
+            token_wait=4.0,
+            upstream_duration=5.0,
+            attempts=7,
+            error="UpstreamTimeout",
+            hint="role",
+        )
+    ]
+    (record,) = history.after()
+    named = (record.account, record.region, record.operation, record.method, str(record.status))
+    assert (*named, record.token, record.source) == LABELS
+    assert record.ended == 3.0
+
+
+def test_the_newest_records_are_kept_and_found_by_number() -> None:
+    history = RequestHistory(max_requests=3)
+    assert (history.after(), history.last_number) == ([], 0)
     for second in range(5):
-        note(recent, float(second))
-    assert [request.number for request in recent.after()] == [3, 4, 5]
-    assert [request.number for request in recent.after(4)] == [5]
-    assert recent.after(5) == []
-    assert recent.last_number == 5
-    assert recent.after(4)[0].ended == 4.0
+        add(history, float(second))
+    assert [record.number for record in history.after()] == [3, 4, 5]
+    assert [record.number for record in history.after(4)] == [5]
+    assert history.after(5) == []
+    assert history.last_number == 5
+    assert history.after(4)[0].ended == 4.0
     assert RequestHistory().instance != RequestHistory().instance
 
 
-def reached(one: object) -> Iterator[object]:
-    """Yield everything that can be reached from an object, but for types."""
-    seen, pending = set[int](), [one]
+def reachable(root: object) -> Iterator[object]:
+    """Yield everything that can be reached from an object, except types."""
+    seen, pending = set[int](), [root]
     while pending:
         current = pending.pop()
         if id(current) not in seen and not isinstance(current, type):
@@ -46,9 +72,7 @@ def reached(one: object) -> Iterator[object]:
             pending += gc.get_referents(current)
 
 
-async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(
-    proxy: RunningProxy, fake_upstream: FakeUpstream
-) -> None:
+async def test_a_record_holds_names_and_numbers_only(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def refused(_: object, writer: object) -> None:
         writer.write(http_response("403 Forbidden", b"{}", **{"x-amzn-requestid": "amazon-id-1"}))  # type: ignore[attr-defined]
 
@@ -57,15 +81,15 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(
     await call(proxy.addresses[0], "GET", "/orders/v0/orders", x_sp_account="somebody")
     fake_upstream.script = refused
     await call(proxy.addresses[0], "GET", ORDER)
-    recent = proxy.metrics.history
-    assert recent is not None
-    assert [(request.status, request.error, request.hint) for request in recent.after()] == [
+    history = proxy.history
+    assert history is not None
+    assert [(record.status, record.error, record.hint) for record in history.after()] == [
         (200, "", ""),
         (200, "", ""),
         (400, "UnknownAccount", ""),
         (403, "", "role"),
     ]
-    everything = list(reached(list(recent.records)))
+    everything = list(reachable(list(history.records)))
     assert {type(one) for one in everything} <= {list, tuple, str, int, float, type(None)}
     texts = " ".join(one for one in everything if isinstance(one, str))
     assert "902-1845936" not in texts
@@ -73,56 +97,42 @@ async def test_nothing_of_a_request_is_remembered_but_names_and_numbers(
     assert "somebody" not in texts
 
 
-def test_what_is_remembered_takes_little_memory() -> None:
-    metrics = Metrics()
-    recent = metrics.history
-    assert recent is not None
+def test_the_history_takes_little_memory() -> None:
+    metrics, history = Metrics(), RequestHistory()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for second in range(2 * MAX_REQUESTS):
             context = RequestContext("GET", float(second))
             series = metrics.series_of(*LABELS)
-            waited, token_wait, upstream, duration = (second + share for share in (0.1, 0.2, 0.3, 0.4))
-            recent.append(
-                (
-                    recent.number(),
-                    series.labels,
-                    "",
-                    context.started,
-                    duration,
-                    waited,
-                    token_wait,
-                    upstream,
-                    1,
-                    "",
-                    "",
-                )
-            )
+            # Numbers of their own, as in use: equal ones could share an object.
+            context.rate_limit_wait, context.token_wait = second + 0.1, second + 0.2
+            context.upstream_duration = second + 0.3
+            history.add(series.labels, context, second + 0.4)
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert len(recent.records) == MAX_REQUESTS
+    assert len(history.records) == MAX_REQUESTS
     assert taken < 200_000
 
 
-async def test_nothing_is_remembered_where_nobody_could_ask(start_proxy: StartProxy) -> None:
+async def test_without_an_admin_address_there_is_no_history(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(admin=None)
     assert (await call(proxy.addresses[0], "GET", "/orders/v0/orders")).status == 200
-    assert proxy.metrics.history is None
+    assert proxy.history is None
 
 
-def test_samples_say_how_the_last_seconds_went() -> None:
-    recent, clock = RequestHistory(), FakeClock()
-    note(recent, clock())
-    history = Sampler(recent, clock)  # what was before it does not count
+def test_samples_summarise_the_last_seconds() -> None:
+    history, clock = RequestHistory(), FakeClock()
+    add(history, clock())
+    sampler = Sampler(history, clock)  # earlier requests do not count
     for number in range(20):
-        note(recent, clock(), duration=0.01 * (number + 1), status=429 if number < 2 else 503 if number == 2 else 200)
+        add(history, clock(), duration=0.01 * (number + 1), status=429 if number < 2 else 503 if number == 2 else 200)
     clock.advance(2)
-    history.take()
+    sampler.take()
     clock.advance(2)
-    history.take()
-    busy, idle = history.samples
+    sampler.take()
+    busy, idle = sampler.samples
     assert (busy.requests, busy.seconds, busy.throttled) == (20, 2.0, 2)
     assert busy.median is not None
     assert busy.p95 is not None
@@ -130,20 +140,20 @@ def test_samples_say_how_the_last_seconds_went() -> None:
     assert (idle.requests, idle.median, idle.throttled) == (0, None, 0)
 
 
-def test_more_requests_than_are_remembered_are_counted_all_the_same() -> None:
-    recent, clock = RequestHistory(most=10), FakeClock()
-    history = Sampler(recent, clock)
+def test_a_sample_counts_more_requests_than_the_history_holds() -> None:
+    history, clock = RequestHistory(max_requests=10), FakeClock()
+    sampler = Sampler(history, clock)
     for number in range(1000):
-        note(recent, clock(), status=429 if number % 2 else 200)
+        add(history, clock(), status=429 if number % 2 else 200)
     clock.advance(2)
-    history.take()
-    assert (history.samples[0].requests, history.samples[0].throttled) == (1000, 500)
+    sampler.take()
+    assert (sampler.samples[0].requests, sampler.samples[0].throttled) == (1000, 500)
 
 
 def test_samples_are_bounded() -> None:
     clock = FakeClock()
-    history = Sampler(RequestHistory(), clock)
+    sampler = Sampler(RequestHistory(), clock)
     for _ in range(MAX_SAMPLES + 10):
         clock.advance(2)
-        history.take()
-    assert len(history.samples) == MAX_SAMPLES
+        sampler.take()
+    assert len(sampler.samples) == MAX_SAMPLES

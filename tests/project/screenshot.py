@@ -32,14 +32,20 @@ def tokens() -> list[TokenRow]:
         *("dagny", "main", "production", "eu", "failed"),
         error="TokenRefused",
         reason="invalid_grant",
-        do="The refresh token is wrong, revoked or expired: authorise the application again and replace it. "
+        remedy="The refresh token is wrong, revoked or expired: authorise the application again and replace it. "
         "Look at accounts.dagny.refresh_tokens.eu.",
         failures=4,
-        pause=38.0,
+        retry_in=38.0,
     )
     good = [
         TokenRow(
-            name, "main", "production", region, "good", left=random.uniform(600, 3500), age=random.uniform(60, 2000)
+            name,
+            "main",
+            "production",
+            region,
+            "good",
+            expires_in=random.uniform(600, 3500),
+            age=random.uniform(60, 2000),
         )
         for name in SELLERS
         for region in ("eu", "na")
@@ -109,12 +115,12 @@ def made_up() -> Snapshot:
 async def picture() -> None:
     """Let a browser render the page, and write the screenshot."""
     given = made_up()
-    text = status_page.render(given, diagnose(given), every=3600)
+    text = status_page.render(given, diagnose(given), refresh_interval=3600)
 
     async def respond(route: Route) -> None:
         name = route.request.url.removeprefix(URL)
         if name in status_page.FILES:
-            await route.fulfill(body=status_page.file_of(name), content_type=status_page.FILES[name])
+            await route.fulfill(body=status_page.read_file(name), content_type=status_page.FILES[name])
         else:
             await route.fulfill(body=text, content_type="text/html; charset=utf-8", headers=status_page.HEADERS)
 

@@ -260,11 +260,7 @@ def test_a_wrong_name_or_label_is_found() -> None:
 
 # The page of alerts.
 
-<<<<<<< HEAD
-_BEGINNING = """# Prometheus alerts
-=======
-_INTRODUCTION = """# Alerts
->>>>>>> c7
+_INTRODUCTION = """# Prometheus alerts
 
 This page lists the alerts in [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), each with its
 remedy and its expression. `python -m tests.project.test_alert_rules` generates it from the rules.
@@ -280,13 +276,8 @@ def alerts_page() -> str:
     """Return docs/alerts.md, generated from the rules."""
     rows = [f"| [{name}](#{name.lower()}) | {rule['labels']['severity']} | {_plain(rule['annotations']['summary'])} |"
             for name, rule in ALERTS.items()]  # fmt: skip
-<<<<<<< HEAD
     contents = "\n".join(["| alert | severity | summary |", "| --- | --- | --- |", *rows])
-    return f"{_BEGINNING}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
-=======
-    contents = "\n".join(["| alert | | |", "| --- | --- | --- |", *rows])
     return f"{_INTRODUCTION}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
->>>>>>> c7
 
 
 def _section(name: str, rule: dict[str, Any]) -> str:

@@ -15,15 +15,9 @@ from docs.navigation import ROOT, START, first_page, llms_txt, sections
 from proxy.errors import all_errors
 from proxy.request.forbidden_hints import HINTS
 from tests.conftest import needs
-<<<<<<< HEAD
-from tests.project import test_docs
-from tests.support import pages
-from tests.support.pages import Block, blocks, proxy_commands, run_page, same
-from tests.support.site import build
-=======
 from tests.project import pages, test_docs
 from tests.project.pages import Block, blocks, proxy_commands, run_page, same
->>>>>>> c7
+from tests.support.site import build
 
 FOLDER = ROOT / "docs"
 PAGES = sorted([*FOLDER.glob("*.md"), *FOLDER.glob("reference/*.md")])

@@ -10,7 +10,7 @@ import pytest
 from playwright.async_api import Browser, Page, async_playwright
 
 from tests.conftest import needs
-from tests.support.pages import blocks
+from tests.project.pages import blocks
 from tests.support.paths import ROOT
 from tests.support.site import served
 

@@ -1,4 +1,4 @@
-"""Is the proxy alive, is it ready, and what did it see? The admin listener's and the health listener's answers."""
+"""The applications behind the admin address (status page, health, metrics) and the health address (the last two)."""
 
 import asyncio
 import json
@@ -10,7 +10,6 @@ from ipaddress import ip_address
 from typing import Any, Literal
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 from prometheus_client.exposition import choose_encoder
 
 from proxy import __version__
@@ -18,55 +17,59 @@ from proxy.config import LOOPBACK_NAMES, Address, Config
 from proxy.observability.metrics import Metrics
 from proxy.observability.request_history import MAX_REQUESTS, SAMPLE_INTERVAL, RequestHistory, RequestRecord, Sampler
 from proxy.request.tokens.provider import TokenProvider
-from proxy.request.validation import VERSION_REFUSED, host_in, is_cross_site
-from proxy.server.admin import snapshot, status_page
+from proxy.server.admin import snapshot as snapshots
+from proxy.server.admin import status_page
 from proxy.server.admin.diagnosis import diagnose
+from proxy.server.admin.middlewares import access_check, plain_errors
 from proxy.server.admin.snapshot import Snapshot, iso_timestamp
 
 State = Literal["starting", "ready", "stopping"]
 
-MAX_CPU_SHARE = 0.02  # of one processor, that those who watch may take up
-CACHE_BELOW = 0.02  # seconds of a processor: a look that takes no longer is made for everybody who asks
+# The cost of a snapshot grows with the number of accounts. The apps' requests share the processor and the GIL with it,
+# so that all viewers together may use no more than this.
+MAX_CPU_SHARE = 0.02  # of one processor
+CACHE_BELOW = 0.02  # seconds of CPU time: a cheaper snapshot is taken for each request, a dearer one is reused
 
-
-_NO_QUIT = "switched off: the setting quit is false; set quit: true, which needs no restart, and ask again\n"
+# `proxy.cli.admin_client` recognises the first words.
+_QUIT_DISABLED = "switched off: the setting quit is false; set quit: true, which needs no restart, and try again\n"
 
 
 @dataclass(slots=True)
 class Readiness:
-    """Whether the proxy serves; `waiting_for` says what keeps it from being ready."""
+    """Whether the proxy serves; `waiting_for` says what it waits for before it is ready."""
 
     state: State = "starting"
     waiting_for: str = "the listeners"
-    details: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)  # shown by `/readyz?verbose`
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests should be sent here."""
+        """Whether requests should be sent to this proxy."""
         return self.state == "ready"
 
 
 @dataclass(slots=True)
 class ReloadStatus:
-    """How the configuration in force came to be; moments in seconds of the Unix epoch.
+    """The result of the last reload; times are Unix times in seconds.
 
-    `problems` are those of the newest configuration, where it was refused: keys and places, never a value.
-    `needs_restart` are the keys in which it differs from what is in force.
+    `good_since` is when the configuration in force was loaded. `problems` are those of the newest configuration if it
+    was rejected: keys and their locations, never a value. `needs_restart` are the keys whose newest values take effect
+    only after a restart.
     """
 
     good_since: float = field(default_factory=time.time)
-    looked_at: float | None = None
+    checked_at: float | None = None
     result: Literal["", "ok", "unchanged", "failed"] = ""
     problems: tuple[str, ...] = ()
     needs_restart: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `/status` says of it."""
+        """Return the key `configuration` of `/status`."""
         return {
             "good_since": iso_timestamp(self.good_since),
             "last_reload": None
-            if self.looked_at is None
-            else {"at": iso_timestamp(self.looked_at), "result": self.result},
+            if self.checked_at is None
+            else {"at": iso_timestamp(self.checked_at), "result": self.result},
             "problems": list(self.problems),
             "needs_restart": list(self.needs_restart),
         }
@@ -74,205 +77,54 @@ class ReloadStatus:
 
 @dataclass(frozen=True, slots=True)
 class AdminContext:
-    """What the admin address is about; `quit` is set when it was told to end the proxy."""
+    """What the admin application shows and controls; setting `quit` shuts the proxy down."""
 
     readiness: Readiness
-    reloading: ReloadStatus
+    reload_status: ReloadStatus
     current: Callable[[], Config]
     quit: asyncio.Event
     tokens: TokenProvider
-    recent: RequestHistory
-    history: Sampler
+    history: RequestHistory
+    sampler: Sampler
 
 
 def health_app(readiness: Readiness, metrics: Metrics, current: Callable[[], Config]) -> web.Application:
-    """Return health and metrics alone: an application that may be opened to probes and Prometheus.
+    """Return the application with health and metrics only, whose address may be opened to probes and Prometheus.
 
-    These call it by an address or a short name, which no web page can take for its own (DNS rebinding needs a domain).
+    They call it by an IP address or a short name. A web page cannot have such a name as its own, because DNS rebinding
+    needs a registered domain.
     """
 
-    def is_ours(host: str) -> bool:
-        return host in current().allowed_hosts or _is_address(host) or (host != "" and "." not in host)
+    def is_allowed_host(host: str) -> bool:
+        return host in current().allowed_hosts or _is_ip_address(host) or (host != "" and "." not in host)
 
-    app = web.Application(middlewares=[_guard(is_ours), plain_errors])
+    app = web.Application(middlewares=[access_check(is_allowed_host), plain_errors])
     _add_health(app, readiness, metrics)
     return app
 
 
-def admin_app(about: AdminContext, metrics: Metrics, address: Address) -> web.Application:
-    """Return everything for this machine's eyes; answers only to loopback names, as the proxied port does."""
+def admin_app(context: AdminContext, metrics: Metrics, address: Address) -> web.Application:
+    """Return the application with everything; it accepts loopback names only, as the apps' port does."""
     hosts = {*LOOPBACK_NAMES, address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    current = context.current
 
-    def is_ours(host: str) -> bool:
+    def is_allowed_host(host: str) -> bool:
         return host in hosts or host in current().allowed_hosts
 
-    current = about.current
-    app = web.Application(middlewares=[_guard(is_ours), plain_errors])
-    _add_health(app, about.readiness, metrics)
-
-    async def end(_: web.Request) -> web.Response:
+    async def quit_proxy(_: web.Request) -> web.Response:
         if not current().quit:
-            return web.Response(status=404, text=_NO_QUIT)
-        about.quit.set()
+            return web.Response(status=404, text=_QUIT_DISABLED)
+        context.quit.set()
         return web.Response(text="shutting down\n")
 
-    _add_page(app, about, metrics)
-    app.router.add_post("/quitquitquit", end)
+    app = web.Application(middlewares=[access_check(is_allowed_host), plain_errors])
+    _add_health(app, context.readiness, metrics)
+    _add_status(app, context, metrics)
+    app.router.add_post("/quitquitquit", quit_proxy)  # the path that Envoy, Istio and the Cloud SQL proxy use
     return app
 
 
-@dataclass(frozen=True, slots=True)
-class TimedSnapshot:
-    """What was to be seen at a moment of the monotonic clock, and the seconds of a processor that it took to find."""
-
-    seen: Snapshot
-    at: float
-    took: float
-
-
-def _add_page(app: web.Application, about: AdminContext, metrics: Metrics) -> None:
-    """Add the status page, and the same for programs."""
-    turns = asyncio.Lock()
-    last: list[TimedSnapshot] = []
-
-    async def look() -> TimedSnapshot:
-        """Look, or return what somebody else has just seen: many who watch are not many looks."""
-        async with turns:
-            now = time.monotonic()
-            if not last or last[0].took < CACHE_BELOW or now - last[0].at > last[0].took / MAX_CPU_SHARE:
-                gather = partial(
-                    _take_snapshot, about, metrics, about.current(), about.recent.after(), now, time.time()
-                )
-                last[:] = [await asyncio.to_thread(gather)]
-            return last[0]
-
-    async def first_page(request: web.Request) -> web.Response:
-        found, account = await look(), request.query.get("account")
-        every = max(SAMPLE_INTERVAL, found.took / MAX_CPU_SHARE)
-        body = await asyncio.to_thread(_page_of, found.seen, account, every)
-        return web.Response(body=body, content_type="text/html", charset="utf-8", headers=status_page.HEADERS)
-
-    async def file(request: web.Request) -> web.Response:
-        name = request.path.removeprefix("/")
-        return web.Response(body=status_page.file_of(name), content_type=status_page.FILES[name], charset="utf-8")
-
-    async def icon(_: web.Request) -> web.Response:
-        return web.Response(status=204)  # there is none, and that is no fault
-
-    async def status(request: web.Request) -> web.Response:
-        snapshot, account = (await look()).seen, request.query.get("account")
-        body = await asyncio.to_thread(_status_of, snapshot, account)
-        return web.Response(text=body, content_type="application/json")
-
-    async def requests(request: web.Request) -> web.Response:
-        try:
-            limit = _number(request.query.get("limit", str(MAX_REQUESTS)))
-            instance, _, text = request.query.get("after", "").partition(":")
-            given = min(_number(text or "0"), about.recent.last_number)
-        except ValueError:
-            return web.Response(status=400, text="after is the cursor of an earlier answer, limit a number\n")
-        number = given if instance == about.recent.instance else None
-        found = about.recent.after(number or 0)
-        body = await asyncio.to_thread(_requests_of, about.recent, found, number, limit)
-        return web.Response(text=body, content_type="application/json")
-
-    app.router.add_get("/", first_page)
-    for name in status_page.FILES:
-        app.router.add_get(f"/{name}", file)
-    app.router.add_get("/favicon.ico", icon)
-    app.router.add_get("/status", status)
-    app.router.add_get("/requests", requests)
-
-
-def _take_snapshot(
-    about: AdminContext, metrics: Metrics, config: Config, recent: list[RequestRecord], now: float, wall: float
-) -> TimedSnapshot:
-    """Look at everything. Many accounts take a while: this is on a thread, so that the requests of the apps go on."""
-    began = time.thread_time()
-    lately = [request for request in recent if now - request.ended <= snapshot.RECENT_WINDOW]
-    seen = Snapshot(
-        version=__version__,
-        state=about.readiness.state,
-        waiting_for=about.readiness.waiting_for,
-        accounts=len(config.accounts),
-        in_flight=metrics.in_flight,
-        configuration=about.reloading.as_json(),
-        tokens=snapshot.token_rows(config, about.tokens),
-        plans=snapshot.plan_rows(metrics, lately),
-        errors=snapshot.error_rows(metrics, lately),
-        requests=recent,
-        samples=list(about.history.samples.copy()),
-        store_is_up=snapshot.store_is_up(metrics) if config.store.is_shared else None,
-        store_failures=snapshot.store_failures(metrics),
-        regions_down=snapshot.regions_down(metrics),
-        secrets_left=snapshot.secrets_left(metrics, wall),
-        now=now,
-        wall=wall,
-    )
-    return TimedSnapshot(seen, now, time.thread_time() - began)
-
-
-def _page_of(snapshot: Snapshot, account: str | None, every: float) -> bytes:
-    shown = snapshot if account is None else snapshot.for_account(account)
-    return status_page.render(shown, diagnose(snapshot), every=every, account=account).encode()
-
-
-def _status_of(snapshot: Snapshot, account: str | None) -> str:
-    shown = snapshot if account is None else snapshot.for_account(account)
-    return json.dumps({**shown.as_json(), "verdict": diagnose(snapshot).as_json()})
-
-
-def _requests_of(recent: RequestHistory, found: list[RequestRecord], number: int | None, limit: int) -> str:
-    """Return the requests found after a number (None: of another start); `missed` are remembered no more."""
-    now, wall = time.monotonic(), time.time()
-    cursor = found[-1].number if found else number or 0
-    said = {
-        "instance": recent.instance,
-        "cursor": f"{recent.instance}:{cursor}",
-        "missed": found[0].number - number - 1 if number is not None and found else 0,
-        "requests": [
-            snapshot.request_as_json(request, iso_timestamp(wall - (now - request.ended)))
-            for request in found[max(0, len(found) - limit) :]
-        ],
-    }
-    return json.dumps(said)
-
-
-def _number(text: str) -> int:
-    """Return a whole number of a few digits; raise ValueError for anything else."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 15):
-        raise ValueError("not a number")
-    return int(text)
-
-
-# What a form of any web page can send without asking first (Fetch standard, "CORS-safelisted request-header").
-_FORM_TYPES = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
-
-
-def _guard(is_ours: Callable[[str], bool]) -> Middleware:
-    """Return the check that a request is for us and was not caused by a web page, before anything else is done."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if VERSION_REFUSED in request:
-            return web.Response(status=505, text="HTTP/1.0 and 1.1 are spoken here\n")
-        given = request.headers.getall("Host", ())
-        host = host_in(given[0]) if len(given) == 1 else None
-        if host is None or not is_ours(host):
-            return web.Response(status=421, text="call this address as 127.0.0.1 or localhost\n")
-        if is_cross_site(request.headers):
-            return web.Response(
-                status=403, text="not for web pages, nor links on them: type this address in yourself\n"
-            )
-        is_form = request.method not in {"GET", "HEAD"} and request.content_type in _FORM_TYPES
-        if is_form and "Content-Type" in request.headers:
-            return web.Response(status=415, text="not for forms\n")
-        return await handler(request)
-
-    return check
-
-
-def _is_address(host: str) -> bool:
+def _is_ip_address(host: str) -> bool:
     try:
         ip_address(host)
     except ValueError:
@@ -280,15 +132,7 @@ def _is_address(host: str) -> bool:
     return True
 
 
-@web.middleware
-async def plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        response = await handler(request)
-    except web.HTTPException as exc:
-        response = web.Response(status=exc.status, text=f"{exc.reason}\n")
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Cache-Control"] = "no-store"
-    return response
+# Health and metrics.
 
 
 def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) -> None:
@@ -307,10 +151,7 @@ def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) ->
 
     async def scrape(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        # Many accounts are many series: the requests of the apps must not wait until all are written down.
-        async with metrics.scrape_lock:
-            body = await asyncio.to_thread(encode, metrics.registry)
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        return web.Response(body=await metrics.export(encode), headers={"Content-Type": content_type})
 
     for path in ("/livez", "/healthz", "/liveness"):
         app.router.add_get(path, live)
@@ -319,3 +160,144 @@ def _add_health(app: web.Application, readiness: Readiness, metrics: Metrics) ->
     for path in ("/startupz", "/startup"):
         app.router.add_get(path, started)
     app.router.add_get("/metrics", scrape)
+
+
+# The status page, and the same as JSON.
+
+
+@dataclass(frozen=True, slots=True)
+class TimedSnapshot:
+    """A snapshot, its moment on the monotonic clock, and the seconds of CPU time that it took."""
+
+    snapshot: Snapshot
+    taken_at: float
+    cpu_time: float
+
+
+def _add_status(app: web.Application, context: AdminContext, metrics: Metrics) -> None:
+    lock = asyncio.Lock()
+    cached: list[TimedSnapshot] = []
+
+    async def current_snapshot() -> TimedSnapshot:
+        """Return a new snapshot, or the last one if it was expensive and is recent: see MAX_CPU_SHARE."""
+        async with lock:  # concurrent requests wait for the same snapshot
+            now = time.monotonic()
+            if (
+                not cached
+                or cached[0].cpu_time < CACHE_BELOW
+                or now - cached[0].taken_at > cached[0].cpu_time / MAX_CPU_SHARE
+            ):
+                # The configuration and the history are read here, on the event loop that changes them.
+                take = partial(
+                    _take_snapshot, context, metrics, context.current(), context.history.after(), now, time.time()
+                )
+                cached[:] = [await asyncio.to_thread(take)]
+            return cached[0]
+
+    async def page(request: web.Request) -> web.Response:
+        taken, account = await current_snapshot(), request.query.get("account")
+        refresh_interval = max(SAMPLE_INTERVAL, taken.cpu_time / MAX_CPU_SHARE)
+        body = await asyncio.to_thread(_render_page, taken.snapshot, account, refresh_interval)
+        return web.Response(body=body, content_type="text/html", charset="utf-8", headers=status_page.HEADERS)
+
+    async def file(request: web.Request) -> web.Response:
+        name = request.path.removeprefix("/")
+        return web.Response(body=status_page.read_file(name), content_type=status_page.FILES[name], charset="utf-8")
+
+    async def icon(_: web.Request) -> web.Response:
+        # Every browser asks for it. A 404 would be an error in its console.
+        return web.Response(status=204)
+
+    async def status(request: web.Request) -> web.Response:
+        taken, account = await current_snapshot(), request.query.get("account")
+        body = await asyncio.to_thread(_render_status, taken.snapshot, account)
+        return web.Response(text=body, content_type="application/json")
+
+    async def requests(request: web.Request) -> web.Response:
+        history = context.history
+        try:
+            limit = _parse_number(request.query.get("limit", str(MAX_REQUESTS)))
+            instance, _, text = request.query.get("after", "").partition(":")
+            number = min(_parse_number(text or "0"), history.last_number)
+        except ValueError:
+            text = "after must be the cursor of an earlier response, limit a number\n"
+            return web.Response(status=400, text=text)
+        after = number if instance == history.instance else None
+        found = history.after(after or 0)
+        body = await asyncio.to_thread(_render_requests, history, found, after, limit)
+        return web.Response(text=body, content_type="application/json")
+
+    app.router.add_get("/", page)
+    for name in status_page.FILES:
+        app.router.add_get(f"/{name}", file)
+    app.router.add_get("/favicon.ico", icon)
+    app.router.add_get("/status", status)
+    app.router.add_get("/requests", requests)
+
+
+def _take_snapshot(
+    context: AdminContext, metrics: Metrics, config: Config, requests: list[RequestRecord], now: float, wall: float
+) -> TimedSnapshot:
+    """Take a snapshot; runs on a thread, because with many accounts it takes long enough to delay requests."""
+    start = time.thread_time()
+    recent = [request for request in requests if now - request.ended <= snapshots.RECENT_WINDOW]
+    snapshot = Snapshot(
+        version=__version__,
+        state=context.readiness.state,
+        waiting_for=context.readiness.waiting_for,
+        accounts=len(config.accounts),
+        in_flight=metrics.in_flight,
+        configuration=context.reload_status.as_json(),
+        tokens=snapshots.token_rows(config, context.tokens),
+        plans=snapshots.plan_rows(metrics, recent),
+        errors=snapshots.error_rows(metrics, recent),
+        requests=requests,
+        samples=list(context.sampler.samples.copy()),
+        store_is_up=snapshots.store_is_up(metrics) if config.store.is_shared else None,
+        store_failures=snapshots.store_failures(metrics),
+        regions_down=snapshots.regions_down(metrics),
+        secret_lifetimes=snapshots.secret_lifetimes(metrics, wall),
+        now=now,
+        wall=wall,
+    )
+    return TimedSnapshot(snapshot, now, time.thread_time() - start)
+
+
+def _render_page(snapshot: Snapshot, account: str | None, refresh_interval: float) -> bytes:
+    shown = snapshot if account is None else snapshot.for_account(account)
+    text = status_page.render(shown, diagnose(snapshot), refresh_interval=refresh_interval, account=account)
+    return text.encode()
+
+
+def _render_status(snapshot: Snapshot, account: str | None) -> str:
+    shown = snapshot if account is None else snapshot.for_account(account)
+    return json.dumps({**shown.as_json(), "verdict": diagnose(snapshot).as_json()})
+
+
+def _render_requests(history: RequestHistory, found: list[RequestRecord], after: int | None, limit: int) -> str:
+    """Return `/requests`: those found after a number, which is None for a cursor of an earlier process.
+
+    `missed` counts the requests after the cursor that the history no longer holds.
+    """
+    now, wall = time.monotonic(), time.time()
+    last = found[-1].number if found else after or 0
+    body = {
+        "instance": history.instance,
+        "cursor": f"{history.instance}:{last}",
+        "missed": found[0].number - after - 1 if after is not None and found else 0,
+        "requests": [
+            snapshots.request_as_json(request, iso_timestamp(wall - (now - request.ended)))
+            for request in found[max(0, len(found) - limit) :]
+        ],
+    }
+    return json.dumps(body)
+
+
+def _parse_number(text: str) -> int:
+    """Return a whole number of at most 15 digits; raise ValueError for anything else.
+
+    `int` alone also accepts signs, spaces, underscores and digits of other scripts.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= 15):
+        raise ValueError("not a number")
+    return int(text)

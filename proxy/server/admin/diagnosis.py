@@ -1,7 +1,7 @@
-"""Is the proxy working, and if not, whose fault is it, and what is to be done?
+"""The diagnosis on the status page and in `/status`: whether the proxy works, the cause if not, and the remedy.
 
-One sentence for a person who is in a hurry. It goes by what happened lately: what Login with Amazon said to each
-account, how the last requests ended, which regions are down, whether the newest configuration was good.
+It rests on what happened recently: the result of each token refresh, the outcome of the last requests, the regions that
+are down, and whether the newest configuration was valid. The most severe issue becomes the summary, the others follow.
 """
 
 from collections import Counter
@@ -10,42 +10,47 @@ from typing import Any, Literal, NamedTuple
 
 from proxy.errors import ClientError, ProxyError, all_errors
 from proxy.observability.request_history import RequestRecord
-from proxy.remedies import REMEDIES
 from proxy.request.forbidden_hints import HINTS
 from proxy.server.admin.snapshot import MEANINGS, Snapshot, TokenRow
 
+# The values are part of `/status`.
 Responsible = Literal["yours", "Amazon's", "the network's", "the proxy's"]
 State = Literal["working", "degraded", "not working", "starting", "stopping"]
 
-SHORT_WINDOW = 60.0  # seconds; where enough came in that time, what was before counts no more
-MIN_REQUESTS = 5  # requests
-DOWN_RATIO, DEGRADED_RATIO = 0.5, 0.05  # shares of them that fail
-MAJORITY = 0.9  # share of mistakes of the apps' own from which on they are more than a remark
-INFO, DEGRADED, DOWN = 1, 2, 3  # how much of the proxy does not work
-SOON = 14 * 86400.0  # seconds until a client secret is past its life
+SHORT_WINDOW = 60.0  # seconds; with MIN_REQUESTS in it, earlier requests are ignored, so that a recovery shows soon
+MIN_REQUESTS = 5  # requests; fewer say too little about the whole proxy
+DOWN_RATIO, DEGRADED_RATIO = 0.5, 0.05  # failed requests / requests
+# Client errors degrade the proxy only from this share of all requests on: one app that sends wrong requests must not
+# make a proxy look broken that serves the others.
+MAJORITY = 0.9
+INFO, DEGRADED, DOWN = 1, 2, 3  # severities: a note; part of the proxy does not work; all of it
+SECRET_WARNING = 14 * 86400.0  # seconds before a client secret expires
 DAY = 86400.0
 
-_CLASSES: Mapping[str, type[ProxyError]] = {error.code: error for error in all_errors()}
-_NETWORK = frozenset({"UpstreamUnreachable", "ConnectTimeout"})
-_NETWORK_REASONS = frozenset({"connection", "timeout"})
-# Requests that cannot be served as they are, which is no fault of a proxy that says so.
-CLIENT_ERRORS = frozenset(code for code, error in _CLASSES.items() if issubclass(error, ClientError))
-_CLIENT_CLOSED = 499
+_ERRORS: Mapping[str, type[ProxyError]] = {error.code: error for error in all_errors()}
+_NETWORK_ERRORS = frozenset({"UpstreamUnreachable", "ConnectTimeout"})
+_NETWORK_REASONS = frozenset({"connection", "timeout"})  # of TokenUnavailable
+CLIENT_ERRORS = frozenset(code for code, error in _ERRORS.items() if issubclass(error, ClientError))
+_CLIENT_CLOSED = 499  # the client left before a response: says nothing about the proxy or Amazon
 
-_REMEDIES: dict[str, str] = {
-    "UpstreamUnreachable": "Check this machine's network, DNS and firewall, pool.proxy, endpoints and pool.ca_file.",
-    "ConnectTimeout": "Check this machine's network, DNS and firewall, and whether pool.max_connections are in use.",
-    "UsagePlanExhausted": "Ask less often, or let calls wait longer: limits.max_wait, x-sp-max-wait.",
-    "429": "Ask less often. Somebody else may be spending the same usage plan: ask here alone, or share a store.",
-    "InternalError": "Its log says where it happened; report it.",
-    "TokenRefused": "The table of accounts below says what to mend; the proxy takes up a changed file by itself.",
-    "RegionDown": "The proxy looks for its return by itself; Amazon's health page may say more.",
+# Remedies for the operator of the proxy, where the error's own `remedy` addresses the author of the client; and 429,
+# which is a response of Amazon's and has no error class.
+_OPERATOR_REMEDIES: dict[str, str] = {
+    "UsagePlanExhausted": "Make fewer calls, or let them wait longer: limits.max_wait, x-sp-max-wait.",
+    "429": "Make fewer calls. Another program may use the same usage plan: make all calls through this proxy, or let "
+    "its replicas share a store.",
+    "TokenRefused": "The table of accounts below says what to fix; the proxy loads a changed file without a restart.",
+    "RegionDown": "The proxy probes the region until it recovers; Amazon's health page may say more.",
 }
-_NO_REMEDY = "Nothing to mend here. The proxy repeats what may be repeated; Amazon's health page may say more."
+_NO_REMEDY = "Nothing to fix here. The proxy retries what can be retried safely; Amazon's health page may say more."
+_LWA_NETWORK_REMEDY = (
+    "Check this machine's network, DNS and firewall, pool.proxy and endpoints.lwa. Cached tokens are used until they "
+    "expire."
+)
 
 
 class Issue(NamedTuple):
-    """Something that is not as it should be."""
+    """One thing that is wrong or worth knowing; `severity` is INFO, DEGRADED or DOWN."""
 
     severity: int
     responsible: Responsible
@@ -54,7 +59,7 @@ class Issue(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What a person wants to know first, and everything else that is not as it should be."""
+    """The state of the proxy, its main issue if there is one, and the other issues, most severe first."""
 
     state: State
     responsible: Responsible | None
@@ -63,7 +68,7 @@ class Diagnosis(NamedTuple):
     others: Sequence[Issue] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `/status` says of it."""
+        """Return the diagnosis as `/status` shows it, under the key `verdict`; its keys are a contract."""
         others = [{"whose": each.responsible, "says": each.summary, "do": each.remedy} for each in self.others]
         return {
             "state": self.state,
@@ -75,29 +80,30 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(snapshot: Snapshot) -> Diagnosis:
-    """Return the verdict on what is to be seen."""
-    found = sorted(_issues(snapshot), key=lambda issue: -issue.severity)
+    """Return the diagnosis of a snapshot."""
+    issues = sorted(_issues(snapshot), key=lambda issue: -issue.severity)
     if snapshot.state == "starting":
-        return Diagnosis("starting", None, f"Starting: waiting for {snapshot.waiting_for}.", "Wait; see below.", found)
+        summary = f"Starting: waiting for {snapshot.waiting_for}."
+        return Diagnosis("starting", None, summary, "Wait; details are below.", issues)
     if snapshot.state == "stopping":
-        return Diagnosis("stopping", None, "Shutting down: requests in flight are finished.", "Nothing.", found)
-    if not found or found[0].severity == INFO:
+        return Diagnosis("stopping", None, "Shutting down: completing the requests in flight.", "Nothing.", issues)
+    if not issues or issues[0].severity == INFO:
         count = len(snapshot.recent)
-        says = f"Working: {_plural(count, 'request')} lately, all as it should be."
-        if found:
-            says = f"Working: {_plural(count, 'request')} lately. {_plural(len(found), 'thing')} to know below."
+        summary = f"Working: {_plural(count, 'recent request')}, no problems."
+        if issues:
+            summary = f"Working: {_plural(count, 'recent request')}. {_plural(len(issues), 'note')} below."
         elif not count:
-            says = "Working, as far as can be told: no request came in the last five minutes."
-        return Diagnosis("working", None, says, "", found)
-    first, *rest = found
+            summary = "Working as far as known: no request came in the last five minutes."
+        return Diagnosis("working", None, summary, "", issues)
+    first, *others = issues
     state: State = "not working" if first.severity == DOWN else "degraded"
-    return Diagnosis(state, first.responsible, first.summary, first.remedy, rest)
+    return Diagnosis(state, first.responsible, first.summary, first.remedy, others)
 
 
 def _issues(snapshot: Snapshot) -> Iterator[Issue]:
     if not snapshot.accounts:
         yield Issue(DOWN, "yours", "No account is configured.", "Add one under accounts.")
-    requests = _relevant(snapshot)
+    requests = _relevant_requests(snapshot)
     yield from _token_issues(snapshot.tokens, requests)
     yield from _region_issues(snapshot, requests)
     yield from _request_issues(requests, has_failed_tokens=any(row.error for row in snapshot.tokens))
@@ -106,16 +112,17 @@ def _issues(snapshot: Snapshot) -> Iterator[Issue]:
         yield Issue(
             DEGRADED,
             "yours",
-            "The store that replicas share (Redis) cannot be used; this one keeps tokens and usage plans on its own.",
-            "Look at Redis and at the way to it; the proxy takes it up again by itself.",
+            "The store that the replicas share (Redis) is unavailable; this replica keeps its own tokens and usage "
+            "plans.",
+            "Check Redis and the network to it; the proxy reconnects without a restart.",
         )
 
 
-def _relevant(snapshot: Snapshot) -> list[RequestRecord]:
-    """Return the requests to go by: those of the last minute where there are enough, else of the last five."""
-    lately = [request for request in snapshot.recent if request.status != _CLIENT_CLOSED]
-    just_now = [request for request in lately if snapshot.now - request.ended <= SHORT_WINDOW]
-    return just_now if len(just_now) >= MIN_REQUESTS else lately
+def _relevant_requests(snapshot: Snapshot) -> list[RequestRecord]:
+    """Return the requests of the last minute if there are enough, else those of the last five minutes."""
+    recent = [request for request in snapshot.recent if request.status != _CLIENT_CLOSED]
+    newest = [request for request in recent if snapshot.now - request.ended <= SHORT_WINDOW]
+    return newest if len(newest) >= MIN_REQUESTS else recent
 
 
 # Tokens.
@@ -126,26 +133,26 @@ def _token_issues(rows: Sequence[TokenRow], requests: Sequence[RequestRecord]) -
     for row in rows:
         if row.error:
             groups.setdefault((row.error, row.reason), []).append(row)
-    has_good = any(row.left is not None for row in rows)
+    has_valid = any(row.expires_in is not None for row in rows)
     failed = sum(request.error in {"TokenRefused", "TokenUnavailable"} for request in requests)
-    nothing_works = not has_good or (len(requests) >= MIN_REQUESTS and failed >= DOWN_RATIO * len(requests))
-    for (code, reason), group in groups.items():
-        of_all = nothing_works and any(row.left is None for row in group)
-        weight = DOWN if of_all else DEGRADED
-        who, why = _named(group), f" ({reason})" if reason else ""
+    nothing_works = not has_valid or (len(requests) >= MIN_REQUESTS and failed >= DOWN_RATIO * len(requests))
+    for (code, error_reason), group in groups.items():
+        # A group that still has its tokens cannot be the reason that nothing works.
+        is_down = nothing_works and any(row.expires_in is None for row in group)
+        severity = DOWN if is_down else DEGRADED
+        names, reason = _names(group), f" ({error_reason})" if error_reason else ""
         if code != "TokenUnavailable":
-            do = group[0].do
-            yield Issue(weight, "yours", f"Login with Amazon refuses the credentials of {who}{why}.", do)
-        elif reason in _NETWORK_REASONS:
-            says = f"Login with Amazon cannot be reached{why}: no token for {who}."
-            do = "Check this machine's network, DNS and firewall, pool.proxy and endpoints.lwa."
-            yield Issue(weight, "the network's", says, f"{do} Tokens at hand are used until they expire.")
+            summary = f"Login with Amazon refuses the credentials of {names}{reason}."
+            yield Issue(severity, "yours", summary, group[0].remedy)
+        elif error_reason in _NETWORK_REASONS:
+            summary = f"Login with Amazon cannot be reached{reason}: no token for {names}."
+            yield Issue(severity, "the network's", summary, _LWA_NETWORK_REMEDY)
         else:
-            says = f"Login with Amazon gives no token{why} for {who}."
-            yield Issue(weight, "Amazon's", says, "Nothing to mend here: the proxy tries again by itself.")
+            summary = f"Login with Amazon issues no token{reason} for {names}."
+            yield Issue(severity, "Amazon's", summary, "Nothing to fix here: the proxy keeps retrying.")
 
 
-def _named(rows: Sequence[TokenRow]) -> str:
+def _names(rows: Sequence[TokenRow]) -> str:
     names = [f"{row.account} in {row.region}" if row.account else f"application {row.application}" for row in rows]
     if len(names) <= 3:
         return ", ".join(names)
@@ -160,67 +167,70 @@ def _region_issues(snapshot: Snapshot, requests: Sequence[RequestRecord]) -> Ite
     if not down:
         return
     in_use = {request.region for request in requests} - {"-"}
-    unreachable = sum(request.error in _NETWORK for request in requests if request.region in down)
-    answered = sum(request.status >= 500 and not request.error for request in requests if request.region in down)
-    whose: Responsible = "the network's" if unreachable > answered else "Amazon's"
+    # While the circuit is open, most requests fail with RegionDown, which says nothing about the cause. The failures
+    # that opened it and the failed probes do: no connection (network), or a 5xx response (Amazon).
+    unreachable = sum(request.error in _NETWORK_ERRORS for request in requests if request.region in down)
+    responded = sum(request.status >= 500 and not request.error for request in requests if request.region in down)
+    is_network = unreachable > responded
     yield Issue(
         DOWN if in_use and in_use <= down else DEGRADED,
-        whose,
-        f"Amazon's {_plural(len(down), 'region')} {', '.join(sorted(down))} cannot be used: calls fail throughout.",
-        _REMEDIES["UpstreamUnreachable"] if whose == "the network's" else _REMEDIES["RegionDown"],
+        "the network's" if is_network else "Amazon's",
+        f"Amazon's {_plural(len(down), 'region')} {', '.join(sorted(down))} cannot be used: its calls keep failing.",
+        _remedy_for("UpstreamUnreachable" if is_network else "RegionDown"),
     )
 
 
 def _request_issues(requests: Sequence[RequestRecord], *, has_failed_tokens: bool) -> Iterator[Issue]:
-    bad = Counter(name for request in requests if (name := name_of(request)))
-    mistakes = sum(count for name, count in bad.items() if name in CLIENT_ERRORS)
-    are_nearly_all = len(requests) >= MIN_REQUESTS and mistakes >= MAJORITY * len(requests)
-    for name, count in bad.most_common():
+    failures = Counter(name for request in requests if (name := failure_of(request)))
+    client_errors = sum(count for name, count in failures.items() if name in CLIENT_ERRORS)
+    are_nearly_all = len(requests) >= MIN_REQUESTS and client_errors >= MAJORITY * len(requests)
+    for name, count in failures.most_common():
         if name == "RegionDown" or (has_failed_tokens and name in {"TokenRefused", "TokenUnavailable"}):
-            continue  # said already
+            continue  # already covered by the issues of regions and tokens
         share = count / len(requests)
-        is_all = share == 1 or (share >= DOWN_RATIO and len(requests) >= MIN_REQUESTS)
-        weight = DOWN if is_all else DEGRADED if share >= DEGRADED_RATIO else INFO
+        is_down = share == 1 or (share >= DOWN_RATIO and len(requests) >= MIN_REQUESTS)
+        severity = DOWN if is_down else DEGRADED if share >= DEGRADED_RATIO else INFO
         if name in CLIENT_ERRORS and not are_nearly_all:
-            weight = INFO
-        says = f"{count} of {_plural(len(requests), 'request')} lately: {_meaning(name)}"
-        yield Issue(weight, responsible_for(name), says, _remedy_for(name))
+            severity = INFO
+        summary = f"{count} of {_plural(len(requests), 'recent request')}: {_meaning(name)}"
+        yield Issue(severity, responsible_for(name), summary, _remedy_for(name))
 
 
-def name_of(request: RequestRecord) -> str:
-    """Return what went wrong with a request: a hint, a code of the proxy's or a status of Amazon's; nothing, else.
+def failure_of(request: RequestRecord) -> str:
+    """Return what went wrong with a request: a hint, an error code of the proxy, or a 429 or 5xx of Amazon's.
 
-    Amazon's other refusals (400, 404, …) are answers to what the app asked.
+    Empty if nothing did. Amazon's other error responses (400, 404, …) are results of the call, not failures.
     """
     if request.hint or request.error:
         return request.hint or ("" if request.status == _CLIENT_CLOSED else request.error)
     return str(request.status) if request.status == 429 or request.status >= 500 else ""
 
 
-def responsible_for(name: str) -> Responsible:
-    """Return whose fault it is, by what `name_of` says."""
-    if name in _NETWORK:
+def responsible_for(failure: str) -> Responsible:
+    """Return who is responsible for a failure, as `failure_of` names it."""
+    if failure in _NETWORK_ERRORS:
         return "the network's"
-    if name == "InternalError":
+    if failure == "InternalError":
         return "the proxy's"
-    error = _CLASSES.get(name)
+    error = _ERRORS.get(failure)
     if error is not None:
         return "Amazon's" if error.fault == "amazon" else "yours"
-    return "Amazon's" if name.isdecimal() and name != "429" else "yours"
+    return "Amazon's" if failure.isdecimal() and failure != "429" else "yours"
 
 
-def _meaning(name: str) -> str:
-    if name.isdecimal():
-        return f"Amazon answered {name}" + (": a usage plan had no room." if name == "429" else ".")
+def _meaning(failure: str) -> str:
+    if failure.isdecimal():
+        return f"Amazon responded {failure}" + (": a usage plan was exhausted." if failure == "429" else ".")
     hints: Mapping[str, str] = {str(hint): text for hint, text in HINTS.items()}
-    if name in hints:
-        return f"Amazon refused them ({name})."
-    return f"{name}. {MEANINGS.get(name, '')}".rstrip()
+    if failure in hints:
+        return f"Amazon refused them ({failure})."
+    return f"{failure}. {MEANINGS.get(failure, '')}".rstrip()
 
 
-def _remedy_for(name: str) -> str:
+def _remedy_for(failure: str) -> str:
     hints: Mapping[str, str] = {str(hint): text for hint, text in HINTS.items()}
-    return _REMEDIES.get(name) or hints.get(name) or REMEDIES.get(name) or _NO_REMEDY
+    own = _ERRORS[failure].remedy if failure in _ERRORS else ""
+    return _OPERATOR_REMEDIES.get(failure) or hints.get(failure) or own or _NO_REMEDY
 
 
 # The configuration.
@@ -231,24 +241,24 @@ def _configuration_issues(snapshot: Snapshot) -> Iterator[Issue]:
         yield Issue(
             DEGRADED,
             "yours",
-            "The newest configuration was refused, and the one before it serves on.",
-            "Mend what is listed under Configuration; the proxy takes up the file by itself.",
+            "The newest configuration was rejected; the previous one stays in force.",
+            "Fix what is listed under Configuration; the proxy loads the file without a restart.",
         )
     if snapshot.configuration["needs_restart"]:
         keys = ", ".join(snapshot.configuration["needs_restart"])
-        yield Issue(INFO, "yours", f"Settings that count only after a restart have changed: {keys}.", "Restart it.")
-    yield from _secret_issues(snapshot.secrets_left.items())
+        yield Issue(INFO, "yours", f"Changed settings take effect only after a restart: {keys}.", "Restart the proxy.")
+    yield from _secret_issues(snapshot.secret_lifetimes.items())
 
 
-def _secret_issues(left: Iterable[tuple[str, float]]) -> Iterator[Issue]:
-    for application, seconds in left:
-        rotate = f"Get a new one: sp-api-proxy rotate {application}."
+def _secret_issues(lifetimes: Iterable[tuple[str, float]]) -> Iterator[Issue]:
+    for application, seconds in lifetimes:
+        remedy = f"Get a new one: sp-api-proxy rotate {application}."
         if seconds <= 0:
-            says = f"The client secret of {application} is past its 180 days; Amazon refuses it, or will."
-            yield Issue(DEGRADED, "yours", says, rotate)
-        elif seconds <= SOON:
-            says = f"The client secret of {application} has {_plural(int(seconds / DAY), 'day')} left."
-            yield Issue(INFO, "yours", says, rotate)
+            summary = f"The client secret of {application} is older than 180 days; Amazon rejects it, or soon will."
+            yield Issue(DEGRADED, "yours", summary, remedy)
+        elif seconds <= SECRET_WARNING:
+            summary = f"The client secret of {application} expires in {_plural(int(seconds / DAY), 'day')}."
+            yield Issue(INFO, "yours", summary, remedy)
 
 
 def _plural(count: int, noun: str) -> str:

@@ -1,23 +1,33 @@
-"""What does a person see who opens the admin address in a browser? One page, whole without its script.
+"""The status page: one HTML document, complete without its script.
 
-Every text goes through `escape`. The page is bounded whatever the number of accounts: what needs somebody comes first.
+It is bounded whatever the number of accounts, with problems first. Every text is escaped, by `status_html` or here.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from importlib import resources
 
-from proxy.observability.request_history import MAX_SAMPLES, SAMPLE_INTERVAL, RequestRecord, Sample
-from proxy.server.admin.diagnosis import Diagnosis, name_of, responsible_for
-from proxy.server.admin.snapshot import MAX_PLANS, MAX_ROWS, MAX_SHOWN, TOKEN_STATES, Snapshot, TokenRow
+from proxy.observability.request_history import SAMPLE_INTERVAL, RequestRecord
+from proxy.server.admin.diagnosis import Diagnosis, Responsible, failure_of, responsible_for
+from proxy.server.admin.snapshot import (
+    MAX_PLAN_ROWS,
+    MAX_REQUEST_ROWS,
+    MAX_TOKEN_ROWS,
+    TOKEN_STATES,
+    Snapshot,
+    TokenRow,
+)
+from proxy.server.admin.status_charts import charts_section
+from proxy.server.admin.status_html import cell, counted, prose, row_header, seconds, section, span, table
 
-FEW_ROWS = 12  # accounts and regions: so many are shown without being asked for
-WITHOUT_SCRIPT = 10  # seconds after which the page comes anew where there is no script
+MAX_OPEN_ROWS = 12  # accounts and regions; with more, those without problems are folded away
+MAX_OTHER_ISSUES = 20
+RELOAD_WITHOUT_SCRIPT = 10  # seconds
 
-# Nothing but what comes from this address, and no place where a page could be put into another (CSP Level 3).
+# CSP Level 3. The page loads nothing but its own files, submits no form, and cannot be framed (clickjacking), so that
+# even a text that escaped escaping could not run a script or send anything elsewhere.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -27,7 +37,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Frame-Options": "DENY",
+    "X-Frame-Options": "DENY",  # for browsers without frame-ancestors
 }
 
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -39,22 +49,28 @@ _TITLES = {
     "starting": "Starting",
     "stopping": "Shutting down",
 }
+_CAUSES: dict[Responsible, str] = {
+    "yours": "your side",
+    "Amazon's": "Amazon",
+    "the network's": "the network",
+    "the proxy's": "the proxy",
+}
 
 
 @cache
-def file_of(name: str) -> bytes:
-    """Return a file that belongs to the page, one of FILES."""
+def read_file(name: str) -> bytes:
+    """Return one of FILES."""
     return resources.files("proxy.server.admin").joinpath(f"status_{name}").read_bytes()
 
 
 def render(
-    snapshot: Snapshot, diagnosis: Diagnosis, *, every: float = SAMPLE_INTERVAL, account: str | None = None
+    snapshot: Snapshot, diagnosis: Diagnosis, *, refresh_interval: float = SAMPLE_INTERVAL, account: str | None = None
 ) -> str:
-    """Return the page; its script brings it up to date every so many seconds. `account`: it is about this one alone."""
+    """Return the page, which its script updates every `refresh_interval` seconds; `account` shows this one alone."""
     title = _TITLES[diagnosis.state]
     sections = (
         _diagnosis(diagnosis),
-        _chart(snapshot),
+        charts_section(snapshot),
         _accounts(snapshot, account),
         _plans(snapshot),
         _requests(snapshot),
@@ -67,272 +83,171 @@ def render(
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)} – sp-api-proxy</title>\n"
         '<link rel="stylesheet" href="/page.css">\n<script src="/page.js" defer></script>\n'
-        f'<noscript><meta http-equiv="refresh" content="{WITHOUT_SCRIPT}"></noscript>\n</head>\n<body>\n'
-        f"<header><h1>sp-api-proxy</h1><p>{escape(snapshot.version)}, {_count(snapshot.accounts, 'account')}, "
-        f"{_count(snapshot.in_flight, 'request')} in flight, as of "
-        f"<time>{escape(_clock(snapshot, snapshot.now))} UTC</time></p></header>\n"
-        f'<p id="lost" role="alert" hidden>The proxy does not answer any more. What you see is from before.</p>\n'
-        f'<main data-every="{every:g}">\n{"".join(sections)}</main>\n'
+        f'<noscript><meta http-equiv="refresh" content="{RELOAD_WITHOUT_SCRIPT}"></noscript>\n</head>\n<body>\n'
+        f"<header><h1>sp-api-proxy</h1><p>{escape(snapshot.version)}, {counted(snapshot.accounts, 'account')}, "
+        f"{counted(snapshot.in_flight, 'request')} in flight, as of "
+        f"<time>{escape(snapshot.clock(snapshot.now))} UTC</time></p></header>\n"
+        '<p id="unreachable" role="alert" hidden>The proxy does not respond. This page shows an earlier state.</p>\n'
+        f'<main data-refresh-interval="{refresh_interval:g}">\n{"".join(sections)}</main>\n'
         '<footer><p>For programs: <a href="/status">/status</a>, <a href="/requests">/requests</a>, '
         '<a href="/metrics">/metrics</a>, <a href="/readyz?verbose">/readyz</a>. In a terminal: '
         "<code>sp-api-proxy requests</code>.</p></footer>\n</body>\n</html>\n"
     )
 
 
-def _section(name: str, title: str, *parts: str, kind: str = "") -> str:
-    marked = f' class="{escape(kind)}"' if kind else ""
-    heading = f'<h2 id="{name}-title">{title}</h2>'
-    return f'<section id="{name}"{marked} aria-labelledby="{name}-title">{heading}\n{"".join(parts)}</section>\n'
-
-
-def _table(name: str, label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table that scrolls by itself where it is too large; cells are HTML already."""
-    columns = "".join(f'<th scope="col">{title}</th>' for title in head)
-    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
-    return (
-        f'<div class="wide" id="{name}" role="region" tabindex="0" aria-label="{escape(label)}, a table that scrolls">'
-        f"<table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
-    )
-
-
-def _cell(text: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
-
-
-# The sections.
-
-
 def _diagnosis(diagnosis: Diagnosis) -> str:
     kind = diagnosis.state.replace(" ", "-")
-    whose = f" The cause is <strong>{escape(diagnosis.responsible)}</strong>." if diagnosis.responsible else ""
-    do = f"<p>What to do: {_prose(diagnosis.remedy)}</p>\n" if diagnosis.remedy else ""
-    others = "".join(
-        f"<li>{_prose(one.summary)} <em>({escape(one.responsible)})</em> {_prose(one.remedy)}</li>\n"
-        for one in diagnosis.others[:20]
+    cause = f" Cause: <strong>{escape(_CAUSES[diagnosis.responsible])}</strong>." if diagnosis.responsible else ""
+    summary = f'<p role="status">{prose(diagnosis.summary)}{cause}</p>\n'
+    remedy = f"<p>What to do: {prose(diagnosis.remedy)}</p>\n" if diagnosis.remedy else ""
+    issues = "".join(
+        f"<li>{prose(issue.summary)} <em>(cause: {escape(_CAUSES[issue.responsible])})</em> "
+        f"{prose(issue.remedy)}</li>\n"
+        for issue in diagnosis.others[:MAX_OTHER_ISSUES]
     )
-    more = f'<p class="more">To know as well:</p><ul>\n{others}</ul>\n' if others else ""
-    says = f'<p role="status">{_prose(diagnosis.summary)}{whose}</p>\n'
-    return _section("verdict", _TITLES[diagnosis.state], says, do, more, kind=kind)
+    others = f'<p class="more">Also:</p><ul>\n{issues}</ul>\n' if issues else ""
+    return section("diagnosis", _TITLES[diagnosis.state], summary, remedy, others, kind=kind)
 
 
-_Line = tuple[str, Callable[[float], str], Sequence[float | None], Sequence[float | None], str]
-
-
-def _chart(snapshot: Snapshot) -> str:
-    samples = list(snapshot.samples)
-    minutes = MAX_SAMPLES * SAMPLE_INTERVAL / 60
-    lines: Sequence[_Line] = (
-        ("Requests per second", _number, [_per_second(sample.requests, sample) for sample in samples], (), ""),
-        (
-            "Time a request takes: median, 95 % (paler)",
-            _seconds,
-            [sample.median for sample in samples],
-            [sample.p95 for sample in samples],
-            "",
-        ),
-        ("Throttled per second", _number, [_per_second(sample.throttled, sample) for sample in samples], (), "alert"),
-    )
-    figures = "".join(_figure(*line) for line in lines)
-    rows = [
-        (
-            f'<th scope="row">{escape(_clock(snapshot, first.at)[:5])}</th>',
-            _cell(f"{_per_minute(group, 'requests') / 60:.2f}", "number"),
-            _cell(_seconds(_middle(group, "median")), "number"),
-            _cell(_seconds(_middle(group, "p95")), "number"),
-            _cell(f"{_per_minute(group, 'throttled') / 60:.2f}", "number"),
-        )
-        for first, group in _by_minute(samples)
-    ]
-    head = ("minute until, UTC", "requests per second", "median", "95 %", "throttled per second")
-    numbers = _table("numbers", "The last minutes as numbers", head, reversed(rows))
-    table = f'<details id="as-table"><summary>As a table</summary>{numbers}</details>\n' if rows else ""
-    return _section("lately", f"The last {minutes:.0f} minutes", f'<div class="charts">{figures}</div>\n', table)
-
-
-def _per_second(count: float, sample: Sample) -> float:
-    return count / sample.seconds if sample.seconds > 0 else 0.0
-
-
-def _figure(
-    title: str,
-    say: Callable[[float], str],
-    values: Sequence[float | None],
-    slow: Sequence[float | None],
-    kind: str,
-) -> str:
-    shown = [value for value in (*values, *slow) if value is not None]
-    most = max(shown, default=0.0)
-    now = next((value for value in reversed(values) if value is not None), None)
-    when = "now" if values and values[-1] is not None else "last"
-    says = "nothing yet" if now is None else f"{when} {say(now)}, at most {say(most)}"
-    top = most or 1.0
-    paths = f'<path class="second" d="{_path(slow, top)}"/>' if slow else ""
-    paths += f'<path class="first {kind}" d="{_path(values, top)}"/>'
-    return (
-        f"<figure><figcaption>{escape(title)} <b>{escape(says)}</b></figcaption>"
-        f'<svg viewBox="0 0 {MAX_SAMPLES} 60" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(f"{title}: {says}")}">{paths}</svg></figure>\n'
-    )
-
-
-def _path(values: Sequence[float | None], top: float) -> str:
-    """Return a line through the values, the newest at the right end; it has a gap where there was nothing."""
-    steps, is_down = [], False
-    for place, value in enumerate(values, MAX_SAMPLES - len(values)):
-        if value is not None:
-            steps.append(f"{'L' if is_down else 'M'}{place} {58 - value / top * 56:.1f}h1")
-        is_down = value is not None
-    return "".join(steps)
-
-
-def _by_minute(samples: Sequence[Sample]) -> Iterator[tuple[Sample, list[Sample]]]:
-    """Yield the samples of each full minute back from now, the oldest first, with the last of them."""
-    each = round(60 / SAMPLE_INTERVAL)
-    for end in range(len(samples) % each or each, len(samples) + 1, each):
-        group = list(samples[max(0, end - each) : end])
-        if group:
-            yield group[-1], group
-
-
-def _per_minute(group: Sequence[Sample], name: str) -> float:
-    seconds = sum(sample.seconds for sample in group)
-    return sum(getattr(sample, name) for sample in group) / seconds * 60 if seconds else 0.0
-
-
-def _middle(group: Sequence[Sample], name: str) -> float | None:
-    found = sorted(value for sample in group if (value := getattr(sample, name)) is not None)
-    return found[len(found) // 2] if found else None
+# Accounts.
 
 
 def _accounts(snapshot: Snapshot, account: str | None) -> str:
     rows, states = snapshot.tokens, Counter(row.state for row in snapshot.tokens)
-    counted = ", ".join(f"{states[state]} {text}" for state, text in TOKEN_STATES.items() if states[state])
-    about = f"<p>{escape(counted) or 'None is configured.'}</p>\n"
+    counts = "; ".join(f"{text}: {states[state]}" for state, text in TOKEN_STATES.items() if states[state])
+    intro = f"<p>{escape(counts) or 'None configured.'}</p>\n"
     if account is not None:
-        known = "" if rows else " There is none of that name."
-        about = f'<p>Of {escape(account)} alone.{known} <a href="/">Show all</a></p>\n' + about
-    needy = [row for row in rows if row.error or row.restricted_failed]
-    calm = [row for row in rows if not (row.error or row.restricted_failed)]
-    if len(rows) <= FEW_ROWS:
-        return _section("accounts", "Accounts and regions", about, _token_table("tokens", "Accounts", rows))
-    parts = [about]
-    if needy:
-        parts += [_token_table("needy", "Accounts that need somebody", needy[: MAX_ROWS // 2])]
-        parts += [_left_out(len(needy) - MAX_ROWS // 2)]
-    if calm:
-        table = _token_table("calm", "Accounts without trouble", calm[: MAX_ROWS // 2])
-        summary = (
-            f"<summary>{_count(len(calm), 'account and region', 'accounts and regions')} without trouble</summary>"
-        )
-        parts += [f'<details id="rest">{summary}{table}{_left_out(len(calm) - MAX_ROWS // 2)}</details>\n']
-    return _section("accounts", "Accounts and regions", *parts)
+        unknown = "" if rows else " No account has this name."
+        intro = f'<p>Only {escape(account)}.{unknown} <a href="/">Show all</a></p>\n' + intro
+    if len(rows) <= MAX_OPEN_ROWS:
+        return section("accounts", "Accounts and regions", intro, _token_table("tokens", "Accounts", rows))
+    failing = [row for row in rows if row.error or row.restricted_failed]
+    healthy = [row for row in rows if not (row.error or row.restricted_failed)]
+    limit = MAX_TOKEN_ROWS // 2
+    parts = [intro]
+    if failing:
+        parts += [_token_table("failing", "Accounts with problems", failing[:limit]), _left_out(len(failing) - limit)]
+    if healthy:
+        rest = _token_table("healthy", "Accounts without problems", healthy[:limit]) + _left_out(len(healthy) - limit)
+        title = f"{counted(len(healthy), 'account and region', 'accounts and regions')} without problems"
+        parts += [f'<details id="rest"><summary>{title}</summary>{rest}</details>\n']
+    return section("accounts", "Accounts and regions", *parts)
 
 
 def _left_out(count: int) -> str:
-    return f"<p>and {count} more; /?account=NAME shows one, /metrics has all.</p>\n" if count > 0 else ""
+    return f"<p>and {count} more; /?account=NAME shows one account, /metrics has all.</p>\n" if count > 0 else ""
 
 
 def _token_table(name: str, label: str, rows: Sequence[TokenRow]) -> str:
-    head = ("account", "region", "token", "time left", "last exchange", "what to do")
-    return _table(name, label, head, (_token_cells(row) for row in rows)) if rows else ""
+    head = ("account", "region", "token", "expires in", "last refresh", "what to do")
+    return table(name, label, head, (_token_cells(row) for row in rows)) if rows else ""
 
 
 def _token_cells(row: TokenRow) -> tuple[str, ...]:
     name = escape(row.account)
-    who = f'<a href="/?account={name}">{name}</a>' if row.account else f"application {escape(row.application)}"
+    owner = f'<a href="/?account={name}">{name}</a>' if row.account else f"application {escape(row.application)}"
     if row.environment != "production":
-        who += f" <small>{escape(row.environment)}</small>"
-    last = "none yet"
+        owner += f" <small>{escape(row.environment)}</small>"
+    refresh = "none yet"
     if row.error:
         reason = f" ({row.reason})" if row.reason else ""
-        again = f", next try in {_span(row.pause)}" if row.pause else ""
-        last = f"{row.error}{reason}, {_count(row.failures, 'time')} in a row{again}"
+        retry = f", next attempt in {span(row.retry_in)}" if row.retry_in else ""
+        refresh = f"{row.error}{reason}, {counted(row.failures, 'time')} in a row{retry}"
     elif row.age is not None:
-        last = f"good, {_span(row.age)} ago"
+        refresh = f"succeeded {span(row.age)} ago"
     state = TOKEN_STATES[row.state]
     if row.restricted:
-        state += f", and {_count(row.restricted, 'restricted one')}"
-    do = row.do
+        state += f", {counted(row.restricted, 'Restricted Data Token')}"
+    remedy = row.remedy
     if row.restricted_failed:
-        do = f"{do} {_count(row.restricted_failed, 'Restricted Data Token')} could not be had.".strip()
+        remedy = f"{remedy} {counted(row.restricted_failed, 'Restricted Data Token')} could not be obtained.".strip()
     return (
-        f'<th scope="row">{who}</th>',
-        _cell(row.region),
-        _cell(state, f"state {row.state}"),
-        _cell("–" if row.left is None else _span(row.left), "number"),
-        _cell(last),
-        _cell(do or "–"),
+        f'<th scope="row">{owner}</th>',
+        cell(row.region),
+        cell(state, f"state {row.state}"),
+        cell("–" if row.expires_in is None else span(row.expires_in), "number"),
+        cell(refresh),
+        cell(remedy or "–"),
     )
+
+
+# Usage plans, requests, errors.
 
 
 def _plans(snapshot: Snapshot) -> str:
+    title = "Throttled usage plans"
     if not snapshot.plans:
-        return _section("plans", "Usage plans under pressure", "<p>None: no call had to wait for long.</p>\n")
+        return section("plans", title, "<p>None, now or since the start.</p>\n")
     rows = (
         (
-            f'<th scope="row">{escape(row.operation)}</th>',
-            _cell("all accounts" if row.account == "*" else row.account),
-            _cell(row.region),
-            _cell(f"{row.rate:.3g} per second", "number"),
-            _cell(f"{row.tokens:.1f}", "number short" if row.tokens < 1 else "number"),
-            _cell(str(row.waiting), "number short" if row.waiting else "number"),
-            _cell(str(row.refused), "number"),
-            _cell(str(row.throttled), "number"),
+            row_header(row.operation),
+            cell("all accounts" if row.account == "*" else row.account),
+            cell(row.region),
+            cell(f"{row.rate:.3g} per second", "number"),
+            cell(f"{row.tokens:.1f}", "number short" if row.tokens < 1 else "number"),
+            cell(str(row.waiting), "number short" if row.waiting else "number"),
+            cell(str(row.refused), "number"),
+            cell(str(row.throttled), "number"),
         )
-        for row in snapshot.plans[:MAX_PLANS]
+        for row in snapshot.plans[:MAX_PLAN_ROWS]
     )
-    head = ("operation", "account", "region", "rate", "room for", "waiting", "refused", "429 from Amazon")
-    table = _table("plan-rows", "Usage plans under pressure", head, rows)
-    return _section("plans", "Usage plans under pressure", table, _left_out(len(snapshot.plans) - MAX_PLANS))
+    head = ("operation", "account", "region", "rate", "calls left", "waiting", "rejected", "429 from Amazon")
+    return section(
+        "plans", title, table("plan-rows", title, head, rows), _left_out(len(snapshot.plans) - MAX_PLAN_ROWS)
+    )
 
 
 def _requests(snapshot: Snapshot) -> str:
-    newest = list(reversed(snapshot.requests))[:MAX_SHOWN]
+    newest = list(reversed(snapshot.requests))[:MAX_REQUEST_ROWS]
     if not newest:
-        return _section("requests", "Recent requests", "<p>None yet.</p>\n")
+        return section("requests", "Recent requests", "<p>None yet.</p>\n")
     head = (
-        *("ended, UTC", "status", "operation", "account", "took"),
+        *("ended (UTC)", "status", "operation", "account", "duration"),
         *("plan", "token", "Amazon", "note"),
     )
     rows = (_request_cells(snapshot, request) for request in newest)
-    says = (
-        "<p>Of what each took: the wait for its usage plan, for its token, and for Amazon until its answer began.</p>\n"
+    intro = (
+        "<p>Parts of the duration: plan and token are the waits for the usage plan and for the token, Amazon is the "
+        "time until its response began.</p>\n"
     )
-    return _section("requests", "Recent requests", says, _table("request-rows", "Recent requests", head, rows))
+    return section("requests", "Recent requests", intro, table("request-rows", "Recent requests", head, rows))
 
 
 def _request_cells(snapshot: Snapshot, request: RequestRecord) -> tuple[str, ...]:
-    kind = "bad" if name_of(request) else "other" if request.status >= 400 else "fine"
-    sent_again = f"{request.attempts} attempts" if request.attempts > 1 else ""
-    notes = (request.error, request.hint, sent_again, request.caller and f"by {request.caller}")
+    kind = "bad" if failure_of(request) else "other" if request.status >= 400 else "fine"
+    attempts = f"{request.attempts} attempts" if request.attempts > 1 else ""
+    notes = (request.error, request.hint, attempts, request.caller and f"by {request.caller}")
     return (
-        _cell(_clock(snapshot, request.ended), "number"),
-        _cell(str(request.status), f"number {kind}"),
-        f'<th scope="row">{escape(request.method)} {escape(request.operation)}</th>',
-        _cell(f"{request.account} {request.region}" if request.account != "-" else "–"),
-        _cell(_seconds(request.duration), "number"),
-        _cell(_seconds(request.rate_limit_wait), "number"),
-        _cell(_seconds(request.token_wait), "number"),
-        _cell(_seconds(request.upstream), "number"),
-        _cell(", ".join(filter(None, notes)) or "–"),
+        cell(snapshot.clock(request.ended), "number"),
+        cell(str(request.status), f"number {kind}"),
+        row_header(f"{request.method} {request.operation}"),
+        cell(f"{request.account} {request.region}" if request.account != "-" else "–"),
+        cell(seconds(request.duration), "number"),
+        cell(seconds(request.rate_limit_wait), "number"),
+        cell(seconds(request.token_wait), "number"),
+        cell(seconds(request.upstream_duration), "number"),
+        cell(", ".join(filter(None, notes)) or "–"),
     )
 
 
 def _errors(snapshot: Snapshot) -> str:
     if not snapshot.errors:
-        return _section("errors", "Errors by hint", "<p>None since the start.</p>\n")
+        return section("errors", "Errors and hints", "<p>None since the start.</p>\n")
     rows = (
         (
-            f'<th scope="row">{escape(row.name)}</th>',
-            _cell(responsible_for(row.name)),
-            _cell(str(row.recent), "number"),
-            _cell(str(row.times), "number"),
-            f"<td>{_prose(row.meaning)}</td>",
+            row_header(row.name),
+            cell(_CAUSES[responsible_for(row.name)]),
+            cell(str(row.recent), "number"),
+            cell(str(row.total), "number"),
+            f"<td>{prose(row.meaning)}</td>",
         )
         for row in snapshot.errors
     )
-    head = ("error or hint", "whose fault", "in five minutes", "since the start", "what it means")
-    return _section("errors", "Errors by hint", _table("error-rows", "Errors by hint", head, rows))
+    head = ("error or hint", "cause", "last five minutes", "since the start", "meaning")
+    return section("errors", "Errors and hints", table("error-rows", "Errors and hints", head, rows))
+
+
+# The configuration.
 
 
 def _configuration(snapshot: Snapshot) -> str:
@@ -341,66 +256,23 @@ def _configuration(snapshot: Snapshot) -> str:
     reload = f"{last['result']}, {last['at']}" if last else "none since the start"
     facts = [("in force since", configuration["good_since"]), ("last reload", reload)]
     if configuration["needs_restart"]:
-        facts += [("counts after a restart", ", ".join(configuration["needs_restart"]))]
+        facts += [("takes effect after a restart", ", ".join(configuration["needs_restart"]))]
     if snapshot.store_is_up is not None:
         failures = ", ".join(f"{reason} {count}" for reason, count in snapshot.store_failures.items()) or "none"
         facts += [
-            ("store that replicas share", "there" if snapshot.store_is_up else "lost: this one is on its own"),
-            ("its failures since the start", failures),
+            ("shared store", "available" if snapshot.store_is_up else "unavailable: this replica works alone"),
+            ("store failures since the start", failures),
         ]
     if snapshot.regions_down:
-        facts += [
-            (
-                "regions that fail throughout",
-                ", ".join(f"{region} ({where})" for where, region in snapshot.regions_down),
-            )
-        ]
-    facts += [
-        (f"client secret of {name}", _secret(left)) for name, left in list(snapshot.secrets_left.items())[:MAX_PLANS]
-    ]
+        regions = ", ".join(f"{region} ({environment})" for environment, region in snapshot.regions_down)
+        facts += [("regions down", regions)]
+    lifetimes = list(snapshot.secret_lifetimes.items())[:MAX_PLAN_ROWS]
+    facts += [(f"client secret of {application}", _secret_text(left)) for application, left in lifetimes]
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
-    problems = "".join(f"<li>{escape(problem)}</li>\n" for problem in configuration["problems"])
-    mistakes = f"<p>The newest one was refused:</p><ul>\n{problems}</ul>\n" if problems else ""
-    return _section("configuration", "Configuration", mistakes, f"<dl>\n{terms}</dl>\n")
+    items = "".join(f"<li>{escape(problem)}</li>\n" for problem in configuration["problems"])
+    problems = f"<p>The newest configuration was rejected:</p><ul>\n{items}</ul>\n" if items else ""
+    return section("configuration", "Configuration", problems, f"<dl>\n{terms}</dl>\n")
 
 
-def _secret(left: float) -> str:
-    return f"{_span(left)} left of its 180 days" if left > 0 else "past its 180 days"
-
-
-# Words and numbers.
-
-
-def _count(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
-
-
-def _prose(text: str) -> str:
-    """Return a sentence as HTML; what it has between backticks is code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def _clock(snapshot: Snapshot, monotonic: float) -> str:
-    return snapshot.moment(monotonic)[11:19]
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds >= 1 or seconds == 0:
-        return f"{seconds:.2f} s" if seconds else "0"
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _span(seconds: float) -> str:
-    """Return a time as one would say it: `12 s`, `43 min`, `5 h`, `17 days`."""
-    units: Sequence[tuple[float, Callable[[float], str]]] = (
-        (90, lambda left: f"{left:.0f} s"),
-        (90 * 60, lambda left: f"{left / 60:.0f} min"),
-        (48 * 3600, lambda left: f"{left / 3600:.0f} h"),
-    )
-    return next((say(seconds) for most, say in units if seconds < most), f"{seconds / 86400:.0f} days")
+def _secret_text(lifetime: float) -> str:
+    return f"expires in {span(lifetime)}" if lifetime > 0 else "older than 180 days"
