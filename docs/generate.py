@@ -273,14 +273,14 @@ def configuration_flags_table() -> str:
 
 def commands() -> str:
     """Return a section for each command: its purpose, its arguments, which shared flags it takes."""
-    overview = (
+    introduction = (
         (
             f"[`{_name(parser)}`](#{_name(parser).replace(' ', '-')})",
             _with_code((parser.description or "").partition(":")[0].rstrip(".")),
         )
         for parser in parsers()
     )
-    return "\n\n".join((table(("command", "purpose"), *overview), *(_command(parser) for parser in parsers())))
+    return "\n\n".join((table(("command", "purpose"), *introduction), *(_command(parser) for parser in parsers())))
 
 
 def _name(parser: argparse.ArgumentParser) -> str:

@@ -40,7 +40,7 @@ from tests.support.paths import ROOT
 from tests.support.proxy_process import _environment, command
 from tests.support.terminal import shown_at
 
-PATIENCE = 30.0  # seconds
+TIMEOUT = 30.0  # seconds
 STATE = "state-of-this-request"
 
 
@@ -79,7 +79,7 @@ class Conversation:
     async def until(self, pattern: str) -> str:
         """Read on until something is printed; return its first group."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while not (found := re.search(pattern, self.heard)):
                 data = await self.process.stdout.read(4096)
                 assert data, f"it ended after {self.heard}"
@@ -89,7 +89,7 @@ class Conversation:
     async def ended(self, line: str | None = None) -> tuple[int, str, str]:
         """Write a line, where there is one, and return the exit code and what was printed and complained."""
         printed, complained = await asyncio.wait_for(
-            self.process.communicate(f"{line}\n".encode() if line is not None else None), PATIENCE
+            self.process.communicate(f"{line}\n".encode() if line is not None else None), TIMEOUT
         )
         assert self.process.returncode is not None
         self.heard += printed.decode()
@@ -165,7 +165,7 @@ async def test_a_pasted_address_becomes_a_file_that_the_configuration_can_name(
     assert names_in(tmp_path) == {"acme_eu", "authorize.yaml"}, "nothing else is left"
 
 
-async def test_the_browser_may_come_back_to_this_machine_once(simulator: Simulator, tmp_path: Path) -> None:
+async def test_the_browser_may_return_to_this_machine_once(simulator: Simulator, tmp_path: Path) -> None:
     talk = await begun(simulator, tmp_path, "--port", "0")
     url = await talk.until(CONSENT_PAGE)
     port = await talk.until(r"Waiting on http://127\.0\.0\.1:(\d+) ")
@@ -222,7 +222,7 @@ async def test_a_seller_who_does_not_consent_is_said(simulator: Simulator, tmp_p
     assert not (tmp_path / "acme_eu").exists()
 
 
-async def test_an_answer_to_another_request_is_refused(simulator: Simulator, tmp_path: Path) -> None:
+async def test_a_response_to_another_request_is_refused(simulator: Simulator, tmp_path: Path) -> None:
     talk = await begun(simulator, tmp_path)
     url = await talk.until(CONSENT_PAGE)
     foreign = await consented(url.replace(parse_qs(urlsplit(url).query)["state"][0], "another"))
@@ -292,9 +292,9 @@ async def test_nobody_is_waited_for_without_end(simulator: Simulator, tmp_path: 
     for flags in (["--timeout", "50ms"], ["--timeout", "50ms", "--port", "0"]):
         talk = await begun(simulator, tmp_path, *flags)
         assert talk.process.stderr is not None
-        complained = (await asyncio.wait_for(talk.process.stderr.read(), PATIENCE)).decode()
+        complained = (await asyncio.wait_for(talk.process.stderr.read(), TIMEOUT)).decode()
         assert "nothing came within 50ms" in complained
-        assert await asyncio.wait_for(talk.process.wait(), PATIENCE) == 1
+        assert await asyncio.wait_for(talk.process.wait(), TIMEOUT) == 1
 
 
 @pytest.mark.parametrize(("flags", "waits"), [([], r"(Paste it here)"), (["--port", "0"], r"(Otherwise: --paste)")])
@@ -303,8 +303,8 @@ async def test_ctrl_c_ends_it_plainly(simulator: Simulator, tmp_path: Path, flag
     await talk.until(waits)
     talk.process.send_signal(signal.SIGINT)
     assert talk.process.stderr is not None
-    complained = (await asyncio.wait_for(talk.process.stderr.read(), PATIENCE)).decode()
-    assert await asyncio.wait_for(talk.process.wait(), PATIENCE) == 130
+    complained = (await asyncio.wait_for(talk.process.stderr.read(), TIMEOUT)).decode()
+    assert await asyncio.wait_for(talk.process.wait(), TIMEOUT) == 130
     assert complained.endswith("sp-api-proxy: interrupted\n")
     assert "Traceback" not in complained
 
@@ -379,9 +379,9 @@ async def test_a_terminal_does_not_show_what_is_pasted_and_asks_again(simulator:
     led_to = await consented(await talk.until(CONSENT_PAGE))
     prompt = b"The address that it led to: "
     async with shown_at(os.dup(ours)) as terminal:
-        said = await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
+        said = await asyncio.wait_for(terminal.readuntil(prompt), TIMEOUT)
         os.write(ours, b"https://app.example/redirect?state=wrong\n")
-        said += await asyncio.wait_for(terminal.readuntil(prompt), PATIENCE)
+        said += await asyncio.wait_for(terminal.readuntil(prompt), TIMEOUT)
         os.write(ours, f"{led_to}\n".encode())
         code, _, _ = await talk.ended()
     os.close(ours)
@@ -398,7 +398,7 @@ async def test_a_listener_that_only_strangers_visit_gives_up() -> None:
             async with session.get(f"http://localhost:{await port}/?state=guessed") as response:
                 assert response.status in {403, 410}
     with pytest.raises(NotAuthorised, match="none was an answer"):
-        await asyncio.wait_for(waiting, PATIENCE)
+        await asyncio.wait_for(waiting, TIMEOUT)
 
 
 # What Amazon's addresses say.

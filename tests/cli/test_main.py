@@ -205,7 +205,7 @@ async def test_explain_says_that_a_request_for_a_token_goes_nowhere(target: str)
 @pytest.mark.parametrize(
     ("local", "said"), [("false", "the app gets a token of Amazon's"), ("true", "nothing is sent to Amazon")]
 )
-async def test_explain_says_who_answers_a_request_for_a_restricted_token(local: str, said: str) -> None:
+async def test_explain_says_who_serves_a_request_for_a_restricted_token(local: str, said: str) -> None:
     arguments = ("explain", "POST", "/tokens/2021-03-01/restrictedDataToken", "--set", f"local_rdt={local}")
     code, printed, _ = await command(*arguments, environment=ENVIRONMENT)
     assert code == 0
@@ -478,7 +478,7 @@ async def test_a_second_signal_ends_the_delay_too(
         assert await proxy.stop(signal.SIGINT) == 130
 
 
-async def test_a_crowd_of_idle_connections_does_not_delay_the_end(
+async def test_many_idle_connections_do_not_delay_the_end(
     fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
     async with (

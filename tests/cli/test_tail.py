@@ -25,7 +25,7 @@ from tests.support.proxy_process import _environment, command, serving
 from tests.support.raw_client import call
 
 ORDERS = "/orders/v0/orders"
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 # The command as it runs in a terminal's foreground: where tests run in the background, Ctrl-C may be ignored.
 START = """
@@ -53,12 +53,12 @@ async def following(
     finally:
         if process.returncode is None:
             process.kill()
-        await asyncio.wait_for(process.communicate(), PATIENCE)
+        await asyncio.wait_for(process.communicate(), TIMEOUT)
 
 
 async def line_of(stream: asyncio.StreamReader | None) -> str:
     assert stream is not None
-    return (await asyncio.wait_for(stream.readline(), PATIENCE)).decode()
+    return (await asyncio.wait_for(stream.readline(), TIMEOUT)).decode()
 
 
 def admin(proxy: RunningProxy) -> str:
@@ -76,7 +76,7 @@ async def test_past_and_present_are_shown_until_ctrl_c(proxy: RunningProxy) -> N
         await call(proxy.addresses[0], "GET", ORDERS, x_sp_account="nobody")
         assert (await line_of(process.stdout)).rstrip().endswith("UnknownAccount")
         process.send_signal(signal.SIGINT)
-        assert await asyncio.wait_for(process.wait(), PATIENCE) == 130
+        assert await asyncio.wait_for(process.wait(), TIMEOUT) == 130
         assert process.stderr is not None
         assert await process.stderr.read() == b""
 
@@ -150,7 +150,7 @@ async def test_a_closed_pipe_ends_it_though_nothing_is_written(proxy: RunningPro
     async with following("--url", admin(proxy), stdout=write) as process:
         os.close(write)
         os.close(read)
-        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+        assert await asyncio.wait_for(process.wait(), TIMEOUT) == 0
         assert process.stderr is not None
         assert await process.stderr.read() == b""
 
@@ -166,7 +166,7 @@ async def test_there_is_colour_on_a_terminal_that_wants_it(
     ours, its = pty.openpty()
     async with following("--url", admin(proxy), "--once", stdout=its, **environment) as process:
         os.close(its)
-        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+        assert await asyncio.wait_for(process.wait(), TIMEOUT) == 0
         shown = os.read(ours, 10_000)
     os.close(ours)
     assert b"orders.v0.getOrders" in shown
@@ -201,7 +201,7 @@ async def test_what_means_nothing_is_wrong_usage(arguments: tuple[str, ...]) -> 
     assert "Traceback" not in complained
 
 
-async def test_what_answers_and_is_no_proxy_is_said_to_be_none(fake_upstream: FakeUpstream) -> None:
+async def test_a_server_that_is_no_proxy_is_reported_as_such(fake_upstream: FakeUpstream) -> None:
     code, _, complained = await command("requests", "--url", fake_upstream.url)
     assert (code, complained) == (1, f"what answers at 127.0.0.1:{fake_upstream.port} is no proxy of this version\n")
 

@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
-PATIENCE = 30_000.0  # milliseconds
+TIMEOUT = 30_000.0  # milliseconds
 
 # By how many pixels the tables and the code blocks of a page are wider than their column, and how many there are.
 MEASURE = """() => {
@@ -61,7 +61,7 @@ async def browser() -> AsyncIterator[Browser]:
 async def page_of(browser: Browser, complaints: list[str] | None = None) -> Page:
     """Return a new page, which adds errors of scripts and failed requests to `complaints`."""
     context = await browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(TIMEOUT)
     page = await context.new_page()
     noted = complaints if complaints is not None else []
     page.on("pageerror", lambda error: noted.append(str(error)))
