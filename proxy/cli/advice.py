@@ -1,7 +1,6 @@
-"""What does it mean when an account does not work, and what is to be done about it?
+"""Explanations and remedies for failures that `check --live` finds.
 
-What Login with Amazon refuses is explained in `request/grants.py`, Amazon's 403 in `request/forbidden.py`; here is the
-rest.
+Errors of Login with Amazon are explained in request/tokens/client.py, Amazon's 403 in request/forbidden_hints.py.
 """
 
 import socket
@@ -43,9 +42,9 @@ CERTIFICATE = (
 
 
 def diagnose_connection_error(exc: Exception, *, by_proxy: bool) -> tuple[str, str, str]:
-    """Return a code, what happened, and what to do, for what kept a connection from coming about, or broke it.
+    """Return a code, what happened, and the remedy for a connection that failed or broke.
 
-    `by_proxy` says that there is a forward proxy in between.
+    `by_proxy`: a forward proxy is in between.
     """
     forward = "pool.proxy or HTTPS_PROXY"
     way = (

@@ -61,22 +61,22 @@ _TOKEN_REMEDIES = {
 
 
 class RunAsync(Protocol):
-    """Runs a coroutine to its end, and returns what it returns."""
+    """Runs a coroutine and returns its result."""
 
     def __call__(self, work: Coroutine[Any, Any, T], /) -> T:
         """Run it."""
 
 
 class AuthorizationFailed(Exception):
-    """There is no refresh token; the text says why, and what to do."""
+    """There is no refresh token; the message says why and what to do."""
 
 
 class UsageError(Exception):
-    """The flags do not say what is needed; the text says what."""
+    """A flag is missing; the message says which."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `authorize`, but for those of the configuration."""
+    """Add the flags of `authorize` except those of the configuration."""
     what = parser.add_argument_group("whose consent")
     what.add_argument(
         "--application-id",
@@ -136,7 +136,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, run: RunAsync) -> int:
-    """Lead a person through it and return the exit code; `run` runs a coroutine, `has_screen` is a desktop's."""
+    """Guide the user through the consent and return the exit code. `has_screen`: a browser can be opened."""
     try:
         name, central, timeout = _checked(options, config)
         ensure_writable(options.output, replace=options.force)
@@ -167,7 +167,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
 
 
 def _checked(options: argparse.Namespace, config: Config) -> tuple[str, SellerCentral, float]:
-    """Return the application's name, the marketplace, and how long to wait in seconds; raise _WrongUse."""
+    """Return the application's name, the marketplace, and how long to wait in seconds; raise UsageError."""
     names = list(config.applications)
     name = options.application or (names[0] if len(names) == 1 else "")
     if name not in config.applications:
@@ -196,7 +196,7 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, SellerCe
 
 
 def prompt_for_token(timeout: float) -> Secret:
-    """Return the refresh token that a person pastes, as Amazon shows it."""
+    """Return the refresh token that the user pastes."""
     text = read_line("The refresh token that Amazon shows: ", timeout)
     if not text.startswith("Atzr|") or not text.isascii() or not text.isprintable():
         raise AuthorizationFailed("that is no refresh token: one begins with Atzr|")
@@ -228,7 +228,7 @@ def _consent(
     has_screen: bool,
     run: RunAsync,
 ) -> Consent:
-    """Have a person consent, and return what came of it.
+    """Ask the user for consent at Amazon and return it.
 
     Raises NotAuthorised, AuthorizationFailed and TimeoutError.
     """
@@ -281,7 +281,7 @@ async def refresh_token_of(
     redirect_uri: str | None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Secret:
-    """Exchange a consent for a refresh token; raise AuthorizationFailed."""
+    """Exchange the authorization code for a refresh token; raise AuthorizationFailed."""
     async with lwa_pool(config) as session:
 
         def call() -> Awaitable[Secret]:
@@ -298,7 +298,7 @@ async def check_refresh_token(
     refresh_token: Secret,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Find out by an exchange whether a refresh token is good; raise AuthorizationFailed."""
+    """Test a refresh token by getting an access token with it; raise AuthorizationFailed."""
     async with lwa_pool(config) as session:
 
         def call() -> Awaitable[lwa.TokenResponse]:
@@ -335,14 +335,14 @@ async def with_retries(
 
 
 def config_snippet(account: str, application: str, region: Region, path: Path) -> str:
-    """Return what names the file in the configuration, as YAML."""
+    """Return the YAML that names the file in the configuration."""
     return "\n".join(
         (
             "accounts:",
             f"  {account}:",
             f"    application: {application}",
             "    refresh_tokens:",
-            # JSON's texts are YAML's too, whatever they hold.
+            # A JSON string is a YAML string.
             f"      {region}: {{file: {json.dumps(str(path.absolute()))}}}",
         )
     )
@@ -369,8 +369,8 @@ def _authorize(options: argparse.Namespace) -> int:
         missing = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
         raise ConfigError([Problem("applications", missing)])
     hardening.harden()
-    hardening.scrub_environment(os.environ, config)  # a browser gets none of them
-    # Where there is no screen, a browser may be one for the terminal, which would take it over.
+    hardening.scrub_environment(os.environ, config)  # so that a browser does not inherit them
+    # Without a screen, webbrowser may start a text browser that takes over the terminal.
     is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return authorize(options, config, has_screen=is_desktop and sys.stdout.isatty(), run=run)
 

@@ -71,7 +71,7 @@ def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
     for problem in loaded.warnings:
         print_err(f"warning: {problem}")
     hardening.harden()
-    LOGGER.setLevel("CRITICAL")  # what it would say is in the report
+    LOGGER.setLevel("CRITICAL")  # the report has what would be logged
     report = Report(targets)
     progress = Progress(report)
     try:
@@ -86,7 +86,7 @@ def _check_live(options: argparse.Namespace, loaded: Loaded) -> int:
 
 async def run_live_check(config: Config, report: Report, call: str, progress: Progress) -> None:
     telling = asyncio.create_task(progress.run(), name="progress")
-    # Ctrl-C cancels this: what was found till then is shown.
+    # Ctrl-C cancels this; the results so far are shown.
     with suppress(asyncio.CancelledError):
         await live_check.run_checks(config, report, call=call)
     telling.cancel()

@@ -1,4 +1,4 @@
-"""What was found about the accounts, and how is it shown: to a person, to a program, and while it is going on?"""
+"""The results of `check --live`, as text, as JSON, and as progress while it runs."""
 
 import asyncio
 import json
@@ -13,18 +13,18 @@ from proxy.config import Config, Region
 Check = Literal["connection", "clock", "grantless", "token", "call", "rdt"]
 Result = Literal["ok", "warning", "failed", "not tried"]
 
-TERMINAL_INTERVAL = 0.2  # seconds between two signs of progress
+TERMINAL_INTERVAL = 0.2  # seconds between two updates
 FILE_INTERVAL = 5.0
-MAX_NAMED = 5  # of those who have the same trouble
+MAX_NAMED = 5  # accounts with the same failure
 
 _MARKS: dict[Result, str] = {"ok": "ok", "warning": "warning", "failed": "FAILED", "not tried": "-"}
 _COLUMNS: tuple[Check, ...] = ("token", "call", "rdt")
 
 
 class CheckResult(NamedTuple):
-    """What came of one step; what it is not about is empty.
+    """The result of one check; fields that do not apply are empty.
 
-    `code` is a word for programs, `said` what happened, `advice` what to do; both hold nothing secret or personal.
+    `code` is for programs, `detail` says what happened, `advice` what to do; neither has secrets or personal data.
     """
 
     check: Check
@@ -47,7 +47,7 @@ class AccountRegion(NamedTuple):
 
 
 def select(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> list[AccountRegion]:
-    """Return the accounts and regions to look at; no names stand for all of them."""
+    """Return the accounts and regions to check: all of them if none is named."""
     return [
         AccountRegion(name, region)
         for name, account in config.accounts.items()
@@ -59,7 +59,7 @@ def select(config: Config, accounts: Sequence[str], regions: Sequence[str]) -> l
 
 @dataclass(slots=True)
 class Report:
-    """What is wanted, what was found so far, and how many of the wanted are done."""
+    """The targets, the results so far, and how many targets are completed."""
 
     targets: list[AccountRegion]
     results: list[CheckResult] = field(default_factory=list)
@@ -68,12 +68,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything was tried, and nothing failed."""
+        """Whether everything was checked and nothing failed."""
         return self.is_complete and all(result.result in {"ok", "warning"} for result in self.results)
 
 
 class Progress:
-    """Says how far it has come: over and over on one line of a terminal, seldom elsewhere."""
+    """Shows progress: on one line of a terminal, updated often, or as a line now and then elsewhere."""
 
     def __init__(self, report: Report, stream: TextIO = sys.stderr, now: Callable[[], float] = time.monotonic) -> None:
         self._report = report
@@ -84,7 +84,7 @@ class Progress:
         self._line, self._last_line = "", 0
 
     def update(self) -> None:
-        """Say it, where the last time was long enough ago."""
+        """Show the progress if the last update is long enough ago."""
         now = self._now()
         if now < self._next:
             return
@@ -99,20 +99,20 @@ class Progress:
         self._next = now + (TERMINAL_INTERVAL if self._is_terminal else FILE_INTERVAL)
 
     async def run(self) -> None:
-        """Say it again and again, until this is cancelled."""
+        """Update until this is cancelled."""
         while True:
             self.update()
             await asyncio.sleep(TERMINAL_INTERVAL)
 
     def clear(self) -> None:
-        """Leave the line as it was before."""
+        """Clear the line."""
         if self._last_line:
             self._stream.write(f"\r{'':<{self._last_line}}\r")
             self._stream.flush()
 
 
 def as_json(report: Report) -> str:
-    """Return the report for programs: `works`, `complete`, and one object with always the same keys for each step."""
+    """Return the report as JSON: `works`, `complete`, and one object for each check, always with the same keys."""
     checks = [
         {
             "step": result.check,
@@ -132,7 +132,7 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """Return the report for a person: a table of what works, and below it what does not, why, and what to do."""
+    """Return the report as text: a table of the accounts, then what failed, why, and what to do."""
     lines = [*_table(report), *_grouped_failures(report.results), _conclusion(report)]
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def _row(target: AccountRegion, found: dict[Check, CheckResult]) -> tuple[str, s
 
 
 def _subject(result: CheckResult) -> str:
-    """Return whom or what a finding is about."""
+    """Return what a result is about."""
     if result.account:
         return f"{result.account} {result.region} {result.check}"
     if result.application:
@@ -170,7 +170,7 @@ def _subject(result: CheckResult) -> str:
 
 
 def _grouped_failures(results: list[CheckResult]) -> Iterator[str]:
-    """Yield what is wrong: the same trouble of many accounts once."""
+    """Yield the failures; the same failure of many accounts is shown once."""
     groups: dict[tuple[str, ...], list[CheckResult]] = {}
     for result in results:
         if result.result in {"failed", "warning"}:

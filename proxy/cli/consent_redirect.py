@@ -1,4 +1,4 @@
-"""How does what a browser was led to come back here: pasted by a person, or by a port of this machine?"""
+"""The redirect after a consent: pasted by the user, or received on a port of this machine."""
 
 import asyncio
 import contextlib
@@ -13,15 +13,16 @@ from aiohttp import web
 from proxy.amazon.consent import Consent, NotAuthorised, WrongState, parse_redirect
 from proxy.config import is_loopback
 
-MAX_PASTES = 3  # addresses that are looked at before a person has to begin again
-MAX_VISITS = 100  # requests that a listener answers before it gives up
+MAX_PASTES = 3  # pasted addresses, after which the user has to start again
+MAX_VISITS = 100  # requests that are served, after which the listener stops
 _MAX_LINE = 16 * 1024  # bytes
 
 
 def read_pasted_redirect(state: str, ask: Callable[[str], str], *, again: bool) -> Consent:
-    """Return the consent in the address that a person pastes; `ask` shows a text and returns a line.
+    """Return the consent in the address that the user pastes; `ask` shows a text and returns a line.
 
-    With `again`, one that is no answer to this request is asked for anew. Raises NotAuthorised, and what `ask` raises.
+    With `again`, an address that does not belong to this request is asked for again. Raises NotAuthorised, and what
+    `ask` raises.
     """
     for left in range(MAX_PASTES if again else 1, 0, -1):
         address = ask("The address that it led to: ")
@@ -39,7 +40,7 @@ def read_pasted_redirect(state: str, ask: Callable[[str], str], *, again: bool) 
 def read_line(prompt: str, timeout: float) -> str:
     """Return a line of standard input, which is not shown on a terminal; raise TimeoutError after `timeout` seconds.
 
-    A system without terminals of Unix waits for ever.
+    On Windows there is no timeout.
     """
     with _without_echo():
         sys.stderr.write(prompt)
@@ -66,7 +67,7 @@ def _line(descriptor: int, end: float) -> bytes:
 
 @contextlib.contextmanager
 def _without_echo() -> Iterator[None]:
-    """Keep a terminal from showing what is typed: it stays in its history."""
+    """Turn off the terminal's echo: what is shown stays in its scrollback."""
     if not sys.stdin.isatty() or os.name != "posix":
         yield
         return
@@ -84,10 +85,10 @@ def _without_echo() -> Iterator[None]:
 
 
 async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -> Consent:
-    """Wait on 127.0.0.1 for the browser, and return the consent it brings; `say` is told the port that is listened on.
+    """Listen on 127.0.0.1 for the browser and return the consent in its request; `say` gets the port.
 
-    One answer to this request for consent is taken, everything else is turned away. Raises NotAuthorised, and OSError
-    where the port cannot be listened on.
+    Only a redirect that belongs to this request for consent is accepted. Raises NotAuthorised, and OSError if the port
+    cannot be listened on.
     """
     come: asyncio.Future[Consent] = asyncio.get_running_loop().create_future()
     visits = 0
@@ -110,7 +111,7 @@ async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -
 
 
 def _received(request: web.BaseRequest, state: str, come: "asyncio.Future[Consent]") -> web.Response:
-    """Answer one request of a browser's, and note what it brings."""
+    """Serve one request of the browser and keep the consent in it."""
     if not is_loopback(request.url.host or ""):
         return _page(421, "This is not the host you are looking for.")  # DNS rebinding
     if request.method != "GET":
@@ -129,7 +130,7 @@ def _received(request: web.BaseRequest, state: str, come: "asyncio.Future[Consen
 
 
 def _page(status: int, text: str) -> web.Response:
-    """Return a page that holds nothing of the request, loads nothing, and leaves its address nowhere."""
+    """Return a page that has nothing of the request, loads nothing, and sends no Referer."""
     headers = {
         "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "Referrer-Policy": "no-referrer",

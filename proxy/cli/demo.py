@@ -46,24 +46,24 @@ def demo_environment(environ: Mapping[str, str], simulator: Any) -> dict[str, st
 
 
 def _welcome(proxy: RunningProxy) -> None:
-    # All addresses are none that a request could be sent to: this machine's own is one of them.
+    # 0.0.0.0 is no address that a request can be sent to.
     address = proxy.addresses[0].replace("0.0.0.0:", "127.0.0.1:")
     curl = (
         f"curl -si --unix-socket {address.removeprefix('unix:')} http://localhost"
         if address.startswith("unix:")
         else (f"curl -si http://{address}")
     )
-    end = f"How it goes is at http://{proxy.admin}/ in a browser. " if proxy.admin else ""
-    # Written at once: a line of the log, which another thread writes, must not come between.
+    end = f"The status page is at http://{proxy.admin}/. " if proxy.admin else ""
+    # One write: a log line, which another thread writes, must not come in between.
     print_out(
         f"""\
 No credentials were given, so the proxy runs against a simulator of Amazon on this machine. Try:
 
   # an ordinary call
   {curl}/sellers/v1/marketplaceParticipations -H 'x-sp-region: eu'
-  # a grantless one
+  # a grantless call
   {curl}/notifications/v1/destinations -H 'x-sp-region: eu'
-  # one that needs a Restricted Data Token
+  # a call that needs a Restricted Data Token
   {curl}/orders/v0/orders/902-1845936-5435065/address -H 'x-sp-region: eu'
 
 {end}Ctrl-C ends both."""

@@ -82,9 +82,7 @@ def explain_request(options: argparse.Namespace, config: Config) -> Mapping[str,
     table = operation_table()
     own = TokenEndpoint(table, answers_rdt=config.local_rdt).match(validated.target)
     if options.method == "POST" and own == placeholder_endpoint.LWA_TOKEN:
-        return placeholder_endpoint.describe_token_request(
-            own, validated.target
-        )  # whoever asks: no key is needed for that
+        return placeholder_endpoint.describe_token_request(own, validated.target)  # no caller key is needed for that
     caller = options.caller or CallerAuthenticator(config).authenticate(sent, UNKNOWN_PEER, listener)
     policy = build_policies(config, options.listener)[caller]
     if options.method == "POST" and own:

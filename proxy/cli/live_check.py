@@ -1,8 +1,7 @@
-"""Does every account work right now, and if not, why not and what is to be done?
+"""`check --live`: test every account at Login with Amazon and at Amazon, and say what is wrong and what to do.
 
-Asked by the proxy's own parts: the same exchanges, the same usage plans, the same connections, addresses and forward
-proxy, so that what is found here is what an app would meet. Nothing is written, and of what Amazon answers only the
-countries of the marketplaces are kept.
+It uses the proxy's own parts: the same token requests, usage plans, connections, addresses and forward proxy, so that
+an app would meet the same. It writes nothing, and of Amazon's responses it keeps only the countries of marketplaces.
 """
 
 import asyncio
@@ -55,11 +54,11 @@ from proxy.request.validation import ValidatedTarget
 from proxy.server.runtime import lwa_pool, user_agents
 from proxy.store import MemoryStore
 
-PARALLEL = 10  # accounts that are looked at at once
-TRIES = 3  # of one call that fails for no reason of ours
-MAX_WAIT = 90.0  # seconds for a place in a usage plan: getMarketplaceParticipations has one a minute
-CALL_TIMEOUT = 30.0  # seconds for one answer, or timeouts.upstream_idle where that is shorter
-HOST_FAILURE_LIMIT = 20  # accounts in a row that a host fails, after which the rest is not tried
+PARALLEL = 10  # accounts checked at the same time
+TRIES = 3  # of one call that fails with a status of Amazon's servers
+MAX_WAIT = 90.0  # seconds to wait for a usage plan: getMarketplaceParticipations has one call a minute
+CALL_TIMEOUT = 30.0  # seconds for one response, or timeouts.upstream_idle if that is shorter
+HOST_FAILURE_LIMIT = 20  # accounts in a row for which a host failed, after which the rest is not tried
 MAX_RESPONSE = 256 * 1024
 SKEW = 60.0  # seconds by which this machine's clock may be wrong
 CALL = "/sellers/v1/marketplaceParticipations"
@@ -70,9 +69,9 @@ _COUNTRY = re.compile(r"[A-Z]{2}", re.ASCII)
 
 
 def is_callable(path: str, table: OperationTable) -> bool:
-    """Return whether a path, with its query, is of an operation that may be called to see whether an account works.
+    """Return whether a path, with its query, is of an operation that may be called to test an account.
 
-    It reads, for a selling partner, and brings no personal data that needs a token of its own.
+    Such an operation only reads, is for a selling partner, and returns no personal data that needs a token of its own.
     """
     if not (path.startswith("/") and path.isascii() and path.isprintable()) or {" ", "#"} & set(path):
         return False
@@ -90,7 +89,7 @@ async def run_checks(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     call_later: Callable[..., object] | None = None,
 ) -> None:
-    """Look at all that `report` wants, and note what is found; who is cancelled leaves what was found till then.
+    """Check all targets of `report` and record the results; if cancelled, the results so far stay.
 
     `call` is the path, with its query, that is called for each account.
     """
@@ -103,7 +102,7 @@ async def run_checks(
 
 
 class _Parts(NamedTuple):
-    """What a proxy would serve with."""
+    """The parts of a proxy that the checks use."""
 
     amazon: ConnectionPool
     lwa: ConnectionPool
@@ -134,7 +133,7 @@ async def _parts(
             metrics=metrics,
             now=now,
         )
-        # Never the store that replicas share: a token from there would say nothing about the refresh token.
+        # Never the shared store: a token from there would say nothing about the refresh token.
         store = MemoryStore()
         stack.push_async_callback(store.close)
         tokens = TokenProvider(
@@ -150,7 +149,7 @@ async def _parts(
 
 
 class LiveCheck:
-    """One look at everything."""
+    """One run of all checks."""
 
     def __init__(
         self,
@@ -173,10 +172,10 @@ class LiveCheck:
         self._failures: dict[Origin, int] = {}
         self._skews: list[float] = []
 
-    # Connections: who cannot be reached is not asked for each account anew.
+    # Connections: a host that cannot be reached is not tried again for each account.
 
     async def check_connections(self) -> None:
-        """Try a connection to Login with Amazon, and to each region that is wanted."""
+        """Test a connection to Login with Amazon and to each region of the targets."""
         lwa = self._config.endpoints.lwa
         endpoints = {Origin.of(lwa): self._parts.lwa}
         for target in self._report.targets:
@@ -203,16 +202,16 @@ class LiveCheck:
         return Origin.of(url) not in self._unreachable
 
     def record_host_result(self, url: str, *, well: bool) -> None:
-        """Learn how a host fared: one that fails everybody is given up, so that hundreds do not wait for it in turn."""
+        """Record whether a host failed; after HOST_FAILURE_LIMIT failures in a row it is not tried again."""
         origin = Origin.of(url)
         self._failures[origin] = 0 if well else self._failures.get(origin, 0) + 1
         if self._failures[origin] >= HOST_FAILURE_LIMIT:
             self._unreachable.add(origin)
 
-    # Applications: a grantless token each.
+    # Applications: one grantless token each.
 
     async def check_applications(self) -> None:
-        """Get a grantless token for each application that the wanted accounts belong to."""
+        """Get a grantless token for each application of the targets' accounts."""
         first: dict[str, AccountRegion] = {}
         for target in self._report.targets:
             name, _ = self._config.application_of(self._config.accounts[target.account])
@@ -230,7 +229,7 @@ class LiveCheck:
             await self._parts.tokens.get(token_key)
         except ProxyError as error:
             reason = reason_of(error)
-            # A vendor's application gets none, and needs none.
+            # A vendor's application does not get one, and does not need one.
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
             advice = NO_SCOPE if result == "warning" else _advice_on(error)
             return about._replace(result=result, code=reason, detail=error.message, advice=advice)
@@ -239,7 +238,7 @@ class LiveCheck:
     # Accounts.
 
     async def check_accounts(self) -> None:
-        """Look at every account and region, a bounded number at a time."""
+        """Check every account and region, PARALLEL at a time."""
         waiting = iter(self._report.targets)
 
         async def work() -> None:
@@ -293,7 +292,7 @@ class LiveCheck:
         return steps
 
     def _target(self, path: str, target: AccountRegion) -> Route:
-        """Return what a proxy would decide about an app's GET for this account and region."""
+        """Return the route of an app's GET for this account and region."""
         headers = CIMultiDictProxy(CIMultiDict({ACCOUNT_HEADER: target.account, REGION_HEADER: target.region}))
         validated = ValidatedTarget(path, "localhost", None, frozenset({ACCOUNT_HEADER, REGION_HEADER}))
         return resolve("GET", validated, headers, _any_account(), self._config, self._parts.table)
@@ -302,7 +301,7 @@ class LiveCheck:
         try:
             status, body = await self._send_call(route, token)
             if status in FORBIDDEN_STATUSES and parse_error(body).is_token_error:
-                # As for an app: another token, once.
+                # As for an app: one other token, once.
                 another = await self._parts.tokens.refresh_rejected(route.token_key, token)
                 if another is not None:
                     token = another
@@ -332,7 +331,7 @@ class LiveCheck:
         return about._replace(result="failed", code=code, detail=said.removesuffix(":"), advice=advice)
 
     def _explain_refusal(self, status: int, route: Route, token: Token, amazon_error: AmazonError) -> tuple[str, str]:
-        """Return a code and advice for an answer that is no success."""
+        """Return a code and advice for a response that is no success."""
         if status in FORBIDDEN_STATUSES:
             hint = self._experience.diagnose("GET", route, token, amazon_error)
             return hint, HINTS[hint]
@@ -343,9 +342,9 @@ class LiveCheck:
         return f"http_{status}", UNEXPECTED_RESPONSE
 
     async def _send_call(self, route: Route, token: Token) -> tuple[int, bytes]:
-        """Make the call, at its place in its usage plan, and again where that may help; return status and body.
+        """Send the call within its usage plan, with retries where they may help; return status and body.
 
-        Raises UsagePlanExhausted, Broken and OSError.
+        Raises UsagePlanExhausted, RemoteProtocolError and OSError.
         """
         admission, wall = AdmissionRequest(MAX_WAIT), self._wall
         url, agent = route.endpoint + route.path_and_query, self._agents[route.application]
@@ -369,7 +368,7 @@ class LiveCheck:
                 await self._sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
     async def _check_rdt(self, about: CheckResult, route: Route) -> CheckResult:
-        """Get a Restricted Data Token, which is not used."""
+        """Get a Restricted Data Token, without using it."""
         wanted = route.token_key.data_elements
         try:
             token = await self._parts.tokens.get(route.token_key)
@@ -382,7 +381,7 @@ class LiveCheck:
         return about._replace(result="failed", code="elements_refused", detail=said, advice=NO_ELEMENTS)
 
     def refine_advice(self, result: CheckResult) -> CheckResult:
-        """Return what a refusal probably means, now that it is known how the application's other accounts fared."""
+        """Return what a 403 probably means, given the results of the application's other accounts."""
         if result.code != "region_or_authorisation" or self._call != CALL:
             return result
         others = [
@@ -402,7 +401,7 @@ class LiveCheck:
         self._skews.append(self._wall() - theirs)
 
     def _check_clock(self) -> None:
-        """Compare this machine's clock with the dates of Amazon's answers."""
+        """Compare this machine's clock with the dates of Amazon's responses."""
         if not self._skews:
             return
         skew = sorted(self._skews)[len(self._skews) // 2]
@@ -420,25 +419,25 @@ def _any_account() -> Listener:
 
 def _failed(about: CheckResult, error: ProxyError) -> CheckResult:
     code, said = reason_of(error), error.message
-    if code == "invalid_client":  # it is the application's, whichever account was asked for
+    if code == "invalid_client":  # a fault of the application, whichever account it was asked for
         said = said.replace(f"account {about.account} in {about.region}", f"application {about.application}")
     return about._replace(result="failed", code=code, detail=said, advice=_advice_on(error))
 
 
 def _advice_on(error: ProxyError) -> str:
-    # The error's own sends an app's author here.
+    # The hint of the error itself points to this command.
     return AMAZON_DOWN if isinstance(error, TokenUnavailable) else error.hint
 
 
 def reason_of(error: ProxyError) -> str:
-    """Return a word for why there is no token: OAuth's own where Login with Amazon says one."""
+    """Return a code for why there is no token: OAuth's error code if Login with Amazon gives one."""
     return error.reason or error.code
 
 
 def countries_in(body: bytes) -> tuple[str, ...]:
-    """Return the country codes of the marketplaces that an answer of getMarketplaceParticipations names, and no more.
+    """Return only the country codes of the marketplaces in a response of getMarketplaceParticipations.
 
-    It names the store as well, which is nobody's business here.
+    The response also has the name of the store, which is not needed here.
     """
     payload = parse_object(body).get("payload")
     found = set()

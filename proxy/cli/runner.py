@@ -17,14 +17,14 @@ from proxy.server.reload import ConfigWatcher, Result, file_signatures
 from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.server.sockets import CannotListen
 
-FORCED_EXIT_DELAY = 1.0  # seconds between a second signal and the end of the process, whatever still hangs
+FORCED_EXIT_DELAY = 1.0  # seconds between a second signal and a forced exit
 
 T = TypeVar("T")
 
 
 @contextmanager
 def logging_to(log: Log, audit: str | None) -> Iterator[None]:
-    """Set up the logs, written by threads of their own, and see to it in the end that nothing is left to write."""
+    """Set up the logs, each written by a thread, and flush them at the end."""
     logging.set_up(log.level, log.format)
     behind = logging.start_background()
     try:
@@ -44,7 +44,7 @@ def _audit(where: str) -> logging.BackgroundHandler:
 
 
 def run(main_task: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on uvloop where it exists, and return what it returns."""
+    """Run a coroutine, on uvloop if it is installed, and return its result."""
     try:
         import uvloop  # noqa: PLC0415 - there is none on Windows
     except ImportError:
@@ -60,10 +60,10 @@ async def serve_until_signal(
     *,
     is_demo: bool = False,
 ) -> int:
-    """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP has `load` called."""
+    """Serve until SIGTERM, SIGINT or /quitquitquit; a second signal ends it at once. SIGHUP reloads with `load`."""
     seen = file_signatures(loaded.files)
     hardening.freeze_gc()
-    told, service = SignalWaiter(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
+    signals, service = SignalWaiter(), systemd.Service(os.environ.pop("NOTIFY_SOCKET", ""))
     try:
         async with start_proxy(loaded.config) as proxy:
             reloads = ConfigWatcher(
@@ -75,8 +75,8 @@ async def serve_until_signal(
                 note=partial(_note_reload, service, proxy.has_started),
                 seen=seen,
             )
-            del loaded  # see _serve
-            told.on_hangup, told.proxy = reloads.request_reload, proxy
+            del loaded  # as in serve.py
+            signals.on_hangup, signals.proxy = reloads.request_reload, proxy
             logging.LOGGER.info(
                 "serving",
                 extra=logging.extra(listen=list(proxy.addresses), admin=proxy.admin, health=proxy.health),
@@ -85,8 +85,8 @@ async def serve_until_signal(
             if after_start:
                 after_start(proxy)
             watching = asyncio.create_task(reloads.watch(), name="reload")
-            because = await told.wait(proxy.quit)
-            told.on_hangup = _is_ending
+            because = await signals.wait(proxy.quit)
+            signals.on_hangup = _on_sighup_while_ending
             watching.cancel()
             service.notify_stopping()
             logging.LOGGER.info("shutting down", extra=logging.extra(because=because))
@@ -96,7 +96,7 @@ async def serve_until_signal(
             print_err('With make: make run ARGS="--listen 127.0.0.1:8081 --admin 127.0.0.1:9091"')
         return FAILED
     logging.LOGGER.info("ended", extra=logging.extra(cut_off=proxy.shutdown.aborted))
-    return 128 + told.number if proxy.shutdown.aborted or proxy.shutdown.immediate.is_set() else OK
+    return 128 + signals.number if proxy.shutdown.aborted or proxy.shutdown.immediate.is_set() else OK
 
 
 def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
@@ -106,19 +106,19 @@ def _note_start(service: systemd.Service, start: "asyncio.Task[None]") -> None:
 
 def _note_reload(service: systemd.Service, start: "asyncio.Task[None]", result: Result | None) -> None:
     if not start.done():
-        return  # ready is what it becomes with the last token that `warm_up` waits for
+        return  # READY is sent when `warm_up` has its last token
     if result is None:
         service.notify_reloading()
     else:
-        service.notify_ready("the newest configuration was refused; its mistakes are in the log" * (result == "failed"))
+        service.notify_ready("the last configuration was rejected; its errors are in the log" * (result == "failed"))
 
 
-def _is_ending() -> None:
-    logging.LOGGER.warning("SIGHUP changes nothing any more: the process is shutting down")
+def _on_sighup_while_ending() -> None:
+    logging.LOGGER.warning("SIGHUP ignored: the process is shutting down")
 
 
 class SignalWaiter:
-    """Waits for the first signal; the second one ends the process without waiting for anything, the third at once."""
+    """Waits for the first signal. The second one ends the process without draining, the third at once."""
 
     def __init__(self) -> None:
         self._first_signal = asyncio.Event()
@@ -130,15 +130,15 @@ class SignalWaiter:
             try:
                 loop.add_signal_handler(number, self.on_signal, number)
             except NotImplementedError:  # Windows
-                signal.signal(number, lambda told, _: loop.call_soon_threadsafe(self.on_signal, told))
+                signal.signal(number, lambda received, _: loop.call_soon_threadsafe(self.on_signal, received))
         if hasattr(signal, "SIGHUP"):
             loop.add_signal_handler(signal.SIGHUP, self.on_sighup)
 
     def on_sighup(self) -> None:
-        self.on_hangup()  # which is another one later
+        self.on_hangup()  # it is replaced during shutdown
 
     async def wait(self, quit_: asyncio.Event) -> str:
-        """Wait for a signal, or for `quit_`; return which of them it was."""
+        """Wait for a signal or for `quit_`; return which of them came."""
         waits = [asyncio.create_task(event.wait()) for event in (self._first_signal, quit_)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -146,7 +146,7 @@ class SignalWaiter:
             for wait in waits:
                 wait.cancel()
         if not self._first_signal.is_set():
-            self._first_signal.set()  # so that a signal is the second thing to be told
+            self._first_signal.set()  # a signal from now on counts as the second one
             return "/quitquitquit"
         return signal.Signals(self.number).name
 
@@ -158,13 +158,13 @@ class SignalWaiter:
             exit_now(128 + number, self.proxy)
         else:
             self.number = number
-            logging.LOGGER.warning("told to end a second time: requests in flight are not waited for")
+            logging.LOGGER.warning("second signal: requests in flight are aborted")
             self.proxy.shutdown.immediate.set()
             self._loop.call_later(FORCED_EXIT_DELAY, exit_now, 128 + number, self.proxy)
 
 
 def exit_now(code: int, proxy: RunningProxy | None) -> None:
-    """End the process where it stands, whatever still hangs, with the last line in its log."""
+    """End the process at once, after flushing the log."""
     logging.LOGGER.warning("ended", extra=logging.extra(cut_off=proxy.shutdown.aborted if proxy is not None else 0))
     logging.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""How is a secret put into a file: readable by nobody else, and whole or not at all?"""
+"""Writing a secret to a file: readable by its owner alone, and atomically."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from proxy.config import Secret
 
 
 class CannotStore(Exception):
-    """The file cannot be written; the text says why."""
+    """The file cannot be written; the message says why."""
 
 
 def ensure_writable(path: Path, *, replace: bool) -> None:
-    """Find out whether a file can be written there, before a person is sent to Amazon; raise CannotStore."""
+    """Check that the file can be written, before the user is sent to Amazon; raise CannotStore."""
     if not path.parent.is_dir():
         raise CannotStore(f"{path.parent}: there is no such folder; make it first, for yourself alone (mode 700)")
     if path.is_dir():
@@ -25,13 +25,13 @@ def ensure_writable(path: Path, *, replace: bool) -> None:
 
 
 def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
-    """Write a secret into a file of mode 0600, whole or not at all; raise CannotStore.
+    """Write a secret to a file of mode 0600, atomically; raise CannotStore.
 
-    Without `replace`, a file that came there meanwhile stays.
+    Without `replace`, an existing file is kept.
     """
     temporary = ""
     try:
-        # Made with mode 0600, under a name that nobody else can have taken.
+        # mkstemp creates the file with mode 0600 and a name that does not exist yet (O_EXCL).
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{text.reveal()}\n")
@@ -50,10 +50,10 @@ def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
 def _write_atomically(temporary: str, path: Path, *, replace: bool) -> None:
     if not replace:
         try:
-            os.link(temporary, path)  # unlike a renaming, it replaces nothing
+            os.link(temporary, path)  # unlike a rename, it never replaces a file
         except FileExistsError:
             raise
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             if os.path.lexists(path):
                 raise FileExistsError from None
         else:

@@ -30,7 +30,7 @@ def _serve(options: argparse.Namespace) -> int:
         from proxy.cli.demo import demo  # noqa: PLC0415 - brings the simulator along
 
         return run(demo(options))
-    environ = dict(os.environ)  # as it was at the start: a reload resolves references as the start did
+    environ = dict(os.environ)  # a copy from the start: a reload resolves ${VARIABLES} as the start did
     loaded = load(options, environ)
     wrong = dependencies.wrong_versions([dependencies.REDIS_RANGE]) if loaded.config.store is not None else []
     if wrong:
@@ -42,7 +42,7 @@ def _serve(options: argparse.Namespace) -> int:
         for problem in loaded.warnings:
             logging.LOGGER.warning("configuration warning", extra=logging.extra(problem=str(problem)))
         serving = serve_until_signal(loaded, lambda: load(options, environ), is_demo=options.demo)
-        del loaded  # its secrets are to be kept no longer than it is in force
+        del loaded  # so that its secrets are not kept after a reload
         return run(serving)
 
 

@@ -16,14 +16,14 @@ from proxy.cli.common import FAILED, INTERRUPTED, OK, USAGE, Command, print_err
 from proxy.cli.probe import add_admin_flags, with_admin_address
 
 POLL_INTERVAL = 0.5  # seconds
-MAX_BYTES = 4 * 1024 * 1024  # of one answer
+MAX_BYTES = 4 * 1024 * 1024  # of one response
 
 _RED, _YELLOW, _GREEN, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFilter:
-    """Which requests are shown, and how; `status` is a code or its class, such as 4xx; `past` of those before now."""
+    """Which requests are shown, and how. `status`: a code or a class such as 4xx; `tail`: how many past ones."""
 
     account: str = ""
     status: str = ""
@@ -43,7 +43,7 @@ class RequestFilter:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which requests are shown, and how."""
+    """Add the flags that select requests and their format."""
     group = parser.add_argument_group("requests")
     group.add_argument("-n", dest="past", metavar="NUMBER", type=_count, default=10, help="how many of the past (10)")
     group.add_argument("--account", metavar="NAME", default="", help="only those of this account")
@@ -60,7 +60,7 @@ def _count(text: str) -> int:
 
 
 def filter_from(options: argparse.Namespace) -> RequestFilter:
-    """Return what the flags say; raise ValueError where `--status` is none."""
+    """Return the filter that the flags describe; raise ValueError if `--status` is not valid."""
     status = options.status.lower()
     if status and not (len(status) == 3 and status[0] in "12345" and (status[1:] == "xx" or status[1:].isdecimal())):
         raise ValueError("must be a status such as 429 or a class such as 5xx")
@@ -76,9 +76,9 @@ def follow(
     with_colour: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Show requests until Ctrl-C, or until nobody reads any more; return the exit code.
+    """Show requests until Ctrl-C or until the output is closed; return the exit code.
 
-    A proxy that does not answer at all is a failure; one that was there and goes is waited for.
+    A proxy that does not respond at first is a failure; one that stops later is waited for.
     """
     has_shown = False
     try:
@@ -103,9 +103,9 @@ def _status_body(
     complain: Callable[[str], None],
     sleep: Callable[[float], None],
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the requests that are wanted, as they are answered; end where nobody reads any more.
+    """Yield the matching requests as they are served; end when the output is closed.
 
-    Raises ConnectionError where nothing answers from the start.
+    Raises ConnectionError if nothing responds at first.
     """
     found = _poll(address, "")
     yield from _last([request for request in found["requests"] if which.matches(request)], which.tail)
@@ -130,7 +130,7 @@ def _last(requests: list[Mapping[str, Any]], count: int) -> list[Mapping[str, An
 def poll_until_available(
     address: AdminAddress, cursor: str, out: TextIO, complain: Callable[[str], None], sleep: Callable[[float], None]
 ) -> Mapping[str, Any]:
-    """Return the next answer; say once where there is none, and wait; nothing where nobody reads any more."""
+    """Return the next response, waiting while there is none, which is reported once; None when the output is closed."""
     has_said = False
     while not is_pipe_closed(out):
         try:
@@ -144,7 +144,7 @@ def poll_until_available(
 
 
 def _poll(address: AdminAddress, cursor: str) -> Mapping[str, Any]:
-    """Return what the proxy answers; raise ConnectionError where it is no answer."""
+    """Return the proxy's response; raise ConnectionError if it is not valid."""
     response = admin_client.request(address, "GET", f"/requests?after={cursor}", max_bytes=MAX_BYTES)
     if not response.ok:
         raise ConnectionError(response.text)
@@ -157,7 +157,7 @@ def _poll(address: AdminAddress, cursor: str) -> Mapping[str, Any]:
 
 
 def is_pipe_closed(out: TextIO) -> bool:
-    """Return whether the other end of a pipe is closed: without a line to write, nothing else would tell."""
+    """Return whether the reader of a pipe is gone; without a line to write, nothing else would show it."""
     if not hasattr(select, "poll"):  # Windows
         return False
     try:
@@ -165,7 +165,7 @@ def is_pipe_closed(out: TextIO) -> bool:
         poll.register(out.fileno(), 0)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except OSError:
-        return False  # no file at all, but something in memory
+        return False  # not a file: a buffer in memory
 
 
 def _line(request: Mapping[str, Any], *, with_colour: bool) -> str:
@@ -189,7 +189,7 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return a text that can do nothing to a terminal, whoever answered at the address."""
+    """Return a text without control characters, whatever server sent it."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
