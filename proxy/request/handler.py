@@ -35,7 +35,7 @@ from proxy.request.header_cache import HeaderBlock, HeaderCache
 from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
 from proxy.request.request_options import RequestOptions, parse_options
-from proxy.request.routing import RouteCache
+from proxy.request.route_cache import RouteCache
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.tokens.provider import Token, TokenProvider
 from proxy.request.tokens.report_documents import UnrestrictedReports, decompress

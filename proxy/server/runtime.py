@@ -28,7 +28,8 @@ from proxy.request.handler import Handler
 from proxy.request.header_cache import HeaderCache
 from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 from proxy.request.ratelimit.limiter import RateLimiter
-from proxy.request.routing import RouteCache, TokenKey, TokenKind
+from proxy.request.route_cache import RouteCache
+from proxy.request.token_selection import TokenKey, TokenKind
 from proxy.request.tokens.client import TokenClient, access_token_keys, token_source
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.tokens.provider import TokenProvider

@@ -23,7 +23,7 @@ from proxy.errors import ProxyError, all_errors
 from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from proxy.remedies import REMEDIES
-from proxy.request import routing
+from proxy.request import target, token_selection
 from proxy.request.forbidden_hints import HINTS, Hint
 from proxy.request.ratelimit import limiter
 from proxy.server.admin.app import Readiness, health_app
@@ -214,7 +214,7 @@ def test_the_readme_names_every_health_address() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [routing.ACCOUNT_HEADER, routing.REGION_HEADER, routing.ELEMENTS_HEADER, limiter.MAX_WAIT_HEADER],
+    [target.ACCOUNT_HEADER, target.REGION_HEADER, token_selection.ELEMENTS_HEADER, limiter.MAX_WAIT_HEADER],
 )
 def test_the_readme_names_every_header_of_ours(header: str) -> None:
     assert f"| `{header}` |" in text_of("README.md")

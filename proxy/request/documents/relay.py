@@ -43,7 +43,9 @@ from proxy.observability.metrics import Metrics
 from proxy.request.authorization import AccessPolicy
 from proxy.request.documents.gzip_stream import MAGIC, Gunzip
 from proxy.request.header_cache import HeaderBlock
-from proxy.request.routing import UNCACHED, Route, TokenKind, access_token_key_of, account_of
+from proxy.request.routing import UNCACHED, Route
+from proxy.request.target import account_of
+from proxy.request.token_selection import TokenKind, access_token_key_of
 from proxy.request.tokens.report_documents import decompress
 from proxy.request.upstream.forward import Forwarder, UpstreamCall, end_to_end_headers
 from proxy.request.upstream.http1 import RemoteProtocolError, Response

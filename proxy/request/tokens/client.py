@@ -21,7 +21,8 @@ from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenU
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
 from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter
-from proxy.request.routing import UNCACHED, Route, TokenKey, access_token_key, access_token_key_of, endpoint_of
+from proxy.request.routing import UNCACHED, Route, endpoint_of
+from proxy.request.token_selection import TokenKey, access_token_key, access_token_key_of
 from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import ConnectionPool
 
