@@ -33,8 +33,8 @@ from proxy.request.context import RequestContext
 from proxy.request.forbidden_hints import FORBIDDEN_STATUSES, SuccessHistory
 from proxy.request.header_cache import HeaderBlock, HeaderCache
 from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
-from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
-from proxy.request.request_options import RequestOptions, parse_options
+from proxy.request.ratelimit.limiter import RATE_HEADER, RateLimiter
+from proxy.request.request_options import AdmissionRequest, RequestOptions, parse_options
 from proxy.request.route_cache import RouteCache
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.tokens.provider import Token, TokenProvider
@@ -209,7 +209,7 @@ class Handler:
 
         Raises the error that stands in for an answer.
         """
-        route, context, admission = call.route, call.context, options.claim
+        route, context, admission = call.route, call.context, options.admission
         self.retry_policies.deposit(route)
         retry_state: RetryState | None = None
         while True:
@@ -232,7 +232,7 @@ class Handler:
             else:
                 if response.status == 429:
                     admission = replace(
-                        admission, max_wait=options.claim.max_wait - context.rate_limit_wait, is_retry=True
+                        admission, max_wait=options.admission.max_wait - context.rate_limit_wait, is_retry=True
                     )
                     pause = self._throttle_backoff(call, admission, may_repeat=options.retry_enabled)
                 elif response.status in RETRIED_STATUSES:

@@ -23,9 +23,8 @@ from proxy.errors import ProxyError, all_errors
 from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
 from proxy.remedies import REMEDIES
-from proxy.request import target, token_selection
+from proxy.request import request_options, target, token_selection
 from proxy.request.forbidden_hints import HINTS, Hint
-from proxy.request.ratelimit import limiter
 from proxy.server.admin.app import Readiness, health_app
 from proxy.server.runtime import RESTART_ONLY
 from proxy.simulator import cli as simulator_command
@@ -214,7 +213,7 @@ def test_the_readme_names_every_health_address() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [target.ACCOUNT_HEADER, target.REGION_HEADER, token_selection.ELEMENTS_HEADER, limiter.MAX_WAIT_HEADER],
+    [target.ACCOUNT_HEADER, target.REGION_HEADER, token_selection.ELEMENTS_HEADER, request_options.MAX_WAIT_HEADER],
 )
 def test_the_readme_names_every_header_of_ours(header: str) -> None:
     assert f"| `{header}` |" in text_of("README.md")
