@@ -49,7 +49,7 @@ from proxy.request.validation import AllowedHosts, ValidatedTarget, check_messag
 
 if TYPE_CHECKING:
     from proxy.request.documents.relay import DocumentRelay  # and what seals, for those who have documents relayed
-    from proxy.request.spans import Tracer  # needs OpenTelemetry, an extra
+    from proxy.request.tracing import Tracer  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
@@ -256,7 +256,7 @@ class Handler:
         """Wait for the places that a call needs; return its token, which may have aged in the queue."""
         began = self.now()
         if not is_admitted:
-            call.context.rate_limit_wait += await self.limits.acquire(call.route, admission)
+            call.context.add_rate_limit_wait(await self.limits.acquire(call.route, admission))
         if not call.has_account_slot:
             await self.concurrency.acquire_account(call.route.account, admission.max_wait)
             call.has_account_slot = True
@@ -265,7 +265,7 @@ class Handler:
     async def _token(self, call: UpstreamCall) -> Token:
         asked = self.now()
         token = await self.tokens.get(call.route.token_key)
-        call.context.token_wait += self.now() - asked
+        call.context.add_token_wait(self.now() - asked)
         return token
 
     def _throttle_backoff(self, call: UpstreamCall, admission: AdmissionRequest, *, may_repeat: bool) -> float | None:
@@ -293,8 +293,8 @@ class Handler:
             if call.deadline.upstream_timed_out:
                 self.circuit_breakers.record_failure(where, route.operation_name, answered=False)
             raise
-        context.status = status = response.status
-        context.upstream_duration = now() - sent
+        status = response.status
+        context.end_attempt(status, now() - sent)
         context.amazon_request_id = response.value(b"x-amzn-requestid")
         if status >= 500:
             self.circuit_breakers.record_failure(where, route.operation_name, answered=True)

@@ -49,7 +49,7 @@ from proxy.store import MemoryStore, Store
 
 if TYPE_CHECKING:
     from proxy.request.documents.relay import DocumentRelay
-    from proxy.request.spans import Tracer
+    from proxy.request.tracing import Tracer
     from proxy.store.encryption import DocumentCipher
 
 CLIENT_SECRET_LIFETIME = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
@@ -507,9 +507,9 @@ def _open_traces(stack: AsyncExitStack, config: Config, metrics: Metrics) -> "Tr
     """Return what makes spans, None where nobody wants any; `stack` gives the last of them time to leave."""
     if config.tracing.endpoint is None:
         return None
-    from proxy.request import spans  # noqa: PLC0415 - needs OpenTelemetry, an extra
+    from proxy.request import tracing  # noqa: PLC0415 - needs OpenTelemetry, an extra
 
-    traces = spans.open_tracer(config.tracing, __version__, metrics)
+    traces = tracing.open_tracer(config.tracing, __version__, metrics)
     stack.push_async_callback(traces.close)
     return traces
 

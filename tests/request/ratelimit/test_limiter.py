@@ -624,7 +624,7 @@ async def test_a_queue_takes_no_more_than_its_bound(tmp_path: Path, clock: FakeC
     await drain(limits, orders)
     tasks = [asyncio.create_task(limits.acquire(orders, AdmissionRequest(1000))) for _ in range(3)]
     await settle()
-    with pytest.raises(UsagePlanExhausted, match="3 calls wait for the usage plan of") as caught:
+    with pytest.raises(UsagePlanExhausted, match="3 calls already wait for the usage plan of") as caught:
         await limits.acquire(orders, AdmissionRequest(1000))
     assert caught.value.headers()["Retry-After"] == "4"
     clock.advance(1.1)
