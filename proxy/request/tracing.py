@@ -120,9 +120,9 @@ class LoggingExporter(SpanExporter):
         if is_accepting != self._is_accepting:
             self._is_accepting = is_accepting
             level = logging.INFO if is_accepting else logging.WARNING
-            text = (
-                "the collector accepts spans again" if is_accepting else "the collector accepts no spans: they are lost"
-            )
+            text = "the collector accepts spans again"
+            if not is_accepting:
+                text = "the collector accepts no spans: they are lost"
             LOGGER.log(level, text, extra=extra(collector=self._host))
         return result
 
@@ -185,19 +185,15 @@ class Tracer:
         calls = 0
         for phase in context.phases:
             if phase.name == "call":
-                name, kind, attributes = (
-                    _method(context.method),
-                    SpanKind.CLIENT,
-                    _call_attributes(context, phase, calls),
-                )
+                name, kind = _method(context.method), SpanKind.CLIENT
+                attributes = _call_attributes(context, phase, calls)
                 calls += 1
             else:
                 name, kind, attributes = f"wait for {phase.name}", SpanKind.INTERNAL, {}
             # By the semantic conventions a 4xx is an error in a client span, but not in a server span.
             status = _FAILED if "error.type" in attributes else _UNSET
-            self._export(
-                name, self._child_of(server), server, kind, status, attributes, at(phase.began), at(phase.ended)
-            )
+            span = self._child_of(server)
+            self._export(name, span, server, kind, status, attributes, at(phase.began), at(phase.ended))
         status = _FAILED if context.status >= 500 or context.truncated else _UNSET
         attributes = _request_attributes(context)
         self._export(_name(context), server, parent, SpanKind.SERVER, status, attributes, at(context.started), wall)

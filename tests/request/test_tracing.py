@@ -422,7 +422,7 @@ def test_opentelemetrys_variables_count_before_the_file(tmp_path: Path) -> None:
     assert config_of({}, str(path)).tracing.endpoint == "http://file:4318/v1/traces"
     named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SERVICE_NAME": "shop"}
     named["OTEL_TRACES_SAMPLER"] = "always_on"
-    found = tracing(named, str(path)).tracing
+    found = config_of(named, str(path)).tracing
     assert (found.endpoint, found.service_name, found.sample) == ("http://c:4318/v1/traces", "shop", 1.0)
     assert config_of({"OTEL_SDK_DISABLED": "true"}, str(path)).tracing.endpoint is None
 
