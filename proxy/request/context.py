@@ -31,9 +31,9 @@ class RequestContext:
         "response_bytes",
         "response_started",
         "retry_after",
+        "route",
         "started",
         "status",
-        "target",
         "token",
         "token_age",
         "token_wait",
@@ -46,7 +46,7 @@ class RequestContext:
         self.method = method
         self.started = started
         self.caller = ""  # the caller's name, empty for an anonymous one
-        self.target: Route | None = None
+        self.route: Route | None = None
         # The operation that the proxy served itself, or that it rejected before there was a route.
         self.local_operation = ""
         self.token = "none"  # noqa: S105 - a kind of token
@@ -73,7 +73,7 @@ class RequestContext:
         """Note the token of the request, and the requested data elements that it does not cover."""
         self.token = kind
         self.data_elements = data_elements
-        asked = self.target.token_key.data_elements if self.target is not None else ()
+        asked = self.route.token_key.data_elements if self.route is not None else ()
         if asked or data_elements:
             self.dropped_elements = tuple(name for name in asked if name not in data_elements)
 
@@ -97,12 +97,12 @@ class RequestContext:
     @property
     def account(self) -> str:
         """The account's name, `-` without a route."""
-        return self.target.account if self.target is not None else "-"
+        return self.route.account if self.route is not None else "-"
 
     @property
     def region(self) -> str:
         """The region, `-` without a route."""
-        return self.target.region if self.target is not None else "-"
+        return self.route.region if self.route is not None else "-"
 
     @property
     def operation(self) -> str:
@@ -111,7 +111,7 @@ class RequestContext:
 
     def labels(self) -> tuple[str, str, str]:
         """Return account, region and operation, for metrics."""
-        route = self.target
+        route = self.route
         if route is None:
             return ("-", "-", self.local_operation) if self.local_operation else NO_ROUTE
         return route.account, route.region, route.operation_name

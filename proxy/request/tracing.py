@@ -289,7 +289,7 @@ def _name(context: RequestContext) -> str:
 
 def _route(context: RequestContext) -> str:
     """Return the operation's path template: the path itself contains ids."""
-    operation = context.target.operation if context.target else None
+    operation = context.route.operation if context.route else None
     return operation.template if operation else ""
 
 
@@ -324,8 +324,8 @@ def _request_attributes(context: RequestContext) -> Attributes:
 def _call_attributes(context: RequestContext, phase: Phase, resend_count: int) -> Attributes:
     """Return the attributes of one call to Amazon, sent after `resend_count` others."""
     found: Attributes = {"http.request.method": context.method if context.method in _METHODS else "_OTHER"}
-    if context.target is not None:
-        parts = urlsplit(context.target.endpoint)
+    if context.route is not None:
+        parts = urlsplit(context.route.endpoint)
         found["server.address"] = parts.hostname or ""
         found["server.port"] = parts.port or (443 if parts.scheme == "https" else 80)
         found["url.scheme"] = parts.scheme

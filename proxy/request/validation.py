@@ -72,13 +72,14 @@ class ValidatedTarget:
     """A validated request's target in origin form, and its host.
 
     `amazon` is the environment and region of Amazon's own host name, if the request names one. `names` are the names
-    of the header fields in lower case.
+    of the header fields in lower case. `is_token_request`: it asks Login with Amazon for a token.
     """
 
     target: str
     host: str
     amazon: tuple[Environment, Region] | None
     names: frozenset[str]
+    is_token_request: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,11 @@ def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: Al
         head.host = host
     if authority is not None:
         host = _allowed(authority, allowed_hosts)  # it overrides Host (RFC 9112 section 3.2.2)
-    if host == LWA_HOST and host not in allowed_hosts.hosts and not is_token_request(method, target):
+    token_request = method == "POST" and is_token_request(method, target)
+    if host == LWA_HOST and host not in allowed_hosts.hosts and not token_request:
         raise _host_refused()  # Login with Amazon's host name is accepted for its token path alone
     _check_path(target)
-    return ValidatedTarget(target, host, HOST_REGION.get(host), head.names)
+    return ValidatedTarget(target, host, HOST_REGION.get(host), head.names, token_request)
 
 
 def reject_unknown_headers(names: Iterable[str]) -> None:
