@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The proxy on Python's own image: docker build -t sp-api-proxy .
 # For several architectures, with a list of what is in it: docker buildx build --platform linux/amd64,linux/arm64 --sbom=true .
-# README, "Container", says how to run it. .ci/check_image.py follows this file where there is no container engine.
+# docs/container.md says how to run it. .ci/check_image.py follows this file where there is no container engine.
 
 # The digest is the index's, for all architectures. For a newer one: docker buildx imagetools inspect python:3.13-slim-trixie
 FROM python:3.13.15-slim-trixie@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b AS base

@@ -335,7 +335,7 @@ class TotalTimeout(ProxyError):
 
 
 def all_errors() -> list[type[ProxyError]]:
-    """Return every error that can be answered, in the order of this file (for the README's table and its test)."""
+    """Return every error that can be answered, in the order of this file (for docs/reference/errors.md)."""
     found: list[type[ProxyError]] = []
     pending = [ProxyError]
     while pending:

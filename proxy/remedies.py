@@ -1,7 +1,7 @@
 """What is to be done about each error of the proxy's own?
 
-One sentence or two for each code: the status page says them, and the table of errors in the README and the page of
-errors have them from here.
+One sentence or two for each code: the status page says them, and docs/reference/errors.md and docs/errors.md have
+them from here.
 """
 
 from collections.abc import Mapping

@@ -16,6 +16,7 @@ from proxy.observability.logging import LOGGER, set_up
 from proxy.server import runtime
 from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FakeUpstream, TokenHost
+from tests.support.site import build
 
 MODELS = Path(__file__).parents[2] / "shared" / "spapi" / "models"
 
@@ -122,6 +123,15 @@ def no_secret_is_logged() -> Iterator[None]:
     root.setLevel(level)
     told = [line for line in overheard.lines if _SECRETS.search(line)]
     assert not told
+
+
+@pytest.fixture(scope="session", name="site")
+def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of the documentation, built without a warning."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
 
 
 def needs(available: bool, what: str) -> None:

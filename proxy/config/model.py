@@ -1,7 +1,7 @@
 """Which settings are there, of which kind, with which default, and what does each one mean?
 
-The field descriptions here are the single place where a setting is explained: the README's table and the JSON Schema
-are made from them.
+The field descriptions here are the single place where a setting is explained: docs/reference/configuration.md and
+the JSON Schema are made from them.
 """
 
 import re

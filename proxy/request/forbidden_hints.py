@@ -26,7 +26,7 @@ Hint = Literal[
     "role",
 ]
 
-# Meaning and remedy of each hint; the reference is generated from this.
+# Meaning and remedy of each hint (docs/reference/errors.md is made from this).
 HINTS: dict[Hint, str] = {
     "token_refused": "Amazon calls the token expired, revoked or invalid; a new one did not help, or the body was too "
     "large to send it again. If it persists, the seller withdrew the authorisation, or Amazon has a problem.",

@@ -123,11 +123,11 @@ async def test_a_post_ends_the_proxy_as_a_signal_does(
     assert [line["because"] for line in proxy.lines() if line["message"] == "shutting down"] == ["/quitquitquit"]
 
 
-async def test_a_job_as_the_readme_has_it_ends_the_proxy_and_keeps_its_own_exit_code(
+async def test_a_job_as_the_reference_has_it_ends_the_proxy_and_keeps_its_own_exit_code(
     fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path
 ) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```sh\n(set -e\nsp-api-proxy wait [^`]*)```", readme)
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(set -e\nsp-api-proxy wait [^`]*)```", page)
     async with serving(settings_for(fake_upstream, token_host, quit=True), tmp_path) as proxy:
         for name, text in {
             "sp-api-proxy": f'cd {ROOT} && exec {sys.executable} -m proxy "$@" --url http://{proxy.admin}',

@@ -259,14 +259,15 @@ def test_a_wrong_name_or_label_would_be_found() -> None:
 
 # The page of alerts.
 
-_BEGINNING = """# Alerts
+_BEGINNING = """# Prometheus alerts
 
-What Prometheus alerts to, by [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), and what to
-do then. `critical`: calls fail now, or will for certain; `warning`: look today. Thresholds are a beginning: change them
-to what your apps need. `python -m tests.project.test_alert_rules` writes this page from the rules.
+This page lists the alerts in [config/prometheus/rules/alerts.yml](../config/prometheus/rules/alerts.yml), each with its
+remedy and its expression. `python -m tests.project.test_alert_rules` generates it from the rules.
+`critical`: calls fail now or certainly will; `warning`: look at it today. The thresholds are a starting point: adjust
+them to your apps.
 
-The dashboard ([config/grafana/dashboards/sp-api-proxy.json](../config/grafana/dashboards/sp-api-proxy.json)) shows what
-is behind each.
+The dashboard ([config/grafana/dashboards/sp-api-proxy.json](../config/grafana/dashboards/sp-api-proxy.json)) shows the
+data behind each alert.
 """
 
 
@@ -274,7 +275,7 @@ def alerts_page() -> str:
     """Return docs/alerts.md as the rules have it."""
     rows = [f"| [{name}](#{name.lower()}) | {rule['labels']['severity']} | {_plain(rule['annotations']['summary'])} |"
             for name, rule in ALERTS.items()]  # fmt: skip
-    contents = "\n".join(["| alert | | |", "| --- | --- | --- |", *rows])
+    contents = "\n".join(["| alert | severity | summary |", "| --- | --- | --- |", *rows])
     return f"{_BEGINNING}\n{contents}\n" + "".join(_section(name, rule) for name, rule in ALERTS.items())
 
 

@@ -1,56 +1,61 @@
 """The pages of docs/ say what is so: every block of every page is run, and the site that is made of them is whole.
 
-`python -m tests.project.test_documentation` writes anew what the pages take from the code.
+`python -m docs.generate` writes what the pages take from the code.
 """
 
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from docs import generate
 from docs.navigation import ROOT, START, first_page, llms_txt, sections
-from proxy.amazon.report_types import RESTRICTED_TYPES
-from proxy.errors import ProxyError, all_errors
-from proxy.remedies import REMEDIES
+from proxy.errors import all_errors
 from proxy.request.forbidden_hints import HINTS
 from tests.conftest import needs
 from tests.project import test_docs
 from tests.support import pages
 from tests.support.pages import Block, blocks, proxy_commands, run_page, same
+from tests.support.site import build
 
 FOLDER = ROOT / "docs"
-PAGES = sorted(FOLDER.glob("*.md"))
+PAGES = sorted([*FOLDER.glob("*.md"), *FOLDER.glob("reference/*.md")])
 PROGRAMS = ("bash", "curl", "openssl", "node", "redis-server", "kubectl", "promtool")
 # How many blocks of each page are looked at and not run; the page says why, above each.
 NOT_RUN = {
-    "authorize": 1,
+    "access-control": 1,
+    "authorize": 2,
     "check-live": 1,
-    "first-call": 1,
+    "container": 3,
+    "first-call": 2,
     "moving": 4,
+    "operating": 1,
+    "reference/cli": 1,
     "replicas": 1,
-    "sidecar": 3,
+    "sidecar": 1,
     "threat-model": 1,
 }
+
+
+def name_of(page: Path) -> str:
+    """Return a page's name: its path below docs/, without the suffix."""
+    return page.relative_to(FOLDER).with_suffix("").as_posix()
 
 
 # The pages, word by word.
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_reader_who_does_what_a_page_says_sees_what_it_says(page: Path, tmp_path: Path) -> None:
     for program in PROGRAMS:
         needs(shutil.which(program) is not None, program)
-    assert run_page(page.read_text(encoding="utf-8"), tmp_path) == NOT_RUN.get(page.stem, 0)
+    assert run_page(page.read_text(encoding="utf-8"), tmp_path) == NOT_RUN.get(name_of(page), 0)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_of_a_page_is_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "selling-partner-api-models" / "models").mkdir(parents=True)  # a reader has made this checkout
@@ -63,35 +68,35 @@ def test_every_command_of_a_page_is_understood(page: Path, tmp_path: Path, monke
             parser.parse_args([*arguments, "--help"])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_names_only_files_settings_headers_and_series_that_there_are(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    readme = test_docs.text_of("README.md")
+    series, headers = test_docs.part("metrics.md", "metrics"), test_docs.text_of("docs/reference/headers.md")
     files = re.findall(r"`((?:proxy|tests|config|docs|\.ci)/[\w./-]+)`", text)
     assert not [name for name in files if not (ROOT / name).exists()]
-    assert not [name for name in re.findall(r"\b(spapi_proxy_\w+)\b(?=`)", text) if f"`{name}`" not in readme]
-    assert not [name for name in re.findall(r"`(x-sp-[a-z-]+)[`:]", text) if f"`{name}" not in readme]
-    keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in test_docs.settings()}
+    assert not [name for name in re.findall(r"\b(spapi_proxy_\w+)\b(?=`)", text) if f"`{name}`" not in series]
+    assert not [name for name in re.findall(r"`(x-sp-[a-z-]+)[`:]", text) if f"`{name}" not in headers]
+    keys = {key.replace("[N]", "").replace(".NAME", "").replace(".REGION", "") for key, _, _ in generate.settings()}
     groups = {key.partition(".")[0] for key in keys if "." in key}
     named = re.findall(rf"`((?:{'|'.join(sorted(groups))})\.[a-z_]+)`", text)
     assert not [key for key in named if key not in keys]
 
 
 @pytest.mark.timeout(600)
-def test_a_document_of_the_demo_comes_by_the_lines_that_the_readme_has(tmp_path: Path) -> None:
-    part = test_docs.text_of("README.md").partition("\n## Documents\n")[2].partition("\n## ")[0]
-    lines = part.partition("To try it without credentials:\n")[2]
-    made = re.sub(r'sh\nmake run ARGS="(.+)"', r"sh server\nsp-api-proxy serve --demo \1", lines)
-    assert made != lines
-    run_page(f"{made}\n```output\nsku\tquantity\nsku-0\t0\n```\n", tmp_path)
+def test_the_quick_start_of_the_readme_works_as_written(tmp_path: Path) -> None:
+    section = test_docs.text_of("README.md").partition("\n## Quick start\n")[2].partition("\n## ")[0]
+    as_installed = section.replace("```sh\nmake run\n", "```sh server\nsp-api-proxy serve --demo\n")
+    assert as_installed != section
+    assert [block.language for block in blocks(section)] == ["sh", "sh", "output", "python", "output"]
+    assert run_page(as_installed, tmp_path) == 0
 
 
 @pytest.mark.timeout(600)
-def test_a_consent_at_the_simulator_comes_by_the_command_that_the_readme_has(tmp_path: Path) -> None:
-    part = test_docs.text_of("README.md").partition("To try that without Amazon")[2]
-    command = next(blocks(part)).text
-    assert "https://app.example/redirect?" in part
-    consent = next(block for block in blocks(test_docs.text_of("docs/authorize.md")) if "# consent.py" in block.text)
+def test_authorization_at_the_simulator_works_by_the_command_without_a_configuration(tmp_path: Path) -> None:
+    page = test_docs.text_of("docs/authorize.md")
+    command = next(blocks(page.partition("\n## Without a configuration file\n")[2])).text
+    assert "https://app.example/redirect?" in page
+    consent = next(block for block in blocks(page) if "# consent.py" in block.text)
     played = command.replace("sp-api-proxy authorize", "python consent.py")
     assert played != command
     fence = "```"
@@ -101,6 +106,11 @@ def test_a_consent_at_the_simulator_comes_by_the_command_that_the_readme_has(tmp
         f"{fence}sh\ngrep -c '^Atzr|' acme_eu\n{fence}\n\n{fence}output\n1\n{fence}\n",
         tmp_path,
     )
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 250), ("CONTRIBUTING.md", 150)])
+def test_a_first_page_is_short(name: str, most: int) -> None:
+    assert len(test_docs.text_of(name).splitlines()) <= most
 
 
 @pytest.mark.timeout(600)
@@ -202,21 +212,6 @@ def test_dots_stand_for_anything_and_nothing_else_does(expected: str, printed: s
 # The site.
 
 
-def build(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "--builder", "html")
-    return subprocess.run(
-        [*command, "--conf-dir", "docs", ".", folder], cwd=root, check=False, capture_output=True, text=True
-    )
-
-
-@pytest.fixture(scope="module", name="site")
-def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    done = build(folder)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    return folder
-
-
 def test_make_docs_builds_what_is_tested_here() -> None:
     wanted = "-m sphinx --fail-on-warning --keep-going --quiet --builder html --conf-dir docs . build/docs"
     assert wanted in test_docs.text_of("Makefile")
@@ -225,7 +220,7 @@ def test_make_docs_builds_what_is_tested_here() -> None:
 @pytest.mark.timeout(600)
 def test_the_site_has_every_page_and_needs_no_other_host(site: Path) -> None:
     for page in PAGES:
-        assert (site / "docs" / f"{page.stem}.html").is_file()
+        assert (site / "docs" / f"{name_of(page)}.html").is_file()
     assert f"url={START}.html" in (site / "index.html").read_text(encoding="utf-8")
     loaded = re.compile(
         r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)=["'](?:https?:)?//|url\(["']?(?:https?:)?//|@import"""
@@ -257,7 +252,7 @@ def test_llms_txt_has_every_page_with_what_it_is_for(site: Path) -> None:
     assert title == "# sp-api-proxy"
     assert summary.startswith("> A local reverse proxy for Amazon's Selling Partner API.")
     entries = re.findall(r"^- \[(.+)\]\((.+)\): (.+)$", text, re.MULTILINE)
-    assert {link for _, link, _ in entries} >= {f"docs/{page.name}" for page in PAGES if page.stem != "index"}
+    assert {link for _, link, _ in entries} >= {f"docs/{name_of(page)}.md" for page in PAGES if page.stem != "index"}
     for name, link, description in entries:
         original = (ROOT / link).read_text(encoding="utf-8")
         assert (site / link).read_text(encoding="utf-8") == original
@@ -276,51 +271,10 @@ def test_what_the_first_page_says_of_a_page_is_in_llms_txt() -> None:
 # What the pages take from the code.
 
 
-def with_errors(text: str) -> str:
-    return with_openings(text, {error.code: about(error) for error in all_errors()})
-
-
-def about(error: type[ProxyError]) -> str:
-    again = "yes" if error.retryable else "no"
-    meaning = (error.__doc__ or "").splitlines()[0]
-    return f"*{error.status}, fault: {error.fault}, try again: {again}.* {meaning} **Do:** {REMEDIES[error.code]}"
-
-
-def with_hints(text: str) -> str:
-    return with_openings(text, {f"`{hint}`": meaning for hint, meaning in HINTS.items()})
-
-
-def with_openings(text: str, paragraphs: dict[str, str]) -> str:
-    """Return a page with this first paragraph below each of these headings; new ones go before the page's last part."""
-    for heading, paragraph in paragraphs.items():
-        opening = f"\n### {heading}\n\n"
-        if opening not in text:
-            last = text.rindex("\n## ")
-            text = f"{text[:last]}{opening}\n{text[last:]}"
-        before, _, after = text.partition(opening)
-        wrapped = textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
-        text = f"{before}{opening}{wrapped}\n{after[after.index(chr(10) * 2) + 1 :]}"
-    return text
-
-
-def with_report_types(text: str) -> str:
-    before, _, rest = text.partition("<!-- report types -->\n")
-    after = rest.partition("<!-- /report types -->")[2]
-    types = "".join(f"- `{name}`\n" for name in sorted(RESTRICTED_TYPES))
-    return f"{before}<!-- report types -->\n{types}<!-- /report types -->{after}"
-
-
-MADE: dict[str, Callable[[str], str]] = {
-    "errors.md": with_errors,
-    "forbidden.md": with_hints,
-    "personal-data.md": with_report_types,
-}
-
-
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", generate.PAGES)
 def test_what_a_page_takes_from_the_code_is_as_the_code_says(name: str) -> None:
     text = (FOLDER / name).read_text(encoding="utf-8")
-    assert MADE[name](text) == text, "run `python -m tests.project.test_documentation`"
+    assert generate.PAGES[name](text) == text, "run `python -m docs.generate`"
 
 
 def headings(name: str) -> set[str]:
@@ -330,13 +284,3 @@ def headings(name: str) -> set[str]:
 def test_the_pages_of_errors_and_hints_have_none_that_is_gone() -> None:
     assert headings("errors.md") == {error.code for error in all_errors()}
     assert headings("forbidden.md") == {f"`{hint}`" for hint in HINTS}
-
-
-def write() -> None:
-    for name, made in MADE.items():
-        path = FOLDER / name
-        path.write_text(made(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

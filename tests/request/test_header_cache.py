@@ -3,7 +3,7 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy.request.header_cache import MAX_BYTES, MAX_BLOCKS, HeaderBlock, HeaderCache, Raw
+from proxy.request.header_cache import MAX_BLOCKS, MAX_BYTES, HeaderBlock, HeaderCache, Raw
 from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.raw_client import call

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
@@ -29,9 +28,8 @@ from tests.bench.processes import free_port
 from tests.conftest import StartProxy, needs
 from tests.support.certificates import Authority
 from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response
-from tests.support.paths import ROOT
 from tests.support.raw_client import call
-from tests.support.redis_server import PROGRAM, RedisServer, redis_server
+from tests.support.redis_server import PROGRAM, RedisServer, documented_permissions, redis_server
 
 KEY, OTHER_KEY = "distinctive-store-key-0123456789abcdef", "distinctive-other-key-0123456789abcdef"
 ACME = TokenKey("lwa", "main", "acme", "production", "eu")
@@ -356,9 +354,8 @@ async def test_a_unix_socket_a_database_and_a_user_with_few_rights_are_enough(
     tmp_path: Path, start_proxy: StartProxy
 ) -> None:
     needs(PROGRAM is not None, "redis-server")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rights = re.findall(r"^ACL SETUSER proxy reset on >PASSWORD (.*)$", readme, re.MULTILINE)[0].split()
-    with redis_server(tmp_path, "--user", "proxy", "on", ">p@ss/word", *rights, "--user", "default", "off") as server:
+    user = ("--user", "proxy", "on", ">p@ss/word", *documented_permissions())
+    with redis_server(tmp_path, *user, "--user", "default", "off") as server:
         for url in (
             f"unix://proxy:p%40ss%2Fword@{server.socket}?db=3",
             f"redis://proxy:p%40ss%2Fword@127.0.0.1:{server.port}/4",

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import signal
 from collections.abc import Iterator
 from io import StringIO
@@ -18,9 +17,8 @@ from proxy.store import redis_client as link_module
 from tests.conftest import StartProxy, needs
 from tests.store.test_redis_tokens import ACME, KEY, sample
 from tests.support.fake_upstream import TokenHost
-from tests.support.paths import ROOT
 from tests.support.raw_client import call
-from tests.support.redis_server import PROGRAM, RedisServer, redis_server
+from tests.support.redis_server import PROGRAM, RedisServer, documented_permissions, redis_server
 
 BRIEF = 1.0  # seconds: the patience with Redis, and a slow machine
 CONTENT = "/aplus/2020-11-01/contentDocuments"  # 10 calls a second, 10 at once
@@ -118,12 +116,10 @@ async def test_a_proxy_starts_without_redis_and_takes_it_up_when_it_comes(
     ] == ["info"] * 2
 
 
-async def test_the_rights_that_the_readme_gives_redis_user_are_enough(
+async def test_the_documented_permissions_of_the_redis_user_are_enough(
     start_proxy: StartProxy, redis: RedisServer, token_host: TokenHost, log: StringIO
 ) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (order,) = re.findall(r"^ACL SETUSER .*$", readme, re.MULTILINE)
-    await ordered(redis, *order.replace(">PASSWORD", ">distinctive-word").split(" "))
+    await ordered(redis, "ACL", "SETUSER", "proxy", "reset", "on", ">distinctive-word", *documented_permissions())
     url = redis.url.replace("127.0.0.1", "proxy:distinctive-word@127.0.0.1").replace("/0", "/1")
     one, other = [await start_proxy(store=url, store_key=KEY, limits={"max_wait": "5s"}) for _ in range(2)]
     token_host.expires_in = 1  # so that locks and renewals come, too

@@ -1,5 +1,7 @@
 """A real Redis for tests and benchmarks: on a free port or a socket, with nothing on disk, ended with the block."""
 
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -10,8 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from docs.navigation import ROOT
+
 START = 10.0  # seconds
 PROGRAM = shutil.which("redis-server")
+
+
+def documented_permissions() -> list[str]:
+    """Return the permissions that docs/replicas.md gives the proxy's user of Redis, one rule each."""
+    page = (ROOT / "docs" / "replicas.md").read_text(encoding="utf-8")
+    (rules,) = re.findall(r" ACL SETUSER proxy reset on '>made-up-password' ((?:.*\\\n)*.*)\n", page)
+    return shlex.split(rules.replace("\\\n", " "))
 
 
 @dataclass
