@@ -17,7 +17,6 @@ from proxy.request.access_log import CLIENT_CLOSED_REQUEST, record_request
 from proxy.request.authentication import ANONYMOUS, CallerAuthenticator, peer_of
 from proxy.request.authorization import AccessPolicy
 from proxy.request.context import RequestContext
-from proxy.request.error_response import add_browser_hint, error_response
 from proxy.request.forbidden_hints import FORBIDDEN_STATUSES, SuccessHistory
 from proxy.request.header_cache import HeaderBlock, HeaderCache
 from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
@@ -29,6 +28,7 @@ from proxy.request.tokens.provider import Token, TokenProvider
 from proxy.request.tokens.report_documents import UnrestrictedReports, decompress
 from proxy.request.upstream.circuit_breaker import CircuitBreakers
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
+from proxy.request.upstream.error_response import add_browser_hint, error_response
 from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, UpstreamCall, check_body, peek
 from proxy.request.upstream.http1 import Response
 from proxy.request.upstream.response import ErrorResponse, PlaceholderResponse, UpstreamResponse

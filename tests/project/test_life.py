@@ -27,7 +27,7 @@ def steps_in(text: str) -> list[str]:
 
 
 def calls_in(methods: dict[str, ast.AST], name: str) -> Iterator[str]:
-    """Yield the calls in one of the handler's methods, in the order of the source, with those of its own methods inlined."""
+    """Yield the calls in one of the handler's methods, in the order of the source, its own methods inlined."""
     calls = [node for node in ast.walk(methods[name]) if isinstance(node, ast.Call)]
     for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
         called = ast.unparse(call.func)
