@@ -28,13 +28,19 @@ from proxy.config.model import Config, default_as_written, settings_in
 from proxy.errors import ProxyError, all_errors
 from proxy.observability.collectors import CallbackCollector
 from proxy.observability.metrics import Metrics
+from proxy.request.access_log import CLIENT_CLOSED_REQUEST, _audit_fields, _log_fields
 from proxy.request.authentication import KEY_HEADER
 from proxy.request.context import RequestContext
 from proxy.request.forbidden_hints import HINTS
-from proxy.request.handler import CLIENT_CLOSED_REQUEST, _audit_fields, _log_fields
-from proxy.request.ratelimit.limiter import MAX_WAIT_HEADER
-from proxy.request.request_options import CLIENT_HEADER, PRIORITY_HEADER, RETRY_HEADER, TIMEOUT_HEADER
-from proxy.request.routing import ACCOUNT_HEADER, ELEMENTS_HEADER, REGION_HEADER
+from proxy.request.request_options import (
+    CLIENT_HEADER,
+    MAX_WAIT_HEADER,
+    PRIORITY_HEADER,
+    RETRY_HEADER,
+    TIMEOUT_HEADER,
+)
+from proxy.request.target import ACCOUNT_HEADER, REGION_HEADER
+from proxy.request.token_selection import ELEMENTS_HEADER
 from proxy.request.upstream.forward import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES
 from proxy.request.upstream.response import HOP_BY_HOP
 from proxy.simulator.cli import _parser as simulator_parser

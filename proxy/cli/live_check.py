@@ -39,8 +39,11 @@ from proxy.config import Config, Listener
 from proxy.errors import ProxyError, TokenUnavailable, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
 from proxy.request.forbidden_hints import FORBIDDEN_STATUSES, HINTS, SuccessHistory
-from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
-from proxy.request.routing import ACCOUNT_HEADER, REGION_HEADER, Route, TokenKey, endpoint_of, resolve
+from proxy.request.ratelimit.limiter import RATE_HEADER, RateLimiter
+from proxy.request.request_options import AdmissionRequest
+from proxy.request.routing import Route, endpoint_of, resolve
+from proxy.request.target import ACCOUNT_HEADER, REGION_HEADER
+from proxy.request.token_selection import TokenKey
 from proxy.request.tokens.client import TokenClient
 from proxy.request.tokens.provider import Token, TokenProvider
 from proxy.request.tokens.report_documents import UnrestrictedReports

@@ -1,7 +1,7 @@
-"""Who sends this request: one of the callers, known by a key, a certificate or a user id, or nobody in particular?
+"""Authentication of callers by key, client certificate or user id.
 
-Without callers in the configuration everybody who reaches a listener is let in, as nobody in particular. With them,
-only they are, but where a listener says `anonymous`.
+Without `callers` in the configuration, every client that reaches a listener is accepted as anonymous. With them, only
+callers are, except by a listener with `anonymous`.
 """
 
 import hashlib
@@ -20,29 +20,30 @@ from proxy.errors import CallerRefused, MalformedRequest
 KEY_HEADER = "x-sp-key"
 ANONYMOUS = ""
 
-_RELOAD_INTERVAL = 1.0  # seconds after which key files are read anew
+_RELOAD_INTERVAL = 1.0  # seconds after which key files are read again
 _SCHEME = "bearer "
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What a connection itself says of its other end: a user id, the names in a verified certificate."""
+    """The other end of a connection: its user id (Unix sockets), the names in its verified certificate (TLS)."""
 
     uid: int | None = None
     names: frozenset[str] = frozenset()
 
 
 UNKNOWN_PEER = Peer()
-PEER = web.RequestKey("peer", Peer)  # the listener's note on a request
+PEER = web.RequestKey("peer", Peer)  # set by the listener
 
 
 def peer_of(request: web.BaseRequest) -> Peer:
-    """Return what the connection of a request says of its other end."""
-    return request[PEER] if PEER in request else UNKNOWN_PEER  # noqa: SIM401 - `get` raises and catches where there is none
+    """Return the other end of a request's connection."""
+    # aiohttp inherits `get` from MutableMapping, which raises and catches a KeyError where there is none.
+    return request[PEER] if PEER in request else UNKNOWN_PEER  # noqa: SIM401
 
 
 class CallerAuthenticator:
-    """Everybody who is known, and how. `now` is a monotonic clock in seconds."""
+    """The configured callers and their credentials; `now` is a monotonic clock in seconds."""
 
     def __init__(self, config: Config, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -54,16 +55,17 @@ class CallerAuthenticator:
         }
         self._by_uid = {caller.uid: name for name, caller in config.callers.items() if caller.uid is not None}
         self.is_configured = bool(config.callers)
-        # Keys are looked up by a digest that nobody outside can compute: how long that takes tells nothing of them.
+        # Keys are looked up by a digest with a random salt. A client cannot compute it, so the time of a look-up
+        # reveals nothing about the keys.
         self._salt = secrets.token_bytes(32)
         self._by_digest: dict[bytes, tuple[bytes, str]] = {}
         self._loaded_at = -_RELOAD_INTERVAL
 
     def authenticate(self, headers: CIMultiDictProxy[str], peer: Peer, listener: Listener) -> str:
-        """Return the caller's name, ANONYMOUS for nobody in particular; raise CallerRefused.
+        """Return the caller's name, or ANONYMOUS; raise CallerRefused, or MalformedRequest for several keys.
 
-        A key counts more than a certificate, and that more than a user id: several programs may run as one user. An
-        `Authorization` that is no caller's is the app's own affair.
+        A key takes precedence over a certificate, and that over a user id, because several programs may run as one
+        user. An `Authorization` that holds no caller's key is ignored: apps send their own there.
         """
         if not self.is_configured:
             return ANONYMOUS
@@ -71,13 +73,13 @@ class CallerAuthenticator:
         if key is not None:
             name = self._by_key(key)
             if name is None:
-                raise CallerRefused(f"the {KEY_HEADER} is no caller's", "Check the key, and callers.*.key.")
+                raise CallerRefused(f"no caller has this {KEY_HEADER}", "Check the key, and callers.*.key.")
             return name
         found = self._by_bearer(headers) or self._by_connection(peer)
         if found is None and not listener.anonymous:
             raise CallerRefused(
-                "this listener takes only requests of known callers",
-                f"Send the key that was made for you as {KEY_HEADER}, or as Authorization: Bearer.",
+                "this listener accepts only requests of known callers",
+                f"Send your key as {KEY_HEADER}, or as Authorization: Bearer.",
             )
         return found or ANONYMOUS
 
@@ -85,8 +87,8 @@ class CallerAuthenticator:
         by_certificate = sorted(self._by_certificate[name] for name in peer.names & self._by_certificate.keys())
         if len(by_certificate) > 1:
             raise CallerRefused(
-                f"the client certificate is that of several callers ({', '.join(by_certificate)})",
-                "Give each caller a name that no other certificate holds.",
+                f"the client certificate has the names of several callers ({', '.join(by_certificate)})",
+                "Give each caller a name that no other certificate has.",
             )
         if by_certificate:
             return by_certificate[0]
@@ -110,13 +112,13 @@ class CallerAuthenticator:
         return name if hmac.compare_digest(known, digest) else None
 
     def reload_keys(self) -> None:
-        """Take up the keys as their files hold them now: one or several, so that a new one can overlap the old."""
+        """Read the keys from their files again; a caller may have several, so that a new one can overlap the old."""
         self._loaded_at = self._now()
         self._keys = {name: key.refreshed() for name, key in self._keys.items()}
         self._by_digest = {
-            (digest := self._digest(word)): (digest, name)
+            (digest := self._digest(one)): (digest, name)
             for name, key in self._keys.items()
-            for word in key.reveal().split()
+            for one in key.reveal().split()
         }
 
     def _digest(self, key: str) -> bytes:

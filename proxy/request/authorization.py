@@ -1,6 +1,6 @@
-"""What may this caller do, by this listener: which accounts, which operations, which personal data?
+"""Authorization: which accounts, operations and personal data a caller may use through a listener.
 
-A listener and a caller may each have a policy; what one of them does not allow is refused, with the name of the rule.
+A listener and a caller may each have a policy. What one of them does not allow is refused, with the name of the rule.
 """
 
 import fnmatch
@@ -15,7 +15,7 @@ from proxy.config.yaml_reader import format_path
 from proxy.errors import NotAllowed
 
 _READS = frozenset({"GET", "HEAD"})
-UNKNOWN = "unknown"  # the name of every operation outside the table
+UNKNOWN = "unknown"  # stands for every operation outside the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,18 @@ class _Pattern:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """One policy, ready for use; `where` is its key in the configuration."""
+    """One compiled policy; `config_key` is its key in the configuration, `elements` None where all are allowed."""
 
-    where: str
+    config_key: str
     accounts: frozenset[str] | None
     patterns: tuple[_Pattern, ...] | None
     elements: frozenset[str] | None
 
     @classmethod
-    def of(cls, where: str, policy: Policy) -> "_Rules":
+    def of(cls, config_key: str, policy: Policy) -> "_Rules":
         elements = frozenset(policy.data_elements) if policy.data_elements is not None else None
         return cls(
-            where,
+            config_key,
             frozenset(policy.accounts) if policy.accounts is not None else None,
             tuple(map(_Pattern.of, policy.operations)) if policy.operations is not None else None,
             None if elements == frozenset(ALL_ELEMENTS) else elements,
@@ -62,7 +62,10 @@ class _Rules:
 
 
 class AccessPolicy:
-    """What one caller may do by one listener; made once for each such pair."""
+    """What one caller may do through one listener; created once for each pair.
+
+    `elements` are the data elements that are allowed, None where all are.
+    """
 
     def __init__(self, *rules: _Rules) -> None:
         self._rules = rules
@@ -70,29 +73,28 @@ class AccessPolicy:
         shared = frozenset.intersection(*accounts) if accounts else frozenset()
         self.sole_account = next(iter(shared)) if len(shared) == 1 else None
         elements = [rule.elements for rule in rules if rule.elements is not None]
-        # None where any may be had.
         self.elements = frozenset.intersection(*elements) if elements else None
 
     def check_account(self, account: str) -> None:
-        """Raise NotAllowed for an account that is not among the accounts."""
+        """Raise NotAllowed for an account that the policy does not list."""
         for rule in self._rules:
             if rule.accounts is not None and account not in rule.accounts:
                 raise _denied(rule, "accounts", "the account")
 
     def check_operation(self, method: str, operation: Operation | None, query: str) -> None:
-        """Raise NotAllowed for a call that is not among the operations, or brings personal data that may not be had."""
+        """Raise NotAllowed for an operation that is not listed, or whose response has personal data that is not."""
         name = operation.name if operation else "an operation that is not in the table"
         for rule in self._rules:
-            if rule.patterns is not None and not any(one.allows(method, operation) for one in rule.patterns):
+            if rule.patterns is not None and not any(pattern.allows(method, operation) for pattern in rule.patterns):
                 raise _denied(rule, "operations", f"{method} {name}")
             if rule.elements is not None and not rule.elements.issuperset(implied_elements(operation, query)):
                 raise _denied(rule, "data_elements", f"{name}, which may bring personal data,")
 
-    def check_elements(self, asked: set[str]) -> None:
-        """Raise NotAllowed for personal data that was asked for and may not be had."""
+    def check_elements(self, requested: set[str]) -> None:
+        """Raise NotAllowed for requested data elements that are not listed."""
         for rule in self._rules:
-            if rule.elements is not None and not asked <= rule.elements:
-                raise _denied(rule, "data_elements", ", ".join(sorted(asked - rule.elements)))
+            if rule.elements is not None and not requested <= rule.elements:
+                raise _denied(rule, "data_elements", ", ".join(sorted(requested - rule.elements)))
 
 
 ALLOW_ALL = AccessPolicy()
@@ -100,12 +102,13 @@ ALLOW_ALL = AccessPolicy()
 
 def _denied(rule: _Rules, key: str, what: str) -> NotAllowed:
     return NotAllowed(
-        f"{rule.where}.{key} does not allow {what} here", f"Ask whoever runs the proxy, or change {rule.where}.{key}."
+        f"{rule.config_key}.{key} does not allow {what} here",
+        f"Ask the operator of the proxy, or change {rule.config_key}.{key}.",
     )
 
 
 def build_policies(config: Config, index: int) -> dict[str, AccessPolicy]:
-    """Return what each caller may do by the listener with this index, by name; ANONYMOUS is among them."""
+    """Return the policies of the listener with this index by caller, including ANONYMOUS."""
     listener = _Rules.of(f"listen[{index}]", config.listen[index])
     found = {"": AccessPolicy(listener)}
     for name, caller in config.callers.items():
@@ -114,15 +117,15 @@ def build_policies(config: Config, index: int) -> dict[str, AccessPolicy]:
 
 
 def validate_policies(config: Config, table: OperationTable) -> Iterator[Problem]:
-    """Yield a problem for every pattern that no operation of the table fits."""
+    """Yield a problem for every pattern that matches no operation of the table."""
     written: list[tuple[KeyPath, Listener | Policy]] = [
         *((("listen", index), listener) for index, listener in enumerate(config.listen)),
         *((("callers", name), caller) for name, caller in config.callers.items()),
     ]
     names = [operation.name for operation in table]
     for path, policy in written:
-        for place, text in enumerate(policy.operations or ()):
+        for index, text in enumerate(policy.operations or ()):
             pattern = _Pattern.of(text)
             if not any(map(pattern.names.match, (*names, UNKNOWN))):
-                key = format_path((*path, "operations", place))
-                yield Problem(key, "fits no operation; `sp-api-proxy operations` lists their names")
+                key = format_path((*path, "operations", index))
+                yield Problem(key, "matches no operation; `sp-api-proxy operations` lists their names")

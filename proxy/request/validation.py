@@ -1,12 +1,16 @@
-"""May this request come in at all? Checked before anything is looked up, so that a refusal costs Amazon nothing.
+"""Validation of requests: version, size, method, host, framing, target and the names of `x-sp-…` headers.
 
-Whoever reaches the port acts as the seller, and a port on localhost can be reached by every web page in a browser on
-this machine: hence the checks of `Host` (DNS rebinding) and of the signs that browsers give.
+It comes before any other step, so that an invalid request costs no token and no call. Everyone who reaches the port
+acts as the seller, and every web page in a browser on this machine can reach a port on localhost. Hence the checks of
+`Host` (DNS rebinding) and of the headers that only browsers send.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -16,6 +20,7 @@ from proxy.amazon.marketplaces import HOST_REGION
 from proxy.amazon.placeholder_tokens import LWA_HOST, LWA_PATH
 from proxy.config import LOOPBACK_NAMES, Config, Environment, Listener, Region
 from proxy.errors import (
+    BadOption,
     BadTarget,
     BrowserRefused,
     HeaderTooLarge,
@@ -25,16 +30,26 @@ from proxy.errors import (
     VersionRefused,
 )
 from proxy.request.header_cache import HeaderBlock
-from proxy.request.misspelt import reject_unknown_headers
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
-VERSION_REFUSED = web.RequestKey("version_refused", bool)  # the listener's mark on a request of another HTTP version
+VERSION_REFUSED = web.RequestKey("version_refused", bool)  # set by the listener on a request of another HTTP version
 
-# Space, control, quote-like and non-ASCII characters never stand raw in a request target (RFC 3986 section 2);
-# a backslash or a '#' is read as '/' or as the end of the path by some, and not by others.
-# What a target may consist of: visible ASCII, but for `#` and the backslash.
+PREFIX = "x-sp-"
+# The proxy's request headers without the prefix; the modules that read them name them in full.
+REQUEST_HEADERS = ("account", "region", "data-elements", "key", "max-wait", "priority", "client", "timeout", "retry")
+# The proxy's response headers: a client that forwards them in a request means nothing by it.
+RESPONSE_HEADERS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
+
+_KNOWN_HEADERS = RESPONSE_HEADERS | {PREFIX + name for name in REQUEST_HEADERS}
+_SIMILAR = 0.65  # difflib's ratio: `acount` is above it, and so is `retries`; `session` and `region` are below
+_MAX_CHECKED, _MAX_NAME = 16, 32  # unknown names that are compared in one request, and characters of each
+
+# The bytes that a request target may consist of: visible ASCII except `#` and the backslash. Spaces, control and
+# non-ASCII characters must be percent-encoded (RFC 3986 section 2). Some servers read a backslash as `/`, and `#` as
+# the end of the path; they would see another path than the one for which the token was chosen.
 _TARGET_BYTES = bytes(code for code in range(0x21, 0x7F) if chr(code) not in "#\\")
-# What a browser asks with before it sends what is not simple, or what goes to a more private network than its page's.
+# Headers of a CORS preflight. Browsers send one before a request that is not simple (Fetch standard), and before one
+# to a more private network than that of the page (Private Network Access, Local Network Access).
 _PREFLIGHT = frozenset(
     {
         "access-control-request-method",
@@ -45,7 +60,7 @@ _PREFLIGHT = frozenset(
 )
 _BROWSER_HEADERS = _PREFLIGHT | {"origin", "sec-fetch-site", "sec-fetch-dest"}
 _DOT = r"(?:\.|%2[eE])"
-_SLASH = r"(?:/|%2[fF]|%5[cC])"  # an encoded slash or backslash too: some decode before they resolve the dots
+_SLASH = r"(?:/|%2[fF]|%5[cC])"  # encoded, too: some servers decode before they resolve dot segments
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _PREFIX = re.compile(r"/@[^/]+(?:/(?:na|eu|fe))?", re.IGNORECASE)
@@ -54,41 +69,44 @@ _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", 
 
 @dataclass(slots=True)
 class ValidatedTarget:
-    """What may come in: the origin-form target, and the region that Amazon's own host name chose, if one was used.
+    """A validated request's target in origin form, and its host.
 
-    `names` are those of the header fields, in lower case.
+    `amazon` is the environment and region of Amazon's own host name, if the request names one. `names` are the names
+    of the header fields in lower case. `is_token_request`: it asks Login with Amazon for a token.
     """
 
     target: str
     host: str
     amazon: tuple[Environment, Region] | None
     names: frozenset[str]
+    is_token_request: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """The names under which one listener answers; made once for each listener."""
+    """The host names that one listener accepts; created once per listener."""
 
     hosts: frozenset[str]
 
     @classmethod
     def from_config(cls, listener: Listener, config: Config) -> "AllowedHosts":
-        """Collect loopback names, the listener's own address and `allowed_hosts`."""
-        # 0.0.0.0 and :: are wildcards, not names: browsers reach them without any of their signs.
+        """Collect the loopback names, the listener's own address and `allowed_hosts`."""
+        # 0.0.0.0 and :: are wildcards, not names. Some browsers let a page reach them and send none of the headers that
+        # mark a request as cross-site.
         own = {listener.address.host.lower()} - {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
         return cls(frozenset({*LOOPBACK_NAMES, *own, *config.allowed_hosts}))
 
 
 def validate(method: str, target: str, headers: CIMultiDictProxy[str], allowed_hosts: AllowedHosts) -> ValidatedTarget:
-    """Return what may come in; raise the error that says why not.
+    """Return the validated target; raise the error that says what is invalid.
 
-    `target` is the request target as it came over the wire (RFC 9112 section 3.2).
+    `target` is the request target as it was received (RFC 9112 section 3.2).
     """
     return validate_with(HeaderBlock(headers), method, target, allowed_hosts)
 
 
 def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: AllowedHosts) -> ValidatedTarget:
-    """Do what `admit` does; fields that came in before are not looked at again."""
+    """Do what `validate` does, but check header fields only once for each distinct block of them."""
     host = head.host
     if host is None and not _BROWSER_HEADERS.isdisjoint(head.names):
         _reject_browsers(head.headers)
@@ -104,34 +122,57 @@ def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: Al
         reject_unknown_headers(head.names)
         head.host = host
     if authority is not None:
-        host = _allowed(authority, allowed_hosts)  # it decides over Host (RFC 9112 section 3.2.2)
-    if host == LWA_HOST and host not in allowed_hosts.hosts and not is_token_request(method, target):
-        raise _foreign()  # it is good for one path alone
+        host = _allowed(authority, allowed_hosts)  # it overrides Host (RFC 9112 section 3.2.2)
+    token_request = method == "POST" and is_token_request(method, target)
+    if host == LWA_HOST and host not in allowed_hosts.hosts and not token_request:
+        raise _host_refused()  # Login with Amazon's host name is accepted for its token path alone
     _check_path(target)
-    return ValidatedTarget(target, host, HOST_REGION.get(host), head.names)
+    return ValidatedTarget(target, host, HOST_REGION.get(host), head.names, token_request)
 
 
-def check_message(request: web.BaseRequest, head: HeaderBlock, most: int) -> None:
-    """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `most` bytes."""
+def reject_unknown_headers(names: Iterable[str]) -> None:
+    """Raise BadOption for a name that resembles one of the proxy's own headers; `names` are in lower case.
+
+    Unknown `x-sp-…` headers are not forwarded to Amazon. A misspelt one must not be ignored: without its
+    `x-sp-acount`, a request would be served for the default account, which may be another seller's.
+    """
+    # With `_` it is another name, but some servers treat both alike (CGI), so such names are compared, too.
+    extension = (name for name in names if name[:2] == "x-" or name[:2] == "x_")
+    unknown = (name for name in extension if name not in _KNOWN_HEADERS and name.replace("_", "-").startswith(PREFIX))
+    for name in islice(unknown, _MAX_CHECKED):
+        rest = name[len(PREFIX) :].replace("_", "-")
+        if len(rest) > _MAX_NAME:
+            continue
+        similar = difflib.get_close_matches(rest, REQUEST_HEADERS, n=1, cutoff=_SIMILAR)
+        if similar:
+            raise BadOption(
+                f"the header {name} is unknown to the proxy; did you mean {PREFIX}{similar[0]}?",
+                f"Send {PREFIX}{similar[0]}, or leave it out: no header that may name another account is ignored.",
+            )
+
+
+def check_message(request: web.BaseRequest, head: HeaderBlock, max_bytes: int) -> None:
+    """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `max_bytes` bytes."""
     if VERSION_REFUSED in request:
-        raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are spoken here", "Send HTTP/1.1.")
+        raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are supported", "Send HTTP/1.1.")
     if request.version != HttpVersion11 and "transfer-encoding" in head.names:
-        # A hop before us that speaks 1.0 does not know chunks (RFC 9112 section 6.1).
+        # An HTTP/1.0 hop in between does not know the chunked coding and may read another end of the body (RFC 9112
+        # section 6.1).
         raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding", "Send a Content-Length, or HTTP/1.1.")
-    if len(request.raw_path) + head.size > most:
+    if len(request.raw_path) + head.size > max_bytes:
         raise HeaderTooLarge(
-            f"the header block is larger than {most} bytes",
+            f"the header block is larger than {max_bytes} bytes",
             "Send fewer or shorter headers, or raise bounds.header_size.",
         )
 
 
 def _display(text: str) -> str:
-    """Return a short, printable form of what a caller sent."""
+    """Return a short, printable form of a method that a client sent."""
     return "".join(c for c in text if c.isascii() and c.isprintable())[:20] or "that"
 
 
 def is_cross_site(headers: CIMultiDictProxy[str]) -> bool:
-    """Return whether the headers show that a foreign web page caused the request."""
+    """Return whether the headers show that a web page of another origin caused the request."""
     if "Origin" in headers:
         return True
     if "Sec-Fetch-Site" not in headers:
@@ -140,9 +181,9 @@ def is_cross_site(headers: CIMultiDictProxy[str]) -> bool:
 
 
 def _reject_browsers(headers: CIMultiDictProxy[str]) -> None:
-    """Refuse what a web page causes, GET included: it would spend quota and touch the seller's data."""
-    # The proxy serves no page, so a browser that speaks of the same origin speaks of what was on this port before, or
-    # looks for the icon of an answer that it got.
+    """Raise BrowserRefused for a web page's request, GET included: it would use quota and touch the seller's data."""
+    # The proxy serves no page. A browser that claims the same origin means an earlier program on this port, or fetches
+    # the icon for a response that it displays.
     is_same_origin = "Sec-Fetch-Dest" in headers and "same-origin" in headers.getall("Sec-Fetch-Site", ())
     if is_same_origin or is_cross_site(headers):
         raise BrowserRefused(
@@ -153,9 +194,9 @@ def _reject_browsers(headers: CIMultiDictProxy[str]) -> None:
 
 
 def _reject_ambiguous_framing(headers: CIMultiDictProxy[str]) -> None:
-    """Refuse framing that two readers could read differently (RFC 9112 section 6.1)."""
+    """Raise MalformedRequest for framing that allows request smuggling (RFC 9112 sections 6.1 and 11.2)."""
     codings = headers.getall("Transfer-Encoding")
-    # `lower` makes an ASCII letter of some that are none.
+    # `isascii`, because `lower` maps some other characters to ASCII letters: U+212A, the Kelvin sign, to k.
     if len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked":
         raise MalformedRequest("Transfer-Encoding must be chunked, once", "Send a Content-Length, or chunked alone.")
     if "Content-Length" in headers:
@@ -174,14 +215,14 @@ def _origin_form(target: str) -> tuple[str, str]:
 
 
 def _host(headers: CIMultiDictProxy[str], allowed_hosts: AllowedHosts) -> str:
-    """Return the host that the one Host field names."""
+    """Return the host of the one Host field; raise MalformedRequest for none or several (RFC 9112 section 3.2)."""
     given = headers.getall("Host", ())
     if len(given) != 1:
         raise MalformedRequest(f"there are {len(given)} Host headers", "Send one Host header.")
     return _allowed(given[0], allowed_hosts)
 
 
-@lru_cache(maxsize=256)  # apps call the proxy by the same few names
+@lru_cache(maxsize=256)  # apps use the same few names
 def host_in(authority: str) -> str | None:
     """Return the host of `host` or `host:port` in lower case, without brackets; None for anything else."""
     match = _AUTHORITY.fullmatch(authority)
@@ -194,29 +235,29 @@ def _allowed(authority: str, allowed_hosts: AllowedHosts) -> str:
     host = host_in(authority)
     if host is not None and (host in allowed_hosts.hosts or host in HOST_REGION or host == LWA_HOST):
         return host
-    raise _foreign()
+    raise _host_refused()
 
 
-def _foreign() -> HostRefused:
+def _host_refused() -> HostRefused:
     return HostRefused(
-        "the Host is not one that this proxy answers to",
+        "the Host is not a name of this proxy",
         "Call it as 127.0.0.1 or localhost, or list the name under allowed_hosts.",
     )
 
 
 def is_token_request(method: str, target: str) -> bool:
-    """Return whether a request is one for an access token, which the proxy answers itself, whoever sends it."""
+    """Return whether a request asks Login with Amazon for a token, which the proxy answers itself for every client."""
     if method != "POST" or LWA_PATH not in target:
         return False
     path = target.partition("?")[0]
     before = path.removesuffix(LWA_PATH)
-    # /@ACCOUNT or /@ACCOUNT/REGION may stand before it, as before any other path.
+    # /@ACCOUNT or /@ACCOUNT/REGION may precede it, as it may any other path.
     return path != before and (not before or _PREFIX.fullmatch(before) is not None)
 
 
 def _check_path(target: str) -> None:
-    """Refuse what Amazon might read as another path than the one the token was chosen for."""
-    # Leaving out what fits is many times faster than a regular expression that looks for what does not.
+    """Raise BadTarget for a path that Amazon might read as another one than that for which the token was chosen."""
+    # Deleting the allowed bytes is many times faster than a regular expression that searches for others.
     if not target.isascii() or target.encode().translate(None, _TARGET_BYTES):
         raise BadTarget(
             "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
@@ -229,5 +270,6 @@ def _check_path(target: str) -> None:
 
 
 def _reject_dot_segments(path: str) -> None:
+    """Raise BadTarget for `.` and `..` segments, encoded ones too (RFC 3986 section 5.2.4)."""
     if _DOT_SEGMENT.search(path):
         raise BadTarget("the path holds a dot segment", "Write the path without . and .. segments.")

@@ -28,7 +28,8 @@ from proxy.request.handler import Handler
 from proxy.request.header_cache import HeaderCache
 from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 from proxy.request.ratelimit.limiter import RateLimiter
-from proxy.request.routing import RouteCache, TokenKey, TokenKind
+from proxy.request.route_cache import RouteCache
+from proxy.request.token_selection import TokenKey, TokenKind
 from proxy.request.tokens.client import TokenClient, access_token_keys, token_source
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.tokens.provider import TokenProvider
@@ -48,7 +49,7 @@ from proxy.store import MemoryStore, Store
 
 if TYPE_CHECKING:
     from proxy.request.documents.relay import DocumentRelay
-    from proxy.request.spans import Tracer
+    from proxy.request.tracing import Tracer
     from proxy.store.encryption import DocumentCipher
 
 CLIENT_SECRET_LIFETIME = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
@@ -510,9 +511,9 @@ def _open_traces(stack: AsyncExitStack, config: Config, metrics: Metrics) -> "Tr
     """Return what makes spans, None where nobody wants any; `stack` gives the last of them time to leave."""
     if config.tracing.endpoint is None:
         return None
-    from proxy.request import spans  # noqa: PLC0415 - needs OpenTelemetry, an extra
+    from proxy.request import tracing  # noqa: PLC0415 - needs OpenTelemetry, an extra
 
-    traces = spans.open_tracer(config.tracing, __version__, metrics)
+    traces = tracing.open_tracer(config.tracing, __version__, metrics)
     stack.push_async_callback(traces.close)
     return traces
 

@@ -449,7 +449,7 @@ async def test_the_demo_is_checked_like_everything_else() -> None:
     environment = {"SP_API_PROXY_LISTEN": "{address: '127.0.0.1:0', operations: [nosuch.*]}"}
     code, _, complained = await command("serve", "--demo", "--admin", "none", environment=environment)
     assert code == 2
-    assert "listen[0].operations[0]: fits no operation" in complained
+    assert "listen[0].operations[0]: matches no operation" in complained
 
 
 async def test_after_sigterm_requests_are_taken_for_the_delay_while_readiness_says_no(

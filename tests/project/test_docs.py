@@ -23,7 +23,7 @@ from proxy.config.model import Config
 from proxy.errors import all_errors
 from proxy.observability.metrics import Metrics
 from proxy.request.forbidden_hints import HINTS, Hint
-from proxy.request.misspelt import PREFIX, REQUEST_HEADERS, RESPONSE_HEADERS
+from proxy.request.validation import PREFIX, REQUEST_HEADERS, RESPONSE_HEADERS
 from proxy.server.admin.app import Readiness, health_app
 from proxy.server.runtime import RESTART_ONLY
 from proxy.simulator import cli as simulator_command

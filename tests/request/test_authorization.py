@@ -221,7 +221,7 @@ def test_a_pattern_that_fits_nothing_is_a_mistake(tmp_path: Path, of_caller: boo
     made, _, where = permitted(tmp_path, {"operations": ["GET *", pattern]}, of_caller)
     (problem,) = validate_policies(made, TABLE)
     assert problem.key == f"{where}.operations[1]"
-    assert "fits no operation" in problem.message
+    assert "matches no operation" in problem.message
 
 
 async def test_a_refusal_costs_amazon_nothing(

@@ -3,7 +3,7 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy.request.header_cache import MAX_BYTES, MAX_HEADS, HeaderBlock, HeaderCache, Raw
+from proxy.request.header_cache import MAX_BLOCKS, MAX_BYTES, HeaderBlock, HeaderCache, Raw
 from proxy.server.runtime import RunningProxy
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.raw_client import call
@@ -37,7 +37,7 @@ def test_another_value_case_or_order_is_another_head() -> None:
     assert len({id(head) for head in found}) == len(spellings)
 
 
-@pytest.mark.parametrize(("value", "others"), [("", MAX_HEADS), ("l" * 10_000, MAX_BYTES // 40_000), ("", 1)])
+@pytest.mark.parametrize(("value", "others"), [("", MAX_BLOCKS), ("l" * 10_000, MAX_BYTES // 40_000), ("", 1)])
 def test_what_is_remembered_is_bounded(value: str, others: int) -> None:
     heads = HeaderCache()
     first = heads.get(*fields("x: first"))

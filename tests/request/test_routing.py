@@ -28,7 +28,9 @@ from proxy.errors import (
     UnknownRegion,
 )
 from proxy.request.authorization import ALLOW_ALL, AccessPolicy, build_policies
-from proxy.request.routing import Route, RouteCache, _marketplace_ids, describe_route, resolve
+from proxy.request.route_cache import RouteCache
+from proxy.request.routing import Route, describe_route, resolve
+from proxy.request.target import marketplace_ids
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
 
@@ -246,7 +248,7 @@ def test_marketplaces_are_found_however_the_query_is_written(pairs: list[tuple[A
         if name in MARKETPLACE_PARAMETERS
         for part in value.split(",")
     ]
-    assert list(_marketplace_ids(query)) == [part for part in wanted if part]
+    assert list(marketplace_ids(query)) == [part for part in wanted if part]
 
 
 def test_an_unknown_marketplace_is_amazons_to_judge_where_the_region_is_named(tmp_path: Path) -> None:

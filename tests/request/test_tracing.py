@@ -16,7 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from proxy.config import Config, ConfigError, Tracing, load_config
 from proxy.observability.metrics import Metrics
-from proxy.request import spans
+from proxy.request import tracing
 from proxy.request.tracing import MAX_PHASES, Phase, TracedContext
 from proxy.server.runtime import start_proxy
 from tests.conftest import config_from, settings_for
@@ -315,7 +315,7 @@ async def test_headers_for_the_collector_reach_it(traced: Any, collector: Collec
 async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
     traced: Any, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spans, "FLUSH_TIMEOUT", 0.3)
+    monkeypatch.setattr(tracing, "FLUSH_TIMEOUT", 0.3)
     collector.hangs = True
     clock = asyncio.get_running_loop().time
     async with traced() as app:
@@ -327,7 +327,7 @@ async def test_a_collector_that_hangs_delays_neither_requests_nor_the_end(
 
 
 async def test_a_collector_that_is_not_there_fails_no_request(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "FLUSH_TIMEOUT", 0.3)
+    monkeypatch.setattr(tracing, "FLUSH_TIMEOUT", 0.3)
     async with traced({"endpoint": "http://127.0.0.1:9"}) as app:
         assert (await call(app, "GET", SELLERS)).status == 200
 
@@ -336,7 +336,7 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
     statuses = [400, 400, 200, 200]
     collector.statuses = iter(statuses)
     metrics = Metrics()
-    traces = spans.open_tracer(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
+    traces = tracing.open_tracer(Tracing(endpoint=f"{collector.url}/v1/traces"), "1", metrics)
     for _ in statuses:
         context = traces.begin("GET", traces._now())
         traces.end(context, CIMultiDictProxy(CIMultiDict()))
@@ -352,19 +352,18 @@ async def test_spans_that_do_not_arrive_are_counted_and_said_once(collector: Col
 # The record.
 
 
-def test_the_record_notes_when_its_numbers_change() -> None:
+def test_the_context_records_waits_and_attempts_as_phases() -> None:
     clock = FakeClock()
     context = TracedContext("GET", clock(), clock)
     began = clock()
     clock.advance(2.0)
-    context.token_wait += 2.0
+    context.add_token_wait(2.0)
     clock.advance(3.0)
-    context.rate_limit_wait += 3.0
-    context.attempts += 1
+    context.add_rate_limit_wait(3.0)
+    context.begin_attempt()
     clock.advance(1.0)
-    context.status = 200
-    context.upstream_duration = 1.0
-    context.token_wait += 0.0001  # a look at a token that is there
+    context.end_attempt(200, 1.0)
+    context.add_token_wait(0.0001)  # a cached token
     assert context.phases == [
         Phase("token", began, began + 2),
         Phase("usage plan", began + 2, began + 5),
@@ -378,10 +377,10 @@ def test_the_record_notes_when_its_numbers_change() -> None:
     )
 
 
-def test_a_record_notes_a_bounded_number_of_steps() -> None:
+def test_a_context_records_a_bounded_number_of_phases() -> None:
     context = TracedContext("GET", 0.0, FakeClock())
     for _ in range(MAX_PHASES * 2):
-        context.attempts += 1
+        context.begin_attempt()
     context.close(1.0)
     assert len(context.phases) == MAX_PHASES
 
@@ -396,7 +395,7 @@ GOOD = {
 OWN, ALL = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
-def tracing(environ: dict[str, str], path: str | None = None) -> Config:
+def config_of(environ: dict[str, str], path: str | None = None) -> Config:
     return load_config(path, {**GOOD, **environ}).config
 
 
@@ -414,18 +413,18 @@ def tracing(environ: dict[str, str], path: str | None = None) -> Config:
     ],
 )
 def test_opentelemetrys_own_variables_say_where_traces_go(environ: dict[str, str], endpoint: str | None) -> None:
-    assert tracing(environ).tracing.endpoint == endpoint
+    assert config_of(environ).tracing.endpoint == endpoint
 
 
 def test_opentelemetrys_variables_count_before_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("tracing: {endpoint: 'http://file:4318', sample: 0.5}", encoding="utf-8")
-    assert tracing({}, str(path)).tracing.endpoint == "http://file:4318/v1/traces"
+    assert config_of({}, str(path)).tracing.endpoint == "http://file:4318/v1/traces"
     named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SERVICE_NAME": "shop"}
     named["OTEL_TRACES_SAMPLER"] = "always_on"
-    found = tracing(named, str(path)).tracing
+    found = config_of(named, str(path)).tracing
     assert (found.endpoint, found.service_name, found.sample) == ("http://c:4318/v1/traces", "shop", 1.0)
-    assert tracing({"OTEL_SDK_DISABLED": "true"}, str(path)).tracing.endpoint is None
+    assert config_of({"OTEL_SDK_DISABLED": "true"}, str(path)).tracing.endpoint is None
 
 
 @pytest.mark.parametrize(
@@ -440,7 +439,7 @@ def test_opentelemetrys_variables_count_before_the_file(tmp_path: Path) -> None:
 )
 def test_opentelemetrys_samplers_are_a_share(sampler: str, argument: str | None, share: float) -> None:
     environ = {"OTEL_TRACES_SAMPLER": sampler, **({"OTEL_TRACES_SAMPLER_ARG": argument} if argument else {})}
-    assert tracing(environ).tracing.sample == share
+    assert config_of(environ).tracing.sample == share
 
 
 @pytest.mark.parametrize(
@@ -456,7 +455,7 @@ def test_opentelemetrys_samplers_are_a_share(sampler: str, argument: str | None,
 )
 def test_mistakes_in_opentelemetrys_variables_are_found_at_start(environ: dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
-        tracing(environ)
+        config_of(environ)
     assert "user:pass" not in str(caught.value)
 
 
@@ -490,12 +489,12 @@ async def test_without_the_extra_the_start_says_what_to_install() -> None:
     assert b"pip install '.[otel]' in " in printed + complained
 
 
-async def test_nothing_of_opentelemetry_is_loaded_where_there_are_no_traces() -> None:
+async def test_nothing_of_tracing_is_loaded_where_it_is_off() -> None:
     program = (
         # aiocache loads redis-py where it is, and that loads OpenTelemetry where it is: neither is the proxy's doing.
         "import sys; sys.modules['redis'] = None\n"
         "import proxy.server.runtime, proxy.cli.main\n"
-        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+        "assert not [name for name in sys.modules if name.startswith(('opentelemetry', 'proxy.request.tracing'))]"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=ROOT)
     assert await process.wait() == 0

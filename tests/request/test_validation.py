@@ -13,11 +13,18 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.config import Account, Address, Application, Config, Listener, Secret
 from proxy.errors import BadOption, BadTarget, BrowserRefused, HostRefused, MalformedRequest, MethodRefused, ProxyError
-from proxy.request import authentication, request_options, routing
+from proxy.request import authentication, request_options, token_selection
+from proxy.request import target as request_target
 from proxy.request.header_cache import HeaderBlock
-from proxy.request.misspelt import PREFIX, REQUEST_HEADERS
-from proxy.request.ratelimit import limiter
-from proxy.request.validation import METHODS, AllowedHosts, ValidatedTarget, validate, validate_with
+from proxy.request.validation import (
+    METHODS,
+    PREFIX,
+    REQUEST_HEADERS,
+    AllowedHosts,
+    ValidatedTarget,
+    validate,
+    validate_with,
+)
 from tests.conftest import config_from
 
 ORDERS = "/orders/v0/orders"
@@ -46,7 +53,7 @@ DOOR = doorway()
 
 OUR_HEADERS = {
     value
-    for module in (authentication, routing, limiter, request_options)
+    for module in (authentication, request_target, token_selection, request_options)
     for name, value in vars(module).items()
     if name.endswith("_HEADER") and isinstance(value, str) and value.startswith("x-sp-")
 }

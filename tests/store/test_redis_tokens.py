@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from proxy.config import ConfigError, Secret, StoreAddress, load_config
 from proxy.config.store_address import parse_store
 from proxy.observability.metrics import Metrics
-from proxy.request.routing import TokenKey
+from proxy.request.token_selection import TokenKey
 from proxy.server import replicas as replicas_module
 from proxy.server.runtime import RunningProxy
 from proxy.store import StoredToken

@@ -43,7 +43,9 @@ from proxy.observability.metrics import Metrics
 from proxy.request.authorization import AccessPolicy
 from proxy.request.documents.gzip_stream import MAGIC, Gunzip
 from proxy.request.header_cache import HeaderBlock
-from proxy.request.routing import UNCACHED, Route, TokenKind, access_token_key_of, account_of
+from proxy.request.routing import UNCACHED, Route
+from proxy.request.target import account_of
+from proxy.request.token_selection import TokenKind, access_token_key_of
 from proxy.request.tokens.report_documents import decompress
 from proxy.request.upstream.forward import Forwarder, UpstreamCall, end_to_end_headers
 from proxy.request.upstream.http1 import RemoteProtocolError, Response
@@ -372,17 +374,16 @@ class DocumentRelay:
     async def _send(self, call: UpstreamCall) -> Response:
         lines, says_length = _storage_header_lines(call)
         began = call.deadline.now()
-        call.context.attempts += 1
+        call.context.begin_attempt()
         try:
             response = await self._upstream.send_with(call, lines, says_length=says_length)
         except UpstreamBroken:
             # An idle connection that was closed just now. A document got or put twice is the same as once.
             if not (call.needs_fresh_connection and call.is_replayable and call.request.method != "POST"):
                 raise
-            call.context.attempts += 1
+            call.context.begin_attempt()
             response = await self._upstream.send_with(call, lines, says_length=says_length)
-        call.context.status = response.status
-        call.context.upstream_duration = call.deadline.now() - began
+        call.context.end_attempt(response.status, call.deadline.now() - began)
         call.context.amazon_request_id = response.value(b"x-amz-request-id")
         return response
 

@@ -1,6 +1,6 @@
-"""Is there room for one more: of this caller's requests in flight, and of this account's at Amazon?
+"""Concurrency limits: requests in flight per caller, and calls at Amazon per account.
 
-So one caller or account that sends too much, or waits for something slow, leaves room for the others.
+A caller or account that sends too much, or waits for slow responses, leaves capacity to the others.
 """
 
 import asyncio
@@ -13,37 +13,37 @@ from proxy.observability.metrics import Metrics
 
 
 class ConcurrencyLimiter:
-    """Who is being served now."""
+    """Counts of requests in flight, their limits, and the calls that wait for a slot of their account."""
 
     def __init__(self, bounds: Bounds, metrics: Metrics) -> None:
         self.configure(bounds)
-        # Plain dictionaries: a Counter takes ten times as long to count one more.
+        # Plain dictionaries: an increment of a Counter takes ten times as long.
         self._caller_slots: dict[str, int] = {}
         self._account_slots: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         metrics.pre_scrape_hooks.append(self._exporter(metrics))
 
     def configure(self, bounds: Bounds) -> None:
-        """Keep to these bounds from now on."""
+        """Apply changed limits to requests that arrive from now on."""
         self._max_per_caller, self._max_per_account = bounds.requests, bounds.account_requests
 
     def acquire_caller(self, caller: str) -> None:
-        """Count one request of a caller's; raise CallerBusy where it has too many."""
+        """Count one request of a caller; raise CallerBusy where it has too many in flight."""
         count = self._caller_slots.get(caller, 0)
         if count >= self._max_per_caller:
             raise CallerBusy(
-                f"this caller has {self._max_per_caller} requests in flight already",
+                f"this caller already has {self._max_per_caller} requests in flight",
                 "Send fewer at once, or raise bounds.requests.",
                 retry_after=1.0,
             )
         self._caller_slots[caller] = count + 1
 
     def release_caller(self, caller: str) -> None:
-        """Count it no more."""
+        """Count one request of a caller less."""
         self._caller_slots[caller] -= 1
 
     def try_acquire_account(self, account: str) -> bool:
-        """Take one of the account's places at Amazon where one is free; return whether it was."""
+        """Take one of the account's slots if one is free and no call waits for it; return whether it was taken."""
         count = self._account_slots.get(account, 0)
         if count >= self._max_per_account or (self._waiting and self._waiting.get(account)):
             return False
@@ -51,36 +51,36 @@ class ConcurrencyLimiter:
         return True
 
     async def acquire_account(self, account: str, max_wait: float) -> None:
-        """Take one of the account's places at Amazon, in turn; raise AccountBusy where none comes in `max_wait` s."""
+        """Take one of the account's slots, first come, first served; raise AccountBusy after `max_wait` seconds."""
         if self.try_acquire_account(account):
             return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.setdefault(account, deque())
-        waiting.append(place)
+        waiting.append(slot)
         try:
             async with asyncio.timeout(max_wait):
-                await place
+                await slot
         except (TimeoutError, asyncio.CancelledError) as exc:
-            if place.done() and not place.cancelled():
-                self.release_account(account)  # it came in the very moment
-            elif place in waiting:
-                waiting.remove(place)
+            if slot.done() and not slot.cancelled():
+                self.release_account(account)  # granted in the same iteration of the loop as the timeout
+            elif slot in waiting:
+                waiting.remove(slot)
             if isinstance(exc, TimeoutError):
                 raise AccountBusy(
-                    f"the account {account} has {self._max_per_account} requests at Amazon already",
+                    f"the account {account} already has {self._max_per_account} requests at Amazon",
                     "Send fewer at once, or raise bounds.account_requests.",
                     retry_after=1.0,
                 ) from None
             raise
 
     def release_account(self, account: str) -> None:
-        """Give the place to the next who waits, or free it."""
+        """Hand the slot to the next waiting call, or free it."""
         if account in self._waiting:
             waiting = self._waiting[account]
             while waiting:
-                place = waiting.popleft()
-                if not place.done():
-                    place.set_result(None)
+                slot = waiting.popleft()
+                if not slot.done():
+                    slot.set_result(None)  # the count stays the same
                     return
             del self._waiting[account]
         self._account_slots[account] -= 1

@@ -1,7 +1,7 @@
-"""How many calls does a usage plan allow, who is next, and what do 429s teach about the rate? Arithmetic alone.
+"""Token buckets, rate estimates and fair queues for Amazon's usage plans: arithmetic only, nothing here waits.
 
-A plan is a token bucket: `rate` tokens a second are added, up to `burst`; a call takes one (DOC "Usage Plans and Rate
-Limits"). Moments are seconds of any clock that the caller reads; nothing here waits.
+A plan is a token bucket: `rate` tokens per second are added, up to `burst`; each call consumes one (DOC "Usage Plans
+and Rate Limits"). Moments are seconds of any monotonic clock, read by the caller.
 """
 
 from bisect import bisect_left, insort
@@ -11,23 +11,23 @@ from typing import Generic, TypeVar
 
 Waiter = TypeVar("Waiter")
 
-# Seconds behind a token's exact moment, so that a call whose way to Amazon is a little faster than that of an earlier
-# one does not come too early. Where the bucket holds several, that is paid once, and kept in Amazon's bucket; where it
-# holds one, it is paid for each call, so that it is no more than this share of the time between two.
+# Seconds added to a wait, so that a call whose network path is a little faster than that of an earlier one does not
+# reach Amazon before its token. A bucket with a burst pays the margin once: Amazon's bucket keeps the surplus. A bucket
+# that holds one token pays it for every call, so there it is limited to this fraction of the interval between calls.
 MARGIN, MARGIN_SHARE = 0.05, 0.02
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # tokens: refilling by floating-point steps may end just below a whole token
 
-BACKGROUND_PENALTY = 20  # how many rounds of ordinary callers a background call lets pass
+BACKGROUND_PENALTY = 20  # units of virtual time: how many calls of each ordinary caller pass a background call
 
-LOWER, RAISE = 0.8, 1.1  # what a 429 and a time without one do to a rate that is only guessed
-RAISE_AFTER = 20  # calls let through without a 429 until a lowered rate is raised
-PROBE_AFTER = 100  # calls until a rate above the published one is tried, which may cost a 429
+LOWER, RAISE = 0.8, 1.1  # factors for an estimated rate: after a 429, and after enough calls without one
+RAISE_AFTER = 20  # calls accepted without a 429 until a lowered rate is raised
+PROBE_AFTER = 100  # calls accepted until a rate above the published one is tried, which may cost a 429
 MAX_PROBE_AFTER = 10_000
 
 
 @dataclass(slots=True)
 class Bucket:
-    """The state of one usage plan."""
+    """The state of a token bucket; `rate` in tokens per second, `updated` is the moment for which `tokens` holds."""
 
     rate: float
     burst: float
@@ -36,27 +36,27 @@ class Bucket:
 
     @classmethod
     def full(cls, rate: float, burst: float, now: float) -> "Bucket":
-        """Return a bucket nobody has used yet."""
+        """Return an unused bucket."""
         return cls(rate, burst, burst, now)
 
     def wait(self, now: float, ahead: int = 0) -> float:
-        """Return in how many seconds the token is there of a call that lets `ahead` others go first."""
+        """Return after how many seconds a call with `ahead` others before it has its token, margin included."""
         self.refill(now)
         missing = ahead + 1 - self.tokens
         return missing / self.rate + self.margin if missing > _ROUNDING else 0.0
 
     def has_token(self, now: float) -> bool:
-        """Return whether a call that comes now goes at once."""
+        """Return whether a token is available now."""
         self.refill(now)
         return self.tokens >= 1 - _ROUNDING
 
     @property
     def margin(self) -> float:
-        """The seconds behind a token's exact moment at which a call that waited for it goes."""
+        """The seconds added to the wait for a token (see MARGIN)."""
         return min(MARGIN, max(MARGIN_SHARE, (self.burst - 1) / 2) / self.rate)
 
     def consume(self) -> None:
-        """Take the token whose moment has come."""
+        """Take a token that is available or due."""
         self.tokens -= 1
 
     def refund(self) -> None:
@@ -64,50 +64,50 @@ class Bucket:
         self.tokens = min(self.burst, self.tokens + 1)
 
     def empty(self, now: float) -> None:
-        """Learn from a 429 that Amazon's bucket holds nothing."""
+        """Drop all tokens: a 429 showed that Amazon's bucket is empty."""
         self.refill(now)
         self.tokens = min(self.tokens, 0.0)
 
     def refill(self, now: float) -> None:
-        """Add what has come since the last look; a clock that goes backwards adds nothing and takes nothing."""
+        """Add the tokens since the last update; a clock that goes backwards changes nothing."""
         if now > self.updated:
             tokens = self.tokens + (now - self.updated) * self.rate
             self.tokens = min(self.burst, tokens)
             self.updated = now
 
     def tokens_at(self, now: float) -> float:
-        """Return how many tokens there are, without a change."""
+        """Return how many tokens there are, without changing the bucket."""
         return min(self.burst, self.tokens + max(0.0, now - self.updated) * self.rate)
 
 
 @dataclass(slots=True)
 class RateEstimator:
-    """What a plan's rate is thought to be, in calls per second.
+    """Estimate of a plan's rate, in calls per second.
 
-    `known` is what Amazon published or announced, None where it said nothing. An announced rate is believed. Otherwise
-    a 429 lowers the estimate, and calls without one raise it again, slowly: first to what is known, then, rarely,
-    beyond, in case the account has more than is published. A raise that brings a 429 is taken back, and the next one
-    comes later.
+    `known` is the published or announced rate, None where there is neither. An announced rate is used as it is.
+    Otherwise a 429 lowers the estimate, and accepted calls raise it again, slowly: first to the known rate, then,
+    rarely, beyond it, in case the account has a larger plan than the published one. A raise that causes a 429 is
+    undone, and the next one is tried later.
     """
 
     rate: float
     known: float | None
     min_rate: float
     announced: bool = False
-    successes: int = 0  # calls let through since the last change
-    probe_after: int = PROBE_AFTER  # how many it takes until the next raise
-    rate_before_probe: float | None = None  # the rate before the last raise, while that is on trial
-    changed: float = float("-inf")  # when it was lowered last
+    successes: int = 0  # calls accepted since the last change
+    probe_after: int = PROBE_AFTER  # successes until the next raise
+    rate_before_probe: float | None = None  # the rate before the last raise, until that is confirmed
+    changed: float = float("-inf")  # the moment when the rate was last lowered
 
     def announce(self, rate: float) -> None:
-        """Believe what `x-amzn-RateLimit-Limit` says, within reason."""
+        """Adopt the rate of `x-amzn-RateLimit-Limit`, but not less than `min_rate`."""
         self.known = self.rate = max(rate, self.min_rate)
         self.announced = True
 
     def on_429(self, now: float) -> None:
-        """Learn from a 429; from several at once, as from one."""
+        """Lower the rate after a 429; several within one interval count as one."""
         if self.announced or now - self.changed < 1 / self.rate:
-            return  # of an announced rate: a burst that somebody else has spent
+            return  # with an announced rate, another client has spent the burst
         if self.rate_before_probe is not None:
             self.rate, self.rate_before_probe = self.rate_before_probe, None
             self.probe_after = min(MAX_PROBE_AFTER, self.probe_after * 2)
@@ -117,7 +117,7 @@ class RateEstimator:
         self.successes, self.changed = 0, now
 
     def on_success(self) -> None:
-        """Learn from a call that had waited for its token, and was let through."""
+        """Count a call that waited for its token and was accepted; raise the rate after enough of them."""
         if self.announced:
             return
         self.successes += 1
@@ -133,14 +133,15 @@ class RateEstimator:
 
 @dataclass(slots=True)
 class FairQueue(Generic[Waiter]):
-    """Who waits for one bucket, and in which order they go.
+    """Waiting calls of one bucket, in the order in which they are dequeued.
 
-    First come, first served for each caller; callers take turns, so that nobody's crowd is before everybody else
-    (start-time fair queueing: each place has a round, and rounds go in order). A background call is some rounds behind.
+    First come, first served for each caller, and round-robin between callers, so that one caller's many calls do not
+    delay all others. This is start-time fair queueing (Goyal, Vin, Cheng 1996) with equal weights: each entry has a
+    virtual time, and entries are dequeued in its order. A background call gets a later virtual time.
     """
 
     _order: list[tuple[float, int, Waiter]] = field(default_factory=list)
-    _last: dict[Hashable, tuple[float, int]] = field(default_factory=dict)  # the last round of a caller; how many wait
+    _last: dict[Hashable, tuple[float, int]] = field(default_factory=dict)  # last virtual time, entries
     _virtual_time: float = 0.0
     _count: int = 0
 
@@ -148,45 +149,45 @@ class FairQueue(Generic[Waiter]):
         return len(self._order)
 
     def next_virtual_time(self, caller: Hashable, *, background: bool = False, first: bool = False) -> float:
-        """Return the round in which the caller's next call goes; `first` is before everybody."""
+        """Return the virtual time of the caller's next call; with `first`, one before all others."""
         if first:
             return self._virtual_time - 1
         last, _ = self._last.get(caller, (self._virtual_time, 0))
         return max(last, self._virtual_time) + (BACKGROUND_PENALTY if background else 1)
 
-    def position(self, its_round: float) -> int:
-        """Return how many go before a call of that round that comes now."""
-        return bisect_left(self._order, (its_round, self._count))
+    def position(self, virtual_time: float) -> int:
+        """Return how many entries precede a call with that virtual time that arrives now."""
+        return bisect_left(self._order, (virtual_time, self._count))
 
-    def add(self, caller: Hashable, its_round: float, waiter: Waiter) -> tuple[float, int, Waiter]:
-        """Let a call wait; return its entry, by which it can leave."""
-        entry = (its_round, self._count, waiter)
+    def add(self, caller: Hashable, virtual_time: float, waiter: Waiter) -> tuple[float, int, Waiter]:
+        """Enqueue a call; return its entry, for `remove`."""
+        entry = (virtual_time, self._count, waiter)
         self._count += 1
         insort(self._order, entry)
-        last, waiting = self._last.get(caller, (its_round, 0))
-        self._last[caller] = max(last, its_round), waiting + 1
+        last, waiting = self._last.get(caller, (virtual_time, 0))
+        self._last[caller] = max(last, virtual_time), waiting + 1
         return entry
 
     def remove(self, caller: Hashable, entry: tuple[float, int, Waiter]) -> None:
-        """Take an entry out, wherever it stands."""
+        """Remove an entry at any position."""
         index = bisect_left(self._order, entry[:2])
         del self._order[index]
-        self._gone(caller)
+        self._decrement(caller)
 
     def waiting(self) -> Iterator[Waiter]:
-        """Return who waits, in the order in which they go."""
+        """Return the waiting calls in the order in which they are dequeued."""
         return (waiter for _, _, waiter in self._order)
 
     def first(self) -> tuple[float, int, Waiter]:
-        """Return the entry that goes next; there must be one."""
+        """Return the next entry; raise IndexError where there is none."""
         return self._order[0]
 
     def pop(self, caller: Hashable) -> None:
-        """Take the first entry, which is the caller's, out: its turn has come."""
+        """Dequeue the first entry, which is `caller`'s."""
         self._virtual_time = max(self._virtual_time, self._order.pop(0)[0])
-        self._gone(caller)
+        self._decrement(caller)
 
-    def _gone(self, caller: Hashable) -> None:
+    def _decrement(self, caller: Hashable) -> None:
         last, waiting = self._last[caller]
         if waiting > 1:
             self._last[caller] = last, waiting - 1

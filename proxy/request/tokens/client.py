@@ -20,8 +20,10 @@ from proxy.config import Config, Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenRefused, TokenUnavailable
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter
-from proxy.request.routing import UNCACHED, Route, TokenKey, access_token_key, access_token_key_of, endpoint_of
+from proxy.request.ratelimit.limiter import RateLimiter
+from proxy.request.request_options import AdmissionRequest
+from proxy.request.routing import UNCACHED, Route, endpoint_of
+from proxy.request.token_selection import TokenKey, access_token_key, access_token_key_of
 from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import ConnectionPool
 

@@ -21,7 +21,7 @@ from proxy.amazon.rdt import METHODS, PATH
 from proxy.errors import BadTarget, MalformedRequest, RestrictedDataTokenInvalid, TokenRequestRefused
 from proxy.request.authorization import AccessPolicy
 from proxy.request.context import RequestContext
-from proxy.request.routing import split_prefix
+from proxy.request.target import split_prefix
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
 from proxy.request.upstream.forward import send_100_continue
 from proxy.request.upstream.response import PlaceholderResponse

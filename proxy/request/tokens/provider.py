@@ -17,7 +17,7 @@ from proxy.config import Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.routing import TokenKey, TokenKind, access_token_key
+from proxy.request.token_selection import TokenKey, TokenKind, access_token_key
 from proxy.request.tokens.client import (
     AccessTokenRejected,
     DataElementsDenied,

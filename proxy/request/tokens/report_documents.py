@@ -8,7 +8,8 @@ import zlib
 from collections import OrderedDict
 
 from proxy.amazon.report_types import REPORT_OPERATIONS, RESTRICTED_TYPES, documents_in
-from proxy.request.routing import Route, TokenKey
+from proxy.request.routing import Route
+from proxy.request.token_selection import TokenKey
 from proxy.request.upstream.http1 import Response
 
 MAX_READ = 256 * 1024  # bytes of an answer that are looked at; getReports names a hundred reports in a fifth of that

@@ -261,7 +261,7 @@ class Forwarder:
 
         Raises an error of ours for everything that keeps an answer from coming.
         """
-        call.context.attempts += 1
+        call.context.begin_attempt()
         call.redactor = TokenRedactor(token.secret_suffix)
         own = upstream_header_lines(call.request.method, call.headers)
         credentials = self._credentials(call.route.application, token)

@@ -19,7 +19,7 @@ from proxy.errors import TokenUnavailable, all_errors
 from proxy.observability.metrics import Metrics
 from proxy.observability.request_history import RequestRecord, Sample
 from proxy.request.forbidden_hints import HINTS
-from proxy.request.routing import TokenKey, access_token_key_of
+from proxy.request.token_selection import TokenKey, access_token_key_of
 from proxy.request.tokens.provider import TokenProvider, TokenStatus
 
 RECENT_WINDOW = 300.0  # seconds; older requests say nothing about the present

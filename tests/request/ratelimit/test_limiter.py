@@ -17,9 +17,9 @@ from proxy.amazon.operations import load_table
 from proxy.config import Config
 from proxy.errors import BadOption, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit import limiter as limits_module
-from proxy.request.ratelimit.limiter import AdmissionRequest, RateLimiter, parse_rate
-from proxy.request.request_options import parse_max_wait
+from proxy.request.ratelimit import plan
+from proxy.request.ratelimit.limiter import RateLimiter, parse_rate
+from proxy.request.request_options import AdmissionRequest, parse_max_wait
 from proxy.request.routing import Route, resolve
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
@@ -430,7 +430,7 @@ async def test_a_noisy_caller_does_not_make_a_quiet_one_wait_too_long(crowd: Cro
 
 
 async def test_who_is_overtaken_past_its_time_is_refused_then(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "_GRACE", -1.95)  # two seconds are over in a twentieth
+    monkeypatch.setattr(plan, "GRACE", -1.95)  # two seconds are over in a twentieth
     await crowd.comes("overtaken", AdmissionRequest(2, background=True))
     assert not crowd.refused
     await crowd.tasks["overtaken"]
@@ -624,7 +624,7 @@ async def test_a_queue_takes_no_more_than_its_bound(tmp_path: Path, clock: FakeC
     await drain(limits, orders)
     tasks = [asyncio.create_task(limits.acquire(orders, AdmissionRequest(1000))) for _ in range(3)]
     await settle()
-    with pytest.raises(UsagePlanExhausted, match="3 calls wait for the usage plan of") as caught:
+    with pytest.raises(UsagePlanExhausted, match="3 calls already wait for the usage plan of") as caught:
         await limits.acquire(orders, AdmissionRequest(1000))
     assert caught.value.headers()["Retry-After"] == "4"
     clock.advance(1.1)

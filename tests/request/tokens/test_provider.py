@@ -16,7 +16,7 @@ from proxy.config import Secret
 from proxy.errors import RestrictedDataRefused, TokenRefused, TokenUnavailable, UsagePlanExhausted
 from proxy.observability.metrics import Metrics
 from proxy.request.ratelimit.limiter import RateLimiter
-from proxy.request.routing import TokenKey
+from proxy.request.token_selection import TokenKey
 from proxy.request.tokens import provider as tokens_module
 from proxy.request.tokens.client import TRIES, TokenClient, access_token_keys
 from proxy.request.tokens.provider import SETTLED_AFTER, Token, TokenProvider

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.request.routing import TokenKey
+from proxy.request.token_selection import TokenKey
 from proxy.request.tokens import report_documents as documents_module
 from proxy.request.tokens.report_documents import MAX_READ, UnrestrictedReports, decompress
 from proxy.server.runtime import RunningProxy
