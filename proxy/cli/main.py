@@ -64,7 +64,7 @@ from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.upstream import connector
 from proxy.request.upstream.forward import check_body, end_to_end_headers
 from proxy.request.validation import AllowedHosts, validate
-from proxy.server import hardening, sockets, systemd
+from proxy.server import hardening, sockets, systemd, tls
 from proxy.server.reload import ConfigWatcher, Result, file_signatures
 from proxy.server.runtime import RunningProxy, start_proxy
 from proxy.server.sockets import CannotListen
@@ -196,7 +196,7 @@ def _load(options: argparse.Namespace, environ: Mapping[str, str] | None = None)
 def _checked(loaded: Loaded) -> Loaded:
     """Return the same, where it also holds against the operation table and this machine; raise ConfigError."""
     config = loaded.config
-    found = [*authorization.validate_policies(config, _table()), *sockets.validate(config), *connector.validate(config)]
+    found = [*authorization.validate_policies(config, _table()), *tls.validate(config), *connector.validate(config)]
     if found:
         raise ConfigError(loaded.with_locations(found), loaded.files)
     return loaded

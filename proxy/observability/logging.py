@@ -101,7 +101,7 @@ def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | 
     # A closed or full log must not become a traceback per line, nor stop the service.
     logging.raiseExceptions = False
     # aiohttp logs whole exceptions with the request they belong to; what matters of them is in our own lines.
-    for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio"):
+    for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -164,6 +164,11 @@ class Metrics:
         self.errors = self._counter(
             "errors_total", "Errors that the proxy answered itself, by code and fault.", "code", "fault"
         )
+        self.internal_errors = self._counter(
+            "internal_errors_total",
+            "Exceptions in the proxy that nothing handles, by type and place (module:line; `other` past 64 of them).",
+            *("type", "place"),
+        )
         self.truncated = self._counter(
             "answers_cut_off_total",
             "Answers whose connection to the app was broken because they could not be completed.",

@@ -17,8 +17,8 @@ from proxy.config import Config, ConfigError, Loaded
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
 from proxy.server.admin.app import ReloadStatus
+from proxy.server.handover import ReloadOutcome
 from proxy.server.hardening import GcPaused
-from proxy.server.runtime import ReloadOutcome
 from proxy.server.sockets import CannotListen
 
 POLL_INTERVAL = 1.0  # seconds

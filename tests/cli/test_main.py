@@ -276,7 +276,7 @@ async def test_a_port_in_use_is_one_line_and_exit_code_1() -> None:
     assert code == 1
     (line,) = [line for line in complained.splitlines() if not line.startswith("{")]
     assert line == (
-        f"sp-api-proxy: cannot listen on {address}: Address already in use; end what uses it, "
+        f"sp-api-proxy: cannot listen on {address}: Address already in use; stop what uses it, "
         "or change listen[0] in the configuration, or give another address with --listen"
     )
 

@@ -17,7 +17,8 @@ import pytest
 
 from proxy.config import Address, Bounds, Tls
 from proxy.server.runtime import RunningProxy
-from proxy.server.sockets import CannotListen, ServerTls, split_fd_limit, validate
+from proxy.server.sockets import CannotListen, split_fd_limit
+from proxy.server.tls import ServerTls, validate
 from tests.conftest import StartProxy, config_from, settings_for
 from tests.support.certificates import Authority
 from tests.support.fake_upstream import FakeUpstream, TokenHost
