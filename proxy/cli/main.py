@@ -228,7 +228,7 @@ def _serve(options: argparse.Namespace) -> int:
     hardening.overwrite_environ(hardening.scrub_environment(os.environ, loaded.config))
     with _logging(loaded.config.log, loaded.config.audit):
         for problem in loaded.warnings:
-            logging.LOGGER.warning("a setting should be mended", extra=logging.extra(problem=str(problem)))
+            logging.LOGGER.warning("configuration warning", extra=logging.extra(problem=str(problem)))
         serving = _serve_until_signal(loaded, lambda: _load(options, environ), is_demo=options.demo)
         del loaded  # its secrets are to be kept no longer than it is in force
         return _run(serving)
@@ -286,11 +286,11 @@ async def _serve_until_signal(
             reloads = ConfigWatcher(
                 loaded,
                 load=load,
-                hand_over=proxy.apply_config,
-                reloading=proxy.reload_status,
+                apply_config=proxy.apply_config,
+                status=proxy.reload_status,
                 metrics=proxy.metrics,
-                note=partial(_note_reload, service, proxy.has_started),
-                seen=seen,
+                on_result=partial(_note_reload, service, proxy.has_started),
+                signatures=seen,
             )
             del loaded  # see _serve
             told.on_hangup, told.proxy = reloads.request_reload, proxy
