@@ -12,7 +12,7 @@ from proxy.cli.options import settings_of
 from proxy.config import ConfigError, Loaded, Problem, load_config
 from proxy.request import authorization
 from proxy.request.upstream import connector
-from proxy.server import sockets
+from proxy.server import tls
 
 DEFAULT_CONFIG_FILE = "config.yaml"  # the Makefile's; no command takes a file that nobody named
 
@@ -55,7 +55,7 @@ def checked(loaded: Loaded) -> Loaded:
     config = loaded.config
     found = [
         *authorization.validate_policies(config, operation_table()),
-        *sockets.validate(config),
+        *tls.validate(config),
         *connector.validate(config),
     ]
     if found:

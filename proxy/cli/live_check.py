@@ -54,7 +54,7 @@ from proxy.request.upstream.pool import ConnectionPool
 from proxy.request.upstream.retry import RETRIED_STATUSES
 from proxy.request.upstream.token_redaction import TokenRedactor, secret_suffix
 from proxy.request.validation import ValidatedTarget
-from proxy.server.runtime import lwa_pool, user_agents
+from proxy.server.upstream_pools import lwa_pool, user_agents
 from proxy.store import MemoryStore
 
 PARALLEL = 10  # accounts checked at the same time

@@ -69,11 +69,11 @@ async def serve_until_signal(
             reloads = ConfigWatcher(
                 loaded,
                 load=load,
-                hand_over=proxy.apply_config,
-                reloading=proxy.reload_status,
+                apply_config=proxy.apply_config,
+                status=proxy.reload_status,
                 metrics=proxy.metrics,
-                note=partial(_note_reload, service, proxy.has_started),
-                seen=seen,
+                on_result=partial(_note_reload, service, proxy.has_started),
+                signatures=seen,
             )
             del loaded  # as in serve.py
             signals.on_hangup, signals.proxy = reloads.request_reload, proxy

@@ -101,7 +101,7 @@ def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | 
     # Otherwise logging prints a traceback to standard error for each line that a closed or full target rejects.
     logging.raiseExceptions = False
     # aiohttp logs exceptions with their text and the request; the proxy's own lines have what matters of them.
-    for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal", "asyncio"):
+    for name in ("aiohttp.server", "aiohttp.client", "aiohttp.web", "aiohttp.internal"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

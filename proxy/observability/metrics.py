@@ -170,6 +170,11 @@ class Metrics:
             lambda: ((labels, traffic.received) for labels, traffic in self._traffic.copy().items()),
         )
         self.errors = self._counter("errors_total", "Errors of the proxy's own, by code and fault.", "code", "fault")
+        self.internal_errors = self._counter(
+            "internal_errors_total",
+            "Unhandled exceptions in the proxy, by type and place (module:line; `other` after 64 of them).",
+            *("type", "place"),
+        )
         self.truncated = self._counter(
             "answers_cut_off_total",
             "Responses cut off by closing the client's connection, because they could not be completed.",

@@ -1,4 +1,4 @@
-"""How does the process keep its secrets: no core dumps, nobody looking inside, none left in its environment?"""
+"""Protection of secrets in the process: core dumps, debuggers, its environment; and the garbage collector's pauses."""
 
 import contextlib
 import ctypes
@@ -12,17 +12,17 @@ from proxy.config import Config
 from proxy.observability import logging
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
-SETTLED_FOR = 50
-_LONG = 16  # characters of a text that stands in another one by no accident
+FULL_COLLECTION_EVERY = 50  # reloads
+_MIN_CONTAINED = 16  # characters of a secret that cannot be a part of another value by accident
 
 
 def harden() -> None:
-    """Keep memory out of core dumps and debuggers, texts out of tracebacks; open as many files as are allowed.
+    """Disable core dumps and debuggers, keep exception texts off standard error, raise the file descriptor limit.
 
-    What a system does not have is left out.
+    What the system does not have is skipped.
     """
     sys.excepthook = _report_uncaught
-    with contextlib.suppress(ImportError):  # there is no such module on Windows
+    with contextlib.suppress(ImportError):  # Windows has no such module
         import resource  # noqa: PLC0415
 
         with contextlib.suppress(OSError, ValueError):
@@ -31,40 +31,40 @@ def harden() -> None:
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform == "linux":
-        # Also makes /proc/PID/environ and /proc/PID/mem the administrator's alone.
+        # /proc/PID/environ and /proc/PID/mem then belong to root (proc(5)), and only root can attach a debugger.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def freeze_gc() -> None:
-    """Take what is there, modules above all, for what stays: the garbage collector looks at it no more.
+    """Freeze objects created at start-up, modules above all, so that the garbage collector does not scan them.
 
-    To go through it takes a tenth of a second, in which no request would be served.
+    A full collection of them takes about a tenth of a second, in which no request is served.
     """
     gc.collect()
     gc.freeze()
 
 
 class GcPaused:
-    """Keeps the garbage collector away while much is made that stays, such as a new configuration; use it with `with`.
+    """Context manager: no garbage collection while many long-lived objects are created, such as a configuration.
 
-    The collector would go through all of the process's objects, several times over, with every request waiting. What
-    was made is then left to reference counting, as after `settle`. Every SETTLED_FOR-th time all is gone through, so
-    that what went in rings, and was taken for what stays, does not add up.
+    The collector would scan all objects of the process several times while every request waits. What was created is
+    frozen afterwards, as by `freeze_gc`, and freed by reference counting. Every FULL_COLLECTION_EVERY-th time there is
+    a full collection, so that frozen reference cycles do not add up.
     """
 
     def __init__(self) -> None:
         self._times = 0
 
     def __enter__(self) -> None:
-        """Collect nothing from now on."""
+        """Disable the collector."""
         gc.disable()
 
     def __exit__(self, *_: object) -> None:
-        """Collect again, but not what is there now."""
+        """Enable the collector, and freeze what exists now."""
         gc.enable()
         self._times += 1
-        if self._times % SETTLED_FOR == 0:
+        if self._times % FULL_COLLECTION_EVERY == 0:
             gc.unfreeze()
             gc.collect()
         else:
@@ -73,15 +73,15 @@ class GcPaused:
 
 
 def scrub_environment(environ: MutableMapping[str, str], config: Config) -> list[str]:
-    """Take the variables that hold a secret out of the environment and return their names.
+    """Remove the variables that hold a secret from the environment and return their names.
 
-    Whatever is started later gets none of them.
+    Child processes then inherit none of them.
     """
     secrets = set(_secrets_in(config))
     found = [
         name
         for name, value in environ.items()
-        if any(secret == value.strip() or (len(secret) >= _LONG and secret in value) for secret in secrets)
+        if any(secret == value.strip() or (len(secret) >= _MIN_CONTAINED and secret in value) for secret in secrets)
     ]
     for name in found:
         del environ[name]
@@ -89,11 +89,14 @@ def scrub_environment(environ: MutableMapping[str, str], config: Config) -> list
 
 
 def overwrite_environ(names: Iterable[str]) -> None:
-    """Write over these variables where the process was given them: `/proc/PID/environ` shows that place for ever."""
+    """Overwrite these variables in the memory that the process was started with.
+
+    `/proc/PID/environ` shows that memory for as long as the process runs, whatever becomes of os.environ (proc(5)).
+    """
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, ValueError, IndexError):
-        # Fields 50 and 51 (proc(5)); the second, a name in brackets, may hold blanks.
+        # Fields 50 and 51 (proc(5)); the second, a name in brackets, may contain spaces.
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         start, end = int(fields[47]), int(fields[48])
         wanted = {name.encode() for name in names}
@@ -122,5 +125,5 @@ def _secrets_in(config: Config) -> Iterator[str]:
 
 
 def _report_uncaught(_: type[BaseException], exc: BaseException, __: TracebackType | None) -> None:
-    """Name an exception that ends the process by type and place: its text may hold what a peer sent."""
+    """Report an exception that ends the process by type and place: its text may quote what a client sent."""
     sys.stderr.write(f"sp-api-proxy: ended by {logging.format_location(exc)}\n")

@@ -1,4 +1,4 @@
-"""What is listened on now: opened at the start, handed from one configuration to the next, closed in the end?"""
+"""Open listeners: started, kept or replaced by a reload, drained at the end."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,19 +11,23 @@ from proxy.config import Address, Config, Listener
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
 from proxy.request.handler import Handler
-from proxy.server.http_protocol import ConnectionLimiter, HttpServer
-from proxy.server.sockets import CannotListen, ServerTls, listen
+from proxy.server.connection_limiter import ConnectionLimiter
+from proxy.server.http_server import HttpServer
+from proxy.server.self_check import SelfCheckFailed, check_listener
+from proxy.server.sockets import CannotListen, listen
+from proxy.server.tls import ServerTls
 
-DRAIN_INTERVAL = 0.02  # seconds between two looks at what is still in flight
-ABORT_GRACE = 0.2  # seconds in which what was cut off may notice it
-STATUS_CONNECTIONS = 256  # of the admin listener, and of the health listener
+DRAIN_INTERVAL = 0.02  # seconds between two checks for requests in flight
+ABORT_GRACE = 0.2  # seconds for handlers of aborted requests to end
+STATUS_CONNECTIONS = 256  # client connections of the admin listener, and as many of the health listener
 
 
 @dataclass(slots=True)
 class ShutdownState:
-    """How the end goes: whether nothing is waited for any more, and how many connections were cut off.
+    """State of the shutdown. `immediate` ends the wait for requests in flight.
 
-    That happens to those whose requests take longer than `timeouts.shutdown`, or than until `at_once` is set.
+    `aborted` is how many connections were cut off, because their requests took longer than that wait or
+    `timeouts.shutdown`.
     """
 
     aborted: int = 0
@@ -32,7 +36,7 @@ class ShutdownState:
 
 @dataclass(slots=True, eq=False)
 class OpenListener:
-    """One proxied port: the address that was asked for, the one it turned out to be, and what serves it."""
+    """One listener for apps: its configured address, its actual one, and its server."""
 
     settings: Address
     address: str
@@ -42,22 +46,22 @@ class OpenListener:
 
 
 def restart_only_changes(listener: Listener, before: Listener) -> list[str]:
-    """Return the keys in which a listener differs from the one that is open, and in which a port cannot change.
+    """Return the keys in which a listener differs from the open one and which an open listener cannot change.
 
-    A port speaks TLS or not, and asks for client certificates or not, from its beginning; so it is with the rights of
-    a socket file.
+    asyncio takes the TLS context when it begins to listen, so TLS and the request for client certificates cannot be
+    switched on or off; neither can the permissions of a socket file.
     """
     kept = [key for key in ("mode", "owner", "group") if getattr(listener, key) != getattr(before, key)]
     old, new = before.tls, listener.tls
-    speaks_otherwise = (old is None) is not (new is None)
-    asks_otherwise = old is not None and new is not None and (old.client_ca is None) is not (new.client_ca is None)
-    if speaks_otherwise or asks_otherwise:
+    switches_tls = (old is None) is not (new is None)
+    switches_client_ca = old is not None and new is not None and (old.client_ca is None) is not (new.client_ca is None)
+    if switches_tls or switches_client_ca:
         kept.append("tls")
     return kept
 
 
 class ListenerSet:
-    """The proxied ports, and how they end; `current` returns the configuration in force."""
+    """The listeners for apps; `current` returns the configuration in force."""
 
     def __init__(self, metrics: Metrics, limiter: ConnectionLimiter, current: Callable[[], Config]) -> None:
         self._metrics = metrics
@@ -69,19 +73,19 @@ class ListenerSet:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where requests come in, in the configuration's order."""
+        """The actual addresses, in the order of the configuration."""
         return tuple(port.address for port in self._open)
 
     def reload_certificates(self) -> None:
-        """Take up the files of certificates as they are now."""
+        """Read certificates whose files have changed."""
         for port in self._open:
             if port.tls is not None:
                 port.tls.reload_if_changed()
 
     async def prepare(self, handlers: list[Handler], config: Config) -> list[OpenListener]:
-        """Return a port for each handler: the one that is open, or a new one, which serves at once.
+        """Return a listener for each handler: the open one, or a new one, which serves at once.
 
-        Raises CannotListen, and leaves everything as it was.
+        Raises CannotListen, and then changes nothing.
         """
         free, found, opened = list(self._open), list[OpenListener](), list[OpenListener]()
         try:
@@ -99,9 +103,9 @@ class ListenerSet:
         return found
 
     def activate(self, ports: list[OpenListener], handlers: list[Handler], config: Config) -> None:
-        """Serve by these handlers from now on; ports that are not among these finish what they have, and end.
+        """Serve by these handlers from now on; listeners that are not among these finish their requests and close.
 
-        No request lasts longer than `timeouts.total`; where the process ends before that, they end with it.
+        That takes `timeouts.total` at most, since no request lasts longer.
         """
         gone = [port for port in self._open if port not in ports]
         self._open = ports
@@ -112,14 +116,14 @@ class ListenerSet:
         for port in gone:
             port.listening.close()
             port.server.close_idle()
-            task = asyncio.create_task(self._drain(port, config.timeouts.total), name=f"leave {port.address}")
+            task = asyncio.create_task(self._drain(port, config.timeouts.total), name=f"drain {port.address}")
             self._draining[port] = task
 
     async def _drain(self, port: OpenListener, drain_timeout: float) -> None:
         await _drained(port.server.busy, drain_timeout, self.shutdown.immediate)
         if cut_off := port.server.busy():
             LOGGER.warning(
-                "requests in flight were cut off: their listener is no more",
+                "aborted in-flight requests of a removed listener",
                 extra=extra(address=port.address, connections=cut_off),
             )
         await _abort(port.listening, port.server)
@@ -129,18 +133,20 @@ class ListenerSet:
         listener = handler.listener
         tls = ServerTls(listener.tls) if listener.tls else None
         server = HttpServer(handler.handle, config, self._metrics, limiter=self._limiter, name=handler.name)
-        listening, turned_out = await listen(server, listener.address, handler.name, listener=listener, tls=tls)
+        context = tls.context if tls is not None else None
+        listening, actual = await listen(server, listener.address, handler.name, listener=listener, context=context)
+        await _check(server, listening, handler.name, actual)
         if not listener.address.is_local:
             protected = "TLS" if tls is not None else "nothing"
             LOGGER.warning(
-                "other machines reach this listener", extra=extra(address=turned_out, protected_by=protected)
+                "this listener can be reached from other machines", extra=extra(address=actual, protected_by=protected)
             )
-        return OpenListener(listener.address, turned_out, listening, server, tls)
+        return OpenListener(listener.address, actual, listening, server, tls)
 
-    async def stop(self, break_off: Callable[[], None]) -> None:
-        """Take no more, let requests in flight finish within `timeouts.shutdown`, cut the rest off.
+    async def stop(self, abort_requests: Callable[[], None]) -> None:
+        """Close the listeners, let requests in flight finish within `timeouts.shutdown`, abort the rest.
 
-        `break_off` ends their waits, so that who has no answer yet gets one that says why.
+        `abort_requests` ends the waits of these, so that clients without a response yet get an error that says why.
         """
         for port in self._open:
             port.listening.close()
@@ -148,12 +154,12 @@ class ListenerSet:
         await _drained(self._busy, self._current().timeouts.shutdown, self.shutdown.immediate)
         self.shutdown.aborted = self._busy()
         if self.shutdown.aborted:
-            break_off()
-            LOGGER.warning("requests in flight were cut off", extra=extra(connections=self.shutdown.aborted))
-        ports, leaving = list(self._all()), list(self._draining.values())
-        for task in leaving:
+            abort_requests()
+            LOGGER.warning("aborted in-flight requests", extra=extra(connections=self.shutdown.aborted))
+        ports, draining = list(self._all()), list(self._draining.values())
+        for task in draining:
             task.cancel()
-        await asyncio.gather(*leaving, return_exceptions=True)
+        await asyncio.gather(*draining, return_exceptions=True)
         await asyncio.gather(*(_abort(port.listening, port.server) for port in ports))
 
     def _all(self) -> Iterator[OpenListener]:
@@ -168,7 +174,7 @@ class ListenerSet:
 async def status_port(
     app: web.Application, address: Address, setting: str, config: Config, metrics: Metrics
 ) -> AsyncIterator[str]:
-    """Serve the admin or health application, and yield the address as it turned out; raise CannotListen."""
+    """Serve the admin or health application, and yield its actual address; raise CannotListen."""
     async with AsyncExitStack() as stack:
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -176,7 +182,7 @@ async def status_port(
         plain = runner.server
         if plain is None:
             raise CannotListen(f"{setting} did not start")
-        # With the bounds and timers of the proxied port, and places of its own: apps cannot shut probes out.
+        # The limits and timers of a listener for apps, but a connection limit of its own: apps cannot lock probes out.
         server = HttpServer(
             plain.request_handler,
             config,
@@ -185,17 +191,32 @@ async def status_port(
             name=setting,
             request_factory=plain.request_factory,
         )
-        listening, turned_out = await listen(server, address, setting)
+        listening, actual = await listen(server, address, setting)
+        await _check(server, listening, setting, actual)
         stack.push_async_callback(_abort, listening, server)
-        del config  # its secrets are not to be kept for as long as this listens
-        yield turned_out
+        del config  # drop its secrets: this frame lives as long as the listener
+        yield actual
+
+
+async def _check(server: HttpServer, listening: asyncio.AbstractServer, setting: str, address: str) -> None:
+    """Raise CannotListen, and close the listener, unless it responds to a request of the proxy's own."""
+    try:
+        await check_listener(server)
+    except SelfCheckFailed as exc:
+        fields = extra(listener=setting, address=address, reason=str(exc))
+        LOGGER.error("a listener failed its self-check", extra=fields)
+        await _abort(listening, server)
+        raise CannotListen(
+            f"{setting} listens on {address} but does not respond to requests: {exc}; reinstall the proxy with the "
+            "versions of its dependencies that it was tested with"
+        ) from exc
 
 
 async def _drained(busy: Callable[[], int], drain_timeout: float, immediate: asyncio.Event) -> None:
-    """Return when no request is in flight, after `drain_timeout` seconds, or when `immediate` is set."""
+    """Wait until no request is in flight, `drain_timeout` seconds have passed, or `immediate` is set."""
     with suppress(TimeoutError):
         async with asyncio.timeout(drain_timeout):
-            while busy() and not immediate.is_set():  # noqa: ASYNC110 - connections come and go in a library that tells nobody
+            while busy() and not immediate.is_set():  # noqa: ASYNC110 - aiohttp has no event for the end of a connection
                 await asyncio.sleep(DRAIN_INTERVAL)
 
 

@@ -1,8 +1,8 @@
-"""When does a changed file, or SIGHUP, become the configuration in force, and who learns that it did not?
+"""Reload of the configuration, on SIGHUP or when a file has changed.
 
-A whole new Config is read and checked beside the one that serves, and handed over in one piece; a bad one changes
-nothing. Files are looked at by their names every second: container platforms replace a link on the way to them, and
-some file systems tell nobody of changes.
+A whole new Config is read and checked beside the one in force, then applied at once; an invalid one changes nothing.
+Files are polled by name every second: Kubernetes replaces a symbolic link on the way to a mounted file, and network
+file systems such as NFS send no events (inotify(7)).
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from proxy.config import Config, ConfigError, Loaded
 from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
 from proxy.server.admin.app import ReloadStatus
+from proxy.server.handover import ReloadOutcome
 from proxy.server.hardening import GcPaused
-from proxy.server.runtime import ReloadOutcome
 from proxy.server.sockets import CannotListen
 
 POLL_INTERVAL = 1.0  # seconds
-READ_TIMEOUT = 30.0  # seconds for files that hang: those of a network, or of a pipe that nobody writes to
-MAX_PROBLEMS = 100  # that a log line and /status name
+READ_TIMEOUT = 30.0  # seconds; a network file system can hang, and so can a pipe that nobody writes to
+MAX_PROBLEMS = 100  # in a log line and in /status
 
 Result = Literal["ok", "unchanged", "failed"]
 FileSignature = tuple[int, int, int, int, int] | None
@@ -32,11 +32,11 @@ _T = TypeVar("_T")
 
 
 class ConfigWatcher:
-    """Takes up new configurations.
+    """Reads and applies new configurations.
 
-    `load` reads and checks one; it may block, and raise ConfigError. `hand_over` makes it the one in force, or raises
-    CannotListen or ConfigError. `note` hears when that begins, and how it went. `seen` are the stamps of the files when
-    `loaded` was read from them.
+    `load` reads and checks one; it may block, and raise ConfigError. `apply_config` puts it in force, or raises
+    CannotListen or ConfigError. `on_result` is called with None when a reload begins, and with its result.
+    `signatures` are those of the files when `loaded` was read from them.
     """
 
     def __init__(
@@ -44,48 +44,48 @@ class ConfigWatcher:
         loaded: Loaded,
         *,
         load: Callable[[], Loaded],
-        hand_over: Callable[[Config], Awaitable[ReloadOutcome]],
-        reloading: ReloadStatus,
+        apply_config: Callable[[Config], Awaitable[ReloadOutcome]],
+        status: ReloadStatus,
         metrics: Metrics,
-        note: Callable[[Result | None], None] = lambda _: None,
+        on_result: Callable[[Result | None], None] = lambda _: None,
         wall: Callable[[], float] = time.time,
-        look_every: float = POLL_INTERVAL,
-        seen: FileSignatures | None = None,
+        poll_interval: float = POLL_INTERVAL,
+        signatures: FileSignatures | None = None,
     ) -> None:
         self._load = load
-        self._apply_config = hand_over
-        self._status = reloading
+        self._apply_config = apply_config
+        self._status = status
         self._metrics = metrics
-        self._on_result = note
+        self._on_result = on_result
         self._wall = wall
-        self._poll_interval = look_every
+        self._poll_interval = poll_interval
         self._requested = asyncio.Event()
         self._gc_paused = GcPaused()
         self._files = loaded.files
         self._warned = _texts(loaded)
-        self._signatures = seen or file_signatures(self._files)
+        self._signatures = signatures or file_signatures(self._files)
 
     def request_reload(self) -> None:
-        """Have the configuration read anew, whether its files have changed or not."""
+        """Have the configuration reloaded, whether its files have changed or not."""
         self._requested.set()
 
     async def watch(self) -> None:
-        """Take up what is asked for, and what has changed, for as long as the proxy runs."""
+        """Reload on request and when files change, for as long as the proxy runs."""
         changing = self._signatures
         while True:
-            is_asked = await self._wait_for_request()
+            is_requested = await self._wait_for_request()
             try:
-                seen = await run_in_thread(lambda: file_signatures(self._files))
+                found = await run_in_thread(lambda: file_signatures(self._files))
             except TimeoutError:
-                LOGGER.error("the configuration's files cannot be looked at: their file system hangs")
+                LOGGER.error("the configuration's files cannot be checked: their file system does not respond")
                 continue
-            # What is still being written is left alone until it was the same twice.
-            if is_asked or (seen != self._signatures and seen == changing):
-                self._signatures = seen
-                await self.reload("SIGHUP" if is_asked else "a file has changed")
+            # A file may be half written: it is read once two polls in a row have found the same.
+            if is_requested or (found != self._signatures and found == changing):
+                self._signatures = found
+                await self.reload("SIGHUP" if is_requested else "a file has changed")
                 changing = self._signatures
             else:
-                changing = seen
+                changing = found
 
     async def _wait_for_request(self) -> bool:
         try:
@@ -96,19 +96,19 @@ class ConfigWatcher:
         self._requested.clear()
         return True
 
-    async def reload(self, because: str) -> Result:
-        """Read the configuration and take it up if it is good; log, count and note how that went."""
-        with self._gc_paused:  # around all of it: an exception, while it is looked at, holds what was read
-            return await self._reload(because)
+    async def reload(self, reason: str) -> Result:
+        """Read the configuration and apply it if it is valid; log, count and report the result."""
+        with self._gc_paused:  # around all of it: an exception holds what was read, by its frames
+            return await self._reload(reason)
 
-    async def _reload(self, because: str) -> Result:
+    async def _reload(self, reason: str) -> Result:
         self._on_result(None)
         problems: tuple[str, ...] = ()
         files: Iterable[Path] = ()
         try:
             loaded = await run_in_thread(self._load)
             files = loaded.files
-            handed_over = await self._apply(loaded)
+            outcome = await self._apply(loaded)
         except ConfigError as exc:
             files = exc.files or files
             problems = tuple(str(problem) for problem in exc.problems)
@@ -116,52 +116,52 @@ class ConfigWatcher:
             problems = (str(exc),)
         except TimeoutError:
             problems = (f"its files could not be read within {READ_TIMEOUT:g} s",)
-        except Exception as exc:  # noqa: BLE001 - logged; the next change is looked at all the same
+        except Exception as exc:  # noqa: BLE001 - logged; the next change is read all the same
             LOGGER.error("internal error", exc_info=exc)
-            problems = ("the proxy failed to take it up; its log says where",)
+            problems = ("the proxy failed to apply it; see its log",)
         else:
-            return self.on_applied(loaded, handed_over, because)
-        self._watch_files(files or self._files)  # what is wrong may be mended in one of them, or one is still to come
-        return self.on_rejected(problems, because)
+            return self.on_applied(loaded, outcome, reason)
+        self._watch_files(files or self._files)  # the fix may come in one of them, or one may be missing yet
+        return self.on_rejected(problems, reason)
 
     async def _apply(self, loaded: Loaded) -> ReloadOutcome:
-        """Hand a configuration over; what is wrong with it is told with its place."""
+        """Apply a configuration; raise its problems with the file and line of each."""
         try:
             return await self._apply_config(loaded.config)
         except ConfigError as exc:
             raise ConfigError(loaded.with_locations(exc.problems), exc.files or loaded.files) from exc
 
-    def on_applied(self, loaded: Loaded, handed_over: ReloadOutcome, because: str) -> Result:
+    def on_applied(self, loaded: Loaded, outcome: ReloadOutcome, reason: str) -> Result:
         self._watch_files(loaded.files)
-        has_changed, needs_restart = handed_over
+        has_changed, needs_restart = outcome
         if has_changed:
             self._status.good_since = self._wall()
             LOGGER.info(
                 "the new configuration is in force",
-                extra=extra(because=because, accounts=len(loaded.config.accounts)),
+                extra=extra(because=reason, accounts=len(loaded.config.accounts)),
             )
         elif needs_restart:
-            LOGGER.info("what can change while the proxy runs is as it was", extra=extra(because=because))
+            LOGGER.info("the settings that a reload can change are unchanged", extra=extra(because=reason))
         else:
-            LOGGER.info("the configuration is as it was", extra=extra(because=because))
+            LOGGER.info("the configuration is unchanged", extra=extra(because=reason))
         if needs_restart and needs_restart != self._status.needs_restart:
             LOGGER.warning(
-                "settings that count only after a restart have changed", extra=extra(keys=list(needs_restart))
+                "settings that take effect only after a restart have changed", extra=extra(keys=list(needs_restart))
             )
         warned, self._warned = self._warned, _texts(loaded)
         for text in self._warned:
             if text not in warned:
-                LOGGER.warning("a setting should be mended", extra=extra(problem=text))
+                LOGGER.warning("configuration warning", extra=extra(problem=text))
         self._status.needs_restart = needs_restart
         self._metrics.last_reload_success.set(self._wall())
         return self.record("ok" if has_changed else "unchanged", ())
 
-    def on_rejected(self, problems: tuple[str, ...], because: str) -> Result:
+    def on_rejected(self, problems: tuple[str, ...], reason: str) -> Result:
         LOGGER.error(
-            "the new configuration is refused, and the one before it serves on",
-            extra=extra(because=because, problems=list(problems[:MAX_PROBLEMS])),
+            "the new configuration was rejected; the previous one stays in force",
+            extra=extra(because=reason, problems=list(problems[:MAX_PROBLEMS])),
         )
-        self._status.needs_restart = ()  # of a configuration that nobody knows any more
+        self._status.needs_restart = ()  # those of the rejected configuration say nothing of the one in force
         return self.record("failed", problems[:MAX_PROBLEMS])
 
     def record(self, result: Result, problems: tuple[str, ...]) -> Result:
@@ -173,7 +173,7 @@ class ConfigWatcher:
         return result
 
     def _watch_files(self, files: Iterable[Path]) -> None:
-        """Watch these from now on; what is known of one stands as it was before it was read."""
+        """Watch these files from now on; one that was watched keeps its signature from before it was read."""
         known = dict(zip(self._files, self._signatures, strict=True))
         self._files = tuple(dict.fromkeys(files))
         self._signatures = tuple(known[file] if file in known else _signature_of(file) for file in self._files)
@@ -184,7 +184,7 @@ def _texts(loaded: Loaded) -> tuple[str, ...]:
 
 
 def file_signatures(files: Iterable[Path]) -> FileSignatures:
-    """Return what changes whenever one of these files does, or what its name leads to."""
+    """Return a value that changes whenever one of these files, or the target of a link to it, does."""
     return tuple(map(_signature_of, files))
 
 
@@ -192,42 +192,42 @@ def _signature_of(file: Path) -> FileSignature:
     try:
         status = file.stat()
     except (OSError, ValueError):
-        return None  # in the middle of being replaced, or gone
+        return None  # missing, perhaps in the middle of being replaced
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 async def run_in_thread(call: Callable[[], _T]) -> _T:
-    """Return what `call` returns, in a thread of its own: neither requests nor the end of the process wait for it.
+    """Return what `call` returns, run in a thread that neither requests nor the end of the process wait for.
 
-    Raises TimeoutError after LONGEST_READ.
+    asyncio.to_thread will not do: the interpreter joins its threads at exit. Raises TimeoutError after READ_TIMEOUT.
     """
     loop = asyncio.get_running_loop()
-    came: asyncio.Future[None] = loop.create_future()
-    # In a list that is emptied, and in no variable that stays: a traceback leads to the frames that it went through,
-    # and one that leads back to itself would keep all that was read until the garbage collector comes by.
+    done: asyncio.Future[None] = loop.create_future()
+    # In a list that is emptied, not in a variable: an exception refers to this frame by its traceback, and a frame that
+    # refers back to it would keep all that was read until a garbage collection.
     outcome: list[tuple[_T, None] | tuple[None, Exception]] = []
 
-    def settle() -> None:
-        if not came.done():  # otherwise nobody waits any more
-            came.set_result(None)
+    def wake() -> None:
+        if not done.done():  # it is cancelled after the timeout
+            done.set_result(None)
 
     def run() -> None:
         try:
             outcome.append((call(), None))
-        except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
+        except Exception as exc:  # noqa: BLE001 - raised in the caller
             outcome.append((None, exc))
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle)
+            loop.call_soon_threadsafe(wake)
 
-    # The thread gives way to requests ten times as often as it would.
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(usual / 10)
+    # Parsing is pure Python. The thread then offers the GIL to the event loop ten times as often as by default.
+    default = sys.getswitchinterval()
+    sys.setswitchinterval(default / 10)
     try:
         threading.Thread(target=run, name="reads the configuration", daemon=True).start()
         async with asyncio.timeout(READ_TIMEOUT):
-            await came
+            await done
     finally:
-        sys.setswitchinterval(usual)
+        sys.setswitchinterval(default)
     result, error = outcome.pop()
     if error is None:
         return result  # type: ignore[return-value]  # without an error it is what `call` returned

@@ -276,7 +276,7 @@ async def test_a_port_in_use_is_one_line_and_exit_code_1() -> None:
     assert code == 1
     (line,) = [line for line in complained.splitlines() if not line.startswith("{")]
     assert line == (
-        f"sp-api-proxy: cannot listen on {address}: Address already in use; end what uses it, "
+        f"sp-api-proxy: cannot listen on {address}: Address already in use; stop what uses it, "
         "or change listen[0] in the configuration, or give another address with --listen"
     )
 
@@ -438,7 +438,7 @@ async def test_sighup_takes_up_a_changed_configuration_with_references_as_at_the
         assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")).status == 200
         path.write_text("listen: nowhere")
         proxy.process.send_signal(signal.SIGHUP)
-        await proxy.process_says("the new configuration is refused, and the one before it serves on")
+        await proxy.process_says("the new configuration was rejected; the previous one stays in force")
         assert (await call(proxy.addresses[0], "GET", SELLERS, x_sp_account="other")).status == 200
         assert await proxy.stop() == 0
     assert b"client_secret=distinctive-secret" in token_host.received[-1].body

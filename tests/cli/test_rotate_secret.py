@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proxy.server.runtime import CLIENT_SECRET_LIFETIME, RunningProxy
+from proxy.server.gauges import CLIENT_SECRET_LIFETIME
+from proxy.server.runtime import RunningProxy
 from proxy.simulator import Fault, Settings, Simulator
 from proxy.simulator.state import DEMO_CLIENT, DEMO_SECRET
 from tests.conftest import StartProxy

@@ -25,7 +25,7 @@ from proxy.observability.metrics import Metrics
 from proxy.request.forbidden_hints import HINTS, Hint
 from proxy.request.validation import PREFIX, REQUEST_HEADERS, RESPONSE_HEADERS
 from proxy.server.admin.app import Readiness, health_app
-from proxy.server.runtime import RESTART_ONLY
+from proxy.server.handover import RESTART_ONLY
 from proxy.simulator import cli as simulator_command
 from proxy.simulator import control_api
 from tests.support.paths import ROOT

@@ -1,7 +1,7 @@
 """Contract with other libraries: each private or undocumented name of theirs that the proxy uses.
 
 Ruff's SLF001 finds `other._name` but not `self._name`, nor an override of a private name of a library's base class.
-These tests do. Names of redis-py: test_redis_internals.py.
+These tests do. aiohttp: test_aiohttp_internals.py has the list. redis-py: test_redis_internals.py.
 """
 
 import ast
@@ -24,12 +24,15 @@ from prometheus_client.utils import floatToGoString
 
 import proxy
 from proxy.request.upstream import connector
+from proxy.request.upstream.response import ErrorResponse
+from proxy.server.http_protocol import ServerConnection
+from proxy.server.http_server import HttpServer
 
 PROXY = Path(proxy.__file__).parent
 
 DOCUMENTED = {"_asdict", "_fields", "_make", "_replace"}  # of typing.NamedTuple
 OF_METACLASSES = {"_abc_impl", "_is_protocol", "_is_runtime_protocol"}
-SEVERAL_NAMES = {"aiohttp"}  # has a list and a contract test of its own
+AIOHTTP_INTERNALS = "proxy.request.aiohttp_internals"  # the one module that may use private names of aiohttp
 EXPECTED = {"logging": {"_open"}}
 
 
@@ -81,8 +84,31 @@ def inherited_private_names(kinds: Iterator[type]) -> dict[str, set[str]]:
 
 
 def test_no_other_private_name_is_used_by_inheritance() -> None:
-    found = inherited_private_names(classes())
-    assert {library: names for library, names in found.items() if library not in SEVERAL_NAMES} == EXPECTED
+    assert inherited_private_names(kind for kind in classes() if kind.__module__ != AIOHTTP_INTERNALS) == EXPECTED
+
+
+def test_one_module_uses_private_names_of_aiohttp() -> None:
+    found = inherited_private_names(kind for kind in classes() if kind.__module__ == AIOHTTP_INTERNALS)
+    assert set(found) == {"aiohttp"}
+    assert {"_messages", "_waiter", "_prepare_headers", "_kwargs", "_protocol"} <= found["aiohttp"]
+
+
+def test_a_use_of_aiohttp_by_way_of_our_own_base_class_is_found() -> None:
+    class Reads(ServerConnection):
+        def is_closing(self) -> bool:
+            return self._force_close
+
+    class Overrides(HttpServer):
+        def _make_request(self, *_: object) -> None:  # type: ignore[override]  # it is never called
+            """Do nothing."""
+
+    class Hides(ErrorResponse):
+        def __init__(self) -> None:
+            self._start = 0.0  # type: ignore[method-assign, assignment]  # as above
+
+    assert inherited_private_names(iter([Reads])) == {"aiohttp": {"_force_close"}}
+    assert inherited_private_names(iter([Overrides])) == {"aiohttp": {"_make_request"}}
+    assert inherited_private_names(iter([Hides])) == {"aiohttp": {"_start"}}
 
 
 def test_a_use_by_inheritance_is_found() -> None:
@@ -112,8 +138,28 @@ def test_no_private_name_of_another_library_is_imported() -> None:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            found |= {name for name in names if any(map(is_private, name.split(".")))}
-    assert {name for name in found if name.partition(".")[0] not in SEVERAL_NAMES} == set()
+            found |= {(path.stem, name) for name in names if any(map(is_private, name.split(".")))}
+    assert found == {("aiohttp_internals", "aiohttp.web_protocol._ErrInfo")}
+
+
+def test_no_private_module_of_aiohttp_is_named() -> None:
+    named = re.compile(r"aiohttp\._\w+")
+    users = {path.stem for path in PROXY.rglob("*.py") if named.search(path.read_text(encoding="utf-8"))}
+    assert users == {"aiohttp_internals"}
+
+
+# Modules of aiohttp that its documentation does not describe, and what is imported from them outside the one file.
+UNDOCUMENTED = {"aiohttp.web_protocol", "aiohttp.streams", "aiohttp.http_parser", "aiohttp.base_protocol"}
+
+
+def test_one_module_imports_from_undocumented_modules_of_aiohttp() -> None:
+    users = {
+        path.stem
+        for path in PROXY.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module in UNDOCUMENTED
+    }
+    assert users == {"aiohttp_internals"}
 
 
 # prometheus_client

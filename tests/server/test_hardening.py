@@ -83,11 +83,11 @@ def test_a_hardened_process_is_not_to_be_looked_into() -> None:
 
 def test_what_is_made_while_the_collector_is_kept_away_is_left_to_reference_counting() -> None:
     code = (
-        "import gc; from proxy.server.hardening import SETTLED_FOR, GcPaused\n"
+        "import gc; from proxy.server.hardening import FULL_COLLECTION_EVERY, GcPaused\n"
         "class Ring:\n"
         "    def __init__(self): self.itself = self\n"
         "gc.disable(); gc.enable(); paused, kept, frozen = GcPaused(), [], []\n"
-        "for _ in range(2 * SETTLED_FOR):\n"
+        "for _ in range(2 * FULL_COLLECTION_EVERY):\n"
         "    old = Ring(); gc.collect()\n"
         "    with paused:\n"
         "        assert not gc.isenabled()\n"

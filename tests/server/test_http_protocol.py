@@ -249,7 +249,7 @@ async def test_a_socket_in_use_and_a_file_are_left_alone(start_proxy: StartProxy
 
 
 async def test_a_port_in_use_names_the_setting(start_proxy: StartProxy, proxy: RunningProxy) -> None:
-    with pytest.raises(CannotListen, match=r"Address already in use; end what uses it, or change listen\[0\]"):
+    with pytest.raises(CannotListen, match=r"Address already in use; stop what uses it, or change listen\[0\]"):
         await start_proxy(listen=proxy.addresses[0])
     with pytest.raises(CannotListen, match="change admin"):
         await start_proxy(admin=proxy.admin)

@@ -266,7 +266,7 @@ async def test_an_address_that_cannot_be_had_leaves_everything_as_it_was(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         in_use = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(CannotListen, match="end what uses it, or change listen\\[1\\]"):
+        with pytest.raises(CannotListen, match="stop what uses it, or change listen\\[1\\]"):
             await proxy.apply_config(configured(listen=[fine, in_use], accounts=other))
     with pytest.raises(ConnectionRefusedError):
         await call(fine, "GET", SELLERS)

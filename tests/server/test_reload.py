@@ -70,11 +70,11 @@ async def watched(start_proxy: StartProxy, fake_upstream: FakeUpstream, token_ho
     here.reloads = ConfigWatcher(
         load(),
         load=load,
-        hand_over=proxy.apply_config,
-        reloading=proxy.reload_status,
+        apply_config=proxy.apply_config,
+        status=proxy.reload_status,
         metrics=proxy.metrics,
-        note=lambda result: here.results.put_nowait(result) if result else None,
-        look_every=0.005,
+        on_result=lambda result: here.results.put_nowait(result) if result else None,
+        poll_interval=0.005,
     )
     watching = asyncio.create_task(here.reloads.watch())
     yield here
@@ -172,11 +172,11 @@ async def test_what_kubernetes_swaps_by_a_link_is_taken_up(
     reloads = ConfigWatcher(
         load(),
         load=load,
-        hand_over=proxy.apply_config,
-        reloading=proxy.reload_status,
+        apply_config=proxy.apply_config,
+        status=proxy.reload_status,
         metrics=proxy.metrics,
-        note=lambda result: results.put_nowait(result) if result else None,
-        look_every=0.005,
+        on_result=lambda result: results.put_nowait(result) if result else None,
+        poll_interval=0.005,
     )
     watching = asyncio.create_task(reloads.watch())
     fill("..2026_02", "other")
@@ -292,8 +292,8 @@ async def test_what_needs_a_restart_is_one_warning_and_stays_in_the_status(watch
     assert [line["keys"] for line in warnings] == [["health", "metrics"]]
     assert (await watched.status())["configuration"]["needs_restart"] == ["health", "metrics"]
     said = [json.loads(line)["message"] for line in log.getvalue().splitlines()]
-    assert said.count("what can change while the proxy runs is as it was") == 2
-    assert "the configuration is as it was" not in said
+    assert said.count("the settings that a reload can change are unchanged") == 2
+    assert "the configuration is unchanged" not in said
     watched.path.write_text("listen: nowhere")
     assert await watched.result() == "failed"
     assert (await watched.status())["configuration"]["needs_restart"] == []

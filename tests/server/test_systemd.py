@@ -82,7 +82,7 @@ async def test_a_reload_before_the_tokens_are_there_makes_it_no_more_ready(
     async with warming_up(fake_upstream, token_host, tmp_path) as (proxy, sock):
         await token_host.arrived.wait()
         proxy.process.send_signal(signal.SIGHUP)
-        await proxy.process_says("the configuration is as it was")
+        await proxy.process_says("the configuration is unchanged")
         with pytest.raises(BlockingIOError):
             sock.recv(4096)
         assert token_host.held is not None

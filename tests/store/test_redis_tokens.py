@@ -17,10 +17,10 @@ from proxy.config import ConfigError, Secret, StoreAddress, load_config
 from proxy.config.store_address import parse_store
 from proxy.observability.metrics import Metrics
 from proxy.request.token_selection import TokenKey
-from proxy.server import replicas as replicas_module
 from proxy.server.runtime import RunningProxy
 from proxy.store import StoredToken
 from proxy.store import encryption as seal_module
+from proxy.store import redis_client as redis_client_module
 from proxy.store.encryption import DecryptionFailed, TokenCipher
 from proxy.store.redis_client import RedisClient
 from proxy.store.redis_tokens import RedisTokenStore
@@ -58,7 +58,7 @@ class StartReplicas(Protocol):
 @pytest.fixture
 def replicas(start_proxy: StartProxy, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> StartReplicas:
     # However busy the machine is: nothing here is about a Redis that is slow.
-    monkeypatch.setattr(replicas_module, "RedisClient", partial(RedisClient, timeout=5.0))
+    monkeypatch.setattr(redis_client_module, "RedisClient", partial(RedisClient, timeout=5.0))
 
     async def start(count: int) -> list[RunningProxy]:
         return [await start_proxy(store=redis.url, store_key=KEY) for _ in range(count)]

@@ -14,6 +14,7 @@ from aiohttp.http import HttpVersion11
 from multidict import CIMultiDictProxy
 
 from proxy.errors import ProxyError
+from proxy.request.aiohttp_internals import BareResponse
 from proxy.request.context import RequestContext
 from proxy.request.upstream.http1 import HeaderNames
 from proxy.request.upstream.token_redaction import TokenRedactor
@@ -87,18 +88,13 @@ def abort_connection(request: web.BaseRequest) -> None:
     transport.abort()
 
 
-class _Plain(web.StreamResponse):
-    """A response without the headers that aiohttp's server adds of its own accord."""
+class _ProxyResponse(BareResponse):
+    """A response of the proxy's own."""
 
-    async def _prepare_headers(self) -> None:
-        # Not public, but the only place between aiohttp's defaults and the wire; the tests of both answers hold it.
-        given = {name.lower() for name in self.headers}
-        if self._req is not None and CLOSE_AFTER in self._req:
+    def on_prepare(self, request: web.BaseRequest) -> None:
+        """End the connection with this response where that was decided while the request was served."""
+        if CLOSE_AFTER in request:
             self.force_close()
-        await super()._prepare_headers()
-        for name in ("Content-Type", "Date", "Server"):
-            if name.lower() not in given:
-                self.headers.popall(name, None)
 
 
 class ResponseHead(Protocol):
@@ -244,7 +240,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-class PlaceholderResponse(_Plain, web.Response):
+class PlaceholderResponse(_ProxyResponse, web.Response):
     """The answer to an app that asks for a token: as Amazon's, with a placeholder, which nobody is to keep."""
 
     def __init__(self, content: Mapping[str, object], summary: str) -> None:
@@ -252,7 +248,7 @@ class PlaceholderResponse(_Plain, web.Response):
         super().__init__(body=json.dumps(content).encode(), headers={**headers, "x-sp-proxy": summary})
 
 
-class ErrorResponse(_Plain, web.Response):
+class ErrorResponse(_ProxyResponse, web.Response):
     """The answer for an error of the proxy's own: Amazon's envelope, and the mark that it is not Amazon's."""
 
     def __init__(self, error: ProxyError, summary: str, *, with_body: bool = True) -> None:

@@ -22,7 +22,7 @@ from proxy.request.tokens.client import TRIES, TokenClient, access_token_keys
 from proxy.request.tokens.provider import SETTLED_AFTER, Token, TokenProvider
 from proxy.request.tokens.report_documents import UnrestrictedReports
 from proxy.request.upstream.forward import amazon_pool
-from proxy.server.runtime import lwa_pool
+from proxy.server.upstream_pools import lwa_pool
 from proxy.store import MemoryStore, StoredToken
 from tests.conftest import config_from, settings_for
 from tests.support.clock import FakeClock

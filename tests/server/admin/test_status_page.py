@@ -129,7 +129,7 @@ async def test_a_configuration_problem_is_shown_escaped(
     async with serving(settings, tmp_path) as proxy:
         assert proxy.admin is not None
         (tmp_path / "config.yaml").write_text(json.dumps({**settings, "<script>alert(1)</script>": 1}))
-        await proxy.process_says("the new configuration is refused, and the one before it serves on")
+        await proxy.process_says("the new configuration was rejected; the previous one stays in force")
         text = (await call(proxy.admin, "GET", "/")).body.decode()
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
         assert text.count("<script") == 1
