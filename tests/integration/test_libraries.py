@@ -25,7 +25,7 @@ from tests.support.proxy_process import ProxyProcess, serving
 
 PROGRAMS = ROOT / "tests" / "integration" / "libraries"
 PYTHON = ROOT / ".venv-libraries" / "bin" / "python"
-PATIENCE = 120.0  # seconds
+TIMEOUT = 120.0  # seconds
 
 GOT = {
     "orders": ["902-0000000-0000000", "902-0000000-0000001"],
@@ -51,7 +51,7 @@ async def simulating() -> AsyncIterator[dict[str, str]]:
     )
     try:
         assert process.stdout is not None
-        addresses: dict[str, str] = json.loads(await asyncio.wait_for(process.stdout.readline(), PATIENCE))
+        addresses: dict[str, str] = json.loads(await asyncio.wait_for(process.stdout.readline(), TIMEOUT))
         for name, status in ERRORS.items():
             error = {"code": GOT[name][1], "message": "made up", "details": ""}  # type: ignore[index] # a list
             fault = {"kind": "answer", "path": f"/orders/v0/orders/{name}", "status": status}
@@ -67,7 +67,7 @@ async def control(addresses: dict[str, str], path: str, order: dict[str, Any] | 
     """Ask the simulator, or order something of it."""
     body = json.dumps(order).encode() if order is not None else None
     request = Request(addresses["control"] + path, body)
-    return json.loads(await asyncio.to_thread(lambda: urlopen(request, timeout=PATIENCE).read()))
+    return json.loads(await asyncio.to_thread(lambda: urlopen(request, timeout=TIMEOUT).read()))
 
 
 def settings(simulator: dict[str, str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ async def result_of(command: tuple[str | Path, ...], proxy: ProxyProcess) -> dic
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    printed, complained = await asyncio.wait_for(process.communicate(), PATIENCE)
+    printed, complained = await asyncio.wait_for(process.communicate(), TIMEOUT)
     assert process.returncode == 0, complained.decode()
     found: dict[str, Any] = json.loads(printed)
     return found
@@ -125,7 +125,7 @@ def command_of(program: str) -> tuple[str | Path, ...]:
     return node or "node", path
 
 
-@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.timeout(3 * TIMEOUT)
 @pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*")))
 async def test_a_library_gets_by_the_proxy_what_it_got_from_amazon(program: str, tmp_path: Path) -> None:
     command = command_of(program)

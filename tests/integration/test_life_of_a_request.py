@@ -85,7 +85,7 @@ async def test_five_hundred_orders_cost_one_restricted_data_token(
     assert len(minted) == 1
 
 
-async def test_a_crowd_of_mixed_requests_is_never_mixed_up(simulator: Simulator, tmp_path: Path) -> None:
+async def test_many_mixed_requests_are_never_mixed_up(simulator: Simulator, tmp_path: Path) -> None:
     accounts = {f"s{number}": {"refresh_tokens": {"eu": f"Atzr|s{number}"}} for number in range(20)}
     for name in accounts:
         simulator.state.sellers[f"Atzr|{name}"] = Seller(name, "eu", f"Atzr|{name}")

@@ -106,13 +106,13 @@ def faults(example: Example, region: str, got: RawResponse, simulator: Simulator
         "a header of the proxy's is missing": bool(call.header("x-amz-date") and call.header("user-agent")),
         "a header meant for the proxy arrived": call.header("x-sp-region") is None,
         f"status {got.status}, not {example.status}: {got.body[:200]!r}": got.status == example.status,
-        f"the answer is another: {got.body[:200]!r}": is_the_answer(got, example),
+        f"the answer is another: {got.body[:200]!r}": is_the_response(got, example),
         f"x-sp-proxy says {got.decided}": got.decided["region"] == region and got.decided["token"] == call.token_kind,
     }
     return [what for what, is_right in checks.items() if not is_right]
 
 
-def is_the_answer(got: RawResponse, example: Example) -> bool:
+def is_the_response(got: RawResponse, example: Example) -> bool:
     if example.status == 204 or example.content is None:
         return got.body == b""  # some examples write `{}` where HTTP has no body
     content = json.loads(got.body)

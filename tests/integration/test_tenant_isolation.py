@@ -146,23 +146,23 @@ async def make(address: str, call: Call) -> None:
             for _ in range(call.leaves):
                 await asyncio.sleep(0)
             return
-        check_answer(call, await client.read_response())
+        check_response(call, await client.read_response())
 
 
-def check_answer(call: Call, answer: RawResponse) -> None:
-    assert answer.status in {200, 403, 502, 503}, answer.body
-    assert (answer.decided["account"], answer.decided["region"]) == (call.account, call.region)
-    if answer.status == 403 and answer.error is None and not json.loads(answer.body)["errors"][0]["details"]:
+def check_response(call: Call, response: RawResponse) -> None:
+    assert response.status in {200, 403, 502, 503}, response.body
+    assert (response.decided["account"], response.decided["region"]) == (call.account, call.region)
+    if response.status == 403 and response.error is None and not json.loads(response.body)["errors"][0]["details"]:
         # Amazon's bare refusal: of another region's token, and of a token that is not for this path.
         assert call.elements == "none"
         assert call.path in {PATHS[2], PATHS[4]}
-    if answer.status != 200:
+    if response.status != 200:
         return
-    assert call.account.encode() in answer.body, "the answer is to this very request"
+    assert call.account.encode() in response.body, "the response is to this very request"
     asked = set((call.elements or "").split(",")) if call.path == PATHS[1] else set()
     for element, sign in (("buyerInfo", b"BuyerEmail"), ("shippingAddress", b"AddressLine1")):
         if call.path == PATHS[1] and element not in asked:
-            assert sign not in answer.body, "personal data that nobody asked for"
+            assert sign not in response.body, "personal data that nobody asked for"
 
 
 def check_entry(entry: Recorded) -> None:
