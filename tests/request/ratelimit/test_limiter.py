@@ -15,11 +15,11 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon.operations import load_table
 from proxy.config import Config
-from proxy.errors import BadOption, UsagePlanExhausted
+from proxy.errors import UsagePlanExhausted
 from proxy.observability.metrics import Metrics
 from proxy.request.ratelimit import plan
 from proxy.request.ratelimit.limiter import RateLimiter, parse_rate
-from proxy.request.request_options import AdmissionRequest, parse_max_wait
+from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route, resolve
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
@@ -78,37 +78,6 @@ def test_a_rate_is_a_number_that_a_usage_plan_can_have(text: str, rate: float | 
 def test_no_rate_whatever_is_outside_what_a_plan_can_have(text: str) -> None:
     rate = parse_rate(text)
     assert rate is None or 1e-5 <= rate <= 1e5
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        (None, 10.0),
-        ("0", 0.0),
-        ("0s", 0.0),
-        ("500ms", 0.5),
-        ("2m", 120.0),
-        ("30", 30.0),
-        ("1.5s", 1.5),
-        (" 3s ", 3.0),
-        ("1h", 3600.0),
-        ("2h", 3600.0),
-        ("1d", 3600.0),
-    ],
-)
-def test_a_caller_says_how_long_a_call_may_wait_and_an_hour_is_the_longest(text: str | None, seconds: float) -> None:
-    assert parse_max_wait(text, 10.0) == seconds
-
-
-@pytest.mark.parametrize(
-    "text", ["", "-1s", "soon", "NaN", "inf", "1e3", "1 s", "10s, 10s", "9" * 5000, "400d", "٣s", "\x00"]
-)
-def test_a_wait_that_means_nothing_is_refused_with_what_to_write(text: str) -> None:
-    with pytest.raises(BadOption) as caught:
-        parse_max_wait(text, 10.0)
-    assert "x-sp-max-wait" in caught.value.message
-    assert "500ms" in caught.value.hint
-    assert not text or text not in caught.value.message
 
 
 # Plans kept apart, learnt and waited for.
