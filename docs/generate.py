@@ -374,6 +374,7 @@ EVENT_FIELDS = {
     "listen": "The addresses of the listeners.",
     "look_at": "The setting, file or variable that holds the refused credential.",
     "operation": "The operation.",
+    "place": "Where in the code it was raised: `module:line`.",
     "problem": "What should be changed, with its key and where it was set.",
     "problems": "What is wrong with the configuration.",
     "protected_by": "What protects the listener: `TLS` or `nothing`.",
@@ -382,6 +383,7 @@ EVENT_FIELDS = {
     "result": "`ok`, `refused` or `failed`.",
     "store": "The address of Redis.",
     "to_amazon": "How many connections to Amazon that leaves.",
+    "type": "The type of the exception.",
 }
 
 

@@ -99,7 +99,8 @@ class Handler:
             counted_caller = context.caller or self.name
             response = await self._respond(request, head, validated, context)
         except ProxyError as error:
-            if validated is not None and context.route is None:
+            # What an unknown caller asked for is not looked up.
+            if validated is not None and context.route is None and not isinstance(error, CallerRefused):
                 context.local_operation = context.local_operation or self.routes.operation_at(
                     request.method, validated.target
                 )

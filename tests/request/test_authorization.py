@@ -36,11 +36,11 @@ def config(folder: Path, policy: dict[str, Any], *, of_caller: bool = False, **l
     return config_from(settings, folder)
 
 
-def decide(config: Config, permit: AccessPolicy, target: str, *fields: tuple[str, str], method: str = "GET") -> Route:
+def decide(config: Config, policy: AccessPolicy, target: str, *fields: tuple[str, str], method: str = "GET") -> Route:
     sent = CIMultiDictProxy(CIMultiDict([("Host", "localhost"), *fields]))
     listener = config.listen[0]
     validated = validate(method, target, sent, AllowedHosts.from_config(listener, config))
-    return resolve(method, validated, sent, listener, config, TABLE, permit)
+    return resolve(method, validated, sent, listener, config, TABLE, policy)
 
 
 @pytest.fixture(params=[False, True], ids=["listener", "caller"])

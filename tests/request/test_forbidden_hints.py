@@ -87,7 +87,7 @@ async def test_a_route_that_amazon_does_not_know_is_told_by_its_header_too(
     assert got.decided["hint"] == "path_unknown"
 
 
-async def test_data_that_was_left_out_is_named_on_every_answer(
+async def test_data_that_was_left_out_is_named_on_every_response(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     text = "Application does not have access to one or more requested data elements: [shippingAddress, buyerInfo]"

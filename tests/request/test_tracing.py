@@ -198,7 +198,7 @@ async def test_the_wait_for_a_usage_plan_is_a_span(
     assert 1e7 < wait.end_time_unix_nano - wait.start_time_unix_nano < 5e9
 
 
-async def test_a_call_without_an_answer_is_an_error(
+async def test_a_call_without_a_response_is_an_error(
     traced: Any, collector: Collector, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -216,7 +216,7 @@ async def test_a_call_without_an_answer_is_an_error(
     assert attributes(out)["error.type"] == "UpstreamBroken"
 
 
-async def test_an_answer_that_breaks_off_is_an_error_of_the_request_alone(
+async def test_a_response_that_is_cut_off_is_an_error_of_the_request_alone(
     traced: Any, collector: Collector, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:

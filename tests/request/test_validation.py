@@ -39,7 +39,7 @@ AMAZON = {
 }
 
 
-def doorway(address: Address | None = None, allowed: tuple[str, ...] = ()) -> AllowedHosts:
+def allowed_hosts_of(address: Address | None = None, allowed: tuple[str, ...] = ()) -> AllowedHosts:
     """Return the names of a listener, by default 127.0.0.1:8080."""
     config = Config(
         applications={"main": Application(client_id="c", client_secret=Secret("s"))},
@@ -49,7 +49,7 @@ def doorway(address: Address | None = None, allowed: tuple[str, ...] = ()) -> Al
     return AllowedHosts.from_config(Listener(address=address or Address("127.0.0.1", 8080)), config)
 
 
-DOOR = doorway()
+ALLOWED_HOSTS = allowed_hosts_of()
 
 OUR_HEADERS = {
     value
@@ -63,12 +63,12 @@ def let_in(
     target: str = ORDERS,
     *fields: tuple[str, str],
     method: str = "GET",
-    door: AllowedHosts = DOOR,
+    allowed_hosts: AllowedHosts = ALLOWED_HOSTS,
     host: str | None = "localhost",
 ) -> ValidatedTarget:
     """Return what is admitted of a request; `host` is its Host header, None for none."""
     headers = CIMultiDict([*([] if host is None else [("Host", host)]), *fields])
-    return validate(method, target, CIMultiDictProxy(headers), door)
+    return validate(method, target, CIMultiDictProxy(headers), allowed_hosts)
 
 
 # The proxy's own headers.
@@ -131,7 +131,7 @@ def test_a_misspelt_header_is_refused_each_time_and_a_foreign_host_first() -> No
     head = HeaderBlock(CIMultiDictProxy(CIMultiDict([("Host", "localhost"), ("x-sp-acount", "acme")])))
     for _ in range(2):
         with pytest.raises(BadOption):
-            validate_with(head, "GET", ORDERS, DOOR)
+            validate_with(head, "GET", ORDERS, ALLOWED_HOSTS)
     with pytest.raises(HostRefused):
         let_in(ORDERS, ("x-sp-acount", "acme"), host="evil.test")
 
@@ -182,24 +182,22 @@ def test_a_host_of_amazon_says_environment_and_region(host: str) -> None:
         (Address(path="/run/x.sock"), "x.sock", False),
     ],
 )
-def test_the_listener_answers_to_its_own_address_but_not_to_a_wildcard(
-    address: Address, host: str, is_taken: bool
-) -> None:
-    door = doorway(address)
+def test_the_listener_accepts_its_own_address_but_no_wildcard(address: Address, host: str, is_taken: bool) -> None:
+    allowed_hosts = allowed_hosts_of(address)
     if is_taken:
-        assert let_in(host=host, door=door).amazon is None
+        assert let_in(host=host, allowed_hosts=allowed_hosts).amazon is None
     else:
         with pytest.raises(HostRefused):
-            let_in(host=host, door=door)
+            let_in(host=host, allowed_hosts=allowed_hosts)
 
 
 def test_allowed_hosts_are_taken_too_and_nothing_near_them() -> None:
-    door = doorway(allowed=("sp-proxy.internal", "10.0.0.5", "fd00::2"))
+    allowed_hosts = allowed_hosts_of(allowed=("sp-proxy.internal", "10.0.0.5", "fd00::2"))
     for host in ("sp-proxy.internal", "SP-Proxy.Internal:8080", "10.0.0.5:1", "[fd00::2]", "localhost"):
-        assert let_in(host=host, door=door).amazon is None
+        assert let_in(host=host, allowed_hosts=allowed_hosts).amazon is None
     for host in ("xsp-proxy.internal", "sp-proxy.internal.evil.test", "a.sp-proxy.internal", "10.0.0.50"):
         with pytest.raises(HostRefused):
-            let_in(host=host, door=door)
+            let_in(host=host, allowed_hosts=allowed_hosts)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +486,7 @@ def test_nothing_whatever_raises_anything_but_an_error_of_ours(target: str, host
             continue
         assert validated.target.startswith("/")
         assert validated.target.isascii()
-        assert validated.host in DOOR.hosts | set(AMAZON)
+        assert validated.host in ALLOWED_HOSTS.hosts | set(AMAZON)
 
 
 def test_a_browser_is_refused_before_anything_else_is_said() -> None:
@@ -496,7 +494,7 @@ def test_a_browser_is_refused_before_anything_else_is_said() -> None:
         let_in("//x", ("Origin", "x"), ("Transfer-Encoding", "x"), method="TRACE", host="evil.test")
 
 
-def test_the_doorway_of_a_config_file_is_made_of_its_listener_and_allowed_hosts(tmp_path: Path) -> None:
+def test_the_allowed_hosts_of_a_config_file_are_made_of_its_listener_and_allowed_hosts(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "listen": "localhost:0",
         "allowed_hosts": ["Proxy.Test"],

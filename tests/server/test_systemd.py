@@ -45,7 +45,7 @@ async def test_it_hears_of_the_start_of_reloads_and_of_the_end(
             # Both have the machine's one monotonic clock.
             assert 0 < int(reloading.rpartition(b"=")[2]) < loop.time() * 1e6
             again = await loop.sock_recv(sock, 4096)
-            assert again.startswith(b"READY=1\nSTATUS=the newest configuration was refused")
+            assert again.startswith(b"READY=1\nSTATUS=the last configuration was rejected")
             assert await proxy.stop() == 0
             assert (await loop.sock_recv(sock, 4096)).startswith(b"STOPPING=1\n")
 

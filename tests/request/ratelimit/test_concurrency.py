@@ -19,7 +19,7 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def crowd(metrics: Metrics) -> ConcurrencyLimiter:
+def concurrency(metrics: Metrics) -> ConcurrencyLimiter:
     return ConcurrencyLimiter(Bounds(requests=2, account_requests=2), metrics)
 
 
@@ -28,74 +28,74 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_a_caller_has_its_own_number(crowd: ConcurrencyLimiter) -> None:
-    crowd.acquire_caller("one")
-    crowd.acquire_caller("one")
+def test_a_caller_has_its_own_number(concurrency: ConcurrencyLimiter) -> None:
+    concurrency.acquire_caller("one")
+    concurrency.acquire_caller("one")
     with pytest.raises(CallerBusy) as caught:
-        crowd.acquire_caller("one")
+        concurrency.acquire_caller("one")
     assert caught.value.headers()["Retry-After"] == "1"
-    crowd.acquire_caller("two")
-    crowd.release_caller("one")
-    crowd.acquire_caller("one")
+    concurrency.acquire_caller("two")
+    concurrency.release_caller("one")
+    concurrency.acquire_caller("one")
 
 
-async def test_an_account_waits_in_turn(crowd: ConcurrencyLimiter) -> None:
+async def test_an_account_waits_in_turn(concurrency: ConcurrencyLimiter) -> None:
     came: list[int] = []
 
     async def go(number: int) -> None:
-        await crowd.acquire_account("acme", LONG)
+        await concurrency.acquire_account("acme", LONG)
         came.append(number)
 
     tasks = [asyncio.create_task(go(number)) for number in range(6)]
     await until(lambda: len(came) == 2)
-    await crowd.acquire_account("other", LONG)
+    await concurrency.acquire_account("other", LONG)
     for count in range(3, 7):
-        crowd.release_account("acme")
+        concurrency.release_account("acme")
         await until(lambda expected=count: len(came) == expected)  # type: ignore[misc]  # a default is a binding
     assert came == list(range(6))
     await asyncio.gather(*tasks)
 
 
-async def test_who_waits_too_long_is_told_so_and_takes_no_place(crowd: ConcurrencyLimiter) -> None:
+async def test_who_waits_too_long_is_told_so_and_takes_no_place(concurrency: ConcurrencyLimiter) -> None:
     for _ in range(2):
-        await crowd.acquire_account("acme", LONG)
+        await concurrency.acquire_account("acme", LONG)
     with pytest.raises(AccountBusy):
-        await crowd.acquire_account("acme", 0)
-    crowd.release_account("acme")
-    await crowd.acquire_account("acme", 0)
+        await concurrency.acquire_account("acme", 0)
+    concurrency.release_account("acme")
+    await concurrency.acquire_account("acme", 0)
 
 
-async def test_a_newcomer_does_not_pass_those_who_wait(crowd: ConcurrencyLimiter) -> None:
+async def test_a_newcomer_does_not_pass_those_who_wait(concurrency: ConcurrencyLimiter) -> None:
     for _ in range(2):
-        await crowd.acquire_account("acme", LONG)
-    waiting = asyncio.create_task(crowd.acquire_account("acme", LONG))
+        await concurrency.acquire_account("acme", LONG)
+    waiting = asyncio.create_task(concurrency.acquire_account("acme", LONG))
     await asyncio.sleep(0)
-    crowd.release_account("acme")  # to the one who waits, though it has not noticed yet
+    concurrency.release_account("acme")  # to the one who waits, though it has not noticed yet
     with pytest.raises(AccountBusy):
-        await crowd.acquire_account("acme", 0)
+        await concurrency.acquire_account("acme", 0)
     await waiting
 
 
 @pytest.mark.parametrize("place_came", ["never", "before", "in the very moment"])
 async def test_who_leaves_while_waiting_leaves_nothing_behind(
-    crowd: ConcurrencyLimiter, metrics: Metrics, place_came: str
+    concurrency: ConcurrencyLimiter, metrics: Metrics, place_came: str
 ) -> None:
     for _ in range(2):
-        await crowd.acquire_account("acme", LONG)
-    leaving, staying = (asyncio.create_task(crowd.acquire_account("acme", LONG)) for _ in range(2))
+        await concurrency.acquire_account("acme", LONG)
+    leaving, staying = (asyncio.create_task(concurrency.acquire_account("acme", LONG)) for _ in range(2))
     await asyncio.sleep(0)
     if place_came == "before":
-        crowd.release_account("acme")
+        concurrency.release_account("acme")
     leaving.cancel()
     if place_came == "in the very moment":
-        crowd.release_account("acme")
+        concurrency.release_account("acme")
     with pytest.raises(asyncio.CancelledError):
         await leaving
     if place_came == "never":
-        crowd.release_account("acme")
+        concurrency.release_account("acme")
     await staying
     for _ in range(2):
-        crowd.release_account("acme")
+        concurrency.release_account("acme")
     samples = {
         sample.labels["account"]: sample.value
         for family in metrics.registry.collect()
@@ -103,4 +103,4 @@ async def test_who_leaves_while_waiting_leaves_nothing_behind(
         for sample in family.samples
     }
     assert samples == {"acme": 0}
-    assert not crowd._waiting
+    assert not concurrency._waiting

@@ -15,11 +15,11 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon.operations import load_table
 from proxy.config import Config
-from proxy.errors import BadOption, UsagePlanExhausted
+from proxy.errors import UsagePlanExhausted
 from proxy.observability.metrics import Metrics
 from proxy.request.ratelimit import plan
 from proxy.request.ratelimit.limiter import RateLimiter, parse_rate
-from proxy.request.request_options import AdmissionRequest, parse_max_wait
+from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route, resolve
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
@@ -80,37 +80,6 @@ def test_no_rate_whatever_is_outside_what_a_plan_can_have(text: str) -> None:
     assert rate is None or 1e-5 <= rate <= 1e5
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        (None, 10.0),
-        ("0", 0.0),
-        ("0s", 0.0),
-        ("500ms", 0.5),
-        ("2m", 120.0),
-        ("30", 30.0),
-        ("1.5s", 1.5),
-        (" 3s ", 3.0),
-        ("1h", 3600.0),
-        ("2h", 3600.0),
-        ("1d", 3600.0),
-    ],
-)
-def test_a_caller_says_how_long_a_call_may_wait_and_an_hour_is_the_longest(text: str | None, seconds: float) -> None:
-    assert parse_max_wait(text, 10.0) == seconds
-
-
-@pytest.mark.parametrize(
-    "text", ["", "-1s", "soon", "NaN", "inf", "1e3", "1 s", "10s, 10s", "9" * 5000, "400d", "٣s", "\x00"]
-)
-def test_a_wait_that_means_nothing_is_refused_with_what_to_write(text: str) -> None:
-    with pytest.raises(BadOption) as caught:
-        parse_max_wait(text, 10.0)
-    assert "x-sp-max-wait" in caught.value.message
-    assert "500ms" in caught.value.hint
-    assert not text or text not in caught.value.message
-
-
 # Plans kept apart, learnt and waited for.
 
 
@@ -153,7 +122,7 @@ async def drain(limits: RateLimiter, target: Route) -> int:
     raise AssertionError("the plan has no end")
 
 
-async def test_a_call_over_the_plan_is_refused_at_once_with_the_time_to_come_back(
+async def test_a_call_over_the_plan_is_refused_at_once_with_a_retry_after(
     tmp_path: Path, limits: RateLimiter, clock: FakeClock
 ) -> None:
     orders = target(config(tmp_path))
@@ -244,7 +213,7 @@ async def test_a_429_empties_the_bucket_and_is_counted(tmp_path: Path, clock: Fa
 
 
 @pytest.mark.parametrize("header", [None, "", "n", "NaN", "-1", "0", "1e309", "9" * 10_000])
-async def test_an_answer_without_a_usable_rate_changes_nothing(
+async def test_a_response_without_a_usable_rate_changes_nothing(
     tmp_path: Path, limits: RateLimiter, clock: FakeClock, header: str | None
 ) -> None:
     orders = target(config(tmp_path))
@@ -313,7 +282,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-class Crowd:
+class Calls:
     """Calls that wait, and the order in which they went."""
 
     def __init__(self, limits: RateLimiter, target: Route) -> None:
@@ -346,118 +315,118 @@ class Crowd:
 
 
 @pytest.fixture
-async def crowd(tmp_path: Path, limits: RateLimiter) -> AsyncIterator[Crowd]:
-    """A crowd before getOrders with one place a second, and none left."""
+async def calls(tmp_path: Path, limits: RateLimiter) -> AsyncIterator[Calls]:
+    """Calls of getOrders that wait: its plan allows one a second, and no token is left."""
     orders = target(config(tmp_path))
     limits.observe_response(orders, 200, "1")
     await drain(limits, orders)
-    waiting = Crowd(limits, orders)
+    waiting = Calls(limits, orders)
     yield waiting
     await waiting.end()
 
 
-async def test_who_comes_first_goes_first(crowd: Crowd, clock: FakeClock) -> None:
+async def test_who_comes_first_goes_first(calls: Calls, clock: FakeClock) -> None:
     for number in range(5):
-        await crowd.comes(str(number), AdmissionRequest(10))
+        await calls.comes(str(number), AdmissionRequest(10))
     for passed in range(5):
         clock.advance(1.06 if passed == 0 else 1)
         await settle()
-        assert crowd.went == [str(number) for number in range(passed + 1)]
+        assert calls.went == [str(number) for number in range(passed + 1)]
 
 
-async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(crowd: Crowd, clock: FakeClock) -> None:
+async def test_who_leaves_lets_those_behind_move_up_and_nobody_shares_a_place(calls: Calls, clock: FakeClock) -> None:
     for name in ("first", "second", "third"):
-        await crowd.comes(name, AdmissionRequest(10))
-    await crowd.leaves("first")
-    await crowd.comes("last", AdmissionRequest(10))
+        await calls.comes(name, AdmissionRequest(10))
+    await calls.leaves("first")
+    await calls.comes("last", AdmissionRequest(10))
     clock.advance(1.06)
     await settle()
-    assert crowd.went == ["second"]
+    assert calls.went == ["second"]
     clock.advance(2)
     await settle()
-    assert crowd.went == ["second", "third", "last"]
+    assert calls.went == ["second", "third", "last"]
 
 
-async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(crowd: Crowd, clock: FakeClock) -> None:
+async def test_who_leaves_in_the_moment_of_its_turn_costs_nobody_a_place(calls: Calls, clock: FakeClock) -> None:
     for name in ("leaver", "second", "third", "fourth"):
-        await crowd.comes(name, AdmissionRequest(10))
-    crowd.tasks["leaver"].cancel()
+        await calls.comes(name, AdmissionRequest(10))
+    calls.tasks["leaver"].cancel()
     clock.advance(1.06)  # its turn comes before it has noticed
     await settle()
-    assert crowd.went == ["second"]
+    assert calls.went == ["second"]
     clock.advance(2)
     await settle()
-    assert crowd.went == ["second", "third", "fourth"]
-    await crowd.comes("fifth", AdmissionRequest(10))
+    assert calls.went == ["second", "third", "fourth"]
+    await calls.comes("fifth", AdmissionRequest(10))
     clock.advance(0.5)
-    crowd.tasks["fifth"].cancel()
+    calls.tasks["fifth"].cancel()
     clock.advance(0.5)
     await settle()
-    assert crowd.went == ["second", "third", "fourth"]
-    assert await crowd.limits.acquire(crowd.target, AdmissionRequest(0)) == 0, "the place that it did not take is there"
-    await crowd.comes("sixth", AdmissionRequest(10))
+    assert calls.went == ["second", "third", "fourth"]
+    assert await calls.limits.acquire(calls.target, AdmissionRequest(0)) == 0, "the place that it did not take is there"
+    await calls.comes("sixth", AdmissionRequest(10))
     clock.advance(1.06)
-    crowd.tasks["sixth"].cancel()  # its turn has come, but it has not gone yet
+    calls.tasks["sixth"].cancel()  # its turn has come, but it has not gone yet
     await settle()
-    assert "sixth" not in crowd.went
-    assert await crowd.limits.acquire(crowd.target, AdmissionRequest(0)) == 0, "the place that it gave back is there"
+    assert "sixth" not in calls.went
+    assert await calls.limits.acquire(calls.target, AdmissionRequest(0)) == 0, "the place that it gave back is there"
 
 
-async def test_whose_turn_cannot_come_in_time_is_refused_at_once(crowd: Crowd) -> None:
+async def test_whose_turn_cannot_come_in_time_is_refused_at_once(calls: Calls) -> None:
     for number in range(12):
-        await crowd.comes(str(number), AdmissionRequest(10))
-    assert crowd.refused == ["9", "10", "11"]
+        await calls.comes(str(number), AdmissionRequest(10))
+    assert calls.refused == ["9", "10", "11"]
     with pytest.raises(UsagePlanExhausted) as caught:
-        await crowd.limits.acquire(crowd.target, AdmissionRequest(0))
+        await calls.limits.acquire(calls.target, AdmissionRequest(0))
     assert caught.value.headers()["Retry-After"] == "10"
 
 
-async def test_callers_take_turns(crowd: Crowd, clock: FakeClock) -> None:
+async def test_callers_take_turns(calls: Calls, clock: FakeClock) -> None:
     for number in range(5):
-        await crowd.comes(f"noisy {number}", AdmissionRequest(100, caller="noisy"))
-    await crowd.comes("quiet 0", AdmissionRequest(100, caller="quiet"))
-    await crowd.comes("quiet 1", AdmissionRequest(100, caller="quiet"))
+        await calls.comes(f"noisy {number}", AdmissionRequest(100, caller="noisy"))
+    await calls.comes("quiet 0", AdmissionRequest(100, caller="quiet"))
+    await calls.comes("quiet 1", AdmissionRequest(100, caller="quiet"))
     clock.advance(7.1)
     await settle()
-    assert crowd.went == ["noisy 0", "quiet 0", "noisy 1", "quiet 1", "noisy 2", "noisy 3", "noisy 4"]
+    assert calls.went == ["noisy 0", "quiet 0", "noisy 1", "quiet 1", "noisy 2", "noisy 3", "noisy 4"]
 
 
-async def test_a_noisy_caller_does_not_make_a_quiet_one_wait_too_long(crowd: Crowd) -> None:
+async def test_a_noisy_caller_does_not_make_a_quiet_one_wait_too_long(calls: Calls) -> None:
     for number in range(500):
-        await crowd.comes(f"noisy {number}", AdmissionRequest(1000, caller="noisy"))
-    await crowd.comes("quiet", AdmissionRequest(3, caller="quiet"))
-    assert not crowd.refused
+        await calls.comes(f"noisy {number}", AdmissionRequest(1000, caller="noisy"))
+    await calls.comes("quiet", AdmissionRequest(3, caller="quiet"))
+    assert not calls.refused
 
 
-async def test_who_is_overtaken_past_its_time_is_refused_then(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_overtaken_past_its_time_is_refused_then(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GRACE", -1.95)  # two seconds are over in a twentieth
-    await crowd.comes("overtaken", AdmissionRequest(2, background=True))
-    assert not crowd.refused
-    await crowd.tasks["overtaken"]
-    assert crowd.refused == ["overtaken"]
+    await calls.comes("overtaken", AdmissionRequest(2, background=True))
+    assert not calls.refused
+    await calls.tasks["overtaken"]
+    assert calls.refused == ["overtaken"]
 
 
-async def test_background_calls_wait_behind_but_not_for_ever(crowd: Crowd, clock: FakeClock) -> None:
-    await crowd.comes("background", AdmissionRequest(1000, background=True))
+async def test_background_calls_wait_behind_but_not_for_ever(calls: Calls, clock: FakeClock) -> None:
+    await calls.comes("background", AdmissionRequest(1000, background=True))
     for number in range(40):
-        await crowd.comes(f"normal {number}", AdmissionRequest(1000))
+        await calls.comes(f"normal {number}", AdmissionRequest(1000))
     clock.advance(41.1)
     await settle()
-    place = crowd.went.index("background")
+    place = calls.went.index("background")
     assert 10 <= place <= 25
 
 
-async def test_a_call_that_amazon_throttled_goes_before_everybody(crowd: Crowd, clock: FakeClock) -> None:
-    await crowd.comes("first", AdmissionRequest(10))
-    await crowd.comes("again", AdmissionRequest(10, is_retry=True))
+async def test_a_call_that_amazon_throttled_goes_before_everybody(calls: Calls, clock: FakeClock) -> None:
+    await calls.comes("first", AdmissionRequest(10))
+    await calls.comes("again", AdmissionRequest(10, is_retry=True))
     clock.advance(2.1)
     await settle()
-    assert crowd.went == ["again", "first"]
+    assert calls.went == ["again", "first"]
 
 
-async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock) -> None:
+async def test_a_hundred_thousand_wait_and_leave(calls: Calls, clock: FakeClock) -> None:
     claims = [AdmissionRequest(1e6, caller=number % 7, background=number % 5 == 0) for number in range(100_000)]
-    tasks = [asyncio.create_task(crowd.limits.acquire(crowd.target, claim)) for claim in claims]
+    tasks = [asyncio.create_task(calls.limits.acquire(calls.target, claim)) for claim in claims]
     await settle()
     for task in tasks[::2]:
         task.cancel()
@@ -468,7 +437,7 @@ async def test_a_hundred_thousand_wait_and_leave(crowd: Crowd, clock: FakeClock)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    (plan,) = [plan for plan in crowd.limits._plans.values() if plan.labels[2] == crowd.target.operation_name]
+    (plan,) = [plan for plan in calls.limits._plans.values() if plan.labels[2] == calls.target.operation_name]
     assert len(plan.queue) == 0
     assert not plan.queue._last
 
