@@ -24,7 +24,7 @@ from proxy.cli.secret_file import CannotStore, ensure_writable, write_secret
 from proxy.config import Application, Config, Region, Secret, is_loopback, parse_duration
 from proxy.config.model import NAME
 from proxy.request.upstream.http1 import RemoteProtocolError
-from proxy.server.runtime import lwa_pool
+from proxy.request.upstream.pool import lwa_pool
 
 OK, FAILED, USAGE = 0, 1, 2
 TRIES = 3  # of an exchange, within timeouts.token

@@ -36,19 +36,24 @@ from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 from proxy.request.ratelimit.limiter import RATE_HEADER, AdmissionRequest, RateLimiter
 from proxy.request.request_options import RequestOptions, parse_options
 from proxy.request.routing import RouteCache
+from proxy.request.token import Token
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
-from proxy.request.tokens.provider import Token, TokenProvider
-from proxy.request.tokens.report_documents import UnrestrictedReports, decompress
+from proxy.request.tokens.provider import TokenProvider
+from proxy.request.tokens.report_documents import UnrestrictedReports
+from proxy.request.upstream.call import UpstreamCall
 from proxy.request.upstream.circuit_breaker import CircuitBreakers
+from proxy.request.upstream.content_coding import decompress
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
-from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, UpstreamCall, check_body, peek
+from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, peek
 from proxy.request.upstream.http1 import Response
+from proxy.request.upstream.request_headers import check_body
 from proxy.request.upstream.response import ErrorResponse, PlaceholderResponse, UpstreamResponse
 from proxy.request.upstream.retry import CONNECTION_ERRORS, RETRIED_STATUSES, RetryPolicies, RetryState
 from proxy.request.validation import AllowedHosts, ValidatedTarget, check_message, is_token_request, validate_with
 
 if TYPE_CHECKING:
-    from proxy.request.documents.relay import DocumentRelay  # and what seals, for those who have documents relayed
+    from proxy.request.documents.relay_rewrite import DocumentRewriter  # need `cryptography`
+    from proxy.request.documents.relay_serve import DocumentServer
     from proxy.request.spans import Tracer  # needs OpenTelemetry, an extra
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
@@ -87,7 +92,8 @@ class Handler:
     deadline_timer: DeadlineTimer
     metrics: Metrics
     tracer: "Tracer | None" = None
-    document_relay: "DocumentRelay | None" = None
+    document_rewriter: "DocumentRewriter | None" = None
+    document_server: "DocumentServer | None" = None
     now: Callable[[], float] = time.monotonic
     # Settings that every request asks for.
     _max_wait: float = field(init=False)
@@ -163,12 +169,13 @@ class Handler:
     async def _route(
         self, request: web.BaseRequest, head: HeaderBlock, validated: ValidatedTarget, context: RequestContext
     ) -> UpstreamResponse | PlaceholderResponse:
-        headers, policy, relay = head.headers, self.policies[context.caller], self.document_relay
+        headers, policy = head.headers, self.policies[context.caller]
+        documents, rewriter = self.document_server, self.document_rewriter
         if request.method == "POST" and (own := self.token_endpoint.match(validated.target)):
             context.local_operation = own
             return await self.token_endpoint.respond(request, context, policy, self.deadline_timer)
-        if relay is not None and relay.matches(validated.target):
-            return await self._relay(relay, request, head, validated, context)
+        if documents is not None and documents.matches(validated.target):
+            return await self._serve_document(documents, request, head, validated, context)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         context.target = route = self.routes.get(request.method, validated, headers, context.caller, policy)
@@ -177,32 +184,32 @@ class Handler:
             call = UpstreamCall(request, head, route, context, deadline)
             try:
                 response, prefix = await self._send_with_retries(call, options)
-                if relay is not None and relay.should_rewrite(route, response):
-                    return await relay.rewrite(call, response, self.listener)
-                reader = self.unrestricted_reports.tap(route, response)
-                return await self.forwarder.stream(call, response, prefix=prefix, reader=reader)
+                if rewriter is not None and rewriter.should_rewrite(route, response):
+                    return await rewriter.rewrite(call, response, self.listener)
+                tap = self.unrestricted_reports.tap(route, response)
+                return await self.forwarder.stream(call, response, prefix=prefix, tap=tap)
             finally:
                 if call.has_account_slot:
                     self.concurrency.release_account(route.account)
                 if call.redactor.matched:
                     self.metrics.masked_tokens.inc()
 
-    async def _relay(
+    async def _serve_document(
         self,
-        relay: "DocumentRelay",
+        documents: "DocumentServer",
         request: web.BaseRequest,
         head: HeaderBlock,
         validated: ValidatedTarget,
         context: RequestContext,
     ) -> UpstreamResponse:
-        """Serve a document; no usage plan is for it, and no token."""
+        """Serve a document: without a token, and outside the usage plans."""
         policy = self.policies[context.caller]
-        opened = relay.open(request.method, validated, head, self.listener, context.caller, policy)
+        opened = documents.open(request.method, validated, head, self.listener, context.caller, policy)
         context.target, context.data_elements = opened.target, opened.elements
         options = parse_options(head.headers, head.names, (self.name, context.caller), self._max_wait)
         with RequestDeadline(self.deadline_timer, options.timeout) as deadline:
             call = UpstreamCall(request, head, opened.target, context, deadline)
-            return await relay.fetch(call, unpack=opened.unpack)
+            return await documents.fetch(call, decompress=opened.decompress)
 
     async def _send_with_retries(self, call: UpstreamCall, options: RequestOptions) -> tuple[Response, bytes]:
         """Send the call, again where that is right, until there is an answer to pass on; return it and its beginning.

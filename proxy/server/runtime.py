@@ -36,8 +36,8 @@ from proxy.request.tokens.report_documents import UnrestrictedReports
 from proxy.request.upstream.circuit_breaker import CircuitBreakers
 from proxy.request.upstream.connector import ResumingContext, tls_context
 from proxy.request.upstream.deadlines import DeadlineTimer
-from proxy.request.upstream.forward import Forwarder, amazon_pool
-from proxy.request.upstream.pool import ConnectionPool
+from proxy.request.upstream.forward import Forwarder
+from proxy.request.upstream.pool import ConnectionPool, amazon_pool, lwa_pool
 from proxy.request.upstream.retry import RetryPolicies
 from proxy.request.validation import AllowedHosts
 from proxy.server.admin.app import AdminContext, Readiness, ReloadStatus, admin_app, health_app
@@ -47,12 +47,12 @@ from proxy.server.sockets import CERTIFICATE_CHECK_INTERVAL, CannotListen, descr
 from proxy.store import MemoryStore, Store
 
 if TYPE_CHECKING:
-    from proxy.request.documents.relay import DocumentRelay
+    from proxy.request.documents.relay_rewrite import DocumentRewriter
+    from proxy.request.documents.relay_serve import DocumentServer
     from proxy.request.spans import Tracer
     from proxy.store.encryption import DocumentCipher
 
 CLIENT_SECRET_LIFETIME = 180 * 86400.0  # seconds (DOC "Rotate your Application's LWA Credentials")
-LWA_CONNECTIONS = 32
 LAG_INTERVAL = 0.5  # seconds
 
 # What a running process cannot change, and leaves as it is: where it is watched, what its series are called, where
@@ -246,7 +246,9 @@ class Runtime:
         upstream = Forwarder(session=amazon, user_agents=user_agents(config))
         deadlines = DeadlineTimer(config, asyncio.get_running_loop())
         self.deadline_timers.add(deadlines)
-        relay = self._relay(config, upstream, amazon) if config.documents == "relay" else None
+        rewriter, documents = (
+            self._document_relay(config, upstream, amazon) if config.documents == "relay" else (None, None)
+        )
         return [
             Handler(
                 config,
@@ -269,20 +271,26 @@ class Runtime:
                 deadlines,
                 self.metrics,
                 self.tracer,
-                relay,
+                rewriter,
+                documents,
             )
             for index, listener in enumerate(config.listen)
         ]
 
-    def _relay(self, config: Config, upstream: Forwarder, amazon: ConnectionPool) -> "DocumentRelay":
-        """Return what gives documents by way of the proxy; its key outlives a configuration."""
-        from proxy.request.documents.relay import DocumentRelay  # noqa: PLC0415 - who gets documents directly pays nothing for seals
-        from proxy.store.encryption import DocumentCipher  # noqa: PLC0415 - the same
+    def _document_relay(
+        self, config: Config, forwarder: Forwarder, amazon: ConnectionPool
+    ) -> "tuple[DocumentRewriter, DocumentServer]":
+        """Return what relays documents; its key outlives a configuration."""
+        # Imported here: `cryptography` costs start time and memory, which only `documents: relay` needs.
+        from proxy.request.documents.relay import DocumentAddresses  # noqa: PLC0415
+        from proxy.request.documents.relay_rewrite import DocumentRewriter  # noqa: PLC0415
+        from proxy.request.documents.relay_serve import DocumentServer  # noqa: PLC0415
+        from proxy.store.encryption import DocumentCipher  # noqa: PLC0415
 
         self.document_cipher = self.document_cipher or DocumentCipher(config.store_key)
-        return DocumentRelay(
-            config, self.table, cipher=self.document_cipher, upstream=upstream, pool=amazon, metrics=self.metrics
-        )
+        addresses = DocumentAddresses(config, self.document_cipher)
+        rewriter = DocumentRewriter(config, addresses, forwarder=forwarder, metrics=self.metrics)
+        return rewriter, DocumentServer(config, self.table, addresses, forwarder=forwarder, pool=amazon)
 
     def abort_requests(self) -> None:
         """End the waits of all requests in flight: the process is about to."""
@@ -511,11 +519,6 @@ def _open_traces(stack: AsyncExitStack, config: Config, metrics: Metrics) -> "Tr
     traces = spans.open_tracer(config.tracing, __version__, metrics)
     stack.push_async_callback(traces.close)
     return traces
-
-
-def lwa_pool(config: Config, tls: ResumingContext | None = None) -> ConnectionPool:
-    """Return the connections for token exchanges, apart from Amazon's, so that neither waits for the other."""
-    return ConnectionPool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
 
 
 async def _become_ready(current: ConfigRef, readiness: Readiness, tokens: TokenProvider) -> None:
