@@ -41,7 +41,7 @@ from proxy.request.request_options import (
 )
 from proxy.request.target import ACCOUNT_HEADER, REGION_HEADER
 from proxy.request.token_selection import ELEMENTS_HEADER
-from proxy.request.upstream.forward import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES
+from proxy.request.upstream.request_headers import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES
 from proxy.request.upstream.response import HOP_BY_HOP
 from proxy.simulator.cli import _parser as simulator_parser
 

@@ -39,8 +39,8 @@ from proxy.config import (
 )
 from proxy.config.model import NAME
 from proxy.request.upstream.http1 import RemoteProtocolError
+from proxy.request.upstream.pool import lwa_pool
 from proxy.server import hardening
-from proxy.server.upstream_pools import lwa_pool
 
 TRIES = 3  # of an exchange, within timeouts.token
 RETRY_PAUSE = 0.5  # seconds between two of them

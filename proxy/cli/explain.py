@@ -18,7 +18,7 @@ from proxy.request.header_cache import HeaderBlock
 from proxy.request.routing import describe_route, resolve
 from proxy.request.tokens import placeholder_endpoint
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
-from proxy.request.upstream.forward import check_body, end_to_end_headers
+from proxy.request.upstream.request_headers import check_body, end_to_end_headers
 from proxy.request.validation import AllowedHosts, validate
 
 

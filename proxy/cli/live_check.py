@@ -43,18 +43,18 @@ from proxy.request.ratelimit.limiter import RATE_HEADER, RateLimiter
 from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route, endpoint_of, resolve
 from proxy.request.target import ACCOUNT_HEADER, REGION_HEADER
+from proxy.request.token import Token, secret_suffix
 from proxy.request.token_selection import TokenKey
 from proxy.request.tokens.client import TokenClient
-from proxy.request.tokens.provider import Token, TokenProvider
+from proxy.request.tokens.provider import TokenProvider
 from proxy.request.tokens.report_documents import UnrestrictedReports
 from proxy.request.upstream.connector import Origin
-from proxy.request.upstream.forward import amazon_pool
 from proxy.request.upstream.http1 import RemoteProtocolError
-from proxy.request.upstream.pool import ConnectionPool
+from proxy.request.upstream.pool import ConnectionPool, amazon_pool, lwa_pool
 from proxy.request.upstream.retry import RETRIED_STATUSES
-from proxy.request.upstream.token_redaction import TokenRedactor, secret_suffix
+from proxy.request.upstream.token_redaction import TokenRedactor
 from proxy.request.validation import ValidatedTarget
-from proxy.server.upstream_pools import lwa_pool, user_agents
+from proxy.server.upstream_pools import user_agents
 from proxy.store import MemoryStore
 
 PARALLEL = 10  # accounts checked at the same time

@@ -19,9 +19,9 @@ from proxy.config import REGIONS, Config, Region
 from proxy.config.messages import suggest
 from proxy.request.routing import endpoint_of
 from proxy.request.tokens.client import describe_source
-from proxy.request.upstream.forward import amazon_pool
 from proxy.request.upstream.http1 import RemoteProtocolError
-from proxy.server.upstream_pools import lwa_pool, user_agents
+from proxy.request.upstream.pool import amazon_pool, lwa_pool
+from proxy.server.upstream_pools import user_agents
 
 PATH = "/applications/2023-11-30/clientSecret"
 SCOPE = "sellingpartnerapi::client_credential:rotation"

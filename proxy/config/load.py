@@ -51,7 +51,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Config, where each value came from, by its key path, and warnings about settings that are valid but insecure or doubtful."""
+    """A Config, the origin of each value by its key path, and warnings about valid but insecure or doubtful settings."""
 
     config: Config
     origins: Mapping[KeyPath, str]

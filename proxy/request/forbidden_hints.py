@@ -9,7 +9,7 @@ from typing import Literal
 from proxy.amazon.error_response import AmazonError
 from proxy.amazon.operations import OperationTable
 from proxy.request.routing import Route
-from proxy.request.tokens.provider import Token
+from proxy.request.token import Token
 
 FORBIDDEN_STATUSES = frozenset({401, 403})  # Amazon documents 401 for some operations, with the same meaning
 

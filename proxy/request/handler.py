@@ -24,20 +24,25 @@ from proxy.request.ratelimit.concurrency import ConcurrencyLimiter
 from proxy.request.ratelimit.limiter import RATE_HEADER, RateLimiter
 from proxy.request.request_options import AdmissionRequest, RequestOptions, parse_options
 from proxy.request.route_cache import RouteCache
+from proxy.request.token import Token
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
-from proxy.request.tokens.provider import Token, TokenProvider
-from proxy.request.tokens.report_documents import UnrestrictedReports, decompress
+from proxy.request.tokens.provider import TokenProvider
+from proxy.request.tokens.report_documents import UnrestrictedReports
+from proxy.request.upstream.call import UpstreamCall
 from proxy.request.upstream.circuit_breaker import CircuitBreakers
+from proxy.request.upstream.content_coding import decompress
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
 from proxy.request.upstream.error_response import add_browser_hint, error_response
-from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, UpstreamCall, check_body, peek
+from proxy.request.upstream.forward import MAX_ERROR_BODY, Forwarder, peek
 from proxy.request.upstream.http1 import Response
+from proxy.request.upstream.request_headers import check_body
 from proxy.request.upstream.response import ErrorResponse, PlaceholderResponse, UpstreamResponse
 from proxy.request.upstream.retry import CONNECTION_ERRORS, RETRIED_STATUSES, RetryPolicies, RetryState
 from proxy.request.validation import AllowedHosts, ValidatedTarget, check_message, validate_with
 
-if TYPE_CHECKING:  # both are loaded only where they are configured
-    from proxy.request.documents.relay import DocumentRelay
+if TYPE_CHECKING:  # loaded only if they are configured
+    from proxy.request.documents.relay_rewrite import DocumentRewriter  # needs `cryptography`
+    from proxy.request.documents.relay_serve import DocumentServer  # as above
     from proxy.request.tracing import Tracer  # needs OpenTelemetry, an extra
 
 TOKEN_RECHECK_AFTER = 0.05  # seconds of waiting after which a token may have expired or been replaced
@@ -67,8 +72,9 @@ class Handler:
     deadline_timer: DeadlineTimer
     metrics: Metrics
     tracer: "Tracer | None" = None
-    document_relay: "DocumentRelay | None" = None
-    history: RequestHistory | None = None  # None where no admin address shows it
+    document_rewriter: "DocumentRewriter | None" = None
+    document_server: "DocumentServer | None" = None
+    history: RequestHistory | None = None  # None without an admin address
     now: Callable[[], float] = time.monotonic
     # Settings that every request reads, without the attributes in between.
     _max_wait: float = field(init=False)
@@ -147,12 +153,13 @@ class Handler:
         self, request: web.BaseRequest, head: HeaderBlock, validated: ValidatedTarget, context: RequestContext
     ) -> UpstreamResponse | PlaceholderResponse:
         """Route, forward and stream; or serve a token request or a document, which need neither plan nor token."""
-        headers, policy, relay = head.headers, self.policies[context.caller], self.document_relay
+        headers, policy = head.headers, self.policies[context.caller]
+        documents, rewriter = self.document_server, self.document_rewriter
         if request.method == "POST" and (operation := self.token_endpoint.match(validated.target)):
             context.local_operation = operation
             return await self.token_endpoint.respond(request, context, policy, self.deadline_timer)
-        if relay is not None and relay.matches(validated.target):
-            return await self._relay(relay, request, head, validated, context)
+        if documents is not None and documents.matches(validated.target):
+            return await self._serve_document(documents, request, head, validated, context)
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         context.route = route = self.routes.get(request.method, validated, headers, context.caller, policy)
@@ -161,32 +168,32 @@ class Handler:
             call = UpstreamCall(request, head, route, context, deadline)
             try:
                 response, prefix = await self._send_with_retries(call, options)
-                if relay is not None and relay.should_rewrite(route, response):
-                    return await relay.rewrite(call, response, self.listener)
-                reader = self.unrestricted_reports.tap(route, response)
-                return await self.forwarder.stream(call, response, prefix=prefix, reader=reader)
+                if rewriter is not None and rewriter.should_rewrite(route, response):
+                    return await rewriter.rewrite(call, response, self.listener)
+                tap = self.unrestricted_reports.tap(route, response)
+                return await self.forwarder.stream(call, response, prefix=prefix, tap=tap)
             finally:
                 if call.has_account_slot:
                     self.concurrency.release_account(route.account)
                 if call.redactor.matched:
                     self.metrics.redacted_tokens.inc()
 
-    async def _relay(
+    async def _serve_document(
         self,
-        relay: "DocumentRelay",
+        documents: "DocumentServer",
         request: web.BaseRequest,
         head: HeaderBlock,
         validated: ValidatedTarget,
         context: RequestContext,
     ) -> UpstreamResponse:
-        """Serve a document from its presigned URL."""
+        """Serve a document: without a token, and outside the usage plans."""
         policy = self.policies[context.caller]
-        opened = relay.open(request.method, validated, head, self.listener, context.caller, policy)
+        opened = documents.open(request.method, validated, head, self.listener, context.caller, policy)
         context.route, context.data_elements = opened.target, opened.elements
         options = parse_options(head.headers, head.names, (self.name, context.caller), self._max_wait)
         with RequestDeadline(self.deadline_timer, options.timeout) as deadline:
             call = UpstreamCall(request, head, opened.target, context, deadline)
-            return await relay.fetch(call, unpack=opened.unpack)
+            return await documents.fetch(call, decompress=opened.decompress)
 
     async def _send_with_retries(self, call: UpstreamCall, options: RequestOptions) -> tuple[Response, bytes]:
         """Admit, forward and judge a call, again while that is right; return the response and the start of its body.

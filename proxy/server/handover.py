@@ -41,7 +41,8 @@ from proxy.server.upstream_pools import UpstreamPools, user_agents
 from proxy.store import Store
 
 if TYPE_CHECKING:
-    from proxy.request.documents.relay import DocumentRelay
+    from proxy.request.documents.relay_rewrite import DocumentRewriter
+    from proxy.request.documents.relay_serve import DocumentServer
     from proxy.request.tracing import Tracer
     from proxy.store.encryption import DocumentCipher
 
@@ -109,7 +110,9 @@ class Runtime:
         forwarder = Forwarder(session=amazon, user_agents=user_agents(config))
         deadline_timer = DeadlineTimer(config, asyncio.get_running_loop())
         self.deadline_timers.add(deadline_timer)
-        relay = self._relay(config, forwarder, amazon) if config.documents == "relay" else None
+        rewriter, documents = (
+            self._document_relay(config, forwarder, amazon) if config.documents == "relay" else (None, None)
+        )
         return [
             Handler(
                 config,
@@ -132,21 +135,27 @@ class Runtime:
                 deadline_timer,
                 self.metrics,
                 self.tracer,
-                relay,
+                rewriter,
+                documents,
                 self.history,
             )
             for index, listener in enumerate(config.listen)
         ]
 
-    def _relay(self, config: Config, forwarder: Forwarder, amazon: ConnectionPool) -> "DocumentRelay":
-        """Return the relay of documents; its key outlives a configuration, as the links that apps hold do."""
-        from proxy.request.documents.relay import DocumentRelay  # noqa: PLC0415 - loads cryptography, which few need
-        from proxy.store.encryption import DocumentCipher  # noqa: PLC0415 - as above
+    def _document_relay(
+        self, config: Config, forwarder: Forwarder, amazon: ConnectionPool
+    ) -> "tuple[DocumentRewriter, DocumentServer]":
+        """Return the two halves of the document relay; its key outlives a configuration, as issued addresses do."""
+        # Imported here: `cryptography` costs start time and memory, which only `documents: relay` needs.
+        from proxy.request.documents.relay import DocumentAddresses  # noqa: PLC0415
+        from proxy.request.documents.relay_rewrite import DocumentRewriter  # noqa: PLC0415
+        from proxy.request.documents.relay_serve import DocumentServer  # noqa: PLC0415
+        from proxy.store.encryption import DocumentCipher  # noqa: PLC0415
 
         self.document_cipher = self.document_cipher or DocumentCipher(config.store_key)
-        return DocumentRelay(
-            config, self.table, cipher=self.document_cipher, upstream=forwarder, pool=amazon, metrics=self.metrics
-        )
+        addresses = DocumentAddresses(config, self.document_cipher)
+        rewriter = DocumentRewriter(config, addresses, forwarder=forwarder, metrics=self.metrics)
+        return rewriter, DocumentServer(config, self.table, addresses, forwarder=forwarder, pool=amazon)
 
     def abort_requests(self) -> None:
         """End the waits of all requests in flight: the process is about to end."""

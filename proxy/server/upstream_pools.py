@@ -4,19 +4,10 @@ import asyncio
 from pathlib import Path
 from typing import NamedTuple
 
-from proxy import __version__
 from proxy.amazon.headers import user_agent_of
 from proxy.config import Config
 from proxy.request.upstream.connector import ResumingContext, tls_context
-from proxy.request.upstream.forward import amazon_pool
-from proxy.request.upstream.pool import ConnectionPool
-
-LWA_CONNECTIONS = 32
-
-
-def lwa_pool(config: Config, tls: ResumingContext | None = None) -> ConnectionPool:
-    """Return the pool for token requests; apart from Amazon's, so that neither waits for the other."""
-    return ConnectionPool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
+from proxy.request.upstream.pool import ConnectionPool, amazon_pool, lwa_pool
 
 
 def user_agents(config: Config) -> dict[str, str]:

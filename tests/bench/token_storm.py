@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from proxy.request.tokens.provider import CHECK_INTERVAL, RENEW_AT, RENEW_LEAD
+from proxy.request.tokens.refresh_policy import CHECK_INTERVAL, RENEW_AT, RENEW_LEAD
 from tests.bench.harness import PLAIN_TARGET, Harness, format_statuses, running_harness
 from tests.bench.processes import end_on_signals, memory_kib
 

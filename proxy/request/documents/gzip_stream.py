@@ -1,8 +1,4 @@
-"""How is a gzip document unpacked while it streams, however large it is and whatever somebody packed into it?
-
-In pieces of a bounded size, so that no memory grows with the document (RFC 1952). What unpacks to far more than any
-report does is given up: it is meant to fill somebody's disk.
-"""
+"""Streaming decompression of gzip documents (RFC 1952), with bounded memory and a limit against bombs."""
 
 import zlib
 from collections.abc import Iterator
@@ -10,43 +6,49 @@ from collections.abc import Iterator
 from proxy.errors import BadGzip, GzipBomb
 
 MAGIC = b"\x1f\x8b"
-CHUNK = 64 * 1024  # bytes of the largest piece that is given
-MAX_RATIO = 200  # bytes out for one in; tables of numbers come to 20, and deflate ends at a thousand
-BOMB_THRESHOLD = 64 * 1024 * 1024  # bytes out that nobody minds, whatever the ratio
+CHUNK = 64 * 1024  # bytes of the largest chunk that is yielded
+MAX_RATIO = 200  # bytes out for one in; tables of numbers reach 20, and deflate at most 1032
+BOMB_THRESHOLD = 64 * 1024 * 1024  # bytes out that are accepted whatever the ratio
 
-_SLICE = 16 * 1024  # bytes that are unpacked at a time: each member's end copies what is behind it
+# Bytes fed at a time. At the end of each member zlib copies the rest of its input into `unused_data`: many small
+# members in one large chunk would take quadratic time.
+_SLICE = 16 * 1024
 
 
 class Gunzip:
-    """Unpacks one document: `feed` it what comes, then say that this was the `end`."""
+    """Decompresses one document: `feed` each chunk, then call `end`."""
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-        self._taken = self._given = 0
+        self._bytes_in = self._bytes_out = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what these bytes unpack to, piece by piece; raise BadGzip or GzipBomb."""
+        """Yield the decompressed data in chunks of at most CHUNK bytes; raise BadGzip or GzipBomb."""
         for begin in range(0, len(data), _SLICE):
             rest = data[begin : begin + _SLICE]
-            self._taken += len(rest)
-            for chunk in self._unpacked(rest):
-                self._given += len(chunk)
-                if self._given > max(BOMB_THRESHOLD, self._taken * MAX_RATIO):
-                    raise GzipBomb("the document unpacks to far too much", "Fetch it packed, and look at it with care.")
+            self._bytes_in += len(rest)
+            for chunk in self._decompress(rest):
+                self._bytes_out += len(chunk)
+                if self._bytes_out > max(BOMB_THRESHOLD, self._bytes_in * MAX_RATIO):
+                    raise GzipBomb(
+                        "the document decompresses to far too much",
+                        "Fetch it without decompress=1, and examine it with care.",
+                    )
                 yield chunk
 
     def end(self) -> None:
-        """Raise BadGzip where the document is not at its end."""
+        """Raise BadGzip where the document is cut off."""
         if not self._member.eof:
             raise _invalid_gzip("ends too early")
 
-    def _unpacked(self, data: bytes) -> Iterator[bytes]:
+    def _decompress(self, data: bytes) -> Iterator[bytes]:
         while True:
             if self._member.eof:
-                data = data.lstrip(b"\0")  # padding, as gzip itself allows it
+                data = data.lstrip(b"\0")  # zero padding between or after members, which gzip(1) accepts too
                 if not data:
                     return
-                self._member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # another member follows
+                # A gzip file is one or more members (RFC 1952 section 2.2).
+                self._member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
             try:
                 chunk = self._member.decompress(data, CHUNK)
             except zlib.error as exc:
@@ -58,7 +60,7 @@ class Gunzip:
             else:
                 data = self._member.unconsumed_tail
                 if not data:
-                    return  # what may be left inside comes out with the trailer, which is still to be read
+                    return  # data left inside zlib comes out with the 8-byte trailer, which is still to be read
 
 
 def _invalid_gzip(what: str) -> BadGzip:

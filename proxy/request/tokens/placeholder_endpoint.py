@@ -22,8 +22,8 @@ from proxy.errors import BadTarget, MalformedRequest, RestrictedDataTokenInvalid
 from proxy.request.authorization import AccessPolicy
 from proxy.request.context import RequestContext
 from proxy.request.target import split_prefix
+from proxy.request.upstream.call import send_100_continue
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
-from proxy.request.upstream.forward import send_100_continue
 from proxy.request.upstream.response import PlaceholderResponse
 from proxy.request.validation import is_token_request
 

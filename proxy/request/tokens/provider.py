@@ -1,23 +1,21 @@
-"""Which token goes with this request: held, renewed before it expires, and fetched once for everybody who waits?
+"""The tokens in use: cached, refreshed before they expire, and fetched once for all callers that wait.
 
-One exchange per credential at a time. A waiter who leaves cancels nothing. A token that is in use is renewed in the
-background from about 85 % of its life; until its last seconds it is served while that goes on, or fails. How one
-exchange is made stands in `grants.py`.
+At most one refresh per token key runs at a time; a caller that leaves does not cancel it. A token in use is renewed in
+the background from about 85 % of its lifetime, and is sent until its last seconds while the renewal runs or fails.
+How one token is fetched is in `client.py`, when one is renewed in `refresh_policy.py`.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from proxy.config import Secret
 from proxy.errors import ProxyError, RestrictedDataRefused, TokenUnavailable
-from proxy.observability.logging import LOGGER, extra
 from proxy.observability.metrics import Metrics
-from proxy.request.token_selection import TokenKey, TokenKind, access_token_key
+from proxy.request.token import Token
+from proxy.request.token_selection import TokenKey, access_token_key
 from proxy.request.tokens.client import (
     AccessTokenRejected,
     DataElementsDenied,
@@ -25,82 +23,44 @@ from proxy.request.tokens.client import (
     ReportUnrestricted,
     TokenClient,
 )
+from proxy.request.tokens.denied_elements import DeniedElements
 from proxy.request.tokens.refresh_backoff import RefreshBackoff
+from proxy.request.tokens.refresh_policy import (
+    CHECK_INTERVAL,
+    FIRST_PAUSE,
+    SAFETY_MARGIN,
+    Failure,
+    is_in_use,
+    new_token,
+    pause_after,
+    retry_at,
+)
 from proxy.request.tokens.report_documents import UnrestrictedReports
-from proxy.request.upstream.token_redaction import secret_suffix
 from proxy.store import Store, StoredToken
 
-RENEW_AT = 0.85  # of a token's life
-RENEW_JITTER = 0.05  # so that tokens fetched together are not renewed together
-RENEW_LEAD = 1.5  # times what its exchange took: a slow token host is asked earlier
-SAFETY_MARGIN = 2.0  # seconds before its expiry in which a token is not sent any more; for short lives a twentieth
-IN_USE_WITHIN = 0.5  # of its life: a token that nobody asked for in that time is left to expire
-CHECK_INTERVAL = 5.0  # seconds after which a renewal that failed is tried again
-
-FIRST_PAUSE = 0.5  # seconds after a failed exchange; doubled with each further one
-MAX_PAUSE = 5.0  # so that service is back within seconds of the token host's return
-MAX_REJECTED_PAUSE = 300.0  # for refusals that only a person can mend
-RECENT_FAILURE = 30.0  # seconds after a pause in which the trouble is taken to go on
-PROBE_TIMEOUT = 1.0  # seconds that a caller waits for an exchange when the last one failed
-
-SETTLED_AFTER = 3.0  # seconds after which a file that has changed is in force, or has changed back
-
+PROBE_TIMEOUT = 1.0  # seconds that a caller waits for a refresh when the last one failed
+SETTLED_AFTER = 3.0  # seconds until a changed secret file is verified: it may have been changed back
 MAX_CACHED = 50_000  # tokens; a report document's token has a key of its own
-WARM_UP_PARALLEL = 20
-REPLACED_PARALLEL = 20
-ELEMENTS_REFUSED_FOR = 3600.0  # seconds for which an element is not asked for again
-MAX_REFUSED_ELEMENTS = 10_000
-
-
-@dataclass(slots=True, eq=False)
-class Token:
-    """A token in use. Moments are seconds of the monotonic clock; two tokens are equal only if they are the same."""
-
-    value: Secret
-    kind: TokenKind
-    issued_at: float
-    renew_at: float
-    expires_at: float  # with a margin
-    expires_hard: float  # without one: when there is no other
-    used_at: float
-    data_elements: tuple[str, ...] = ()
-    # The lines of a request's head that it stands in, and the second of the wall clock that they name.
-    lines: bytes = field(default=b"", repr=False)
-    header_lines: int = -1
-    source: str = ""  # the fingerprint of what it was fetched by; nothing where that is not certain
-    secret_suffix: bytes = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.secret_suffix = secret_suffix(self.value.reveal())
-
-
-@dataclass(slots=True)
-class _Failure:
-    """Why the last exchange failed, how many did in a row, with which secrets, and until when it is not tried again."""
-
-    error: ProxyError
-    count: int
-    until: float
-    secrets: tuple[Secret, ...]
-
-    def is_recent(self, now: float) -> bool:
-        """Whether the trouble probably goes on."""
-        return self.error.retryable and now - self.until < RECENT_FAILURE
+MAX_WARM_UPS = 20  # refreshes at a time
+MAX_REPLACEMENTS = 20  # refreshes of rejected tokens at a time
 
 
 class TokenStatus(NamedTuple):
-    """How the token of one credential stands; seconds from now."""
+    """The state of the token of one key; durations in seconds."""
 
     token_key: TokenKey
-    left: float | None  # for which the token that is held is good; None where none is
-    age: float | None  # since it was asked for
-    error: ProxyError | None  # why the last exchange failed, if it did
+    left: float | None  # until the cached token expires; None without a valid one
+    age: float | None  # since it was requested
+    error: ProxyError | None  # of the last refresh, if it failed
     failures: int  # in a row
-    pause: float  # until an exchange is tried again
+    pause: float  # until a refresh is tried again
 
 
 class TokenProvider:
-    """The tokens of every credential that was asked for."""
+    """The tokens of every key that was requested.
+
+    `now` is a monotonic clock, `wall` is Unix time, both in seconds.
+    """
 
     def __init__(
         self,
@@ -114,7 +74,7 @@ class TokenProvider:
         call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._client = token_client
-        self._documents = unrestricted_reports
+        self._reports = unrestricted_reports
         self._store = store
         self._metrics = metrics
         self._now = now
@@ -122,24 +82,24 @@ class TokenProvider:
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._tokens: dict[TokenKey, Token] = {}
         self._pending: dict[TokenKey, asyncio.Task[Token]] = {}
-        self.superseded: set[asyncio.Task[Token]] = set()  # exchanges whose token nobody else is to get
-        self._failed: dict[TokenKey, _Failure] = {}
-        self._refused_elements: dict[tuple[TokenKey, str], float] = {}
+        self.superseded: set[asyncio.Task[Token]] = set()  # refreshes whose token is for their present waiters alone
+        self._failed: dict[TokenKey, Failure] = {}
+        self._denied_elements = DeniedElements(metrics, now)
         self._backoff = RefreshBackoff(now)
-        self._replacing = asyncio.Semaphore(REPLACED_PARALLEL)
+        self._replacing = asyncio.Semaphore(MAX_REPLACEMENTS)
         self._closed = False
 
     async def get(self, token_key: TokenKey, *, rejected: Token | None = None) -> Token:
-        """Return a token that is good now; `rejected` is one that Amazon has just refused.
+        """Return a valid token; `rejected` is one that Amazon has just refused.
 
-        Where Amazon gives less than was asked for, the token's `kind` and `data_elements` say what it is good for.
+        Where Amazon grants less than was requested, the token's `kind` and `data_elements` say what it is good for.
         Raises TokenUnavailable, TokenRefused, RestrictedDataRefused or UsagePlanExhausted.
         """
         held = self.cached(token_key, rejected=rejected)
         return held if held is not None else await self.wait_for_token(self.effective_key(token_key), rejected)
 
     def cached(self, token_key: TokenKey, *, rejected: Token | None = None) -> Token | None:
-        """Return the token that `get` would return without waiting, None where it would wait."""
+        """Return the token that `get` returns without waiting, None where it would wait; renew it where that is due."""
         if token_key.kind == "rdt":
             token_key = self.effective_key(token_key)
         held, clock = self._tokens.get(token_key), self._now
@@ -152,13 +112,16 @@ class TokenProvider:
         return held
 
     async def wait_for_token(self, token_key: TokenKey, rejected: Token | None) -> Token:
-        """Wait for the exchange, or for several where the first one teaches what is to be asked for."""
+        """Wait for the refresh, and for a second one where Amazon refuses the first and grants less.
+
+        Raises as `get` does.
+        """
         while True:
             pause, failure = self._pause(token_key, self._now()), self._failed.get(token_key)
             if failure is not None and pause > 0:
                 return self.stale_token(token_key, rejected, _recur(failure.error, pause))
             task = self.ensure_refresh(token_key, rejected)
-            # Who comes after a failure learns soon that it goes on, and is not kept for a timeout each.
+            # While the token host is down, callers fail after PROBE_TIMEOUT and not each after timeouts.token.
             timeout = PROBE_TIMEOUT if failure is not None and failure.is_recent(self._now()) else None
             try:
                 async with asyncio.timeout(timeout) as waited:
@@ -179,16 +142,16 @@ class TokenProvider:
                     return held
 
     def stale_token(self, token_key: TokenKey, rejected: Token | None, error: ProxyError) -> Token:
-        """Return the token that is in its last seconds, where no other is to be had; raise `error` without one."""
+        """Return the cached token in its last seconds, where no other is available; raise `error` without one."""
         held = self._tokens.get(token_key)
         if held is None or held is rejected or self._now() >= held.expires_hard:
             raise error
         return held
 
     async def refresh_rejected(self, token_key: TokenKey, rejected: Token) -> Token | None:
-        """Return another token for one that Amazon refused; None where there is none, or it is not worth fetching.
+        """Return another token for one that Amazon rejected, None where the backoff allows none or fetching fails.
 
-        Whoever gets one says by `judge` whether Amazon took it.
+        The caller reports by `report_result` whether Amazon accepted it.
         """
         async with self._replacing:
             return await self._refresh_rejected(self.effective_key(token_key), rejected)
@@ -202,111 +165,86 @@ class TokenProvider:
         try:
             return await self.get(token_key, rejected=rejected)
         except ProxyError:
-            return None  # logged and counted where it arose; Amazon's own refusal is passed on
+            return None  # logged and counted where it was raised; the app gets Amazon's own response
 
     def report_result(self, token_key: TokenKey, token: Token, *, accepted: bool) -> None:
-        """Learn whether Amazon took a `token` that `replacement` gave."""
+        """Record whether Amazon accepted a `token` from `refresh_rejected`."""
         self._backoff.record_result(self.effective_key(token_key), token, accepted=accepted)
 
     async def warm_up(self, token_keys: Iterable[TokenKey]) -> None:
         """Fetch these tokens, a bounded number at a time; failures are logged, not raised."""
-        places = asyncio.Semaphore(WARM_UP_PARALLEL)
+        slots = asyncio.Semaphore(MAX_WARM_UPS)
 
         async def fetch(token_key: TokenKey) -> None:
-            async with places:
+            async with slots:
                 try:
                     await self.get(token_key)
                 except ProxyError:
-                    return  # logged and counted where it arose
+                    return  # logged and counted where it was raised
 
-        await asyncio.gather(*(fetch(credential) for credential in token_keys))
+        await asyncio.gather(*(fetch(token_key) for token_key in token_keys))
 
     def invalidate(self, is_outdated: Callable[[TokenKey], bool]) -> None:
-        """Use no token any more, held or on its way, whose credential is outdated; the next one is fetched anew."""
+        """Stop using the tokens of outdated keys, cached or being fetched; the next request fetches a new one."""
         known = {*self._tokens, *self._pending, *self._failed}
         for token_key in filter(is_outdated, known):
             self._tokens.pop(token_key, None)
             if task := self._pending.pop(token_key, None):
-                self.superseded.add(task)  # for those who wait for it: they began before
+                self.superseded.add(task)  # its waiters began under the earlier configuration, and still get its token
             self._failed.pop(token_key, None)
-            # Of one that goes on to be used, it comes back with the next token.
+            # The next token sets the series again.
             self._metrics.token_expiry.remove(token_key.account, token_key.region, token_key.kind)
-        # A seller who authorised anew may have been asked for more.
-        kept = {key: until for key, until in self._refused_elements.items() if not is_outdated(key[0])}
-        self._refused_elements = kept
+        self._denied_elements.invalidate(is_outdated)
 
     def statuses(self) -> Iterator[TokenStatus]:
-        """Yield how each token stands that was asked for; without a change, and from any thread."""
+        """Yield the state of each token that was requested; changes nothing, and may be called from any thread."""
         held, failed, pending = self._tokens.copy(), self._failed.copy(), self._pending.copy()
         now = self._now()
         for token_key in dict.fromkeys((*held, *failed, *pending)):
             token, failure = held.get(token_key), failed.get(token_key)
-            is_good = token is not None and now < token.expires_hard
+            is_valid = token is not None and now < token.expires_hard
             yield TokenStatus(
                 token_key,
-                token.expires_at - now if token is not None and is_good else None,
-                now - token.issued_at if token is not None and is_good else None,
+                token.expires_at - now if token is not None and is_valid else None,
+                now - token.issued_at if token is not None and is_valid else None,
                 failure.error if failure is not None else None,
                 failure.count if failure is not None else 0,
                 max(0.0, failure.until - now) if failure is not None else 0.0,
             )
 
     async def close(self) -> None:
-        """Cancel exchanges that are under way, and begin none."""
+        """Cancel the refreshes under way, and start none."""
         self._closed = True
         tasks = [*self._pending.values(), *self.superseded]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # What Amazon gives: less than was asked for, where it said so before.
-
     def effective_key(self, token_key: TokenKey) -> TokenKey:
-        """Return what is worth asking for in place of `credential`, by what Amazon's answers taught."""
+        """Return the key to request instead: without the data elements and RDTs that Amazon refused lately."""
         if token_key.kind != "rdt":
             return token_key
-        if not token_key.is_shared and self._documents.is_unrestricted(token_key):
+        if not token_key.is_shared and self._reports.is_unrestricted(token_key):
             return access_token_key(token_key)
-        if token_key.data_elements and self._refused_elements:
-            ordinary, now = access_token_key(token_key), self._now()
-            left = tuple(
-                element
-                for element in token_key.data_elements
-                if now >= self._refused_elements.get((ordinary, element), 0.0)
-            )
-            if not left and token_key.optional:
-                return ordinary
-            if left and left != token_key.data_elements:
-                return token_key._replace(data_elements=left)
+        if token_key.data_elements and self._denied_elements.until:
+            remaining = self._denied_elements.remaining(token_key)
+            if not remaining and token_key.optional:
+                return access_token_key(token_key)
+            if remaining and remaining != token_key.data_elements:
+                return token_key._replace(data_elements=remaining)
         return token_key
 
-    def _record_refused_elements(self, token_key: TokenKey, elements: frozenset[str]) -> None:
-        """Ask for these elements no more for a while: one of them fails every request that names it."""
-        ordinary, now = access_token_key(token_key), self._now()
-        for element in sorted(elements & set(token_key.data_elements)):
-            if self._refused_elements.get((ordinary, element), 0.0) <= now:
-                LOGGER.warning(
-                    "data element not granted: left out for an hour; the application lacks its role",
-                    extra=extra(account=token_key.account, region=token_key.region, element=element),
-                )
-            if len(self._refused_elements) >= MAX_REFUSED_ELEMENTS:
-                del self._refused_elements[next(iter(self._refused_elements))]
-            self._refused_elements[ordinary, element] = now + ELEMENTS_REFUSED_FOR
-            self._metrics.refused_elements.labels(token_key.account, token_key.region, element).inc()
-
-    # One exchange for everybody.
-
     def _pause(self, token_key: TokenKey, now: float) -> float:
-        """Return for how many seconds no exchange is made, because the last one failed."""
+        """Return for how many seconds no refresh is started, because the last one failed."""
         failure = self._failed.get(token_key)
         if failure is None or now >= failure.until:
             return 0.0
         if not failure.error.retryable and failure.secrets != self._client.secrets(token_key):
-            return 0.0  # somebody mended it: a file or a variable holds another secret now
+            return 0.0  # the secret in its file or variable was replaced: the refusal was for the old one
         return failure.until - now
 
     def ensure_refresh(self, token_key: TokenKey, rejected: Token | None) -> asyncio.Task[Token]:
-        """Return the exchange that is under way for `credential`, starting it where there is none."""
+        """Return the refresh that is running for `token_key`, starting it where there is none."""
         task = self._pending.get(token_key)
         if task is None:
             task = asyncio.create_task(self.refresh(token_key, rejected), name=f"token {token_key.kind}")
@@ -319,17 +257,18 @@ class TokenProvider:
         if self._pending.get(token_key) is task:
             del self._pending[token_key]
         if not task.cancelled():
-            task.exception()  # everybody who waited may have left; the failure was logged where it arose
+            task.exception()  # marks it as retrieved: all waiters may have left, and it is logged where it was raised
 
     async def refresh(self, token_key: TokenKey, rejected: Token | None) -> Token:
+        """Return a new token, from the store where it has one, and cache it. Runs as the task of `ensure_refresh`."""
         source = self._client.fingerprint(token_key)
         if not token_key.is_shared:
             token = await self.fetch(token_key, source)
         else:
-            key = self._key(token_key, source)
-            fits = partial(self._fits, token_key)
+            key = _store_key(token_key, source)
+            is_usable = partial(self._is_usable, token_key)
             refused = rejected.value if rejected is not None else None
-            async with self._store.get_or_lock(key, fits, refused) as stored:
+            async with self._store.get_or_lock(key, is_usable, refused) as stored:
                 if stored is not None:
                     token = self._from_store(token_key, stored)
                     token.source = source
@@ -343,138 +282,124 @@ class TokenProvider:
         return token
 
     async def fetch(self, token_key: TokenKey, source: str) -> Token:
-        """Return a token that was fetched now, and kept for others where it certainly is of `source`."""
-        ordinary = await self.get(access_token_key(token_key)) if token_key.kind == "rdt" else None
+        """Fetch a token; put it into the store where it was certainly fetched with the credentials of `source`."""
+        access_token = await self.get(access_token_key(token_key)) if token_key.kind == "rdt" else None
         secrets = self._client.secrets(token_key)
         try:
-            granted = await self._accept(token_key, ordinary, secrets)
+            fetched = await self._request_token(token_key, access_token, secrets)
         except ProxyError as error:
             if self._is_current_refresh(token_key):
                 self._record_failure(token_key, error, secrets)
             raise
         except ReportUnrestricted:
-            self._documents.add_unrestricted(token_key)
+            self._reports.add_unrestricted(token_key)
             raise
         except DataElementsDenied as exc:
-            self._record_refused_elements(token_key, exc.elements)
+            self._denied_elements.record(token_key, exc.elements)
             if not token_key.optional and exc.elements >= set(token_key.data_elements):
-                nothing_left = _no_token_left(token_key)
-                self._record_failure(token_key, nothing_left, secrets)
-                raise nothing_left from exc
+                refused = _all_elements_denied(token_key)
+                self._record_failure(token_key, refused, secrets)
+                raise refused from exc
             raise
-        token = self._fresh(token_key, granted)
-        # Files may have changed since, or between the ordinary token and the one that was minted with it.
-        of_sent = ordinary.source if ordinary is not None else self._client.fingerprint(token_key, secrets)
-        is_certain = source == of_sent == self._client.fingerprint(token_key)
+        token = self._fetched(token_key, fetched)
+        # A secret file may have changed during the fetch, or between the access token and the RDT that it created.
+        sent = access_token.source if access_token is not None else self._client.fingerprint(token_key, secrets)
+        is_certain = source == sent == self._client.fingerprint(token_key)
         token.source = source if is_certain else ""
         if token_key.is_shared and is_certain and self._is_current_refresh(token_key):
-            life = token.expires_at - self._now()
-            if life > 0:
-                stored = StoredToken(token.value, self._wall() + life)
-                await self._store.put(self._key(token_key, source), stored, life)
+            lifetime = token.expires_at - self._now()
+            if lifetime > 0:
+                stored = StoredToken(token.value, self._wall() + lifetime)
+                await self._store.put(_store_key(token_key, source), stored, lifetime)
         return token
 
     def _is_current_refresh(self, token_key: TokenKey) -> bool:
-        """Return whether what the running task fetches is still wanted: nobody has forgotten the credential since."""
+        """Return whether the running task is the refresh of this key: `invalidate` has not superseded it."""
         return self._pending.get(token_key) is asyncio.current_task()
 
-    async def _accept(self, token_key: TokenKey, ordinary: Token | None, secrets: tuple[Secret, ...]) -> FetchedToken:
-        if ordinary is None:
+    async def _request_token(
+        self, token_key: TokenKey, access_token: Token | None, secrets: tuple[Secret, ...]
+    ) -> FetchedToken:
+        """Fetch an access token, or with `access_token` an RDT; replace an access token that Amazon rejects, once."""
+        if access_token is None:
             return await self._client.fetch_access_token(token_key, secrets)
         try:
-            return await self._client.create_rdt(token_key, ordinary.value)
+            return await self._client.create_rdt(token_key, access_token.value)
         except AccessTokenRejected as exc:
-            another = await self._refresh_rejected(access_token_key(token_key), ordinary)
+            another = await self._refresh_rejected(access_token_key(token_key), access_token)
             if another is None:
                 raise exc.error from exc
         try:
-            granted = await self._client.create_rdt(token_key, another.value)
+            fetched = await self._client.create_rdt(token_key, another.value)
         except AccessTokenRejected as exc:
             self.report_result(access_token_key(token_key), another, accepted=False)
             raise exc.error from exc
         self.report_result(access_token_key(token_key), another, accepted=True)
-        return granted
+        return fetched
 
     def _record_failure(self, token_key: TokenKey, error: ProxyError, secrets: tuple[Secret, ...]) -> None:
         before = self._failed.pop(token_key, None)
         count = before.count + 1 if before is not None and before.secrets == secrets else 1
-        longest = MAX_PAUSE if error.retryable else MAX_REJECTED_PAUSE
-        pause = min(longest, FIRST_PAUSE * 2 ** min(count, 20)) * random.uniform(0.75, 1.0)  # noqa: S311 - jitter
+        pause = pause_after(error, count)
         error.retry_after = pause if error.retryable else None
         if len(self._failed) >= MAX_CACHED:
             del self._failed[next(iter(self._failed))]
-        now = self._now()
-        until = now + pause
-        held = self._tokens.get(token_key)
-        if held is not None and now < held.expires_hard:
-            # The moment it is needed, one more try: the token host may be back.
-            until = min(until, held.expires_at if now < held.expires_at else held.expires_hard)
-        self._failed[token_key] = _Failure(error, count, until, secrets)
+        until = retry_at(pause, self._tokens.get(token_key), self._now())
+        self._failed[token_key] = Failure(error, count, until, secrets)
 
-    # Keeping.
-
-    def _fits(self, token_key: TokenKey, stored: StoredToken) -> bool:
-        """Return whether a token that was kept is worth having."""
+    def _is_usable(self, token_key: TokenKey, stored: StoredToken) -> bool:
+        """Return whether a token of the store is valid and another than the cached one."""
         held = self._tokens.get(token_key)
-        # Only what is fresher than what is held: a token that is due for renewal was kept here as well.
+        # A token that is due for renewal here is in the store as well: it must not come back as its own successor.
         return stored.expires_at - self._wall() > SAFETY_MARGIN and (held is None or held.value != stored.value)
 
     def _from_store(self, token_key: TokenKey, stored: StoredToken) -> Token:
-        return self._token(token_key, stored.value, self._now(), stored.expires_at - self._wall(), took=0.0)
+        now = self._now()
+        lifetime = stored.expires_at - self._wall()
+        return new_token(token_key, stored.value, issued_at=now, lifetime=lifetime, fetch_time=0.0, now=now)
 
-    def _key(self, token_key: TokenKey, source: str) -> str:
-        """Return what the credential's token is kept by: it differs wherever another secret would give another token.
-
-        So two fleets on one Redis that call different sellers by one name do not meet, nor does a new configuration
-        meet what was kept for somebody else.
-        """
-        return f"{_key(token_key)}\x1f{source}"
-
-    def _fresh(self, token_key: TokenKey, granted: FetchedToken) -> Token:
-        # Counted from before the exchange: the token host's clock started no earlier than that.
-        took = granted.received_at - granted.requested_at
-        return self._token(token_key, granted.response.value, granted.requested_at, granted.response.expires_in, took)
-
-    def _token(self, token_key: TokenKey, value: Secret, since: float, life: float, took: float) -> Token:
-        expires_at = since + life - min(SAFETY_MARGIN, life / 20)
-        share = RENEW_AT + random.uniform(-RENEW_JITTER, RENEW_JITTER)  # noqa: S311 - spreads load, hides nothing
-        renew_at = min(since + life * share, expires_at - RENEW_LEAD * took)
-        return Token(
-            value, token_key.kind, since, renew_at, expires_at, since + life, self._now(), token_key.data_elements
+    def _fetched(self, token_key: TokenKey, fetched: FetchedToken) -> Token:
+        # Its lifetime counts from the request: the token host cannot have issued it earlier.
+        return new_token(
+            token_key,
+            fetched.response.value,
+            issued_at=fetched.requested_at,
+            lifetime=fetched.response.expires_in,
+            fetch_time=fetched.received_at - fetched.requested_at,
+            now=self._now(),
         )
 
     def _cache(self, token_key: TokenKey, token: Token) -> None:
         self._tokens.pop(token_key, None)
         if len(self._tokens) >= MAX_CACHED:
-            del self._tokens[next(iter(self._tokens))]  # the one that was fetched longest ago
+            del self._tokens[next(iter(self._tokens))]  # dicts keep their order: the one fetched longest ago
         self._tokens[token_key] = token
         expires_at = self._wall() + token.expires_at - self._now()
         self._metrics.token_expiry.labels(token_key.account, token_key.region, token_key.kind).set(expires_at)
         self.schedule(token_key, token, at=token.renew_at)
-
         if not self._client.matches_config(token_key, token.source):
             self._call_later(SETTLED_AFTER, self.verify_source, token_key, token)
 
     def verify_source(self, token_key: TokenKey, token: Token) -> None:
-        """Forget a token that was got by what a file held for a moment: it may be another seller's."""
+        """Forget a token whose secret file has changed since: it may be another seller's."""
         if self._tokens.get(token_key) is token and token.source != self._client.fingerprint(token_key):
-            self.invalidate(lambda one: one == token_key)
+            self.invalidate(lambda other: other == token_key)
 
     def schedule(self, token_key: TokenKey, token: Token, at: float) -> None:
+        """Call `refresh_if_due` at a moment of the monotonic clock."""
         self._call_later(max(0.0, at - self._now()), self.refresh_if_due, token_key, token)
 
     def refresh_if_due(self, token_key: TokenKey, token: Token) -> None:
-        """Renew a token that is in use, before anybody has to wait for it."""
+        """Renew a token that is in use, before a request has to wait for it."""
         if self._closed or self._tokens.get(token_key) is not token:
             return
         now = self._now()
         if now >= token.expires_at:
             if not token_key.is_shared:
-                del self._tokens[token_key]  # nobody will ask for that document's token again
-            # Others stay: so the store's copy is known for the same one, whatever the wall clock says by then.
+                del self._tokens[token_key]  # a document's token is not requested again after it has expired
+            # Others stay: `_is_usable` compares the store's copy with them, even after a jump of the wall clock.
             return
-        in_use = now - token.used_at <= IN_USE_WITHIN * (token.expires_at - token.issued_at)
-        if not token_key.is_shared or not in_use:
+        if not token_key.is_shared or not is_in_use(token, now):
             self.schedule(token_key, token, at=token.expires_at)
             return
         pause = self._pause(token_key, now)
@@ -483,8 +408,13 @@ class TokenProvider:
         self.schedule(token_key, token, at=min(token.expires_at, now + max(pause, CHECK_INTERVAL)))
 
 
-def _key(token_key: TokenKey) -> str:
-    """Return a text that differs wherever two tokens do; no part of it can contain the separator's neighbours."""
+def _store_key(token_key: TokenKey, source: str) -> str:
+    """Return the key of a token in the store; it differs wherever two tokens may differ.
+
+    `source` is the fingerprint of the credentials. So two fleets on one Redis that give different sellers one name do
+    not share tokens, nor does a new configuration find those of an earlier one for another seller. The separator is a
+    control character, which no part contains.
+    """
     return "\x1f".join(
         (
             token_key.kind,
@@ -496,20 +426,21 @@ def _key(token_key: TokenKey) -> str:
             token_key.method,
             token_key.path,
             ",".join(token_key.data_elements),
+            source,
         )
     )
 
 
-def _no_token_left(token_key: TokenKey) -> RestrictedDataRefused:
+def _all_elements_denied(token_key: TokenKey) -> RestrictedDataRefused:
     return RestrictedDataRefused(
         f"the application has no role for any of the data elements asked for account {token_key.account} in "
         f"{token_key.region}: {', '.join(token_key.data_elements)}",
-        "Get the role from Amazon and have the seller authorise anew, or ask for other elements.",
+        "Get the role from Amazon and have the seller authorise the application again, or ask for other elements.",
     )
 
 
 def _recur(error: ProxyError, remaining: float) -> ProxyError:
-    """Return the remembered error anew: one instance raised by many would grow a traceback for each."""
+    """Return a copy of the recorded error: each raise of one instance appends to its traceback."""
     return type(error)(
         error.message, error.hint, retry_after=remaining if error.retryable else None, reason=error.reason
     )

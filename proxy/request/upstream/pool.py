@@ -1,7 +1,7 @@
-"""Which connection does a request take: an idle one, a new one, or the next that comes free?
+"""Pools of connections to Amazon and to Login with Amazon.
 
-The one used last comes first, so that those which a quiet hour leaves over grow old and are closed, before the server
-does it. How many there may be is bounded, over all hosts; who waits for one waits in turn.
+A request takes the idle connection that was used last, so that surplus ones stay idle and are closed before the server
+closes them. The number of connections is bounded over all hosts; waiters are served in order.
 """
 
 import asyncio
@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from typing import Self
 from urllib.parse import urlsplit
 
+from proxy import __version__
 from proxy.config import Config
 from proxy.request.upstream.connector import Connector, Origin, ResumingContext, tls_context
 from proxy.request.upstream.http1 import ClientConnection, Response
 
-MAX_AGE = 3600.0  # seconds of a connection, so that an address a host had once is not used for ever
+MAX_AGE = 3600.0  # seconds that a connection is used, so that a host's change of address takes effect
+LWA_CONNECTIONS = 32
 
 
 class ConnectionPool:
-    """Connections by origin, `limit` of them at most; use it as an asynchronous context manager.
+    """Connections by origin, at most `limit` of them; use it as an asynchronous context manager.
 
-    `headers` go with every `post`. `tls` is that of a pool before this one, where it is to trust the same: the system's
-    certificates take a tenth of a second to read.
+    `headers` are sent with every `request` and `post`. `tls` is the context of an earlier pool that trusts the same
+    certificates: loading those of the system takes a tenth of a second.
     """
 
     def __init__(
@@ -31,13 +33,13 @@ class ConnectionPool:
         self._connector = Connector(config, self.tls)
         self.limit = limit
         self._headers = dict(headers or {})
-        self._idle = config.pool.idle
-        self._connect = config.timeouts.connect
-        self._free: dict[Origin, list[ClientConnection]] = {}  # the one used last is the last
+        self._max_idle = config.pool.idle
+        self._connect_timeout = config.timeouts.connect
+        self._idle: dict[Origin, list[ClientConnection]] = {}  # most recently used last
         self._open: dict[ClientConnection, Origin] = {}
         self._connecting = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -46,44 +48,44 @@ class ConnectionPool:
 
     async def __aexit__(self, *_: object) -> None:
         self._is_closed = True
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         for connection in list(self._open):
             connection.abort()
-        await asyncio.sleep(0)  # in which the transports end
+        await asyncio.sleep(0)  # abort() closes transports in the next iteration of the loop
 
     def drain(self) -> None:
-        """Keep no connection any more: those in use end with their request. Requests that go on may still take some."""
+        """Close idle connections, and those in use after their request; requests under way may still open new ones."""
         self._is_closed = True
-        for free in self._free.values():
-            while free:
-                free.pop().abort()
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().abort()
 
     @property
     def is_in_use(self) -> bool:
-        """Whether there is any connection."""
+        """Whether any connection is open or being opened."""
         return bool(self._open or self._connecting)
 
     def pop_idle(self, origin: Origin) -> ClientConnection | None:
-        """Return an idle connection, None where there is none."""
-        free = self._free.get(origin)
-        while free:
-            connection = free.pop()
+        """Return a usable idle connection, None where there is none."""
+        idle = self._idle.get(origin)
+        while idle:
+            connection = idle.pop()
             if connection.is_usable():
                 return connection
             connection.abort()
         return None
 
     async def acquire(self, origin: Origin, *, fresh: bool = False) -> ClientConnection:
-        """Return a connection: an idle one, or a new one; where there are too many, the next that comes free.
+        """Return an idle or a new connection; at the limit, wait for the next that becomes idle or closes.
 
-        `fresh` takes no idle one. Raises TimeoutError after `timeouts.connect`, and OSError for what goes wrong on the
-        way, of which `ssl.SSLError` is one.
+        `fresh` accepts only a new one. Raises TimeoutError after `timeouts.connect` seconds, and OSError (which
+        includes `ssl.SSLError`) where connecting fails.
         """
         connection = None if fresh else self.pop_idle(origin)
         if connection is not None:
             return connection
-        async with asyncio.timeout(self._connect):
+        async with asyncio.timeout(self._connect_timeout):
             while len(self._open) + self._connecting >= self.limit and not self._close_one_idle():
                 await self._wait_for_connection()
                 connection = None if fresh else self.pop_idle(origin)
@@ -91,18 +93,19 @@ class ConnectionPool:
                     return connection
             return await self._connect_new(origin)
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
-        """Send one request on a connection of its own; return the answer's status and up to `most` + 1 bytes of it.
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, limit: int) -> tuple[int, bytes]:
+        """POST on a new connection; return the response's status and up to `limit` + 1 bytes of its body.
 
-        No redirect is followed: it would carry the secrets to another address. Raises as `take`, and Broken.
+        Redirects are not followed: they would send the secrets to another address. Raises as `acquire` does, and
+        RemoteProtocolError.
         """
-        response, read = await self.request("POST", url, {"Content-Length": str(len(body)), **headers}, body, most)
-        return response.status, read
+        response, data = await self.request("POST", url, {"Content-Length": str(len(body)), **headers}, body, limit)
+        return response.status, data
 
     async def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, most: int
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, limit: int
     ) -> tuple[Response, bytes]:
-        """Do what `post` does with any method; return the answer, for its head, and up to `most` + 1 bytes of it."""
+        """Send one request on a new connection; return the response and up to `limit` + 1 bytes of its body."""
         origin = Origin.of(url)
         connection = await self.acquire(origin, fresh=True)
         parts = urlsplit(url)
@@ -111,12 +114,12 @@ class ConnectionPool:
         response = connection.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
         try:
             await response.head()
-            read = b""
-            while len(read) <= most and (chunk := await response.read()):
-                read += chunk
+            data = b""
+            while len(data) <= limit and (chunk := await response.read()):
+                data += chunk
         finally:
             response.close()
-        return response, read[: most + 1]
+        return response, data[: limit + 1]
 
     async def _connect_new(self, origin: Origin) -> ClientConnection:
         self._connecting += 1
@@ -128,35 +131,35 @@ class ConnectionPool:
             self._connecting -= 1
             self._wake()
         if not connection.is_open:
-            raise ConnectionResetError("the connection ended at once")
+            raise ConnectionResetError("the connection closed at once")
         connection.made_at = self._loop.time()
         self._open[connection] = origin
         return connection
 
     def _close_one_idle(self) -> bool:
-        """Close an idle connection, which is to another host, or was not wanted; return whether there was one."""
-        for free in self._free.values():
-            if free:
-                free.pop(0).abort()
+        """Close an idle connection, to make room for a new one; return whether there was one."""
+        for idle in self._idle.values():
+            if idle:
+                idle.pop(0).abort()
                 return True
         return False
 
     async def _wait_for_connection(self) -> None:
-        """Wait until a connection comes free, or ends."""
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append(turn)
+        """Wait until a connection becomes idle or closes."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(waiter)
         try:
-            await turn
+            await waiter
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._wake()  # it came in the very moment, and is somebody else's now
+            if waiter.done() and not waiter.cancelled():
+                self._wake()  # woken in the same iteration in which it was cancelled: pass the wake-up on
             raise
 
     def _wake(self) -> None:
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
 
     def _on_idle(self, connection: ClientConnection) -> None:
@@ -168,45 +171,56 @@ class ConnectionPool:
         if connection.served == 1 and origin.is_tls:
             self.tls.remember(origin.host, connection.tls)
         connection.idle_since = now
-        self._free.setdefault(origin, []).append(connection)
+        self._idle.setdefault(origin, []).append(connection)
         if self._waiting:
             self._wake()
-        if self._sweeping is None:
-            self._sweeping = self._loop.call_later(self._idle, self._sweep)
+        if self._sweep_timer is None:
+            self._sweep_timer = self._loop.call_later(self._max_idle, self._sweep)
 
     def _on_lost(self, connection: ClientConnection) -> None:
         origin = self._open.pop(connection, None)
-        free = self._free.get(origin) if origin is not None else None
-        if free is not None and connection in free:
-            free.remove(connection)
+        idle = self._idle.get(origin) if origin is not None else None
+        if idle is not None and connection in idle:
+            idle.remove(connection)
         self._wake()
 
     def _sweep(self) -> None:
-        """Close what has been idle too long."""
-        self._sweeping = None
+        """Close connections that have been idle for `pool.idle`."""
+        self._sweep_timer = None
         now = self._loop.time()
-        for free in self._free.values():
-            while free and now - free[0].idle_since >= self._idle:
-                free[0].abort()
-        oldest = min((free[0].idle_since for free in self._free.values() if free), default=None)
+        for idle in self._idle.values():
+            while idle and now - idle[0].idle_since >= self._max_idle:
+                idle[0].abort()  # which removes it: `_on_lost`
+        oldest = min((idle[0].idle_since for idle in self._idle.values() if idle), default=None)
         if oldest is not None:
-            self._sweeping = self._loop.call_at(oldest + self._idle, self._sweep)
+            self._sweep_timer = self._loop.call_at(oldest + self._max_idle, self._sweep)
+
+
+def amazon_pool(config: Config, limit: int, tls: ResumingContext | None = None) -> ConnectionPool:
+    """Return the pool for calls to Amazon; `tls` as in ConnectionPool."""
+    return ConnectionPool(config, limit, tls=tls)
+
+
+def lwa_pool(config: Config, tls: ResumingContext | None = None) -> ConnectionPool:
+    """Return the pool for token requests, apart from Amazon's so that neither waits for the other."""
+    return ConnectionPool(config, LWA_CONNECTIONS, {"User-Agent": f"sp-api-proxy/{__version__}"}, tls)
 
 
 def request_head(method: str, path: str, fields: list[tuple[str, str]]) -> bytes:
-    """Return a request's head; raise ValueError for a line break in it, which would be another request."""
+    """Return a request's head; raise ValueError for a line break in it, which would be request smuggling."""
     if "\n" in path or "\r" in path:
         raise ValueError("a line break in a request's target")
     return f"{method} {path} HTTP/1.1\r\n".encode() + field_lines(fields) + b"\r\n"
 
 
 def field_lines(fields: list[tuple[str, str]]) -> bytes:
-    """Return the lines of these fields, each with its end. They were judged before, but for a line break in one.
+    """Return the lines of these fields, each with its CRLF.
 
-    Raises ValueError for that: it would be another field, or another request.
+    Raises ValueError for a line break in one: it would start another field or another request (RFC 9110 section 5.5).
+    Everything else was validated before.
     """
     lines = list(map(": ".join, fields))
-    together = "".join(lines)
-    if "\n" in together or "\r" in together:
+    joined = "".join(lines)
+    if "\n" in joined or "\r" in joined:
         raise ValueError("a line break in a request's head")
     return "\r\n".join([*lines, ""]).encode()

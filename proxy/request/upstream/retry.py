@@ -11,7 +11,7 @@ from proxy.config import Config, Retry
 from proxy.errors import ConnectTimeout, UpstreamBroken, UpstreamUnreachable
 from proxy.observability.metrics import Metrics
 from proxy.request.routing import Route
-from proxy.request.upstream.forward import UpstreamCall
+from proxy.request.upstream.call import UpstreamCall
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 RETRIED_STATUSES = frozenset({500, 502, 503, 504})

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.request.upstream.forward import MAX_BUFFERED
+from proxy.request.upstream.call import MAX_BUFFERED
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy
 from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response, read_body

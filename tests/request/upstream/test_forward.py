@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import MalformedRequest
-from proxy.request.upstream.forward import end_to_end_headers
+from proxy.request.upstream.request_headers import end_to_end_headers
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy, needs
 from tests.support.fake_upstream import FakeUpstream, Received, TokenHost, http_response

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import MalformedRequest
-from proxy.request.upstream.forward import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES, end_to_end_headers
+from proxy.request.upstream.request_headers import BODY_FIELDS, STRIPPED_HEADERS, STRIPPED_PREFIXES, end_to_end_headers
 from proxy.request.upstream.response import HOP_BY_HOP
 
 TOKEN = st.text(st.sampled_from(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~"), min_size=1, max_size=20)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import Retry
-from proxy.request.upstream.forward import MAX_BUFFERED
+from proxy.request.upstream.call import MAX_BUFFERED
 from proxy.request.upstream.retry import INITIAL_BALANCE, MAX_BALANCE, RetryBudget, backoff
 from proxy.server.runtime import RunningProxy
 from tests.conftest import StartProxy

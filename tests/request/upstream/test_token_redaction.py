@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.request.upstream.token_redaction import TokenRedactor, secret_suffix
+from proxy.request.token import secret_suffix
+from proxy.request.upstream.token_redaction import TokenRedactor
 
 TOKEN = "Atza|AbAbAcAbAbAbAcAbAd"
 TEXT = TOKEN.partition("|")[2].encode()
