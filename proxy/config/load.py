@@ -51,7 +51,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Config, the origin of each value by its key path, and warnings about valid but insecure or doubtful settings."""
+    """A Config, the origin of each value by its key path, and warnings about valid but doubtful settings."""
 
     config: Config
     origins: Mapping[KeyPath, str]
