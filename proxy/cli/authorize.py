@@ -22,7 +22,7 @@ from proxy.amazon.consent import SELLER_CENTRALS, Consent, NotAuthorised, Seller
 from proxy.cli.consent_redirect import read_line, read_pasted_redirect, wait_for_redirect
 from proxy.cli.secret_file import CannotStore, ensure_writable, write_secret
 from proxy.config import Application, Config, Region, Secret, is_loopback, parse_duration
-from proxy.config.model import NAME
+from proxy.config.types import NAME
 from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.server.runtime import lwa_pool
 

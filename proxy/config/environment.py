@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, get_args, get_origin
 
-from proxy.config.model import REGIONS, Config, settings_in
+from proxy.config.model import Config, settings_in
+from proxy.config.types import REGIONS
 from proxy.config.values import is_list, is_mapping, is_user_keyed, kind_below, parse
 from proxy.config.yaml_reader import KeyPath, Problem, Tree
 

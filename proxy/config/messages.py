@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from proxy.config.model import NAME, TARGET_APPLICATION, Listener, settings_in
+from proxy.config.model import Listener, settings_in
+from proxy.config.types import NAME, TARGET_APPLICATION
 from proxy.config.values import is_user_keyed, kind_at
 from proxy.config.yaml_reader import KeyPath, redact_name
 

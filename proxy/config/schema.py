@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from proxy.config.model import MIN_STORE_KEY, Config, Policy, Settings, default_as_written
+from proxy.config.model import Config, Policy, Settings, default_as_written
+from proxy.config.types import MIN_STORE_KEY
 
 _FROM_FILE = {
     "type": "object",

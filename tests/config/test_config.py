@@ -24,10 +24,12 @@ from proxy.config import (
     load_config,
     parse_duration,
 )
-from proxy.config.load import _how_to_install, _validated
+from proxy.config.cross_checks import how_to_install
+from proxy.config.load import _validated
 from proxy.config.merge import MergedSettings
-from proxy.config.model import Settings, check_endpoint, parse_address, settings_in, show_duration
+from proxy.config.model import Settings, settings_in
 from proxy.config.schema import json_schema
+from proxy.config.types import check_endpoint, parse_address, show_duration
 from proxy.config.values import is_list, is_mapping, kind_below
 from proxy.config.yaml_reader import MAX_BYTES, format_path, read_yaml
 
@@ -278,9 +280,9 @@ def test_where_names_of_ones_own_belong_it_is_said_so(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_for_traces_is_installed_from_where_the_proxy_runs(tmp_path: Path) -> None:
-    assert _how_to_install(tmp_path) == "pip install 'sp-api-proxy[otel]'"
+    assert how_to_install(tmp_path) == "pip install 'sp-api-proxy[otel]'"
     (tmp_path / "pyproject.toml").touch()
-    assert _how_to_install(tmp_path).startswith(f"python -m pip install '.[otel]' in {tmp_path}")
+    assert how_to_install(tmp_path).startswith(f"python -m pip install '.[otel]' in {tmp_path}")
 
 
 def test_what_there_is_of_many_is_bounded(tmp_path: Path) -> None:
