@@ -48,7 +48,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A Config, the origin of each value by its key path, and the warnings about settings that are valid but unwise."""
+    """A Config, the origin of each value by its key path, and warnings about unwise settings."""
 
     config: Config
     origins: Mapping[KeyPath, str]

@@ -74,7 +74,7 @@ class MergedSettings:
             self.tree["listen"] = [{"address": str(one.address)} for one in Config.model_fields["listen"].default]
 
     def check_index(self, path: KeyPath, origin: str) -> Problem | None:
-        """Return a problem for an index that is missing, or beyond the end of its list; None where the path is valid."""
+        """Return a problem for an index that is missing, or beyond the end of its list, None otherwise."""
         here: Any = self.tree
         for depth, part in enumerate(path):
             count = len(here) if isinstance(here, list) else 0

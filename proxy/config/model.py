@@ -42,14 +42,14 @@ from proxy.config.types import (
 
 
 class Settings(BaseModel):
-    """A frozen group of settings; a key it does not know is an error."""
+    """A frozen group of settings; an unknown key is an error."""
 
-    # `hide_input_in_errors`: a rejected value may be a secret in the wrong place.
+    # hide_input_in_errors: a rejected value may be a secret in the wrong place.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
 
 def default_as_written(field: FieldInfo) -> Any:
-    """Return a setting's default as a file would have it (`10s`, `0600`); None where it has none."""
+    """Return a setting's default as in a file (`10s`, `0600`), None where it has none."""
     if field.is_required():
         return None
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
@@ -63,85 +63,105 @@ def settings_in(kind: Any) -> type[Settings] | None:
 
 
 class Tls(Settings):
-    """How a listener speaks TLS; each file is read anew when it changes."""
+    """TLS of a listener; each file is reloaded when it changes."""
 
-    certificate: str = Field(min_length=1, description="A PEM file: the certificate, and those between it and its CA.")
-    key: str = Field(min_length=1, description="A PEM file: the certificate's private key.")
+    certificate: str = Field(
+        min_length=1, description="PEM file: the certificate and its intermediate CA certificates."
+    )
+    key: str = Field(min_length=1, description="PEM file: the private key of the certificate.")
     client_ca: str | None = Field(
-        None, min_length=1, description="A PEM file: clients must show a certificate of one of these CAs."
+        None,
+        min_length=1,
+        description="PEM file of CA certificates: clients must present a certificate that one of them issued.",
     )
 
 
 class Policy(Settings):
-    """What one caller, or everybody who comes in by one listener, may do; what is left out is not restricted."""
+    """What one caller, or every client of one listener, may do; what is left out is not restricted."""
 
-    accounts: tuple[AccountName, ...] | None = Field(None, description="The accounts that may be used.")
+    accounts: tuple[AccountName, ...] | None = Field(None, description="The accounts that may be used; by default all.")
     operations: tuple[OperationsPattern, ...] | None = Field(
         None,
-        description="The operations that may be called: names with * and ?, a method before them or not; READ stands "
-        "for whatever only reads.",
+        description="The operations that may be called, as patterns with * and ?, optionally after a method: GET *, "
+        "reports.*. READ stands for every operation that only reads.",
     )
     data_elements: tuple[DataElement, ...] | None = Field(
-        None, description="The personal data that may be had; []: none, and no operation that always brings some."
+        None,
+        description="The personal data that may be requested; []: none, and no operation that always returns some.",
     )
 
 
 class Listener(Policy):
-    """One address that apps send their requests to."""
+    """One address on which the proxy accepts requests."""
 
-    address: ListenAddress = Field(description="Where to listen: host:port, or unix:/path. Port 0 takes a free one.")
-    mode: SocketMode = Field(0o600, description="The mode of a Unix socket.")
+    address: ListenAddress = Field(description="The address: host:port, or unix:/path. Port 0: any free port.")
+    mode: SocketMode = Field(0o600, description="The file mode of a Unix socket.")
     owner: str | None = Field(None, min_length=1, description="The owner of a Unix socket, by name or number.")
     group: str | None = Field(None, min_length=1, description="The group of a Unix socket, by name or number.")
-    tls: Tls | None = Field(None, description="Speak TLS here, 1.2 and newer.")
+    tls: Tls | None = Field(None, description="Use TLS on this listener, version 1.2 or newer.")
     anonymous: bool = Field(
-        default=False, description="Where there are callers: let in also whoever is none of them, as this listener may."
+        default=False, description="Allow unauthenticated requests on this listener even if `callers` is set."
     )
-    account: AccountName | None = Field(None, description="Every request here is for this account.")
-    region: Region | None = Field(None, description="Every request here is for this region.")
+    account: AccountName | None = Field(None, description="The account of every request on this listener.")
+    region: Region | None = Field(None, description="The region of every request on this listener.")
     require_header: bool = Field(
         default=False,
-        description="Refuse requests without x-sp-account or x-sp-key: apps that fetch URLs for others cannot set "
-        "headers.",
+        description="Reject requests without x-sp-account or x-sp-key. Protects against server-side request forgery: "
+        "an app that is tricked into fetching a URL does not set these headers.",
     )
     insecure_network: bool = Field(
         default=False,
-        description="Accept an address that other machines can reach: whoever reaches it acts as the seller.",
+        description="Allow an address that other machines can reach without authentication: any client of it can act as the seller.",
     )
 
 
 class Caller(Policy):
-    """Somebody who may come in, known by a key, a client certificate or the user id at the end of a Unix socket."""
+    """A client that may send requests, authenticated by a key, a client certificate or the user id of a Unix socket."""
 
-    key: Secret | None = Field(None, description="What it sends as x-sp-key, or as Authorization: Bearer.")
+    key: Secret | None = Field(None, description="The key that it sends as x-sp-key, or as Authorization: Bearer.")
     certificate: str | None = Field(
-        None, min_length=1, description="The name in its client certificate: a subject alternative, or the common name."
+        None,
+        min_length=1,
+        description="The name in its client certificate: a subject alternative name, or else the common name.",
     )
-    uid: int | None = Field(None, ge=0, description="Its user id, where it comes by a Unix socket.")
+    uid: int | None = Field(None, ge=0, description="The user id of its process, for connections by a Unix socket.")
 
     @model_validator(mode="after")
-    def _is_known_by_something(self) -> "Caller":
+    def _require_identity(self) -> "Caller":
         if self.key is None and self.certificate is None and self.uid is None:
-            raise setting_error("needs a key, a certificate or a uid to be known by")
+            raise setting_error("needs a key, a certificate or a uid")
         return self
 
 
 class UserAgent(Settings):
-    """What `user-agent` tells Amazon about the application."""
+    """The application as described to Amazon in `user-agent`."""
 
     name: ProductName = Field("sp-api-proxy", description="The application's name.")
     version: HeaderText = Field("0.1", description="The application's version.")
-    language: HeaderText | None = Field(None, description="Left out: Python and its version.")
-    platform: HeaderText | None = Field(None, description="Left out: the operating system.")
+    language: HeaderText | None = Field(
+        None, description="The programming language; by default Python and its version."
+    )
+    platform: HeaderText | None = Field(
+        None, description="The platform; by default the operating system and its version."
+    )
 
 
 class Retry(Settings):
-    """When a call that failed is sent again: one that reads, or that does the same when it is done twice."""
+    """Retries of failed requests that only read or are idempotent."""
 
-    attempts: int = Field(3, ge=1, le=10, description="How often a call is sent at most; 1: never again.")
-    first_pause: Duration = Field(0.1, description="The longest pause before the second attempt; doubled each time.")
-    longest_pause: Duration = Field(2.0, description="The longest pause there is.")
-    budget: int = Field(20, ge=0, le=100, description="Retries per hundred calls, so that an outage is not multiplied.")
+    attempts: int = Field(
+        3, ge=1, le=10, description="Maximum number of attempts, the first one included; 1: no retries."
+    )
+    first_pause: Duration = Field(
+        0.1, description="Maximum backoff before the second attempt; doubled with each further attempt."
+    )
+    longest_pause: Duration = Field(2.0, description="Maximum backoff.")
+    budget: int = Field(
+        20,
+        ge=0,
+        le=100,
+        description="Retry budget: retries per hundred requests, so that retries do not amplify an outage.",
+    )
 
 
 class Application(Settings):
@@ -149,168 +169,193 @@ class Application(Settings):
 
     client_id: str = Field(min_length=1, description="The LWA client identifier.")
     client_secret: Secret = Field(description="The LWA client secret.")
-    user_agent: UserAgent = Field(default_factory=UserAgent, description="What Amazon is told about the application.")
-    retry: Retry | None = Field(None, description="When calls are sent again, for this application alone.")
+    user_agent: UserAgent = Field(default_factory=UserAgent, description="The application as described to Amazon.")
+    retry: Retry | None = Field(None, description="Retries for this application; by default the top-level `retry`.")
     rotated_at: date | None = Field(
-        None, description="The day the client secret was made, as 2026-11-23: Amazon wants a new one every 180 days."
+        None,
+        description="The day the client secret was created, as 2026-11-23: Amazon requires a new one every 180 days.",
     )
 
 
 class Account(Settings):
     """One seller or vendor account."""
 
-    application: AccountName | None = Field(None, description="The application; may be left out when there is one.")
+    application: AccountName | None = Field(
+        None, description="The name of the application; may be left out if there is only one."
+    )
     refresh_tokens: dict[Region, Secret] = Field(
         default_factory=dict, description="A refresh token for each region (na, eu, fe)."
     )
     data_elements: tuple[DataElement, ...] = Field(
         (),
-        description="Personal data to ask for where it is optional: buyerInfo, shippingAddress, buyerTaxInformation.",
+        description="Personal data to request where it is optional: buyerInfo, shippingAddress, buyerTaxInformation.",
     )
     target_application: str | None = Field(
         None,
         pattern=TARGET_APPLICATION,
-        description="The id of the application that Restricted Data Tokens are made for (delegation); it alone can use "
+        description="The id of the application that Restricted Data Tokens are created for (delegation); only it can use "
         "them.",
     )
-    environment: Environment | None = Field(None, description="production or sandbox, for this account alone.")
+    environment: Environment | None = Field(
+        None, description="production or sandbox, for this account; by default the top-level `environment`."
+    )
 
 
 class Endpoints(Settings):
-    """Other servers than Amazon's, for tests, simulators and private gateways."""
+    """Base URLs that replace Amazon's, for tests, simulators and private gateways."""
 
     na: RegionEndpoint | None = Field(None, description="Base URL for North America.")
     eu: RegionEndpoint | None = Field(None, description="Base URL for Europe.")
     fe: RegionEndpoint | None = Field(None, description="Base URL for the Far East.")
-    lwa: Endpoint = Field("https://api.amazon.com/auth/o2/token", description="Login with Amazon's token address.")
+    lwa: Endpoint = Field("https://api.amazon.com/auth/o2/token", description="Token endpoint of Login with Amazon.")
     documents: RegionEndpoint | None = Field(
         None,
-        description="Where documents may be besides Amazon's storage: scheme, host and port, for documents: relay.",
+        description="Allowed origin of documents in addition to Amazon's storage, for documents: relay.",
     )
 
 
 class Limits(Settings):
-    """How the proxy keeps to Amazon's usage plans."""
+    """Rate limits according to Amazon's usage plans."""
 
-    max_wait: Duration = Field(10.0, description="How long a call may wait for its place before it is refused.")
-    pace: bool = Field(default=True, description="false: send at once, and only learn the rates.")
-    max_queue: int = Field(5000, ge=1, description="How many calls may wait for one usage plan.")
+    max_wait: Duration = Field(10.0, description="How long a request may wait for a rate limit before it is rejected.")
+    pace: bool = Field(
+        default=True,
+        description="Delay requests to stay within the usage plans; false: send at once and only observe the rates.",
+    )
+    max_queue: int = Field(5000, ge=1, description="Maximum number of requests that wait for one usage plan.")
 
 
 class Bounds(Settings):
-    """How much of the proxy anybody may take up."""
+    """Resource limits for clients."""
 
     connections: int = Field(
         16384,
         ge=1,
-        description="Client connections at once; fewer where the process may open fewer files. Beyond it the one "
-        "that has been idle longest gives way.",
+        description="Maximum number of client connections, less if the process may open fewer files. Beyond it, the "
+        "connection that has been idle longest is closed.",
     )
-    requests: int = Field(4096, ge=1, description="Requests in flight of one caller, or of one listener's anonymous.")
+    requests: int = Field(
+        4096,
+        ge=1,
+        description="Maximum number of requests in flight of one caller, or of all unauthenticated clients of one listener.",
+    )
     account_requests: int = Field(
-        500, ge=1, description="Requests of one account that are at Amazon at once; more wait for their turn."
+        500, ge=1, description="Maximum number of concurrent requests to Amazon for one account; further ones wait."
     )
-    header_size: int = Field(64 * 1024, ge=1024, le=1024 * 1024, description="Bytes of a request's header block.")
-    header_fields: int = Field(128, ge=8, le=1000, description="Fields in a request's header block.")
+    header_size: int = Field(
+        64 * 1024, ge=1024, le=1024 * 1024, description="Maximum size of a request's header block in bytes."
+    )
+    header_fields: int = Field(128, ge=8, le=1000, description="Maximum number of header fields of a request.")
     body_rate: int = Field(
         128,
         ge=0,
-        description="Bytes per second that an app sends or reads at least, on average, once it has been waited for "
-        "longer than timeouts.body_idle.",
+        description="Minimum average rate, in bytes per second, at which a client must send or read a body once the proxy "
+        "has waited for it longer than timeouts.body_idle.",
     )
 
 
 class Timeouts(Settings):
-    """How long each thing may take; each running out is an error of its own name."""
+    """Timeouts; each has its own error code."""
 
-    header: PositiveDuration = Field(10.0, description="A client's whole header block.")
-    body_idle: PositiveDuration = Field(30.0, description="A client that stops sending, or stops reading the answer.")
-    connect: PositiveDuration = Field(5.0, description="A connection to Amazon, its name and TLS included.")
-    upstream_idle: PositiveDuration = Field(60.0, description="Amazon silent: before the answer, or within its body.")
-    token: PositiveDuration = Field(10.0, description="One token exchange.")
-    total: PositiveDuration = Field(3600.0, description="A whole exchange, both bodies included.")
-    keep_alive: PositiveDuration = Field(75.0, description="An idle connection of a client.")
+    header: PositiveDuration = Field(10.0, description="For a client to send a complete header block.")
+    body_idle: PositiveDuration = Field(
+        30.0, description="For a client that stops sending its request or reading the response."
+    )
+    connect: PositiveDuration = Field(5.0, description="For a connection to Amazon, including DNS and TLS.")
+    upstream_idle: PositiveDuration = Field(
+        60.0, description="For Amazon to send the next bytes of a response, the first ones included."
+    )
+    token: PositiveDuration = Field(10.0, description="For one token request.")
+    total: PositiveDuration = Field(3600.0, description="For a whole request and its response, including both bodies.")
+    keep_alive: PositiveDuration = Field(75.0, description="For an idle client connection to be closed.")
     shutdown_delay: Duration = Field(
-        0.0, description="How long new requests are still taken after SIGTERM, while /readyz says 503."
+        0.0, description="How long new requests are still accepted after SIGTERM, while /readyz returns 503."
     )
     shutdown: PositiveDuration = Field(
-        20.0, description="How long requests may go on after that, before they are cut off."
+        20.0, description="How long requests in flight may continue after that, before they are aborted."
     )
 
 
 class Pool(Settings):
-    """The connections to Amazon."""
+    """The connection pool for Amazon."""
 
-    max_connections: int = Field(1000, ge=1, description="Connections to all of Amazon's hosts together.")
-    idle: PositiveDuration = Field(20.0, description="How long an unused connection is kept.")
-    ca_file: str | None = Field(None, description="A PEM file of certificates to trust instead of the system's.")
+    max_connections: int = Field(
+        1000, ge=1, description="Maximum number of connections to all hosts of Amazon together."
+    )
+    idle: PositiveDuration = Field(20.0, description="How long an idle connection is kept.")
+    ca_file: str | None = Field(None, description="PEM file of CA certificates to trust instead of the system's.")
     proxy: ForwardProxyUrl | None = Field(
         None,
-        description="A forward proxy on the way to Amazon, as http://[user:password@]host:port; HTTPS_PROXY where this "
-        "is not set. Hosts of this machine are reached directly.",
+        description="Forward proxy for connections to Amazon, as http://[user:password@]host:port; by default HTTPS_PROXY. "
+        "Loopback hosts are reached directly.",
     )
     no_proxy: tuple[str, ...] = Field(
-        (), description="Hosts, and domains with all below them, that are reached directly; NO_PROXY where not set."
+        (),
+        description="Hosts, and domains including their subdomains, that are reached without the forward proxy; by default NO_PROXY.",
     )
 
 
 class Log(Settings):
-    """What goes to standard error."""
+    """The log on standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level that is written.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="The minimum level.")
     format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise.")
 
 
 class MetricsSettings(Settings):
-    """What the Prometheus series carry."""
+    """Labels of the Prometheus metrics."""
 
     account_on_histograms: bool = Field(
-        default=False, description="Put the account on histograms too: accounts x operations x buckets series."
+        default=False,
+        description="Add the account label to histograms as well: accounts x operations x buckets series.",
     )
 
 
 class Tracing(Settings):
-    """Where OpenTelemetry traces go, one span a request; needs the extra `otel`."""
+    """OpenTelemetry traces, one span for each request; needs the extra `otel`."""
 
     endpoint: CollectorUrl | None = Field(
         None,
-        description="A collector that takes OTLP over HTTP, as http://127.0.0.1:4318; none: no traces. "
-        "OTEL_EXPORTER_OTLP_ENDPOINT and its like count before the file.",
+        description="URL of a collector for OTLP over HTTP, as http://127.0.0.1:4318; by default there are no traces. "
+        "OTEL_EXPORTER_OTLP_ENDPOINT and the other OTEL_ variables override the file.",
     )
-    headers: HeaderList | None = Field(None, description="Headers that the collector wants, as name=value,name=value.")
+    headers: HeaderList | None = Field(None, description="Headers for the collector, as name=value,name=value.")
     sample: float = Field(
-        1.0, ge=0, le=1, description="The share of requests that is traced; those whose app traces them always are."
+        1.0,
+        ge=0,
+        le=1,
+        description="Ratio of requests that are traced; requests with a sampled trace context always are.",
     )
-    service_name: str = Field("sp-api-proxy", min_length=1, description="The name of this service in the traces.")
+    service_name: str = Field("sp-api-proxy", min_length=1, description="The service name in the traces.")
 
 
 class Config(Settings):
-    """Everything the proxy is told."""
+    """The complete configuration."""
 
     listen: Annotated[tuple[Annotated[Listener, BeforeValidator(address_alone)], ...], BeforeValidator(one_or_many)] = (
         Field(
             (Listener(address=Address("127.0.0.1", 8080)),),
             min_length=1,
-            description="One or several addresses for the apps.",
+            description="One or more addresses on which the proxy accepts requests.",
         )
     )
     admin: ListenAddress | None = Field(
-        Address("127.0.0.1", 9090), description="Metrics, health and status; this machine only. null: none."
+        Address("127.0.0.1", 9090), description="Loopback address of metrics, health and status; null: none."
     )
     quit: bool = Field(
-        default=False, description="Let POST /quitquitquit on the admin address end the proxy, as SIGTERM does."
+        default=False, description="Allow POST /quitquitquit on the admin address to stop the proxy, as SIGTERM does."
     )
     health: ListenAddress | None = Field(
-        None, description="Health and metrics alone, at an address that may be opened to probes and Prometheus."
+        None, description="Address of health and metrics only, which may be reachable for probes and Prometheus."
     )
     allowed_hosts: tuple[HostName, ...] = Field(
-        (), description="Host names accepted besides loopback names and the listener's own address."
+        (), description="Host names accepted in addition to loopback names and the address of the listener."
     )
     applications: dict[AccountName, Application] = Field(
-        default_factory=dict, description="The applications registered with Amazon, by a name of yours."
+        default_factory=dict, description="The applications registered with Amazon, by a name of your choice."
     )
     accounts: dict[AccountName, Account] = Field(
-        default_factory=dict, description="The seller and vendor accounts, by a name of yours."
+        default_factory=dict, description="The seller and vendor accounts, by a name of your choice."
     )
     default_account: AccountName | None = Field(
         None, description="For requests that name none; may be left out when there is one account."
@@ -318,67 +363,70 @@ class Config(Settings):
     environment: Environment = Field("production", description="production or sandbox.")
     sandbox_rdt: Literal["none", "production"] = Field(
         "none",
-        description="What restricted operations bring in the sandbox: none, the ordinary token; production, a "
-        "Restricted Data Token made in production.",
+        description="The token for restricted operations in the sandbox: none, the access token; production, a "
+        "Restricted Data Token created in production.",
     )
     local_rdt: bool = Field(
         default=False,
-        description="Answer apps that ask for a Restricted Data Token themselves with a placeholder, which says what "
-        "the proxy is to ask for; false: they get one of Amazon's.",
+        description="Respond to createRestrictedDataToken with a placeholder that tells the proxy which personal data to "
+        "request; false: forward the request to Amazon.",
     )
-    endpoints: Endpoints = Field(default_factory=Endpoints, description="Other servers than Amazon's.")
+    endpoints: Endpoints = Field(default_factory=Endpoints, description="Base URLs that replace Amazon's.")
     documents: Literal["direct", "relay"] = Field(
         "direct",
-        description="How apps get at documents: direct, by Amazon's presigned URLs as they are; relay, through the "
-        "proxy, for apps that reach nothing else.",
+        description="How apps fetch documents: direct, by Amazon's presigned URLs; relay, through the proxy, for apps "
+        "without access to Amazon's storage.",
     )
     documents_url: PublicUrl | None = Field(
         None,
-        description="Where apps send the requests for relayed documents, as https://host[:port][/path]; none: where "
-        "they sent the call, by its Host.",
+        description="Base URL of the proxy in the URLs of relayed documents, as https://host[:port][/path]; by default "
+        "that of the request, by its Host.",
     )
     marketplaces: dict[str, Region] = Field(
-        default_factory=dict, description="Marketplace ids that Amazon added after this release, with their region."
+        default_factory=dict, description="Regions of marketplace ids that Amazon added after this release."
     )
     callers: dict[AccountName, Caller] = Field(
-        default_factory=dict, description="Who may come in and what each may do, by a name of yours; none: everybody."
+        default_factory=dict,
+        description="Clients that may send requests, and what each may do, by a name of your choice; by default all may.",
     )
     strict_permissions: bool = Field(
-        default=False, description="Refuse secrets in files that other users can read, instead of warning."
+        default=False, description="Reject secrets in files that other users can read, instead of logging a warning."
     )
     audit: str | None = Field(
-        None, min_length=1, description="Where the audit log goes: stdout, stderr, or a file; one JSON line a request."
+        None,
+        min_length=1,
+        description="Destination of the audit log: stdout, stderr or a file; one JSON line for each request.",
     )
-    limits: Limits = Field(default_factory=Limits, description="Usage plans.")
-    bounds: Bounds = Field(default_factory=Bounds, description="How much of the proxy anybody may take up.")
-    retry: Retry = Field(default_factory=Retry, description="When a call that failed is sent again.")
-    timeouts: Timeouts = Field(default_factory=Timeouts, description="How long each thing may take.")
-    pool: Pool = Field(default_factory=Pool, description="Connections to Amazon.")
+    limits: Limits = Field(default_factory=Limits, description="Rate limits according to Amazon's usage plans.")
+    bounds: Bounds = Field(default_factory=Bounds, description="Resource limits for clients.")
+    retry: Retry = Field(default_factory=Retry, description="Retries of failed requests.")
+    timeouts: Timeouts = Field(default_factory=Timeouts, description="Timeouts.")
+    pool: Pool = Field(default_factory=Pool, description="The connection pool for Amazon.")
     store: StoreSetting = Field(
         StoreAddress(),
-        description="Where tokens and usage plans are kept: memory, this process alone; or the Redis that replicas "
+        description="Storage of tokens and usage plans: memory, for this process only; or a Redis server that replicas "
         "share, as redis://host:6379/0, rediss://user:password@host:6379/0 or unix:///run/redis.sock?db=0.",
     )
     store_key: Annotated[tuple[StoreKey, ...], BeforeValidator(one_or_many)] = Field(
         (),
-        description="What seals tokens in Redis, one or several: the first one seals, all of them unseal. "
-        "openssl rand -base64 32 makes one.",
+        description="Keys that encrypt tokens in Redis: the first one encrypts, all of them decrypt. Create one with "
+        "openssl rand -base64 32.",
     )
     warm_up: bool = Field(
         default=False,
-        description="Fetch every account's tokens at start, and be ready only then; those refused are logged.",
+        description="Fetch the tokens of all accounts at start and become ready afterwards; rejected ones are logged.",
     )
-    log: Log = Field(default_factory=Log, description="What goes to standard error.")
-    metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="What the series carry.")
+    log: Log = Field(default_factory=Log, description="The log on standard error.")
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings, description="Labels of the Prometheus metrics.")
     tracing: Tracing = Field(default_factory=Tracing, description="OpenTelemetry traces.")
 
     def application_of(self, account: Account) -> tuple[str, Application]:
-        """Return the name and the settings of the application that `account` belongs to."""
+        """Return the name and the settings of an account's application."""
         name = account.application or next(iter(self.applications))
         return name, self.applications[name]
 
     def environment_of(self, account: Account) -> Environment:
-        """Return `production` or `sandbox` for `account`."""
+        """Return the environment of an account."""
         return account.environment or self.environment
 
 

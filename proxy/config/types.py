@@ -19,7 +19,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-MIN_STORE_KEY = 32  # characters: its key is derived at once, so that a password would be guessed
+MIN_STORE_KEY = 32  # characters: the key is derived without stretching, so a short password could be guessed
 MAX_DURATION = 366 * 86400.0
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
@@ -32,7 +32,7 @@ TARGET_APPLICATION = r"^amzn1\.[A-Za-z0-9._-]{1,200}$"
 
 
 def setting_error(message: str) -> PydanticCustomError:
-    """Return a validation error whose text is `message` alone; it must hold no value, a value may be a secret."""
+    """Return a validation error with this message, which must not quote the value: it may be a secret."""
     return PydanticCustomError("setting", message)
 
 
@@ -50,7 +50,7 @@ def parse_duration(value: object) -> float:
 
 
 def show_duration(seconds: float) -> str:
-    """Return `seconds` in the unit a person would choose: `90.0` is `90s`, `3600.0` is `1h`."""
+    """Return `seconds` in the largest unit that divides it: `90.0` is `90s`, `3600.0` is `1h`."""
     for unit, size in (("h", 3600.0), ("m", 60.0)):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:g}{unit}"
@@ -75,7 +75,7 @@ PositiveDuration = Annotated[Duration, BeforeValidator(lambda value: _positive(p
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a listener listens: a host and a port (0: any free one), or the path of a Unix socket."""
+    """The address of a listener: host and port (0: any free one), or the path of a Unix socket."""
 
     host: str = ""
     port: int = 0
@@ -88,7 +88,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach it: loopback or a Unix socket."""
         return bool(self.path) or is_loopback(self.host)
 
 
@@ -142,7 +142,7 @@ def _url_in(value: str) -> SplitResult | None:
         is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
         return None
-    # urlsplit leaves white space and line breaks out without a word.
+    # urlsplit silently removes tabs and line breaks (bpo-43882) and strips spaces.
     return parts if is_url and URL_TEXT.fullmatch(value) else None
 
 
@@ -152,7 +152,9 @@ def check_endpoint(value: str) -> str:
     if parts is None:
         raise setting_error("must be a URL such as https://sellingpartnerapi-eu.amazon.com")
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        raise setting_error("must be https: a token is sent in the clear only to this machine's loopback")
+        raise setting_error(
+            "must be https: plain http is allowed to a loopback address only, because requests carry tokens"
+        )
     if parts.username is not None or "?" in value or "#" in value:
         raise setting_error("must have no user, query or fragment")
     return value.rstrip("/")
@@ -161,12 +163,12 @@ def check_endpoint(value: str) -> str:
 def _check_region_endpoint(value: str) -> str:
     url = check_endpoint(value)
     if urlsplit(url).path:
-        raise setting_error("must have no path: the app's own path is sent as it is")
+        raise setting_error("must have no path: the path of the request is appended")
     return url
 
 
 def _check_public_url(value: str) -> str:
-    """Return the base URL under which apps reach the proxy, without a trailing slash; no token goes there."""
+    """Return the base URL by which apps reach the proxy, without a trailing slash; http is fine, it gets no token."""
     parts = _url_in(value)
     if parts is None or "@" in parts.netloc or "?" in value or "#" in value:
         raise setting_error("must be a URL such as https://sp-api.example.com, without user, query or fragment")
@@ -214,7 +216,7 @@ StoreSetting = Annotated[
 def _check_store_key(secret: Secret) -> Secret:
     if len(secret.reveal()) < MIN_STORE_KEY:
         raise setting_error(
-            f"must be at least {MIN_STORE_KEY} random characters, as openssl rand -base64 32 makes them"
+            f"must be at least {MIN_STORE_KEY} random characters, such as the output of openssl rand -base64 32"
         )
     return secret
 
@@ -259,34 +261,34 @@ HeaderText = Annotated[str, Field(min_length=1, max_length=40), BeforeValidator(
 
 
 def _check_forward_proxy(secret: Secret) -> Secret:
-    """Check the address of a forward proxy; it may hold a password."""
+    """Check the URL of a forward proxy; a Secret because it may hold a password."""
     try:
         parts = urlsplit(secret.reveal())
-        is_right = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0 and parts.path in {"", "/"}
+        is_valid = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0 and parts.path in {"", "/"}
     except ValueError:
-        is_right = False
-    if not is_right:
+        is_valid = False
+    if not is_valid:
         raise setting_error("must be http://host:port or http://user:password@host:port")
     return secret
 
 
 def _check_collector(value: object) -> object:
-    """Check the address of a collector, and add OTLP's own path where there is none."""
+    """Check the URL of a collector; append OTLP's path `/v1/traces` where it has none."""
     if not isinstance(value, str):
         return value
     try:
         parts = urlsplit(value)
-        is_right = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        is_right = False
-    if not is_right or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or parts.query or parts.fragment:
+        is_valid = False
+    if not is_valid or not URL_TEXT.fullmatch(value) or "@" in parts.netloc or parts.query or parts.fragment:
         raise setting_error("must be http://host:port or https://host:port, with or without a path")
     return value if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
 
 
 def _check_header_list(secret: Secret) -> Secret:
     if not HEADER_LIST.fullmatch(secret.reveal()):
-        raise setting_error("must be name=value, several with commas between them")
+        raise setting_error("must be name=value, several separated by commas")
     return secret
 
 

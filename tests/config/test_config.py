@@ -226,19 +226,19 @@ def test_set_reads_the_file_that_a_value_names(tmp_path: Path) -> None:
     ("key", "value", "expected"),
     [
         ("limits.max_wait", "soon", "--set: limits.max_wait: must be a duration such as 500ms, 10s, 2m or 1h"),
-        ("limtis.max_wait", "1s", "--set: limtis: is no setting; did you mean limits?"),
+        ("limtis.max_wait", "1s", "--set: limtis: is not a setting; did you mean limits?"),
         (
             "listen[7].account",
             "acme",
-            "--set: listen[7]: cannot be set: the last one is listen[0], the next one listen[1]",
+            "--set: listen[7]: cannot be set: the last one is listen[0], the next one is listen[1]",
         ),
         (
             "listen.account",
             "acme",
-            "--set: listen.account: cannot be set: it is a list, so say which of it, as listen[0]",
+            "--set: listen.account: cannot be set: it is a list, so name the item, such as listen[0]",
         ),
-        ("listen[x].account", "acme", "--set: listen[x]: is no setting; did you mean listen?"),
-        ("callers.x.accounts", "acme", "--set: callers.x: needs a key, a certificate or a uid to be known by"),
+        ("listen[x].account", "acme", "--set: listen[x]: is not a setting; did you mean listen?"),
+        ("callers.x.accounts", "acme", "--set: callers.x: needs a key, a certificate or a uid"),
         ("applications.other.client_id", "x", "--set: applications.other.client_secret: is missing"),
         ("marketplaces", "{A1: eu, A1: na}", "--set: marketplaces.A1: is given twice"),
     ],
@@ -275,8 +275,8 @@ def test_what_is_found_later_has_its_place_too(tmp_path: Path) -> None:
 
 def test_where_names_of_ones_own_belong_it_is_said_so(tmp_path: Path) -> None:
     own, marketplaces = problems(tmp_path, f"{BASE}callers: job\nmarketplaces: A1\n")
-    assert own == "config.yaml:3: callers: must be a mapping such as {acme: {…}}, with a name of yours for each"
-    assert marketplaces.endswith("must be a mapping such as {A1EXAMPLE: eu}, with the region of each")
+    assert own == "config.yaml:3: callers: must be a mapping such as {acme: {…}}, with a name of your choice for each"
+    assert marketplaces.endswith("must be a mapping such as {A1EXAMPLE: eu}, with a region for each marketplace")
 
 
 def test_what_is_missing_for_traces_is_installed_from_where_the_proxy_runs(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_what_there_is_of_many_is_bounded(tmp_path: Path) -> None:
         APPLICATIONS + "accounts: {" + ", ".join(f"shop{n}: {{}}" for n in range(3000)) + "}\ndefault_account: shp77\n"
     )
     (found,) = problems(tmp_path, text)
-    assert "names no account; did you mean shop77? there is shop0, shop1, " in found
+    assert "is not a configured account; did you mean shop77? known: shop0, shop1, " in found
     assert found.endswith("shop9 and 2990 more")
 
 
@@ -597,12 +597,12 @@ def test_an_account_given_twice_is_reported_with_both_lines(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("limtis: {pace: true}", "limtis: is no setting; did you mean limits?"),
-        ("limits: {max_wiat: 1s}", "limits.max_wiat: is no setting; did you mean max_wait?"),
-        ("limits: {zzz: 1s}", "limits.zzz: is no setting; known here: max_wait, pace, max_queue"),
-        ("listen: [{adress: '127.0.0.1:1'}]", "listen[0].adress: is no setting; did you mean address?"),
-        ("endpoints: {uk: 'https://a.test'}", "endpoints.uk: is no setting; known here: na, eu, fe, lwa, documents"),
-        ("Limits: {pace: true}", "Limits: is no setting; did you mean limits?"),
+        ("limtis: {pace: true}", "limtis: is not a setting; did you mean limits?"),
+        ("limits: {max_wiat: 1s}", "limits.max_wiat: is not a setting; did you mean max_wait?"),
+        ("limits: {zzz: 1s}", "limits.zzz: is not a setting; known: max_wait, pace, max_queue"),
+        ("listen: [{adress: '127.0.0.1:1'}]", "listen[0].adress: is not a setting; did you mean address?"),
+        ("endpoints: {uk: 'https://a.test'}", "endpoints.uk: is not a setting; known: na, eu, fe, lwa, documents"),
+        ("Limits: {pace: true}", "Limits: is not a setting; did you mean limits?"),
     ],
 )
 def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path: Path, extra: str, expected: str) -> None:
@@ -611,7 +611,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path: Path, extra: str
 
 @pytest.mark.parametrize("extra", ["limtis:", "limtis: ~", "limtis: null"])
 def test_an_unknown_key_without_a_value_is_an_error_too(tmp_path: Path, extra: str) -> None:
-    assert problems(tmp_path, f"{BASE}{extra}\n") == ["config.yaml:3: limtis: is no setting; did you mean limits?"]
+    assert problems(tmp_path, f"{BASE}{extra}\n") == ["config.yaml:3: limtis: is not a setting; did you mean limits?"]
 
 
 def test_nothing_at_all_says_what_is_needed_and_how_to_give_it(tmp_path: Path) -> None:
@@ -642,22 +642,22 @@ def test_billion_laughs_end_at_the_first_alias(tmp_path: Path) -> None:
         ("a: !env HOME", "tags (!name) are not accepted"),
         ("a: &x 1\nb: *x", "aliases (*name) are not accepted; write the value out"),
         ("a: &x {b: 1}\nc:\n  <<: *x", "aliases (*name) are not accepted; write the value out"),
-        ("? [a, b]\n: c", "a key must be a plain text"),
+        ("? [a, b]\n: c", "a key must be a plain string"),
         ("a: " + "[" * 20 + "]" * 20, "more than 12 levels deep"),
         ("a: " + "{b: " * 20 + "}" * 20, "more than 12 levels deep"),
         ("a: " + "[" * 100_000, "more than 12 levels deep"),
-        ("a: [1, 2", "a list [ … ] that is not closed or lacks a comma"),
-        ("a: {b: ${NAME}}", 'needs quotes there, as "${NAME}"'),
-        ("a: [{b: 1}, c: ${NAME}]", 'needs quotes there, as "${NAME}"'),
-        ('a: "open', "a quote that is not closed"),
-        ("a: 'open\n---\nb: 1", "a quote or a bracket that is not closed"),
+        ("a: [1, 2", "a list [ … ] is not closed or lacks a comma"),
+        ("a: {b: ${NAME}}", 'needs quotes, as "${NAME}"'),
+        ("a: [{b: 1}, c: ${NAME}]", 'needs quotes, as "${NAME}"'),
+        ('a: "open', "a quote is not closed"),
+        ("a: 'open\n---\nb: 1", "a quote or a bracket is not closed"),
         ("\ta: 1", "indent with spaces"),
         ("a: @b", "put it in quotes"),
         ("a:\n\t- b", "a tab"),
-        ("a: b: c", "a colon where none can be"),
-        ("a: - b", "a list item where none can be"),
-        ("a:\n  b: 1\n c: 2", "keys of one group begin in the same column"),
-        ("a:\n  - b\n  c: d", "its items begin in the same column"),
+        ("a: b: c", "a colon is not allowed here"),
+        ("a: - b", "a list item is not allowed here"),
+        ("a:\n  b: 1\n c: 2", "keys of one group start in the same column"),
+        ("a:\n  - b\n  c: d", "list items start in the same column"),
         ("a\nb: 1", "a key without a colon"),
         ('a: "C:\\Users"', "use single quotes"),
         ("a: \x07", "a control character"),
@@ -857,7 +857,7 @@ def test_only_the_token_address_has_a_path(tmp_path: Path) -> None:
     url = "https://gateway.test/auth/token"
     assert load(tmp_path, f"{BASE}endpoints: {{lwa: '{url}'}}\n").config.endpoints.lwa == url
     assert problems(tmp_path, f"{BASE}endpoints: {{eu: '{url}'}}\n") == [
-        "config.yaml:3: endpoints.eu: must have no path: the app's own path is sent as it is"
+        "config.yaml:3: endpoints.eu: must have no path: the path of the request is appended"
     ]
 
 
@@ -902,7 +902,7 @@ def test_an_account_has_a_short_plain_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "ä", "a\\n", "x" * 65, "a;b", "a@b"])
 def test_another_name_is_refused(tmp_path: Path, name: str) -> None:
-    assert any("cannot be a name here" in line for line in problems(tmp_path, BASE.replace("acme", f'"{name}"')))
+    assert any("is not allowed as a name" in line for line in problems(tmp_path, BASE.replace("acme", f'"{name}"')))
 
 
 @pytest.mark.parametrize(
@@ -924,7 +924,7 @@ def test_white_space_around_a_secret_is_not_part_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", ['""', '"  "', '"\\n"', "", "[]", "{}"])
 def test_an_empty_secret_is_refused(tmp_path: Path, written: str) -> None:
     (found,) = problems(tmp_path, BASE.replace("token-eu", written))
-    assert found == "config.yaml:2: accounts.acme.refresh_tokens.eu: must be a text that is not empty"
+    assert found == "config.yaml:2: accounts.acme.refresh_tokens.eu: must be a text and not empty"
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1042,7 @@ SEVERAL = "applications: {a: {client_id: a, client_secret: a}, b: {client_id: b,
 
 def test_with_several_applications_an_account_says_which(tmp_path: Path) -> None:
     assert problems(tmp_path, SEVERAL + ACCOUNTS) == [
-        "config.yaml:2: accounts.acme.application: is missing: say which; there is a, b"
+        "config.yaml:2: accounts.acme.application: is missing: choose one of a, b"
     ]
     config = load(tmp_path, SEVERAL + ACCOUNTS.replace("{refresh", "{application: b, refresh")).config
     assert config.application_of(config.accounts["acme"]) == ("b", config.applications["b"])
@@ -1064,14 +1064,14 @@ def test_an_account_may_have_an_environment_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (BASE + "default_account: zeta\n", "config.yaml:3: default_account: names no account; there is acme"),
+        (BASE + "default_account: zeta\n", "config.yaml:3: default_account: is not a configured account; known: acme"),
         (
             BASE + "listen: [{address: '127.0.0.1:1', account: zeta}]\n",
-            "config.yaml:3: listen[0].account: names no account; there is acme",
+            "config.yaml:3: listen[0].account: is not a configured account; known: acme",
         ),
         (
             APPLICATIONS + ACCOUNTS.replace("{refresh", "{application: x, refresh"),
-            "config.yaml:2: accounts.acme.application: names no application; there is main",
+            "config.yaml:2: accounts.acme.application: is not a configured application; known: main",
         ),
         (
             APPLICATIONS,
@@ -1423,7 +1423,7 @@ def test_a_secret_of_a_variable_or_a_file_is_read_anew(tmp_path: Path) -> None:
 # Callers, policies and the listeners they come in by.
 
 OPEN = "{address: '0.0.0.0:80'"
-SAME = "is that of callers.a too: the two cannot be told apart"
+SAME = "is the same as in callers.a: the two cannot be told apart"
 NO_MODE = "must be three octal digits, such as 0600 or 0660"
 NO_PATTERN = "must be a method and a name such as GET *, READ *, reports.* or POST feeds.2021-06-30.createFeed"
 KEY = "callers: {job: {key: some-key-of-a-caller}}\n"
@@ -1458,20 +1458,26 @@ def test_an_open_listener_needs_keys_or_client_certificates(
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("callers: {a: {}}", "callers.a: needs a key, a certificate or a uid to be known by"),
-        ("callers: {a: {accounts: [acme]}}", "callers.a: needs a key, a certificate or a uid to be known by"),
+        ("callers: {a: {}}", "callers.a: needs a key, a certificate or a uid"),
+        ("callers: {a: {accounts: [acme]}}", "callers.a: needs a key, a certificate or a uid"),
         (
             "callers: {a: {key: k}, b: {key: k}}",
-            "callers.b.key: is that of callers.a too: the two cannot be told apart",
+            "callers.b.key: is the same as in callers.a: the two cannot be told apart",
         ),
         (
             "listen: 'unix:/run/x'\ncallers: {a: {uid: 1}, b: {uid: 1}}",
-            "callers.b.uid: is that of callers.a too: the two cannot be told apart",
+            "callers.b.uid: is the same as in callers.a: the two cannot be told apart",
         ),
-        ("callers: {a: {certificate: x}}", "callers.a.certificate: can never be seen: no listener has tls.client_ca"),
-        ("callers: {a: {uid: 1}}", "callers.a.uid: can never be seen: no listener is a Unix socket"),
-        ("callers: {a: {key: k, accounts: [nobody]}}", "callers.a.accounts[0]: names no account; there is acme"),
-        ("listen: {address: 'unix:/x', accounts: [acme, x]}", "listen[0].accounts[1]: names no account; there is acme"),
+        ("callers: {a: {certificate: x}}", "callers.a.certificate: can never match: no listener has tls.client_ca"),
+        ("callers: {a: {uid: 1}}", "callers.a.uid: can never match: no listener is a Unix socket"),
+        (
+            "callers: {a: {key: k, accounts: [nobody]}}",
+            "callers.a.accounts[0]: is not a configured account; known: acme",
+        ),
+        (
+            "listen: {address: 'unix:/x', accounts: [acme, x]}",
+            "listen[0].accounts[1]: is not a configured account; known: acme",
+        ),
         (
             "callers: {a: {key: k, operations: ['FETCH *']}}",
             f"callers.a.operations[0]: {NO_PATTERN}",
@@ -1480,7 +1486,7 @@ def test_an_open_listener_needs_keys_or_client_certificates(
             "listen: {address: 'unix:/x', mode: '0999'}",
             "listen[0].mode: must be three octal digits, such as 0600 or 0660",
         ),
-        ("callers: {a: {key: ''}}", "callers.a.key: must be a text that is not empty"),
+        ("callers: {a: {key: ''}}", "callers.a.key: must be a text and not empty"),
     ],
 )
 def test_a_mistake_about_callers_is_found_at_start(tmp_path: Path, extra: str, expected: str) -> None:
