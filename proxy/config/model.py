@@ -111,7 +111,8 @@ class Listener(Policy):
     )
     insecure_network: bool = Field(
         default=False,
-        description="Allow an address that other machines can reach without authentication: any client of it can act as the seller.",
+        description="Allow an address that other machines can reach without authentication: any client can then act as "
+        "the seller.",
     )
 
 
@@ -193,8 +194,8 @@ class Account(Settings):
     target_application: str | None = Field(
         None,
         pattern=TARGET_APPLICATION,
-        description="The id of the application that Restricted Data Tokens are created for (delegation); only it can use "
-        "them.",
+        description="The id of the application that Restricted Data Tokens are created for (delegation); no other can "
+        "use them.",
     )
     environment: Environment | None = Field(
         None, description="production or sandbox, for this account; by default the top-level `environment`."
@@ -237,7 +238,7 @@ class Bounds(Settings):
     requests: int = Field(
         4096,
         ge=1,
-        description="Maximum number of requests in flight of one caller, or of all unauthenticated clients of one listener.",
+        description="Maximum requests in flight of one caller, or of all unauthenticated clients of a listener.",
     )
     account_requests: int = Field(
         500, ge=1, description="Maximum number of concurrent requests to Amazon for one account; further ones wait."
@@ -249,7 +250,7 @@ class Bounds(Settings):
     body_rate: int = Field(
         128,
         ge=0,
-        description="Minimum average rate, in bytes per second, at which a client must send or read a body once the proxy "
+        description="Minimum average rate, in bytes per second, at which a client sends or reads a body once the proxy "
         "has waited for it longer than timeouts.body_idle.",
     )
 
@@ -286,12 +287,13 @@ class Pool(Settings):
     ca_file: str | None = Field(None, description="PEM file of CA certificates to trust instead of the system's.")
     proxy: ForwardProxyUrl | None = Field(
         None,
-        description="Forward proxy for connections to Amazon, as http://[user:password@]host:port; by default HTTPS_PROXY. "
-        "Loopback hosts are reached directly.",
+        description="Forward proxy for connections to Amazon, as http://[user:password@]host:port; by default "
+        "HTTPS_PROXY. Loopback hosts are reached directly.",
     )
     no_proxy: tuple[str, ...] = Field(
         (),
-        description="Hosts, and domains including their subdomains, that are reached without the forward proxy; by default NO_PROXY.",
+        description="Hosts, and domains with their subdomains, that are reached without the forward proxy; by "
+        "default NO_PROXY.",
     )
 
 
@@ -358,7 +360,7 @@ class Config(Settings):
         default_factory=dict, description="The seller and vendor accounts, by a name of your choice."
     )
     default_account: AccountName | None = Field(
-        None, description="For requests that name none; may be left out when there is one account."
+        None, description="The account of requests that name none; may be left out if there is only one."
     )
     environment: Environment = Field("production", description="production or sandbox.")
     sandbox_rdt: Literal["none", "production"] = Field(
@@ -368,8 +370,8 @@ class Config(Settings):
     )
     local_rdt: bool = Field(
         default=False,
-        description="Respond to createRestrictedDataToken with a placeholder that tells the proxy which personal data to "
-        "request; false: forward the request to Amazon.",
+        description="Respond to createRestrictedDataToken with a placeholder that tells the proxy which personal data "
+        "to request; false: forward the request to Amazon.",
     )
     endpoints: Endpoints = Field(default_factory=Endpoints, description="Base URLs that replace Amazon's.")
     documents: Literal["direct", "relay"] = Field(
@@ -387,7 +389,7 @@ class Config(Settings):
     )
     callers: dict[AccountName, Caller] = Field(
         default_factory=dict,
-        description="Clients that may send requests, and what each may do, by a name of your choice; by default all may.",
+        description="Clients that may send requests and their permissions, by a name of your choice; by default all.",
     )
     strict_permissions: bool = Field(
         default=False, description="Reject secrets in files that other users can read, instead of logging a warning."

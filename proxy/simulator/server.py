@@ -142,7 +142,8 @@ class Simulator:
             service = "documents"
         incoming = await _read(service, request)
         if service == "lwa" and incoming.path.startswith(control_api.PATH):
-            return await _send(request, control_api.respond(self, incoming.method, incoming.path, incoming.body))
+            command = (incoming.method, incoming.path, incoming.body)
+            return await _send(request, control_api.respond(self.state, self.plans, *command))
         fault = self.state.fault(service, incoming.method, incoming.path)
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
