@@ -24,8 +24,8 @@ from dataclasses import asdict
 from typing import Any
 
 from proxy.simulator.responses import Response, as_json
+from proxy.simulator.state import DEMO_CLIENT, Fault, Seller, State, WebApplication
 from proxy.simulator.usage_plans import Plans
-from proxy.state import DEMO_CLIENT, Fault, Seller, State, WebApplication
 
 PATH = "/_simulator"
 
