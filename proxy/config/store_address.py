@@ -90,5 +90,5 @@ def _database(text: str, options: dict[str, str]) -> int:
     if options:
         raise _error("has unknown options; known: db with unix://, ssl_ca_certs with rediss://")
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < MAX_DATABASES):
-        raise _error("must end with the number of a database: redis://host:6379/0")
+        raise _error("needs the number of a database: redis://host:6379/0")
     return int(text)

@@ -25,7 +25,7 @@ LOCK_LIFETIME = 3.0  # seconds
 FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two polls, and their backoff factor
 
 # Returns the value, its remaining lifetime in ms, and whether the lock was acquired. Nothing is locked where there is a
-# value other than the one known to be unusable. A lock without expiry is not ours and would never be released: it is deleted.
+# value other than the one known to be unusable. A lock without expiry is not ours and would never end: it is deleted.
 _CLAIM = """
 local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[3])
 if type(value) ~= 'string' then value = '?' end
