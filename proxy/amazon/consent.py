@@ -1,7 +1,7 @@
-"""Where does a selling partner authorise an application, and what comes back (DOC "Website Authorization Workflow")?
+"""The OAuth consent of a selling partner (DOC "Website Authorization Workflow").
 
-Amazon's consent page lies at Seller Central, or Vendor Central, of the selling partner's own marketplace. It leads the
-browser to the redirect address that the application was registered with. An authorisation is for a whole region.
+The consent page is on Seller Central or Vendor Central of the selling partner's own marketplace. It redirects the
+browser to the redirect URI that the application is registered with. An authorisation is valid for a whole region.
 """
 
 import hmac
@@ -16,14 +16,14 @@ from proxy.config import Region, Secret
 CODE_LIFETIME = 300.0  # seconds in which an authorization code can be exchanged
 
 _CONSENT = "/apps/authorize/consent"
-_MAX_REDIRECT = 8192  # characters of an address
+_MAX_REDIRECT = 8192  # characters
 _CODE = re.compile(r"[A-Za-z0-9._~-]{1,512}", re.ASCII)
 _ERROR = re.compile(r"[a-z_]{1,40}", re.ASCII)
 _SELLING_PARTNER = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
 
 
 class SellerCentral(NamedTuple):
-    """A marketplace, as far as authorising goes: its region, and the hosts of its Seller and its Vendor Central."""
+    """The region of a marketplace, and the hosts of its Seller Central and Vendor Central."""
 
     region: Region
     seller: str
@@ -63,30 +63,30 @@ SELLER_CENTRALS: MappingProxyType[str, SellerCentral] = MappingProxyType(
 
 
 class NotAuthorised(Exception):
-    """What came back is no authorisation; the text says why and what to do, and nothing of what came."""
+    """The redirect holds no authorisation; the message has cause and remedy and quotes nothing of the redirect."""
 
 
 class WrongState(NotAuthorised):
-    """It is no answer to this request for consent."""
+    """The redirect does not belong to this request for consent."""
 
 
 class Consent(NamedTuple):
-    """A selling partner's consent: the code to exchange, and who they are."""
+    """A selling partner's consent: the authorization code and the selling partner's id."""
 
     code: Secret
     selling_partner: str
 
 
 def seller_central_of(country: str) -> SellerCentral | None:
-    """Return what a country code stands for, None where it is none; GB is UK."""
+    """Return the entry of a country code, None for an unknown one; GB is accepted for UK."""
     code = country.upper()
     return SELLER_CENTRALS.get("UK" if code == "GB" else code)
 
 
 def consent_url(central: str, application_id: str, state: str, redirect_uri: str | None, *, is_draft: bool) -> str:
-    """Return the address to open; `central` is the base URL of Seller or Vendor Central.
+    """Return the URL of the consent page; `central` is the base URL of Seller or Vendor Central.
 
-    Without `redirect_uri` it is the first one that the application was registered with.
+    Without `redirect_uri` Amazon uses the first one that the application is registered with.
     """
     query = {"application_id": application_id, "state": state}
     if redirect_uri is not None:
@@ -97,43 +97,43 @@ def consent_url(central: str, application_id: str, state: str, redirect_uri: str
 
 
 def parse_redirect(redirect: str, state: str) -> Consent:
-    """Return the consent in the address that the browser was led to; raise NotAuthorised.
+    """Return the consent in the URL of the redirect; raise NotAuthorised.
 
-    What does not carry this `state` is refused before anything else of it is looked at.
+    `state` is compared before all else: a redirect that was forged (CSRF, RFC 6749 section 10.12) is not read further.
     """
-    given = _query_of(redirect)
-    if "amazon_callback_uri" in given and "state" not in given:
+    query = _query_of(redirect)
+    if "amazon_callback_uri" in query and "state" not in query:
         raise WrongState(
-            "this is the application's Login URI, which Amazon opens where the authorisation began in the Appstore: "
-            "begin with the address that authorize prints"
+            "this is the application's Login URI, which Amazon opens if the authorisation was started in the Appstore: "
+            "start with the URL that authorize prints"
         )
-    if not hmac.compare_digest(given.get("state", "").encode(), state.encode()):
+    if not hmac.compare_digest(query.get("state", "").encode(), state.encode()):
         raise WrongState(
-            "its state is not the one that was sent: paste the address that the page opened last led to, whole"
+            "its state is not the one that was sent: paste the complete URL to which the last opened page redirected"
         )
-    if "error" in given:
-        error = given["error"] if _ERROR.fullmatch(given["error"]) else "an error"
+    if "error" in query:
+        error = query["error"] if _ERROR.fullmatch(query["error"]) else "an error"
         raise NotAuthorised(
-            "the selling partner did not consent (access_denied): ask them, and begin again"
+            "the selling partner did not consent (access_denied): ask them, and start again"
             if error == "access_denied"
-            else f"Amazon answers {error}: check the application in Amazon's developer console, and begin again"
+            else f"Amazon returned {error}: check the application in Amazon's developer console, and start again"
         )
-    code = given.get("spapi_oauth_code", "")
+    code = query.get("spapi_oauth_code", "")
     if not _CODE.fullmatch(code):
-        raise NotAuthorised("it holds no spapi_oauth_code: paste the whole address, and begin again if it is whole")
-    selling_partner = given.get("selling_partner_id", "")
+        raise NotAuthorised("it has no spapi_oauth_code: paste the complete URL; if it is complete, start again")
+    selling_partner = query.get("selling_partner_id", "")
     return Consent(Secret(code), selling_partner if _SELLING_PARTNER.fullmatch(selling_partner) else "")
 
 
 def _query_of(redirect: str) -> Mapping[str, str]:
-    """Return the parameters of an address; nothing of what is given twice (RFC 6749 section 3.1)."""
+    """Return the query parameters of a URL without those that occur twice, which RFC 6749 section 3.1 forbids."""
     if not redirect.isascii():
-        raise WrongState("it is no address")
+        raise WrongState("it is not a URL")
     if len(redirect) > _MAX_REDIRECT:
-        raise WrongState("it is too long to be an address that Amazon leads to")
+        raise WrongState("it is too long to be a redirect of Amazon")
     try:
         pairs = parse_qsl(urlsplit(redirect.strip()).query, keep_blank_values=True, max_num_fields=32)
     except ValueError:
-        raise WrongState("it is no address") from None
+        raise WrongState("it is not a URL") from None
     names = [name for name, _ in pairs]
     return {name: value for name, value in pairs if names.count(name) == 1}

@@ -1,7 +1,7 @@
-"""What does Amazon say when it refuses a call (DOC "Resolve Common HTTP and Authorization Error Codes")?
+"""Amazon's error responses (DOC "Resolve Common HTTP and Authorization Error Codes").
 
-An expired token, a missing role, a wrong region and an unknown path are all 403; only the texts differ, and the same
-text has been seen in `message` as well as in `details`.
+An expired token, a missing role, a wrong region and an unknown path are all 403. Only the texts differ, and the same
+text has been observed in `message` and in `details`.
 """
 
 import json
@@ -17,7 +17,7 @@ _REPORT_TYPE = "access to the resource is forbidden"
 
 @dataclass(frozen=True, slots=True)
 class AmazonError:
-    """The first error of Amazon's envelope; each text empty where it is missing."""
+    """The first error of Amazon's error envelope; a missing text is empty."""
 
     code: str = ""
     message: str = ""
@@ -26,22 +26,22 @@ class AmazonError:
 
     @property
     def is_token_error(self) -> bool:
-        """Whether the token itself is refused, as expired or revoked, so that another one may do."""
+        """Whether Amazon rejects the token itself as expired or revoked, so that a new one may be accepted."""
         return _TOKEN_ERROR.search(f"{self.message} {self.details}") is not None
 
     @property
     def is_unknown_path(self) -> bool:
-        """Whether Amazon knows no operation at that path."""
+        """Whether Amazon has no operation at that path."""
         return _UNKNOWN_PATH.search(f"{self.code} {self.error_type}") is not None
 
     @property
     def is_about_report_type(self) -> bool:
-        """Whether a type of report is not among the application's roles."""
+        """Whether the application has no role for the type of report."""
         return _REPORT_TYPE in self.message.lower()
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of `body`, or an empty one where it is anything else."""
+    """Return the JSON object in `body`, an empty one for anything else."""
     try:
         response = json.loads(body)
     except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def parse_error(body: bytes, error_type: str = "") -> AmazonError:
-    """Return what the envelope in `body` says; nothing where there is none."""
+    """Return the first error of the envelope in `body`, an empty AmazonError where there is none."""
     errors = parse_object(body).get("errors")
     first = errors[0] if isinstance(errors, list) and errors else None
     texts = first if isinstance(first, Mapping) else {}
@@ -60,5 +60,5 @@ def parse_error(body: bytes, error_type: str = "") -> AmazonError:
 
 
 def _text(value: object) -> str:
-    """Return printable text of bounded length: it may end up in a message of ours."""
+    """Return printable text of limited length: it is quoted in error messages of the proxy."""
     return "".join(character for character in value if character.isprintable())[:300] if isinstance(value, str) else ""

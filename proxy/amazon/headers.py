@@ -1,4 +1,4 @@
-"""Which headers does Amazon want on every call, and how are they written?"""
+"""The headers that Amazon requires on every request: access token, date and user agent."""
 
 import platform
 import re
@@ -22,7 +22,7 @@ def user_agent(name: str, version: str, language: str | None = None, system: str
     """Return `Name/Version (Language=…; Platform=…)`, escaped (DOC "Include a User-Agent Header in All Requests").
 
     Backslashes are escaped everywhere, `/` in the name, `(` in the version, `)` and `;` in values. Raises ValueError
-    where it would be longer than Amazon takes or holds what no header may hold.
+    if it is longer than Amazon accepts or has characters that a header may not contain.
     """
     language = language or f"Python/{platform.python_version()}"
     system = system or f"{platform.system()}/{platform.release()}"[:40]
@@ -31,20 +31,20 @@ def user_agent(name: str, version: str, language: str | None = None, system: str
         f"(Language={_escaped(language, chr(92) + ');')}; Platform={_escaped(system, chr(92) + ');')})"
     )
     if len(text) > MAX_USER_AGENT:
-        raise ValueError(f"is {len(text)} characters long; Amazon takes {MAX_USER_AGENT}")
+        raise ValueError(f"is {len(text)} characters long; Amazon accepts {MAX_USER_AGENT}")
     if not text.isascii() or not text.isprintable():
         raise ValueError("must hold printable ASCII characters only")
     return text
 
 
 def user_agent_of(application: Application) -> str:
-    """Return the `user-agent` of an application as it is configured."""
-    told = application.user_agent
-    return user_agent(told.name, told.version, told.language, told.platform)
+    """Return the `user-agent` of an application."""
+    settings = application.user_agent
+    return user_agent(settings.name, settings.version, settings.language, settings.platform)
 
 
 def amz_date(epoch: float) -> str:
-    """Return `x-amz-date` for a moment in seconds of the Unix epoch: UTC as `YYYYMMDDTHHMMSSZ` (SEED)."""
+    """Return `x-amz-date` for Unix time in seconds: UTC as `YYYYMMDDTHHMMSSZ` (SEED)."""
     return _date_of(int(epoch))
 
 
@@ -54,5 +54,5 @@ def _date_of(second: int) -> str:
 
 
 def credential_headers(token: Secret, agent: str, epoch: float) -> dict[str, str]:
-    """Return the headers that authenticate one call: the token, the date, the user agent."""
+    """Return the headers that Amazon requires on every request."""
     return {ACCESS_TOKEN: token.reveal(), DATE: amz_date(epoch), USER_AGENT: agent}

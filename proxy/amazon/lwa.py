@@ -1,6 +1,6 @@
-"""How is a token asked for at Login with Amazon, and what do its answers mean?
+"""Token requests to Login with Amazon, and their responses.
 
-One call, no clock and no state: keeping tokens is `request/tokens.py`'s work.
+Single requests without a clock and without state: `request/tokens` caches and refreshes tokens.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,32 +10,32 @@ from urllib.parse import urlencode
 from proxy.amazon.error_response import parse_object
 from proxy.config import Secret
 
-# An answer larger than this is not a token (an access token has 2048 bytes at most, LWA "Access Tokens").
+# A larger response is not a token response (an access token has at most 2048 bytes, LWA "Access Tokens").
 MAX_RESPONSE = 64 * 1024
 MAX_TOKEN = 16 * 1024
 
-# What an exchange can be refused with for good: no later try will succeed until a person acts (LWA "Access Tokens").
+# Permanent errors: no retry succeeds until a person acts (LWA "Access Tokens", RFC 6749 section 5.2).
 OAUTH_ERRORS = frozenset(
     {"invalid_grant", "invalid_client", "unauthorized_client", "invalid_scope", "invalid_request",
      "unsupported_grant_type", "access_denied"}
 )  # fmt: skip
 
 
-# Sends a request to a URL, with headers and a body; returns the answer's status, and its body up to one byte more than
-# the number of bytes given. It follows no redirect, which would carry the secrets to another address.
+# Posts headers and a body to a URL; returns the status, and the body up to one byte more than the given limit, so that
+# the caller can detect a longer one. It must not follow redirects: they would send the secrets to another host.
 Post = Callable[[str, Mapping[str, str], bytes, int], Awaitable[tuple[int, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenResponse:
-    """A token as it was granted; `expires_in` is the life in seconds that the answer named."""
+    """A token response (RFC 6749 section 5.1); `expires_in` is the lifetime in seconds."""
 
     value: Secret
     expires_in: float
 
 
 class OAuthError(Exception):
-    """The credentials are refused for good. `reason` is one of OAuth's error codes, `request_id` Amazon's own."""
+    """The credentials are rejected permanently. `reason` is an OAuth error code, `request_id` Amazon's request id."""
 
     def __init__(self, reason: str, request_id: str = "") -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class OAuthError(Exception):
 
 
 class TokenRequestFailed(Exception):
-    """No token this time; a later try may succeed. `reason` is a short word for metrics and logs."""
+    """The token request failed; a retry may succeed. `reason` is a short word for metrics and logs."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -56,7 +56,7 @@ async def refresh_token_grant(
 ) -> TokenResponse:
     """Exchange a seller's refresh token for an access token (SEED "Request a Login with Amazon access token").
 
-    Raises ExchangeRefused, ExchangeFailed, and what `post` raises.
+    Raises OAuthError, TokenRequestFailed, and what `post` raises.
     """
     form = {"grant_type": "refresh_token", "refresh_token": refresh_token.reveal()}
     return await _request_token(post, url, client_id, client_secret, form)
@@ -65,7 +65,7 @@ async def refresh_token_grant(
 async def client_credentials_grant(
     post: Post, url: str, client_id: str, client_secret: Secret, scope: str
 ) -> TokenResponse:
-    """Get a token for grantless operations of `scope` (DOC "Grantless Operations"); raises as `refresh_token_grant`."""
+    """Request a token for grantless operations (DOC "Grantless Operations"); raise as `refresh_token_grant` does."""
     form = {"grant_type": "client_credentials", "scope": scope}
     return await _request_token(post, url, client_id, client_secret, form)
 
@@ -73,9 +73,9 @@ async def client_credentials_grant(
 async def authorization_code_grant(
     post: Post, url: str, client_id: str, client_secret: Secret, code: Secret, redirect_uri: str | None
 ) -> Secret:
-    """Exchange a selling partner's consent for a refresh token (DOC "Website Authorization Workflow").
+    """Exchange an authorization code for a refresh token (DOC "Website Authorization Workflow").
 
-    It works once, within five minutes of the consent. Raises as `refresh_token_grant`.
+    A code is valid once, within five minutes of the consent. Raises as `refresh_token_grant`.
     """
     form = {"grant_type": "authorization_code", "code": code.reveal()}
     if redirect_uri is not None:
@@ -100,7 +100,7 @@ async def _post_form(
 
 
 async def limited_post(post: Post, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
-    """Return status and body of an answer; raise ExchangeFailed where it is longer than MAX_ANSWER."""
+    """Return status and body of a response; raise TokenRequestFailed if it is longer than MAX_RESPONSE."""
     status, response = await post(url, headers, body, MAX_RESPONSE)
     if len(response) > MAX_RESPONSE:
         raise TokenRequestFailed("answer_too_large")
@@ -108,7 +108,7 @@ async def limited_post(post: Post, url: str, headers: Mapping[str, str], body: b
 
 
 def parse_response(status: int, body: bytes) -> TokenResponse:
-    """Return the Grant that an answer of Login with Amazon holds; raise ExchangeRefused or ExchangeFailed."""
+    """Return the token response of Login with Amazon; raise OAuthError or TokenRequestFailed."""
     response = parse_object(body)
     if status == 200:
         return parse_token_response(response.get("access_token"), response.get("expires_in"))
@@ -120,21 +120,21 @@ def parse_response(status: int, body: bytes) -> TokenResponse:
 
 
 def parse_token_response(value: object, expires_in: object) -> TokenResponse:
-    """Return the Grant of a token and its life in seconds; raise ExchangeFailed where either makes no sense."""
+    """Return the TokenResponse of a token and its lifetime; raise TokenRequestFailed if the token is malformed."""
     return TokenResponse(parse_token(value), parse_lifetime(expires_in))
 
 
 def parse_token(value: object) -> Secret:
-    """Return a token; raise ExchangeFailed for what cannot be one."""
+    """Return a token; raise TokenRequestFailed for a missing or malformed one."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TOKEN:
         raise TokenRequestFailed("no_token")
     if not (value.isascii() and value.isprintable()) or " " in value:
-        raise TokenRequestFailed("malformed_token")  # it goes into a header: no line break may come with it
+        raise TokenRequestFailed("malformed_token")  # it is sent in a header: a line break would allow header injection
     return Secret(value)
 
 
 def parse_lifetime(expires_in: object) -> float:
-    """Return a usable life in seconds: 0 (use once) for nonsense, and never more than an hour (LWA "Access Tokens")."""
+    """Return a lifetime in seconds, at most an hour (LWA "Access Tokens"); 0 (use once) for an invalid value."""
     if isinstance(expires_in, str) and expires_in.isascii() and expires_in.isdigit() and len(expires_in) < 10:
         expires_in = int(expires_in)
     if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in > 0:

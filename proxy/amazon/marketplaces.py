@@ -1,4 +1,4 @@
-"""Which region is a marketplace in, and which hosts has a region (DOC "Marketplace IDs", "SP-API Endpoints")?"""
+"""Regions of marketplaces and hosts of regions (DOC "Marketplace IDs", "SP-API Endpoints")."""
 
 from types import MappingProxyType
 
@@ -32,7 +32,7 @@ MARKETPLACES: MappingProxyType[str, Region] = MappingProxyType(
     }
 )
 
-# The spellings of the query parameter over all of Amazon's models.
+# All spellings of the query parameter in Amazon's models.
 MARKETPLACE_PARAMETERS = frozenset({"marketplaceId", "marketplaceIds", "MarketplaceId", "MarketplaceIds"})
 
 HOSTS: MappingProxyType[tuple[Environment, Region], str] = MappingProxyType(

@@ -1,8 +1,8 @@
-"""Which of Amazon's operations is a request, and what is known about it?
+"""The table of Amazon's operations, and matching of a request to one of them.
 
-The table ships inside the package (`operations.csv`); `rebuild.py` makes it from Amazon's models. Matching walks a
-tree of path segments, so its cost grows with the depth of a path and not with the number of operations, and nothing
-is remembered of the paths that were seen.
+The table is part of the package (`operations.csv`); `catalog/rebuild.py` generates it from Amazon's models. Matching
+walks a tree of path segments: its cost grows with the depth of a path and not with the number of operations, and no
+path is cached, so that clients cannot fill the memory.
 """
 
 import csv
@@ -13,10 +13,10 @@ from importlib import resources
 from typing import Literal
 from urllib.parse import unquote
 
-# The one path parameter that holds slashes (model uploads_2020-11-01: a resource is itself a path).
+# The only path parameter that can contain slashes (model uploads_2020-11-01: a resource is itself a path).
 GREEDY = frozenset({"/uploads/2020-11-01/uploadDestinations/{resource}"})
 
-# Characters of a segment that may still be a literal in escapes: three for each of the literal's own.
+# A longer segment cannot be a percent-encoded literal: three characters for each of the literal's own, at most 100.
 _MAX_DECODED = 3 * 100
 
 COLUMNS = (
@@ -46,13 +46,13 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: how it is called, its usage plan, and which token it wants.
+    """One operation: its method and path, its usage plan, and the token that it requires.
 
     `rate` is in calls per second, `burst` in calls, both of one account and application; `app_rate` and `app_burst`
-    are the limit over all accounts of an application. None where nothing is published. `rate_source` says whether the
-    plan is the model's or that of Amazon's SDK. `generic_path`: a Restricted Data Token may name the template instead
+    are the limit over all accounts of an application. None where nothing is published. `rate_source` is the origin of
+    the plan: the model or Amazon's SDK. `generic_path`: a Restricted Data Token may name the template instead
     of the real path. `scope` is that of a grantless operation. `removal_date` is YYYY-MM-DD or empty. `only_reads`: a
-    POST that changes nothing, so that it may be sent again.
+    POST that changes nothing, so that it can be retried.
 
     `name` is unique together with `method` only: the model shippingV2 has linkCarrierAccount twice, with two plans.
     """
@@ -81,7 +81,7 @@ class Operation:
 
 
 def operation_of(row: Mapping[str, str]) -> Operation:
-    """Return the Operation of one row of the table; raise ValueError or KeyError where it is no such row."""
+    """Return the Operation of one row of the table; raise ValueError or KeyError for an invalid row."""
     return Operation(
         name=f"{row['api']}.{row['version']}.{row['operationId']}",
         api=row["api"],
@@ -117,26 +117,26 @@ def _count(text: str) -> int | None:
 
 @dataclass(slots=True)
 class _Node:
-    """One segment of the paths: what may follow it, and the operations that end here, by method."""
+    """One path segment: the segments that may follow it, and the operations that end here, by method."""
 
     literals: dict[str, "_Node"] = field(default_factory=dict)
     parameter: "_Node | None" = None
     greedy: "_Node | None" = None
     operations: dict[str, Operation] = field(default_factory=dict)
-    is_ambiguous: bool = False  # the first that fits may be the wrong one
+    is_ambiguous: bool = False  # the first match may be wrong: backtracking is needed
 
 
 class OperationTable:
-    """Every known operation, found by method and raw path."""
+    """All known operations, matched by method and raw path."""
 
     def __init__(self, operations: Iterable[Operation]) -> None:
         self._operations = tuple(operations)
         self._root = _Node()
         self._literal: dict[str, dict[str, Operation]] = {}  # by path, of those without a parameter
-        self._deepest = 0
+        self._max_depth = 0
         for operation in self._operations:
             self._add(operation)
-        self._note_ways(self._root)
+        self._mark_ambiguous(self._root)
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self._operations)
@@ -147,15 +147,15 @@ class OperationTable:
     def match(self, method: str, raw_path: str) -> Operation | None:
         """Return the operation of a request, None where the table has none.
 
-        `raw_path` is the path as it goes over the wire, without its query. It is split before it is decoded, so that
-        `%2F` stays inside its segment. Literals win over parameters, and a parameter takes one segment, the greedy one
-        all that are left; no segment may be empty. Method and literals are compared with their case.
+        `raw_path` is the path as in the request line, without its query. It is split before it is decoded, so that
+        `%2F` stays inside its segment. Literals win over parameters. A parameter matches one segment, the greedy one
+        all remaining segments; no segment may be empty. Method and literals are compared with their case.
         """
         literal = self._literal.get(raw_path)
         if literal is not None and method in literal:
             return literal[method]
-        # No deeper than the table: a path of ten thousand slashes is one piece more, and matches nothing.
-        segments = raw_path.split("/", self._deepest + 1)
+        # Split no deeper than the table: a path of ten thousand slashes gets one segment more and matches nothing.
+        segments = raw_path.split("/", self._max_depth + 1)
         if segments[0]:
             return None
         if "%" in raw_path or "" in segments[1:]:
@@ -172,7 +172,7 @@ class OperationTable:
 
     def _add(self, operation: Operation) -> None:
         segments = operation.template.split("/")[1:]
-        self._deepest = max(self._deepest, len(segments))
+        self._max_depth = max(self._max_depth, len(segments))
         node = self._root
         for index, segment in enumerate(segments):
             if not segment.startswith("{"):
@@ -181,20 +181,20 @@ class OperationTable:
                 node.greedy = node = node.greedy or _Node()
             else:
                 node.parameter = node = node.parameter or _Node()
-        # Two models with one method and path: the first by api and version stays, so that the order of files is moot.
+        # Two models with the same method and path: the first by api and version wins, whatever the order of files.
         node.operations.setdefault(operation.method, operation)
         if "{" not in operation.template:
             self._literal[operation.template] = node.operations
 
-    def _note_ways(self, node: _Node) -> None:
+    def _mark_ambiguous(self, node: _Node) -> None:
         node.is_ambiguous = node.greedy is not None or bool(node.literals and node.parameter)
         for following in (*node.literals.values(), node.parameter):
             if following is not None:
-                self._note_ways(following)
+                self._mark_ambiguous(following)
 
 
 def _find(node: _Node, method: str, segments: list[str], index: int) -> Operation | None:
-    """Return the operation of the segments from `index` on; tries the literal branch first, and backtracks."""
+    """Return the operation of the segments from `index` on; try the literal branch first, and backtrack."""
     if index == len(segments):
         return node.operations.get(method)
     segment = segments[index]
@@ -204,17 +204,17 @@ def _find(node: _Node, method: str, segments: list[str], index: int) -> Operatio
     found = _find(literal, method, segments, index + 1) if literal is not None else None
     if found is None and node.parameter is not None:
         found = _find(node.parameter, method, segments, index + 1)
-    if found is None and node.greedy is not None and _has_no_empty("/".join(segments[index:])):
+    if found is None and node.greedy is not None and _has_no_empty_segment("/".join(segments[index:])):
         found = node.greedy.operations.get(method)
     return found
 
 
 def _decoded(segment: str) -> str:
-    # No literal is that long: a segment of eight thousand escapes is not worth decoding.
+    # Decoding a segment of eight thousand escapes is wasted CPU: no literal is that long.
     return unquote(segment) if len(segment) <= _MAX_DECODED else segment
 
 
-def _has_no_empty(rest: str) -> bool:
+def _has_no_empty_segment(rest: str) -> bool:
     return "//" not in rest and not rest.endswith("/")
 
 
@@ -229,5 +229,5 @@ def shipped_table() -> str:
 
 
 def load_table(text: str | None = None) -> OperationTable:
-    """Return the table that ships with the package, or the one that `text` holds."""
+    """Return the packaged table, or the one in `text`."""
     return OperationTable(operation_of(row) for row in read_rows(text if text is not None else shipped_table()))

@@ -1,7 +1,7 @@
-"""Which calls bring personal data of buyers, and which: for those who may not have it.
+"""The personal data that an operation returns, for callers that may not receive it.
 
-Restricted operations bring it with a Restricted Data Token (DOC "Tokens API"). Others bring it with any token, by the
-application's role alone (DOC "Access Orders PII"); they are known by their API.
+Restricted operations return it with a Restricted Data Token (DOC "Tokens API"). Others return it with any token if the
+application has the role (DOC "Access Orders PII"); they are listed by their API.
 """
 
 import re
@@ -11,15 +11,15 @@ from proxy.amazon.operations import Operation
 
 ALL_ELEMENTS = ("buyerInfo", "shippingAddress", "buyerTaxInformation")
 
-# What they bring is their name's.
+# Restricted operations that return one kind of data.
 _ONE_KIND = {
     "orders.v0.getOrderAddress": ("shippingAddress",),
     "orders.v0.getOrderBuyerInfo": ("buyerInfo",),
     "orders.v0.getOrderItemsBuyerInfo": ("buyerInfo",),
 }
 
-# They answer an ordinary token as well, and then without personal data: getReportDocument refuses the documents that
-# have any.
+# Restricted operations that accept an access token too, and then return no personal data: getReportDocument rejects the
+# documents that have any.
 HARMLESS_WITHOUT_RDT = frozenset(
     {
         "orders.v0.getOrders",
@@ -29,7 +29,7 @@ HARMLESS_WITHOUT_RDT = frozenset(
     }
 )
 
-# Their answers hold addresses, names or invoices of buyers without a Restricted Data Token, or they hand one out.
+# APIs whose responses have addresses, names or invoices of buyers without a Restricted Data Token; `tokens` issues one.
 _PERSONAL_APIS = frozenset(
     {
         "deliveryShipmentInvoice",
@@ -47,14 +47,14 @@ _PERSONAL_APIS = frozenset(
     }
 )
 
-# What Orders 2026-01-01 is asked for by includedData.
+# Values of includedData in Orders 2026-01-01.
 _INCLUDED = {"BUYER": "buyerInfo", "RECIPIENT": "shippingAddress"}
 
 
 def implied_elements(operation: Operation | None, query: str) -> tuple[str, ...]:
-    """Return the data elements that a call may bring with an ordinary token, or with the only token it can have.
+    """Return the data elements that a request may return with an access token, or with the only token it can use.
 
-    An operation outside the table may bring anything.
+    An operation outside the table may return anything.
     """
     if operation is None:
         return ALL_ELEMENTS
@@ -68,6 +68,6 @@ def implied_elements(operation: Operation | None, query: str) -> tuple[str, ...]
 
 
 def _included(query: str) -> tuple[str, ...]:
-    """Return what `includedData` asks for; read so that no spelling of it is missed."""
+    """Return the elements that `includedData` requests, whatever its case, escaping and separators."""
     words = set(re.split(r"[^A-Z]+", unquote_plus(query).upper()))
     return tuple(element for word, element in _INCLUDED.items() if word in words)

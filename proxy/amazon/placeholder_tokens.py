@@ -1,8 +1,8 @@
-"""What do libraries get that insist on tokens of their own, and what does it say when they send it back?
+"""Placeholder tokens for libraries that insist on requesting tokens themselves.
 
-An access token of here says nothing: the proxy puts the real one in its place. A Restricted Data Token of here says
-which personal data was asked for, for which calls. It holds no secret and gives no right: it only asks, as the header
-`x-sp-data-elements` does, so that any replica can read it and nobody gains by writing one.
+A placeholder access token carries no information: the proxy replaces it with the real one. A placeholder Restricted
+Data Token encodes which personal data was requested, for which operations. It is no secret and grants nothing: it is a
+request, as the header `x-sp-data-elements` is. Any replica can decode it, and forging one gains nothing.
 """
 
 import base64
@@ -17,14 +17,14 @@ from proxy.amazon.personal_data import ALL_ELEMENTS
 
 LWA_HOST = "api.amazon.com"
 LWA_PATH = "/auth/o2/token"
-LIFETIME = 3600  # seconds, as Amazon's tokens have; these do not expire
+LIFETIME = 3600  # seconds, as for Amazon's tokens; placeholders do not expire
 
 ACCESS_TOKEN = "Atza|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 GRANTLESS_TOKEN = "Atc|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 REFRESH_TOKEN = "Atzr|placeholder-of-sp-api-proxy-which-keeps-the-real-token"  # noqa: S105 - no secret
 RDT_PREFIX = "Atz.sprdt|sp-api-proxy."
 
-# Characters of a placeholder: it has to pass as a header field, by any HTTP library.
+# Characters of a placeholder, which is sent as a header field: HTTP libraries limit its size.
 MAX_TOKEN = 8 * 1024
 MAX_RESOURCES = 50  # in one request (model tokens_2021-03-01)
 
@@ -32,7 +32,7 @@ _GRANTS = ("refresh_token", "client_credentials")
 
 
 class BadTokenRequest(Exception):
-    """The request for an access token cannot be answered; `code` is one of RFC 6749 section 5.2."""
+    """An invalid token request; `code` is an error code of RFC 6749 section 5.2."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class BadTokenRequest(Exception):
 
 
 class Resource(NamedTuple):
-    """What a Restricted Data Token is asked for: a method, a path with or without placeholders, and personal data."""
+    """One restricted resource of a token request: method, path or path template, and data elements."""
 
     method: str
     path: str
@@ -48,15 +48,15 @@ class Resource(NamedTuple):
 
 
 def access_token_response(content_type: str, body: bytes) -> dict[str, object]:
-    """Return what Login with Amazon would answer, with placeholders; raise BadTokenRequest.
+    """Return the token response of Login with Amazon with placeholders; raise BadTokenRequest.
 
-    Nothing of the request is looked at but its `grant_type` (LWA "Access Tokens"; a form, or JSON).
+    Only `grant_type` of the request is read (LWA "Access Tokens"; a form, or JSON).
     """
     grant = _grant_type(content_type, body)
     if grant is None:
-        raise BadTokenRequest("invalid_request", "the request for a token names no grant_type")
+        raise BadTokenRequest("invalid_request", "the token request has no grant_type")
     if grant not in _GRANTS:
-        raise BadTokenRequest("unsupported_grant_type", "the proxy answers refresh_token and client_credentials alone")
+        raise BadTokenRequest("unsupported_grant_type", "the proxy supports refresh_token and client_credentials only")
     response: dict[str, object] = {
         "access_token": ACCESS_TOKEN if grant == "refresh_token" else GRANTLESS_TOKEN,
         "token_type": "bearer",
@@ -79,17 +79,17 @@ def _grant_type(content_type: str, body: bytes) -> str | None:
 
 
 def requested_resources(body: bytes) -> list[Resource]:
-    """Return what the body of a createRestrictedDataToken asks for; raise ValueError, which quotes nothing of it."""
+    """Return the resources of a createRestrictedDataToken request; raise ValueError without quoting the body."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as exc:
         raise ValueError("the body is not JSON") from exc
-    asked = content.get("restrictedResources") if isinstance(content, dict) else None
-    if not isinstance(asked, list) or not 1 <= len(asked) <= MAX_RESOURCES:
+    requested = content.get("restrictedResources") if isinstance(content, dict) else None
+    if not isinstance(requested, list) or not 1 <= len(requested) <= MAX_RESOURCES:
         raise ValueError(f"restrictedResources must be a list of 1 to {MAX_RESOURCES}")
     if content.get("targetApplication") is not None:
-        raise ValueError("targetApplication needs a token of Amazon's, which local_rdt: true gives to nobody")
-    return [_resource(f"restrictedResources[{index}]", item) for index, item in enumerate(asked)]
+        raise ValueError("targetApplication needs a token of Amazon's, but local_rdt: true returns placeholders")
+    return [_resource(f"restrictedResources[{index}]", item) for index, item in enumerate(requested)]
 
 
 def _resource(where: str, item: object) -> Resource:
@@ -100,22 +100,24 @@ def _resource(where: str, item: object) -> Resource:
     if "?" in path:
         raise ValueError(f"{where}.path must be a path without a query")
     if not isinstance(elements, list) or not all(element in ALL_ELEMENTS for element in elements):
-        raise ValueError(f"{where}.dataElements must be of {', '.join(ALL_ELEMENTS)}")
+        raise ValueError(f"{where}.dataElements must be a list of {', '.join(ALL_ELEMENTS)}")
     return Resource(method, path, tuple(element for element in ALL_ELEMENTS if element in elements))
 
 
 def placeholder_for(resources: Iterable[Resource]) -> str:
-    """Return the Restricted Data Token that says what was asked for; raise ValueError where that is too much."""
+    """Return the placeholder Restricted Data Token for resources; raise ValueError where it would be too long."""
     content = json.dumps(list(dict.fromkeys(resources)), separators=(",", ":")).encode()
     text = RDT_PREFIX + base64.urlsafe_b64encode(content).decode().rstrip("=")
     if len(text) > MAX_TOKEN:
-        raise ValueError("restrictedResources are too long for one token: name fewer, or paths such as {orderId}")
+        raise ValueError(
+            "restrictedResources are too long for one token: name fewer, or use path templates with {orderId}"
+        )
     return text
 
 
 @lru_cache(maxsize=128)
 def resources_in(placeholder: str) -> Sequence[Resource]:
-    """Return what a Restricted Data Token of here was asked for; raise ValueError where it is not whole."""
+    """Return the resources of a placeholder Restricted Data Token; raise ValueError for a malformed one."""
     if len(placeholder) > MAX_TOKEN:
         raise ValueError("too long")
     text = placeholder.removeprefix(RDT_PREFIX)
@@ -123,7 +125,7 @@ def resources_in(placeholder: str) -> Sequence[Resource]:
         content: Any = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
         return tuple(_complete_resources(method, path, elements) for method, path, elements in content)
     except (binascii.Error, ValueError, TypeError, RecursionError) as exc:
-        raise ValueError("not whole") from exc
+        raise ValueError("malformed") from exc
 
 
 def _complete_resources(method: object, path: object, elements: object) -> Resource:

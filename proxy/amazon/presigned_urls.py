@@ -1,7 +1,7 @@
-"""Which answers of Amazon's hold presigned URLs, where in them, to which hosts, and for how long are these good?
+"""Presigned URLs in Amazon's responses: their locations, hosts and lifetimes.
 
-A presigned URL is its own credential (S3 user guide, "Download and upload objects with presigned URLs"): whoever has it
-may get or put that one document until it expires, and it must be used whole and unchanged.
+A presigned URL is its own credential (S3 user guide, "Download and upload objects with presigned URLs"): its holder can
+read or write that one document until it expires. Every byte of it is signed, so it must be used unchanged.
 """
 
 import re
@@ -11,14 +11,14 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 
 class UrlLocation(NamedTuple):
-    """Where an operation's answer holds URLs: the keys on the way, `*` for each of a list; and what they are for."""
+    """The location of URLs in an operation's response: a path of keys, `*` for each item of a list."""
 
     keys: tuple[str, ...]
     is_upload: bool = False
 
 
-# By the models, those URLs that lead to Amazon's storage. Others that answers hold are web pages (tracking links) or
-# lead to hosts of their own, such as the ZIP files of Amazon Custom: they are not presigned.
+# From the models: the URLs of Amazon's storage. Other URLs in responses are not presigned: web pages (tracking links),
+# or files on other hosts, such as the ZIP files of Amazon Custom.
 URL_LOCATIONS: dict[str, UrlLocation] = {
     "awd.2024-05-09.getInboundShipmentLabels": UrlLocation(("labelDownloadURL",)),
     "dataKiosk.2023-11-15.getDocument": UrlLocation(("documentUrl",)),
@@ -42,7 +42,7 @@ URL_LOCATIONS: dict[str, UrlLocation] = {
     "uploads.2020-11-01.createUploadDestinationForResource": UrlLocation(("payload", "url"), is_upload=True),
 }
 
-# A bucket's name before it or in the path, and S3's host in one of its spellings, of which Amazon uses several:
+# S3 hosts, with the bucket in the host or in the path. Amazon uses several forms:
 # tortuga-prod-na.s3.amazonaws.com, tortuga-prod-na.s3-external-1.amazonaws.com,
 # tortuga-prod-eu.s3-eu-west-1.amazonaws.com, s3.amazonaws.com (S3 user guide, "Virtual hosting of buckets").
 _REGION = r"[a-z]{2}(?:-[a-z]{2,12}){1,3}-\d{1,2}"
@@ -50,21 +50,21 @@ _S3 = re.compile(
     r"(?:[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?\.)?"
     rf"(?:s3|s3-external-1|s3[.-]{_REGION}|s3\.dualstack\.{_REGION}|s3-accelerate(?:\.dualstack)?)\.amazonaws\.com"
 )
-# Where the documents of the static sandbox are (models feeds_2021-06-30, reports_2021-06-30, dataKiosk_2023-11-15).
+# The host of the static sandbox's documents (models feeds_2021-06-30, reports_2021-06-30, dataKiosk_2023-11-15).
 _SANDBOX = frozenset({"d34o8swod1owfl.cloudfront.net"})
 
-DEFAULT_LIFETIME = 300.0  # seconds, of a URL that does not say (models feeds_2021-06-30, reports_2021-06-30)
+DEFAULT_LIFETIME = 300.0  # seconds, for a URL without a lifetime (models feeds_2021-06-30, reports_2021-06-30)
 _URL = re.compile(r"https?://[!-~]+")  # no space, control or non-ASCII character
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
 def is_storage(host: str) -> bool:
-    """Return whether a host, in lower case, is one of Amazon's for documents."""
+    """Return whether a lower-case host is one of Amazon's document hosts."""
     return host in _SANDBOX or _S3.fullmatch(host) is not None
 
 
 def parse(url: str) -> SplitResult | None:
-    """Return the parts of a URL that can be sent on as it is written, None for every other one."""
+    """Return the parts of a URL that can be forwarded unchanged, None for every other one."""
     if not _URL.fullmatch(url) or "#" in url or "\\" in url:
         return None
     try:
@@ -76,9 +76,9 @@ def parse(url: str) -> SplitResult | None:
 
 
 def lifetime(query: str, now: float) -> float:
-    """Return for how many seconds from `now`, in Unix time, a presigned URL just made is good, by its query.
+    """Return the remaining lifetime, in seconds from `now` (Unix time), of a presigned URL that was just created.
 
-    `X-Amz-Expires` counts seconds (signature version 4), `Expires` is a moment (version 2, CloudFront).
+    `X-Amz-Expires` is a number of seconds (signature version 4), `Expires` Unix time (version 2, CloudFront).
     """
     given = {name.lower(): value for name, value in parse_qsl(query)}
     for name, since in (("x-amz-expires", 0.0), ("expires", now)):
@@ -95,7 +95,7 @@ def signed_headers(query: str) -> frozenset[str]:
 
 
 def urls_in(content: Any, keys: tuple[str, ...]) -> Iterator[str]:
-    """Yield the URLs at a place of an answer, as far as it has the form that the model says."""
+    """Yield the URLs at a location of a response; nothing where it does not have the form of the model."""
     if not keys:
         if isinstance(content, str):
             yield content
@@ -108,6 +108,6 @@ def urls_in(content: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def literals_in(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where each string of a JSON text begins and ends, quotes included."""
+    """Yield start and end of each string in a JSON text, quotes included."""
     for match in _STRING.finditer(body):
         yield match.span()

@@ -1,4 +1,4 @@
-"""How is a Restricted Data Token asked for, and what do the answers mean (DOC "Tokens API", tokens_2021-03-01)?"""
+"""Requests for Restricted Data Tokens, and their responses (DOC "Tokens API", model tokens_2021-03-01)."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from proxy.amazon.lwa import Post, TokenRequestFailed, TokenResponse, limited_po
 
 PATH = "/tokens/2021-03-01/restrictedDataToken"
 
-# The methods that createRestrictedDataToken takes; PATCH is not among them.
+# The methods that createRestrictedDataToken accepts; PATCH is not one of them.
 METHODS = frozenset({"GET", "PUT", "POST", "DELETE"})
 
 _NOT_A_RESTRICTED_DOCUMENT = "Invalid or unsupported document ID found"
@@ -17,7 +17,7 @@ _ELEMENTS = re.compile(r"requested data elements: \[([^\]]*)\]")
 
 
 class RdtRefused(Exception):
-    """Amazon refuses the token for this call; `refusal` is what it says."""
+    """Amazon denies the token for this request; `refusal` is its error."""
 
     def __init__(self, status: int, amazon_error: AmazonError) -> None:
         super().__init__(f"{status} {amazon_error.message}")
@@ -26,12 +26,12 @@ class RdtRefused(Exception):
 
     @property
     def means_unrestricted(self) -> bool:
-        """Whether the report document is of a type that needs no RDT (the ordinary token serves)."""
+        """Whether the report document is of a type that needs no RDT (the access token is enough)."""
         return self.status == 400 and _NOT_A_RESTRICTED_DOCUMENT in self.refusal.message
 
     @property
     def refused_elements(self) -> frozenset[str]:
-        """The data elements that the application has no role for: one of them fails the whole request."""
+        """The data elements that the application has no role for; a single one fails the whole request."""
         named = _ELEMENTS.search(self.refusal.message) if self.status == 400 else None
         return frozenset(name.strip() for name in named[1].split(",")) - {""} if named else frozenset()
 
@@ -45,24 +45,24 @@ async def create_restricted_data_token(
     data_elements: Sequence[str],
     target_application: str | None = None,
 ) -> TokenResponse:
-    """Mint an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's ordinary token.
+    """Create an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's access token.
 
     `path` has no query string and no trailing slash. With `target_application`, only that application can use the
-    token (delegation). Raises RdtRefused, ExchangeFailed, and what `post` raises.
+    token (delegation). Raises RdtRefused, TokenRequestFailed, and what `post` raises.
     """
     resource: dict[str, object] = {"method": method, "path": path}
     if data_elements:
         resource["dataElements"] = list(data_elements)
-    asked: dict[str, object] = {"restrictedResources": [resource]}
+    request: dict[str, object] = {"restrictedResources": [resource]}
     if target_application:
-        asked["targetApplication"] = target_application
-    body = json.dumps(asked).encode()
+        request["targetApplication"] = target_application
+    body = json.dumps(request).encode()
     all_headers = {**headers, "Content-Type": "application/json", "Accept": "application/json"}
     return parse_response(*await limited_post(post, endpoint + PATH, all_headers, body))
 
 
 def parse_response(status: int, body: bytes) -> TokenResponse:
-    """Return the Grant of an answer; raise RdtRefused for a refusal and ExchangeFailed for anything else."""
+    """Return the token response; raise RdtRefused for a denial and TokenRequestFailed for anything else."""
     response = parse_object(body)
     if status == 200:
         payload = response.get("payload")

@@ -1,6 +1,6 @@
-"""Which types of report are restricted, and which documents does an answer of the Reports API name?
+"""Restricted report types, and the document ids in responses of the Reports API.
 
-A document's id does not tell its type; the answers of getReport and getReports do (model reports_2021-06-30).
+A document id does not reveal its type; the responses of getReport and getReports do (model reports_2021-06-30).
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ _MAX_ID = 256
 
 
 def documents_in(body: bytes) -> Iterator[tuple[str, str]]:
-    """Yield document id and report type of every finished report that an answer names."""
+    """Yield document id and report type of every finished report in a response."""
     response = parse_object(body)
     reports = response.get("reports", [response])
     for report in reports if isinstance(reports, list) else ():

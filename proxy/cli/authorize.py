@@ -37,7 +37,7 @@ from proxy.config import (
     is_loopback,
     parse_duration,
 )
-from proxy.config.model import NAME
+from proxy.config.types import NAME
 from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import lwa_pool
 from proxy.server import hardening

@@ -1,4 +1,4 @@
-"""Which settings does the environment give, under our own names and under those that people already have?
+"""Settings from environment variables: the proxy's own, and those of well-known client libraries.
 
 `SP_API_PROXY_` plus the upper-case key overrides any setting. The names of the well-known client libraries fill in
 what the file leaves out, and never override it. Every name also exists with `_FILE`: the value is in that file.
@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, get_args, get_origin
 
-from proxy.config.model import REGIONS, Config, settings_in
+from proxy.config.model import Config, settings_in
+from proxy.config.types import REGIONS
 from proxy.config.values import is_list, is_mapping, is_user_keyed, kind_below, parse
 from proxy.config.yaml_reader import KeyPath, Problem, Tree
 
 PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-MAX_TRIED = 100  # names of accounts and the like that are compared with one that was misspelt
+MAX_TRIED = 100  # names of accounts and the like that are compared with a misspelt one
 
-# Kubernetes sets these for every Service that happens to be called sp-api-proxy; they are not settings.
+# Kubernetes sets these in every pod of a namespace with a Service named sp-api-proxy; they are not settings.
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
 
 _CLIENT_ID = ("LWA_APP_ID", "LWA_CLIENT_ID", "SELLING_PARTNER_APP_CLIENT_ID", "SP_API_CLIENT_ID")
@@ -31,7 +32,7 @@ _REGION_NAMES: dict[str, str] = {
     "us-west-2": "fe",
 }
 
-Found = tuple[KeyPath, Any, str]  # where it belongs, its value, the variable that said so
+Found = tuple[KeyPath, Any, str]  # the key path, the value, the variable
 
 
 def lookup(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
@@ -51,7 +52,7 @@ def _first_set(environ: Mapping[str, str], names: tuple[str, ...], suffix: str =
 
 
 def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
-    """Return what the `SP_API_PROXY_…` variables set; `tree` tells which accounts and applications exist."""
+    """Return the settings of the `SP_API_PROXY_…` variables; account and application names are looked up in `tree`."""
     found: list[Found] = []
     problems: list[Problem] = []
     for variable in sorted(environ):
@@ -65,12 +66,12 @@ def overrides(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list
         elif name.endswith("_FILE") and (path := _find(Config, name.removesuffix("_FILE"), tree)):
             found.append((path, {"file": environ[variable]}, variable))
         else:
-            problems.append(Problem(variable, f"names no setting; {_nearest(name, tree)}", "environment"))
-    return sorted(found, key=_check_list_index), problems
+            problems.append(Problem(variable, f"is not a setting; {_nearest(name, tree)}", "environment"))
+    return sorted(found, key=_list_order), problems
 
 
-def _check_list_index(found: Found) -> tuple[tuple[int, str], ...]:
-    """Sort the tenth item of a list behind the second, and what is above an item before it."""
+def _list_order(found: Found) -> tuple[tuple[int, str], ...]:
+    """Return a sort key: list items by number, so that item 10 follows item 2, and groups before their items."""
     return tuple((part, "") if isinstance(part, int) else (-1, part) for part in found[0])
 
 
@@ -104,9 +105,9 @@ def _children(kind: Any, name: str, tree: Any) -> Iterator[tuple[str | int, Any]
         value_kind = kind_below(kind, "")
         yield from ((key, value_kind) for key in (tree if isinstance(tree, dict) else ()))
         if not is_mapping(value_kind):
-            yield name, value_kind  # such as a marketplace's id, which is written in upper case
+            yield name, value_kind  # such as a marketplace id, which is upper case
             return
-        # A name that the file does not have: the shortest one that leaves a known setting behind it.
+        # A name that the file does not have: the shortest one that is followed by a known setting.
         words = name.lower().split("_")
         yield from (("_".join(words[:count]), value_kind) for count in range(1, len(words)))
     else:
@@ -120,16 +121,16 @@ def _known_keys(kind: Any) -> tuple[str, ...]:
 
 
 def _nearest(name: str, tree: Tree) -> str:
-    """Return the variable that was probably meant by one that names no setting."""
-    new = name.upper().split("_")[1:2]  # perhaps the name of an account that the file does not have
+    """Return a hint for an unknown variable: the similar one, or the rule for names."""
+    new = name.upper().split("_")[1:2]  # may be the name of an account that the file does not have
     near = difflib.get_close_matches(name.upper(), list(_names(Config, tree, new)), n=1, cutoff=0.75)
     if near:
         return f"did you mean {PREFIX}{near[0]}?"
-    return f"a name is {PREFIX} and the key in upper case, such as {PREFIX}LIMITS_MAX_WAIT for limits.max_wait"
+    return f"names are {PREFIX} and the key in upper case, such as {PREFIX}LIMITS_MAX_WAIT for limits.max_wait"
 
 
 def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
-    """Yield the names of all settings below a value of type `kind`, of its groups too; `new` are names to try."""
+    """Yield the names of all settings and groups below a type; `new` are further user-chosen names to try."""
     keys: Iterable[str | int]
     if is_list(kind):
         keys = (0,) if is_mapping(kind_below(kind, 0)) else ()
@@ -142,11 +143,11 @@ def _names(kind: Any, tree: Any, new: list[str]) -> Iterator[str]:
         yield from (f"{_upper(key)}_{below}" for below in _names(kind_below(kind, key), _at(tree, key), new))
 
 
-# Names that users of other libraries already have.
+# Variables of other libraries.
 
 
 def library_variables(environ: Mapping[str, str], tree: Tree) -> tuple[list[Found], list[Problem]]:
-    """Return the application and the accounts that well-known variables describe, where `tree` has none."""
+    """Return the application and the accounts of well-known variables, where `tree` has none."""
     tracing, wrong = _tracing(environ)
     found = [*_forward_proxy(environ, tree), *tracing, *_applications(environ, tree)]
     if tree.get("accounts"):
@@ -155,13 +156,13 @@ def library_variables(environ: Mapping[str, str], tree: Tree) -> tuple[list[Foun
     return found + accounts, wrong + problems
 
 
-# OpenTelemetry's own variables; where some other is set, its SDK reads that itself.
+# OpenTelemetry's variables for the settings of `tracing`; the SDK reads all others itself.
 _OTLP = ("OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_")
-_SAMPLERS = {"always_on": "1", "always_off": "0", "traceidratio": None}  # None: the share is in the argument
+_SAMPLERS = {"always_on": "1", "always_off": "0", "traceidratio": None}  # None: the ratio is in OTEL_TRACES_SAMPLER_ARG
 
 
 def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
-    """Return where OpenTelemetry's variables send traces; unlike other names, they count before the file."""
+    """Return the tracing settings of OpenTelemetry's variables; unlike other libraries' they override the file."""
     off = next((name for name, value in _OFF.items() if environ.get(name, "").lower() == value), None)
     if off is not None:
         return [(("tracing", "endpoint"), None, off)], []
@@ -172,7 +173,9 @@ def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
             found.append((("tracing", "endpoint"), endpoint.rstrip("/") + path, f"{prefix}ENDPOINT"))
     protocol = _first_set(environ, tuple(f"{prefix}PROTOCOL" for prefix in _OTLP))
     if found and protocol and protocol[0] != "http/protobuf":
-        problems.append(Problem(protocol[1], "must be http/protobuf: nothing else is spoken here", "environment"))
+        problems.append(
+            Problem(protocol[1], "must be http/protobuf: other OTLP protocols are not supported", "environment")
+        )
     if hit := _first_set(environ, tuple(f"{prefix}HEADERS" for prefix in _OTLP)):
         found.append((("tracing", "headers"), *hit))
     if name := environ.get("OTEL_SERVICE_NAME"):
@@ -184,7 +187,9 @@ def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
     elif sampler:
         known = ", ".join(_SAMPLERS)
         problems.append(
-            Problem("OTEL_TRACES_SAMPLER", f"must be one of {known}, with parentbased_ or not", "environment")
+            Problem(
+                "OTEL_TRACES_SAMPLER", f"must be one of {known}, optionally with the prefix parentbased_", "environment"
+            )
         )
     return found, problems
 
@@ -193,7 +198,7 @@ _OFF = {"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "none"}
 
 
 def _forward_proxy(environ: Mapping[str, str], tree: Tree) -> list[Found]:
-    """Return the forward proxy that everything else on the machine uses; what speaks HTTPS takes HTTPS_PROXY alone."""
+    """Return the forward proxy of HTTPS_PROXY and NO_PROXY; HTTP_PROXY is ignored, as Amazon is reached by HTTPS."""
     pool = tree.get("pool")
     pool = {} if pool is None else pool
     if not isinstance(pool, dict) or "proxy" in pool:
@@ -210,7 +215,7 @@ def _forward_proxy(environ: Mapping[str, str], tree: Tree) -> list[Found]:
 
 
 def _applications(environ: Mapping[str, str], tree: Tree) -> list[Found]:
-    """Return id and secret for the one application that lacks them (`main` where there is none)."""
+    """Return client id and secret for the only application, if it lacks them (`main` where none is configured)."""
     applications = tree.get("applications") or {}
     if not isinstance(applications, dict) or len(applications) > 1:
         return []
@@ -244,29 +249,29 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
             region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN + suffix)
             found += _suffixed_account(environ, suffix, region_name, variable=_REFRESH_TOKEN + suffix)
     if has_default and any(path[0] == "applications" for path, _, _ in found):
-        # Accounts with applications of their own stand beside the one without a suffix.
+        # With several applications, the account without a suffix must name its own.
         found.append((("accounts", "default", "application"), "main", _REFRESH_TOKEN))
     return found, problems
 
 
 def suggest_variable(wanted: Iterable[str], environ: Mapping[str, str]) -> str:
-    """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` where a name is close to one of those; no value."""
+    """Return `; LWA_APPID is set: did you mean LWA_APP_ID?` for a set variable that is similar to a wanted one."""
     names = list(wanted)
     for variable in sorted(environ):
-        near = next((name for name in names if _is_near(variable, name)), None)
+        near = next((name for name in names if _is_similar(variable, name)), None)
         if near is not None and variable not in names:
             return f"; {variable} is set: did you mean {near}?"
     return ""
 
 
 def suggest_replacement(name: str, environ: Mapping[str, str]) -> str:
-    """Return `; did you mean LWA_APP_ID?` where such a variable is set, and `name` is close to it."""
-    near = next((variable for variable in sorted(environ) if environ[variable] and _is_near(name, variable)), None)
+    """Return `; did you mean LWA_APP_ID?` for a set variable that is similar to `name`."""
+    near = next((variable for variable in sorted(environ) if environ[variable] and _is_similar(name, variable)), None)
     return f"; did you mean {near}?" if near is not None else ""
 
 
-def _is_near(one: str, other: str) -> bool:
-    """Return whether a name may be the other one misspelt, and not that of another region or account."""
+def _is_similar(one: str, other: str) -> bool:
+    """Return whether one name may be a misspelling of the other, and not that of another region or account."""
     if one.replace("_", "") == other.replace("_", ""):
         return True
     words, others = one.split("_"), other.split("_")
@@ -283,7 +288,7 @@ ACCOUNT_NAMES = (_REFRESH_TOKEN, *(f"{_REFRESH_TOKEN}_{region.upper()}" for regi
 
 
 def _account_suffixes(environ: Mapping[str, str]) -> list[str]:
-    """Return `_ACME` for SP_API_REFRESH_TOKEN_ACME: python-amazon-sp-api puts the account there."""
+    """Return `_ACME` for SP_API_REFRESH_TOKEN_ACME: in python-amazon-sp-api, the suffix names the account."""
     reserved = {f"_{region.upper()}" for region in REGIONS}
     suffixes = {
         name.removeprefix(_REFRESH_TOKEN).removesuffix("_FILE")
@@ -315,6 +320,6 @@ def _region(environ: Mapping[str, str], problems: list[Problem], needed_by: str)
         return _REGION_NAMES[text]
     state = "is not set" if not text else "must be na, eu or fe"
     problems.append(
-        Problem("SP_API_REGION", f"{state}: a refresh token is for one region, say which ({needed_by})", "environment")
+        Problem("SP_API_REGION", f"{state}: {needed_by} is valid in one region only, so name it here", "environment")
     )
     return None

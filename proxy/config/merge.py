@@ -1,5 +1,6 @@
-"""How are settings of several sources put into one tree, and where did each of them stand?"""
+"""The merged settings of all sources, with the origin of each value."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,24 @@ from proxy.config.yaml_reader import KeyPath, Problem, Tree, format_path
 
 @dataclass(slots=True)
 class MergedSettings:
-    """The merged settings before they are checked; `name` is that of the file, if there is one."""
+    """The merged settings before validation; `name` is the path of the file, if any."""
 
     name: str = ""
     tree: Tree = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     insecure_files: list[Problem] = field(default_factory=list)  # files with secrets that other users can read
-    warnings: list[Problem] = field(default_factory=list)  # what works, but perhaps should not be so
+    warnings: list[Problem] = field(default_factory=list)  # about settings that are valid but unwise
     files: list[Path] = field(default_factory=list)
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
-        """Set one value, making what is above it and forgetting what was below it."""
-        self.place(path, value, origin)
+        """Set one value and its origin; create the groups above it and forget the origins below it."""
+        self.set_value(path, value, origin)
         self.origins = {known: text for known, text in self.origins.items() if known[: len(path)] != path}
         self._record_origin(path, value, origin)
 
-    def place(self, path: KeyPath, value: Any, origin: str) -> None:
-        """Set one value, making what is above it; what lies within it has its origins already."""
+    def set_value(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Set one value and create the groups above it; the origins of the values within it stay."""
         here: Any = self.tree
         for depth, part in enumerate(path[:-1], start=1):
             kind = list if isinstance(path[depth], int) else dict
@@ -47,13 +48,13 @@ class MergedSettings:
             self._record_origin((*path, key), inner, origin)
 
     def location_of(self, path: KeyPath) -> str:
-        """Return the place of the nearest key above `path` that was written somewhere; the file where none was."""
+        """Return the origin of `path` or of the nearest group above it that has one, else the file's name."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, self.name)
 
     def list_listeners(self) -> None:
-        """Write `listen` as a list of mappings, whichever of its shorter forms it has, so that each key has a place."""
+        """Normalise `listen` to a list of mappings, so that each key has a path and an origin."""
         listen = self.tree.get("listen")
         if isinstance(listen, str | dict):
             origins = {path: origin for path, origin in self.origins.items() if path[:1] == ("listen",)}
@@ -67,31 +68,31 @@ class MergedSettings:
         self.tree["listen"] = [{"address": one} if isinstance(one, str) else one for one in listen]
 
     def ensure_listener(self) -> None:
-        """See to it that there is a listener to change: the one that there is where nothing is said of any."""
+        """Add the default listener where none is configured, so that a single key of it can be set."""
         self.list_listeners()
         if self.tree.get("listen") is None:
             self.tree["listen"] = [{"address": str(one.address)} for one in Config.model_fields["listen"].default]
 
     def check_index(self, path: KeyPath, origin: str) -> Problem | None:
-        """Return what is wrong with the number of an item, where there is none, or it would leave others out."""
+        """Return a problem for an index that is missing, or beyond the end of its list, None otherwise."""
         here: Any = self.tree
         for depth, part in enumerate(path):
             count = len(here) if isinstance(here, list) else 0
             if isinstance(part, int) and part > count:
                 last = f"the last one is {format_path((*path[:depth], count - 1))}, " if count else ""
-                message = f"cannot be set: {last}the next one {format_path((*path[:depth], count))}"
+                message = f"cannot be set: {last}the next one is {format_path((*path[:depth], count))}"
                 return Problem(format_path(path[: depth + 1]), message, origin)
             if isinstance(part, str) and isinstance(here, list) and is_list(kind_at(path[:depth])):
                 number = format_path((*path[:depth], 0, *path[depth:]))
                 return Problem(
-                    format_path(path), f"cannot be set: it is a list, so say which of it, as {number}", origin
+                    format_path(path), f"cannot be set: it is a list, so name the item, such as {number}", origin
                 )
             here = _item(here, part)
         return None
 
 
 def _item(here: Any, part: str | int) -> Any:
-    """Return what is at `part` of a list or a mapping; None where there is nothing."""
+    """Return the item of a list or a mapping, None where there is none."""
     if isinstance(here, dict):
         return here.get(part)
     return here[part] if isinstance(here, list) and isinstance(part, int) and part < len(here) else None
@@ -102,3 +103,21 @@ def _set_item(here: Any, part: str | int, value: Any) -> None:
         here.append(value)
     else:
         here[part] = value
+
+
+def mapping_at(tree: Tree, key: str) -> dict[str, Any]:
+    """Return the mapping at a top-level key, an empty one where there is anything else."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def listeners_in(tree: Tree) -> Iterator[dict[str, Any]]:
+    """Yield the raw settings of each listener."""
+    listen = tree.get("listen")
+    for listener in listen if isinstance(listen, list) else [listen]:
+        yield listener if isinstance(listener, dict) else {"address": listener}
+
+
+def is_true(value: object) -> bool:
+    """Return whether pydantic reads a raw value as true."""
+    return str(value).lower() in {"true", "t", "yes", "y", "on", "1"}

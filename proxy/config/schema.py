@@ -1,16 +1,21 @@
-"""What does the configuration look like to an editor: its JSON Schema, with the forms that every value can take?"""
+"""The JSON Schema of a configuration file, for editors; includes the short forms and `{file: …}` and `${NAME}`."""
 
 from typing import Any
 
-from proxy.config.model import MIN_STORE_KEY, Config, Policy, Settings, default_as_written
+from proxy.config.model import Config, Policy, Settings, default_as_written
+from proxy.config.types import MIN_STORE_KEY
 
 _FROM_FILE = {
     "type": "object",
-    "properties": {"file": {"type": "string", "description": "The value is this file's text."}},
+    "properties": {"file": {"type": "string", "description": "The value is the content of this file."}},
     "required": ["file"],
     "additionalProperties": False,
 }
-_FROM_ENVIRONMENT = {"type": "string", "pattern": r"\$\{[^}]+\}", "description": "The value is in the environment."}
+_FROM_ENVIRONMENT = {
+    "type": "string",
+    "pattern": r"\$\{[^}]+\}",
+    "description": "The value is that of an environment variable.",
+}
 
 
 def json_schema() -> dict[str, Any]:
@@ -21,9 +26,9 @@ def json_schema() -> dict[str, Any]:
     for kind in kinds:
         _write_defaults(kind, (schema if kind is Config else definitions.get(kind.__name__, {})).get("properties", {}))
     for group in (schema, *definitions.values()):
-        group["properties"] = {name: _open(value) for name, value in group["properties"].items()}
+        group["properties"] = {name: _with_references(value) for name, value in group["properties"].items()}
     for name, field in Config.model_fields.items():
-        # Left out by pydantic where it is the words of the group itself.
+        # pydantic omits a description that equals the docstring of the group.
         schema["properties"][name]["description"] = field.description
     one: dict[str, Any] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Listener"}]}
     schema["properties"]["listen"] = {
@@ -41,7 +46,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _write_defaults(kind: type[Settings], properties: dict[str, Any]) -> None:
-    """Have defaults as they are written in a file, where the Config holds them in another form."""
+    """Write defaults as in a file (`10s`), where the Config holds another form (10.0)."""
     for name, setting in properties.items():
         if isinstance(default := default_as_written(kind.model_fields[name]), int | float | str):
             setting["default"] = default
@@ -51,8 +56,8 @@ def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in schema.items() if name != key}
 
 
-def _open(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a value, allowing `{file: …}` and `${NAME}` wherever a single value stands."""
+def _with_references(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value, allowing `{file: …}` and `${NAME}` for every single value."""
     if patterns := value.get("patternProperties"):
         ((pattern, kind),) = patterns.items()
         return {
@@ -62,7 +67,7 @@ def _open(value: dict[str, Any]) -> dict[str, Any]:
         }
     extra = value.get("additionalProperties")
     if isinstance(extra, dict) and "$ref" not in extra:
-        return {**value, "additionalProperties": _open(extra)}
+        return {**value, "additionalProperties": _with_references(extra)}
     if "$ref" in value or value.get("type") in ("array", "object"):
         return value
     described: dict[str, Any] = {str(key): value[key] for key in ("description", "default") if key in value}

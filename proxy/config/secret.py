@@ -1,4 +1,4 @@
-"""How does a secret live in the process without ever being printed?"""
+"""A secret that no log line, error, `repr` or dump can print."""
 
 import hmac
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class SourcedStr(str):
-    """A text that remembers where it came from, in words: `source`.
+    """A string with a description of where it came from, `source`.
 
-    `reread` returns what stands there now, None where nothing usable.
+    `reread` returns the current value of that source, None where there is no usable one.
     """
 
     __slots__ = ("reread", "source")
@@ -27,9 +27,9 @@ class SourcedStr(str):
 
 
 class Secret:
-    """A text whose `repr`, `str` and serialised forms are `***`; `reveal()` is the only way to it.
+    """A string whose `repr`, `str` and serialised forms are `***`; only `reveal()` returns it.
 
-    `source` names the file or the variable that it came from, where it did not stand in the configuration itself.
+    `source` names the file or the variable that it came from, empty for one that the configuration file holds itself.
     """
 
     __slots__ = ("_reread", "_text", "source")
@@ -40,15 +40,15 @@ class Secret:
         self.source = source
 
     def refreshed(self) -> "Secret":
-        """Return the secret as its file or variable holds it now; this one where that is gone, or empty.
+        """Return the secret with the current value of its file or variable; itself where that is missing or empty.
 
-        So a secret that is rotated under way is used from the next exchange on.
+        A rotated secret is therefore used from the next token request on, without a reload.
         """
         text = self._reread() if self._reread is not None else None
         return Secret(text, self._reread, self.source) if text and text != self._text else self
 
     def reveal(self) -> str:
-        """Return the text itself, for the one place that sends it."""
+        """Return the secret itself, for the code that sends it."""
         return self._text
 
     def __repr__(self) -> str:
@@ -66,7 +66,7 @@ class Secret:
         return hash(self._text)
 
     def __reduce__(self) -> Any:
-        # A pickle, or a deep copy that goes through one, would hold the text in the clear.
+        # A pickle would hold the secret unencrypted, and `copy.deepcopy` falls back to this method.
         raise TypeError("a Secret is not pickled")
 
     def __copy__(self) -> "Secret":
@@ -89,8 +89,8 @@ class Secret:
             if isinstance(value, SourcedStr):
                 return cls(value.strip(), value.reread, value.source)
             return cls(value.strip())
-        # Never the value itself: this text is printed.
-        raise PydanticCustomError("secret", "must be a text that is not empty")
+        # The message is printed: it must not hold the value.
+        raise PydanticCustomError("secret", "must be a text and not empty")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

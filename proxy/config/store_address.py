@@ -1,4 +1,4 @@
-"""Where is the store that replicas share, and how is it reached? One setting, in the form that Redis users know."""
+"""The address of the token store: `memory`, or a Redis URL in the usual form."""
 
 from dataclasses import dataclass, replace
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -12,14 +12,14 @@ DEFAULT_PORT = 6379
 MAX_DATABASES = 10_000
 
 
-def _wrong(message: str) -> PydanticCustomError:
-    # Never the value: it may hold a password.
+def _error(message: str) -> PydanticCustomError:
+    # The message must not quote the value, which may hold a password.
     return PydanticCustomError("setting", message)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreAddress:
-    """This process alone (`memory`), or a Redis server: by `host` and `port`, or by the `path` of its socket."""
+    """`memory`, or a Redis server by `host` and `port` or by the `path` of its Unix socket."""
 
     kind: str = "memory"  # memory, redis, rediss or unix
     host: str = ""
@@ -28,26 +28,26 @@ class StoreAddress:
     user: str | None = None
     password: Secret | None = None
     db: int = 0
-    ca_certs: str | None = None  # a PEM file, trusted instead of the system's certificates
+    ca_certs: str | None = None  # a PEM file that replaces the system's CA certificates
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes see what is kept there."""
+        """Whether other processes share the store."""
         return self.kind != "memory"
 
     def __str__(self) -> str:
         if not self.is_shared:
             return self.kind
-        who = self.user or ""
-        who = f"{who}:***@" if self.password is not None else f"{who}@" if who else ""
+        userinfo = self.user or ""
+        userinfo = f"{userinfo}:***@" if self.password is not None else f"{userinfo}@" if userinfo else ""
         if self.kind == "unix":
-            return f"unix://{who}{self.path}?db={self.db}"
+            return f"unix://{userinfo}{self.path}?db={self.db}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.kind}://{who}{host}:{self.port}/{self.db}"
+        return f"{self.kind}://{userinfo}{host}:{self.port}/{self.db}"
 
 
 def parse_store(value: object) -> StoreAddress:
-    """Return the StoreAddress of one of FORMS; raise a validation error that quotes nothing of it."""
+    """Return the StoreAddress of one of FORMS; raise a validation error that does not quote it."""
     if isinstance(value, StoreAddress):
         return value
     text = value.strip() if isinstance(value, str) else ""
@@ -55,11 +55,11 @@ def parse_store(value: object) -> StoreAddress:
         return StoreAddress()
     scheme, mark, _ = text.partition("://")
     if scheme.endswith(("sentinel", "cluster")):
-        raise _wrong(
+        raise _error(
             "cannot be Sentinel or Cluster: give the address of one server, or of the service that follows the primary"
         )
     if not mark or scheme not in {"redis", "rediss", "unix"} or not text.isprintable() or " " in text or "#" in text:
-        raise _wrong(f"must be {FORMS}")
+        raise _error(f"must be {FORMS}")
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
@@ -67,7 +67,7 @@ def parse_store(value: object) -> StoreAddress:
     except PydanticCustomError:
         raise
     except ValueError:
-        raise _wrong(f"must be {FORMS}") from None
+        raise _error(f"must be {FORMS}") from None
 
 
 def _parsed(parts: SplitResult, host: str, port: int | None, options: dict[str, str]) -> StoreAddress:
@@ -75,20 +75,20 @@ def _parsed(parts: SplitResult, host: str, port: int | None, options: dict[str, 
     password = Secret(unquote(parts.password)) if parts.password else None
     if parts.scheme == "unix":
         if host or port or len(parts.path) < 2:
-            raise _wrong("a Unix socket needs an absolute path: unix:///run/redis.sock?db=0")
+            raise _error("a Unix socket needs an absolute path: unix:///run/redis.sock?db=0")
         found = StoreAddress("unix", path=unquote(parts.path), user=user, password=password)
         return replace(found, db=_database(options.pop("db", "0"), options))
     if not host or port == 0:
-        raise _wrong("needs a host: redis://host:6379/0")
+        raise _error("needs a host: redis://host:6379/0")
     ca_certs = options.pop("ssl_ca_certs", None) if parts.scheme == "rediss" else None
     db = _database(parts.path.removeprefix("/") or "0", options)
     return StoreAddress(parts.scheme, host, port or DEFAULT_PORT, "", user, password, db, ca_certs)
 
 
 def _database(text: str, options: dict[str, str]) -> int:
-    """Return the number of a database; nothing may be left of the options."""
+    """Return the number of a database; raise where an option is left."""
     if options:
-        raise _wrong("has options that are not known: only db with unix://, and ssl_ca_certs with rediss://")
+        raise _error("has unknown options; known: db with unix://, ssl_ca_certs with rediss://")
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < MAX_DATABASES):
-        raise _wrong("needs the number of a database: redis://host:6379/0")
+        raise _error("needs the number of a database: redis://host:6379/0")
     return int(text)

@@ -1,6 +1,6 @@
-"""What does a text stand for that the environment or `--set` gives for one setting?
+"""Values of single settings as strings, from the environment or `--set`.
 
-Both mean the same by it: a list or a mapping where the setting is one, in YAML's flow form, else the text as it is.
+Both use one syntax: YAML's flow form for a setting that is a list or a mapping, the plain string for all others.
 """
 
 import re
@@ -13,12 +13,12 @@ FORMS = "a list is [a, b], a mapping {key: value}"
 
 _PART = re.compile(r"(.*?)((?:\[\d{1,4}\])*)", re.ASCII | re.DOTALL)
 _FILE = re.compile(r"\{ *file *:")
-# An IPv6 address begins like a list.
+# `[::1]:8080` starts with a bracket, as a list does.
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\]:\d", re.ASCII)
 
 
 def kind_below(kind: Any, part: str | int) -> Any:
-    """Return the type of the value at `part` of a value of type `kind`; None where there is none."""
+    """Return the type of the item at `part` of a value of type `kind`, None where there is no such item."""
     if get_origin(kind) in {dict, tuple}:
         return get_args(kind)[0 if get_origin(kind) is tuple else 1]
     settings = settings_in(kind)
@@ -27,7 +27,7 @@ def kind_below(kind: Any, part: str | int) -> Any:
 
 
 def unwrapped(kind: Any) -> Any:
-    """Return `tuple[str, ...]` for `tuple[str, ...] | None`: what a value is where there is one."""
+    """Return `tuple[str, ...]` for `tuple[str, ...] | None`."""
     return next((one for one in get_args(kind) if get_origin(one) in {dict, tuple}), kind)
 
 
@@ -45,7 +45,7 @@ def is_list(kind: Any) -> bool:
 
 
 def is_mapping(kind: Any) -> bool:
-    """Return whether a setting of this type is written as a mapping: of names of the user's, or of settings."""
+    """Return whether a setting of this type is written as a mapping, of user-chosen names or of settings."""
     return get_origin(kind) is dict or settings_in(kind) is not None
 
 
@@ -55,7 +55,10 @@ def is_user_keyed(kind: Any) -> bool:
 
 
 def key_path(text: str, tree: Tree) -> KeyPath:
-    """Return the path of a key as people write it, `listen[0].account`; `tree` tells which names with a dot exist."""
+    """Return the path of a key such as `listen[0].account`.
+
+    Names may contain dots: the longest name that exists in `tree` is used.
+    """
     parts = text.split(".")
     path: list[str | int] = []
     kind: Any = Config
@@ -84,16 +87,16 @@ def _at(value: Any, part: str | int) -> Any:
 
 
 def parse(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
-    """Return the value that `text` means at a key path, and what is wrong with it.
+    """Return the value of `text` for the setting at a key path, and the problems with it.
 
-    Where the setting is a list: `[a, b]`, or `a,b`. Where it is a mapping: `{key: value}`. `null` is no value, and
-    `{file: PATH}` the text of a file, which is not read here. Everything else is the text itself, without quotes.
+    A list is `[a, b]` or `a,b`, a mapping `{key: value}`, `null` no value. `{file: PATH}` is returned as it is; the
+    caller reads the file. Everything else is the string itself, without quotes.
     """
     if text == "null":
         return None, []
     kind = kind_at(path)
-    begins = text.lstrip()[:1]
-    is_structured = (is_list(kind) and begins in {"[", "{"}) or (is_mapping(kind) and begins == "{")
+    first = text.lstrip()[:1]
+    is_structured = (is_list(kind) and first in {"[", "{"}) or (is_mapping(kind) and first == "{")
     if _FILE.match(text.lstrip()) or (is_structured and not (is_list(kind) and _IPV6.match(text.lstrip()))):
         return _flow(path, text, origin)
     if is_list(kind):
@@ -111,7 +114,7 @@ def _flow(path: KeyPath, text: str, origin: str) -> tuple[Any, list[Problem]]:
 
 
 def _without_line(message: str) -> str:
-    """Return what is wrong with a file's text as it is said of a single value, which has no lines and no `${NAME}`."""
+    """Return a message of the YAML reader without its line number and its advice about `${NAME}`."""
     if "YAML" in message:
         return f"{message.partition(';')[0]}; {FORMS}"
     return message.partition(" (first on line ")[0]

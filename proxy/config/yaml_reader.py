@@ -1,8 +1,8 @@
-"""What does a YAML text say, key by key, and on which line does it say so?
+"""A YAML reader that records the line of every key.
 
-PyYAML's own loaders expand aliases without bound, take the last of two equal keys and turn `2.10` into `2.1`. Here
-the parser's events become plain values directly: every scalar stays the text that was written (the settings' types
-decide what it means), aliases and tags are refused, and size and depth are bounded.
+PyYAML's own loaders expand aliases without limit ("billion laughs"), keep the last of two equal keys and turn `2.10`
+into `2.1`. This reader builds plain values from the parser's events: every scalar stays the string that was written
+(the settings' types interpret it), aliases and tags are rejected, and size and depth are limited.
 """
 
 import re
@@ -15,11 +15,11 @@ import yaml
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 12
 
-# libyaml's parser is some ten times faster: it matters with thousands of accounts.
+# libyaml's parser is about ten times faster, which matters with thousands of accounts.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-MAX_NAME = 64  # characters; what is longer names nothing here
-# How refresh tokens, access tokens and client secrets begin.
+MAX_NAME = 64  # characters: the maximum of names of accounts, applications and callers
+# The prefixes of refresh tokens, access tokens and client secrets.
 _SECRET = re.compile(r"(?:Atz[ra]\||amzn1\.oa2-cs\b).*", re.IGNORECASE | re.DOTALL)
 
 KeyPath = tuple[str | int, ...]
@@ -28,7 +28,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: the full key, what is wrong with it, and where it was written (or nothing)."""
+    """One problem: the full key, the message, and the location (file and line, flag or variable; may be empty)."""
 
     key: str
     message: str
@@ -39,26 +39,26 @@ class Problem:
 
 
 def redact_name(name: str) -> str:
-    """Return a name of the user's as it may be printed: `***` for what is probably a secret in the wrong place."""
+    """Return a user-chosen name, or `***` for one that is probably a secret in the wrong place."""
     return "***" if len(name) > MAX_NAME or _SECRET.search(name) else name
 
 
 def without_secret(text: str) -> str:
-    """Return a text with `***` for all that follows where a token or a client secret begins."""
+    """Return a text with everything from the start of a token or a client secret replaced by `***`."""
     return _SECRET.sub("***", text)
 
 
 def format_path(path: KeyPath) -> str:
-    """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys; no secret is shown."""
+    """Return `accounts.acme.refresh_tokens.eu` or `listen[0].address` for a path of keys, secrets as `***`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{redact_name(part)}" if text else redact_name(part)
-    return without_secret(text)  # one with dots may be several parts
+    return without_secret(text)  # again: a secret with dots may be split over several parts
 
 
 @dataclass(slots=True)
 class Document:
-    """The values of one YAML text, where each was written, and what was wrong with the text."""
+    """The values of one YAML text, their locations, and the problems of the text."""
 
     name: str
     tree: Tree = field(default_factory=dict)
@@ -67,14 +67,14 @@ class Document:
 
 
 def read_yaml(text: str, name: str) -> Document:
-    """Return the Document of `text`; every mistake is in its `problems`, none is raised."""
+    """Return the Document of `text`; errors are in its `problems`, none is raised."""
     document = Document(name)
     if len(text) > MAX_BYTES:
         document.problems.append(Problem("", f"is larger than {MAX_BYTES // 1024 // 1024} MiB", name))
         return document
     try:
         events = yaml.parse(text, Loader=_LOADER)
-        next(events)  # the start of the stream
+        next(events)  # StreamStartEvent
         _read_document(document, events)
     except yaml.YAMLError as exc:
         document.problems.append(_syntax_problem(name, exc))
@@ -84,38 +84,38 @@ def read_yaml(text: str, name: str) -> Document:
 def _syntax_problem(name: str, exc: yaml.YAMLError) -> Problem:
     mark = getattr(exc, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
-    if isinstance(exc, _Refused):
+    if isinstance(exc, _Rejected):
         return Problem("", f"is not accepted: {exc.problem}", where)
     # The parser's full message quotes the line, which may hold a secret.
     found = str(getattr(exc, "problem", None) or getattr(exc, "reason", None) or "")
-    advice = next((words for part, words in _ADVICE.items() if part in found), _CONTEXT)
-    begun = getattr(exc, "context_mark", None)
-    if begun is not None and mark is not None and begun.line < mark.line and "not closed" in advice:
-        where = f"{name}:{begun.line + 1}"  # where it was opened, not where the text ends without it
+    advice = next((text for part, text in _ADVICE.items() if part in found), _GENERAL_ADVICE)
+    opened = getattr(exc, "context_mark", None)
+    if opened is not None and mark is not None and opened.line < mark.line and "not closed" in advice:
+        where = f"{name}:{opened.line + 1}"  # the line of the opening bracket, not the end of the text
     return Problem("", f"is not valid YAML: {advice}", where)
 
 
-_QUOTES = "what has a bracket, a brace, '#' or ', ' in it needs quotes there, as \"${NAME}\""
-# What is probably wrong, by what libyaml or PyYAML complains of; the first that fits.
+_QUOTES = "a value with brackets, braces, '#' or ', ' needs quotes, as \"${NAME}\""
+# The probable cause, by a part of the message of libyaml or PyYAML; the first match is used.
 _ADVICE = {
     "cannot start any token": "a value cannot begin with a tab, @, ` or %: put it in quotes, and indent with spaces",
-    "tab character": "a tab indents nothing: use spaces",
-    "mapping values are not allowed": "a colon where none can be: put a text with ': ' in it in quotes, or look at the "
+    "tab character": "a tab cannot indent: use spaces",
+    "mapping values are not allowed": "a colon is not allowed here: quote a value that has ': ' in it, or check the "
     "indentation",
-    "sequence entries are not allowed": "a list item where none can be: look at the indentation of its '-'",
+    "sequence entries are not allowed": "a list item is not allowed here: check the indentation of its '-'",
     "expected ':'": "a key without a colon: write KEY: VALUE, with a space after the colon",
-    "',' or ']'": f"a list [ … ] that is not closed or lacks a comma; {_QUOTES}",
-    "',' or '}'": f"a mapping {{ … }} that is not closed or lacks a comma; {_QUOTES}",
-    "expected key": "the indentation does not fit the lines above: keys of one group begin in the same column",
-    "expected '-' indicator": "the indentation does not fit the lines above: its items begin in the same column",
-    "<block end>": "the indentation does not fit the lines above: what is of one group begins in the same column",
-    "unexpected end of stream": "a quote that is not closed",
-    "document indicator": "a quote or a bracket that is not closed",
-    "escape": "a backslash that means nothing within double quotes: use single quotes",
-    "hexdecimal": "a backslash that means nothing within double quotes: use single quotes",
+    "',' or ']'": f"a list [ … ] is not closed or lacks a comma; {_QUOTES}",
+    "',' or '}'": f"a mapping {{ … }} is not closed or lacks a comma; {_QUOTES}",
+    "expected key": "the indentation does not fit the lines above: keys of one group start in the same column",
+    "expected '-' indicator": "the indentation does not fit the lines above: list items start in the same column",
+    "<block end>": "the indentation does not fit the lines above: everything in one group starts in the same column",
+    "unexpected end of stream": "a quote is not closed",
+    "document indicator": "a quote or a bracket is not closed",
+    "escape": "an unknown backslash escape in double quotes: use single quotes",
+    "hexdecimal": "an unknown backslash escape in double quotes: use single quotes",
     "characters are not allowed": "a control character: the text may be damaged",
 }
-_CONTEXT = "look here and above for a quote, a bracket or a colon that is missing, and at the indentation"
+_GENERAL_ADVICE = "look here and above for a quote, a bracket or a colon that is missing, and check the indentation"
 
 
 def _read_document(document: Document, events: Iterator[Any]) -> None:
@@ -126,13 +126,13 @@ def _read_document(document: Document, events: Iterator[Any]) -> None:
         document.tree = value
     elif value is not None:
         document.problems.append(Problem("", "must be a mapping of settings", document.name))
-    next(events)  # the end of the document
+    next(events)  # DocumentEndEvent
     if not isinstance(next(events), yaml.StreamEndEvent):
         document.problems.append(Problem("", "must hold one YAML document, not several", document.name))
 
 
-class _Refused(yaml.YAMLError):
-    """A construct that is YAML and not accepted here."""
+class _Rejected(yaml.YAMLError):
+    """Valid YAML that this reader rejects."""
 
     def __init__(self, problem: str, mark: Any) -> None:
         super().__init__(problem)
@@ -141,27 +141,28 @@ class _Refused(yaml.YAMLError):
 
 
 class _Builder:
-    """Turns the events of one document into values, noting the line of each."""
+    """Builds values from the events of one document and records the line of each."""
 
     def __init__(self, document: Document, events: Iterator[Any]) -> None:
         self.document = document
         self.events = events
 
-    def place(self, event: Any) -> str:
+    def location(self, event: Any) -> str:
         return f"{self.document.name}:{event.start_mark.line + 1}"
 
     def value(self, path: KeyPath, event: Any) -> Any:
         if isinstance(event, yaml.AliasEvent):
-            raise _Refused("aliases (*name) are not accepted; write the value out", event.start_mark)
+            raise _Rejected("aliases (*name) are not accepted; write the value out", event.start_mark)
         if len(path) > MAX_DEPTH:
-            raise _Refused(f"more than {MAX_DEPTH} levels deep", event.start_mark)
+            raise _Rejected(f"more than {MAX_DEPTH} levels deep", event.start_mark)
         if event.tag is not None and event.tag != "!":
-            raise _Refused("tags (!name) are not accepted", event.start_mark)
-        self.document.origins[path] = self.place(event)
+            raise _Rejected("tags (!name) are not accepted", event.start_mark)
+        self.document.origins[path] = self.location(event)
         if isinstance(event, yaml.MappingStartEvent):
             return self.mapping(path)
         if isinstance(event, yaml.SequenceStartEvent):
             return self.sequence(path)
+        # Style: None from the Python parser, "" from libyaml's, for a scalar without quotes.
         is_null = event.style is None and event.value in {"", "~", "null"}
         is_plain_null = event.style == "" and event.value in {"", "~", "null"}
         return None if is_null or is_plain_null else event.value
@@ -170,10 +171,10 @@ class _Builder:
         found: dict[str, Any] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                raise _Refused("a key must be a plain text", event.start_mark)
+                raise _Rejected("a key must be a plain string", event.start_mark)
             key, here = event.value, (*path, event.value)
             if key in found:
-                where = self.place(event)
+                where = self.location(event)
                 first = self.document.origins[here].rpartition(":")[2]
                 self.document.problems.append(
                     Problem(format_path(here), f"is given twice (first on line {first})", where)
@@ -181,7 +182,7 @@ class _Builder:
                 self.value((*path, f"{key} (again)"), next(self.events))
                 continue
             found[key] = self.value(here, next(self.events))
-            self.document.origins[here] = self.place(event)
+            self.document.origins[here] = self.location(event)
         return found
 
     def sequence(self, path: KeyPath) -> list[Any]:

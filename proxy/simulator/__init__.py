@@ -1,10 +1,10 @@
-"""A local Selling Partner API and Login with Amazon, for tests and for trying things out.
+"""A local Selling Partner API and Login with Amazon, for tests and for first steps.
 
-It imports nothing from the rest of the package: a mistake of the proxy's must not be able to agree with itself.
+It imports no other package of the proxy and shares no code with it: a bug must not be able to agree with itself.
 
     async with Simulator(Settings(token_lifetime=60)) as simulator:
         simulator.endpoints  # {"na": "http://127.0.0.1:…", "eu": …, "fe": …, "lwa": …, "control": …}
-        simulator.journal    # what came in, the newest last
+        simulator.journal    # the received requests, the newest last
 """
 
 from proxy.simulator.cli import main

@@ -1,4 +1,4 @@
-"""What does Amazon answer when no model says? Something plain and plausible, about people who do not exist."""
+"""Plausible responses for operations without a model, about fictitious people."""
 
 import re
 from collections.abc import Mapping

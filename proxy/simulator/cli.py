@@ -1,4 +1,4 @@
-"""How is the simulator run from the command line?"""
+"""The command `sp-api-proxy simulate`."""
 
 import argparse
 import asyncio
@@ -17,7 +17,7 @@ from proxy.simulator.state import DEMO_APPLICATION, DEMO_CLIENT, DEMO_SECRET, RE
 LAST_PORT = 65535
 
 _EPILOG = f"""\
-It starts with one application and one seller, both made up:
+It starts with one fictitious application and seller:
   client id      {DEMO_CLIENT}
   client secret  {DEMO_SECRET}
   application id {DEMO_APPLICATION} (a draft, for authorize)
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    listening = parser.add_argument_group("where it listens")
+    listening = parser.add_argument_group("listeners")
     listening.add_argument(
         "--host",
         type=_loopback,
@@ -80,18 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     listening.add_argument("--tls-key", type=Path, metavar="FILE", help="a PEM file: the certificate's private key")
     listening.add_argument("--json", action="store_true", help="print the addresses as one line of JSON")
-    acting = parser.add_argument_group("how it acts")
+    acting = parser.add_argument_group("behaviour")
     acting.add_argument(
-        "--models", type=_folder, metavar="DIR", help="a folder of Amazon's models: answer with the examples in them"
+        "--models", type=_folder, metavar="DIR", help="a folder of Amazon's models: respond with their examples"
     )
     acting.add_argument(
         "--token-lifetime",
         type=_seconds,
         default=3600.0,
         metavar="SECONDS",
-        help="how long new tokens live (3600, as Amazon's)",
+        help="lifetime of new tokens (3600, as Amazon's)",
     )
-    acting.add_argument("--enforce-plans", action="store_true", help="answer 429 where a usage plan is used up")
+    acting.add_argument("--enforce-plans", action="store_true", help="respond with 429 when a usage plan is exhausted")
     acting.add_argument(
         "--plan",
         type=_plan,
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RATE:BURST",
         help="calls per second, and calls at once, where no plan is known (5:10)",
     )
-    knowing = parser.add_argument_group("whom it knows, besides the made-up ones")
+    knowing = parser.add_argument_group("clients and sellers, in addition to the fictitious ones")
     knowing.add_argument(
         "--client",
         type=_client,
@@ -197,20 +197,20 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 async def _run(settings: Settings, *, as_json: bool) -> int:
-    told = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, stop.set)
     async with Simulator(settings) as simulator:
         sys.stdout.write(json.dumps(simulator.endpoints) + "\n" if as_json else _for_people(simulator.endpoints))
         sys.stdout.flush()
-        await told.wait()
+        await stop.wait()
     return 0
 
 
 def _for_people(endpoints: dict[str, str]) -> str:
     lines = [
-        "# The simulator listens. A configuration for the proxy:",
+        "# The simulator is running. A configuration for the proxy:",
         "",
         "endpoints:",
         *(f"  {name}: {endpoints[name]}" for name in (*REGIONS, "lwa", "documents")),
@@ -220,7 +220,7 @@ def _for_people(endpoints: dict[str, str]) -> str:
         "  demo:",
         f"    refresh_tokens: {{{', '.join(f'{region}: Atzr|demo-{region}' for region in REGIONS)}}}",
         "",
-        f"# Control: {endpoints['control']}/state. Ctrl-C ends it.",
+        f"# Control: {endpoints['control']}/state. Ctrl-C stops it.",
         "",
     ]
     return "\n".join(lines)

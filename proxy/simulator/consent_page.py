@@ -1,7 +1,7 @@
-"""How does a selling partner authorise an application (DOC "Website Authorization Workflow")?
+"""The consent page of a selling partner (DOC "Website Authorization Workflow").
 
-Amazon's consent page lies at Seller Central; here it lies at each region's own port, as authorisations are regional.
-Nobody signs in: the seller who consents is always the made-up one.
+Amazon's consent page is on Seller Central; here it is on the port of each region, because authorisations are regional.
+There is no sign-in: the selling partner is always the fictitious one.
 """
 
 import secrets

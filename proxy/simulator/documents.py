@@ -1,7 +1,7 @@
-"""Where do the simulator's documents lie, and who may get or put one? As in S3, whoever has its presigned URL.
+"""The simulator's document storage with presigned URLs, as in S3.
 
-They are below `/_documents` on the token host's port. A URL is good for one method, five minutes, and the content type
-that it was made for; credentials beside it are refused, as S3 refuses two ways to authenticate.
+Documents are below `/_documents` on the token host's port. A URL is valid for one method, five minutes, and the content
+type that it was created for; further credentials are rejected, as S3 rejects two authentication methods.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""How does Login with Amazon answer a token request (LWA "Access Tokens", DOC "Grantless Operations")?"""
+"""The token endpoint of Login with Amazon (LWA "Access Tokens", DOC "Grantless Operations")."""
 
 import hmac
 import json

@@ -1,4 +1,4 @@
-"""How does createRestrictedDataToken answer (model tokens_2021-03-01, DOC "Tokens API")?"""
+"""createRestrictedDataToken (model tokens_2021-03-01, DOC "Tokens API")."""
 
 import json
 from typing import Any

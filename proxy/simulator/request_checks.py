@@ -1,6 +1,6 @@
-"""May this request pass: is it well-formed, and is its token good for it?
+"""Validation of requests and their tokens.
 
-In the order in which Amazon looks: its front end (DOC "API request validation for 400 errors with HTML response"),
+In Amazon's order: its front end (DOC "API request validation for 400 errors with HTML response"),
 the headers, the token, and what the token is for (DOC "Resolve Common HTTP and Authorization Error Codes").
 """
 

@@ -1,4 +1,4 @@
-"""What is an answer before it goes over the wire?"""
+"""Responses, and the error responses that Amazon sends."""
 
 import json
 import secrets

@@ -1,4 +1,4 @@
-"""Which operations want another token than the seller's own (DOC "Tokens API", DOC "Grantless Operations")?"""
+"""Operations that need another token than the seller's access token (DOC "Tokens API", DOC "Grantless Operations")."""
 
 from dataclasses import dataclass
 

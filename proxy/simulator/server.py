@@ -1,6 +1,6 @@
-"""How do requests come in and answers go out: the token host, three regions and the control, each a listener.
+"""The simulator's listeners: the token host and three regions.
 
-The documents are on the token host's port too.
+The control API and the documents are on the token host's port.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Incoming:
 
 @dataclass(slots=True)
 class Outcome:
-    """The answer to a request, and what the journal says of it."""
+    """The response to a request, with its token and operation for the journal."""
 
     response: Response
     token: Issued | None = None
@@ -142,7 +142,8 @@ class Simulator:
             service = "documents"
         incoming = await _read(service, request)
         if service == "lwa" and incoming.path.startswith(control_api.PATH):
-            return await _send(request, control_api.respond(self, incoming.method, incoming.path, incoming.body))
+            command = (incoming.method, incoming.path, incoming.body)
+            return await _send(request, control_api.respond(self.state, self.plans, *command))
         fault = self.state.fault(service, incoming.method, incoming.path)
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
@@ -175,7 +176,7 @@ class Simulator:
         return Outcome(refused)
 
     def _call(self, incoming: Incoming, token: Issued) -> Outcome:
-        """Answer a call whose token is good: the headers, what the token is for, the plan, then the answer itself."""
+        """Respond to a request with a valid token: check headers, permission and plan, then make the response."""
         method, path = incoming.method, incoming.path
         refused = request_checks.headers_in_order(self.state, incoming.named) or request_checks.permitted(
             token, method, path
@@ -261,10 +262,10 @@ async def _read(service: str, request: web.BaseRequest) -> Incoming:
 
 
 async def _send(request: web.BaseRequest, response: Response) -> web.StreamResponse:
-    answer = web.Response(status=response.status, body=response.body, headers=response.headers)
-    await answer.prepare(request)
-    await answer.write_eof()
-    return answer
+    stream = web.Response(status=response.status, body=response.body, headers=response.headers)
+    await stream.prepare(request)
+    await stream.write_eof()
+    return stream
 
 
 # Faults that break off, and large answers.
@@ -283,25 +284,25 @@ async def _close(request: web.BaseRequest, _: Fault, __: Response) -> web.Stream
 
 
 async def _truncate(request: web.BaseRequest, _: Fault, response: Response) -> web.StreamResponse:
-    answer = web.StreamResponse(status=response.status, headers=response.headers)
-    answer.content_length = len(response.body) + 1
-    await answer.prepare(request)
-    await answer.write(response.body)
+    stream = web.StreamResponse(status=response.status, headers=response.headers)
+    stream.content_length = len(response.body) + 1
+    await stream.prepare(request)
+    await stream.write(response.body)
     if request.transport is not None:
         request.transport.close()
-    return answer
+    return stream
 
 
 async def _large(request: web.BaseRequest, fault: Fault, response: Response) -> web.StreamResponse:
     headers = {**response.headers, "Content-Type": "application/octet-stream"}
-    answer = web.StreamResponse(status=200, headers=headers)
+    stream = web.StreamResponse(status=200, headers=headers)
     if not fault.chunked:
-        answer.content_length = fault.size
-    await answer.prepare(request)
+        stream.content_length = fault.size
+    await stream.prepare(request)
     async for chunk in _zeros(fault.size):
-        await answer.write(chunk)
-    await answer.write_eof()
-    return answer
+        await stream.write(chunk)
+    await stream.write_eof()
+    return stream
 
 
 async def _zeros(size: int) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""What does the simulator know: its clients and sellers, the tokens it gave, what came in, and which faults to make?"""
+"""The simulator's state: clients, sellers, issued tokens, received requests and injected faults."""
 
 import re
 import secrets

@@ -1,6 +1,6 @@
-"""What do Amazon's own models answer: their static sandbox examples, found by the parameters a request brings?
+"""The static sandbox examples of Amazon's models, selected by the parameters of a request.
 
-Each response of a model may hold `x-amzn-api-sandbox.static`: pairs of named parameters and the answer to them.
+Each response of a model may have `x-amzn-api-sandbox.static`: pairs of named parameters and the response to them.
 Parameters that are not named are not compared (DOC "Selling Partner API Sandbox").
 """
 

@@ -1,4 +1,4 @@
-"""Does the usage plan allow this call (DOC "Usage Plans and Rate Limits")?"""
+"""Usage plans as token buckets (DOC "Usage Plans and Rate Limits")."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,7 +1,9 @@
-"""Where are tokens and usage plans kept: in this process, or in the Redis that several share?
+"""Storage of tokens and usage plans: in this process, or in the Redis server that replicas share.
 
-Whatever happens to Redis, the proxy goes on with what the process keeps itself. What speaks to it stands in modules
-that are imported only where it is used: `link.py`, `seal.py`, `shared.py`, `plans.py`.
+Without Redis, or while it is unavailable, the proxy continues with the memory of this process. Exports the interface
+and the memory store. The modules for Redis (`redis_*`, `encryption`) are imported only where it is configured, because
+importing them takes time. May import `config` and `observability`; only this package imports aiocache, redis and
+cryptography.
 """
 
 from proxy.store.interface import Store, StoredToken

@@ -1,9 +1,7 @@
-"""How does a token lie in Redis so that whoever reads there learns nothing, and whoever writes there misleads nobody?
+"""Encryption of tokens in Redis, and of document URLs that apps carry.
 
-And how does an app carry a document's URL that is for the proxy alone?
-
-A value is AES-256-GCM, with the whole key that it is kept under as associated data: one that was moved there from
-another account does not unseal. Names are keyed hashes, so that no account can be read or guessed from them.
+A value is encrypted with AES-256-GCM, with its full key as associated data: a value that was copied from the key of
+another account does not decrypt. Redis key names are keyed hashes (HMAC), so that they do not reveal account names.
 """
 
 import hashlib
@@ -21,60 +19,60 @@ from proxy.config import Secret
 from proxy.store.interface import StoredToken
 
 PREFIX = "sp-api-proxy:"
-MAX_BYTES = 16 * 1024  # of a sealed value: Amazon's tokens have 2 KiB at most
+MAX_BYTES = 16 * 1024  # of an encrypted value: Amazon's tokens have at most 2 KiB
 _VERSION = b"\x01"
-_NONCE = 12  # bytes, random: far fewer values are sealed with one key than the 2^32 that permits
-_KEY_ID = 4  # bytes that tell which key sealed
+_NONCE = 12  # bytes, random: safe for 2^32 values of one key (NIST SP 800-38D section 8.3)
+_KEY_ID = 4  # bytes that identify the key
 
 
 class DecryptionFailed(Exception):
-    """A value that none of our keys sealed for this place."""
+    """The value was not encrypted by one of our keys for this associated data."""
 
 
 class _Ciphers:
-    """The ciphers of several keys for one purpose: the first one seals, all unseal."""
+    """The ciphers of several keys for one purpose: the first one encrypts, all decrypt."""
 
     def __init__(self, keys: tuple[Secret, ...], purpose: bytes) -> None:
         ciphers = [(_derived(key, b"mark")[:_KEY_ID], AESGCM(_derived(key, purpose))) for key in keys]
         self.key_id, self._cipher = ciphers[0]
         self._ciphers = dict(reversed(ciphers))
 
-    def encrypt(self, text: bytes, place: bytes) -> bytes:
+    def encrypt(self, text: bytes, associated_data: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
-        return _VERSION + self.key_id + nonce + self._cipher.encrypt(nonce, text, place)
+        return _VERSION + self.key_id + nonce + self._cipher.encrypt(nonce, text, associated_data)
 
-    def decrypt(self, value: bytes, place: bytes) -> bytes:
-        """Return the text; raise NotSealed."""
+    def decrypt(self, value: bytes, associated_data: bytes) -> bytes:
+        """Return the text; raise DecryptionFailed."""
         head = len(_VERSION) + _KEY_ID
         cipher = self._ciphers.get(value[len(_VERSION) : head])
         if cipher is None or not value.startswith(_VERSION) or len(value) > MAX_BYTES:
             raise DecryptionFailed
         try:
-            return cipher.decrypt(value[head : head + _NONCE], value[head + _NONCE :], place)
+            return cipher.decrypt(value[head : head + _NONCE], value[head + _NONCE :], associated_data)
         except (InvalidTag, ValueError):
             raise DecryptionFailed from None
 
 
 class TokenCipher:
-    """The keys of `store_key`: the first one seals, all unseal. The last, which is the oldest, makes the names."""
+    """The keys of `store_key`: the first one encrypts, all decrypt; the last one, the oldest, hashes the names."""
 
     def __init__(self, keys: tuple[Secret, ...]) -> None:
         self._ciphers = _Ciphers(keys, b"seal")
-        # Of the oldest key, so that replicas with and without a new one find the same places while it is given out.
+        # The oldest key: while a new key is rolled out, replicas with and without it compute the same names.
         self._naming = _derived(keys[-1], b"name")
 
     def name(self, purpose: str, key: str) -> str:
-        """Return the name under which Redis keeps what belongs to `key`."""
+        """Return the name of `key` in Redis."""
         digest = hmac.digest(self._naming, _associated_data(purpose, key), hashlib.sha256)
         return f"{PREFIX}{purpose}:{digest[:20].hex()}"
 
     def encrypt(self, key: str, token: StoredToken) -> bytes:
-        """Return the token as it may leave the process."""
+        """Return the encrypted token."""
         text = json.dumps([token.value.reveal(), token.expires_at]).encode()
         return self._ciphers.encrypt(text, _associated_data("token", key))
 
     def decrypt(self, key: str, value: bytes) -> StoredToken:
-        """Return the token that was sealed for `key`; raise NotSealed."""
+        """Return the token that was encrypted for `key`; raise DecryptionFailed."""
         text = self._ciphers.decrypt(value, _associated_data("token", key))
         try:
             token, expires_at = json.loads(text)
@@ -84,9 +82,9 @@ class TokenCipher:
 
 
 class DocumentCipher:
-    """Seals what an app carries from one answer to the request for its document, bound to the account.
+    """Encrypts what an app carries from a response to the request for its document, bound to the account.
 
-    The keys are those of `store_key`, so that replicas open each other's; without any, one of this process alone.
+    The keys are those of `store_key`, so that replicas decrypt each other's; without any, a random one.
     """
 
     def __init__(self, keys: tuple[Secret, ...]) -> None:
@@ -99,7 +97,7 @@ class DocumentCipher:
         )
 
     def decrypt(self, account: str, segment: str) -> bytes:
-        """Return the text that was sealed for an account; raise NotSealed."""
+        """Return the text that was encrypted for an account; raise DecryptionFailed."""
         if len(segment) > 2 * MAX_BYTES:
             raise DecryptionFailed
         try:
@@ -110,7 +108,7 @@ class DocumentCipher:
 
 
 def _derived(key: Secret, purpose: bytes) -> bytes:
-    """Return 32 bytes for one purpose (HKDF, RFC 5869); `store_key` is random enough to need no stretching."""
+    """Return 32 bytes for one purpose (HKDF, RFC 5869); `store_key` is random and long, so it needs no stretching."""
     return HKDF(SHA256(), 32, salt=None, info=b"sp-api-proxy store 1 " + purpose).derive(key.reveal().encode())
 
 

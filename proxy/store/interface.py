@@ -1,4 +1,4 @@
-"""What is a token that is kept, and what does whoever keeps tokens promise?"""
+"""The interface of a token store, and the stored token."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -10,7 +10,7 @@ from proxy.config import Secret
 
 @dataclass(frozen=True, slots=True)
 class StoredToken:
-    """A token and the moment it expires, in seconds of the Unix epoch: processes share no other clock."""
+    """A token and its expiry in Unix time: processes share no monotonic clock."""
 
     value: Secret
     expires_at: float
@@ -20,9 +20,9 @@ IsUsable = Callable[[StoredToken], bool]
 
 
 class Store(Protocol):
-    """Keeps tokens by key until they expire. Nothing here raises: what cannot be kept is fetched again.
+    """Stores tokens by key until they expire. No method raises: a token that cannot be stored is fetched again.
 
-    `patience` is how many seconds a turn is waited for at most: what one exchange may take.
+    `timeout` is the maximum wait for the lock in seconds, the time that one token request may take.
     """
 
     timeout: float
@@ -30,14 +30,14 @@ class Store(Protocol):
     def get_or_lock(
         self, key: str, fits: IsUsable, refused: Secret | None = None
     ) -> AbstractAsyncContextManager[StoredToken | None]:
-        """Give the token under `key` where it `fits`; None where it is the caller's turn to fetch one.
+        """Yield the token of `key` if it `fits`, else None: then the caller fetches one.
 
-        While the block lasts nobody else is given a turn, as far as the store reaches. `refused` is a token that Amazon
-        does not take: it is given to nobody any more.
+        The caller holds the lock of the key until the end of the block, as far as the store can enforce it. `refused`
+        is a token that Amazon rejected: it is deleted.
         """
 
     async def put(self, key: str, token: StoredToken, life: float) -> None:
-        """Keep `token` for `life` seconds."""
+        """Store `token` for `life` seconds."""
 
     async def close(self) -> None:
-        """Let go of what is held."""
+        """Release all resources."""

@@ -1,7 +1,7 @@
-"""How are tokens kept within this process? The only file that knows aiocache.
+"""Token store in the memory of this process. The only file that imports aiocache.
 
-aiocache's Redis backend is not used beside it: its serializers are not told the key, so that a value could not be bound
-to it, it reads values of any size, and its `clear` empties the whole database.
+aiocache's Redis backend is not used: its serializers do not receive the key, so that a value could not be bound to it;
+it reads values of any size; and its `clear` deletes the whole database.
 """
 
 from collections.abc import AsyncIterator
@@ -14,19 +14,19 @@ from proxy.store.interface import IsUsable, StoredToken
 
 
 class MemoryStore:
-    """A Store that does not outlive the process."""
+    """A Store that ends with the process."""
 
-    timeout = 0.0  # nobody waits here
+    timeout = 0.0  # nothing is locked, so nothing waits
 
     def __init__(self) -> None:
-        # No timeout: memory answers at once, and the default would make a task of every look-up.
+        # timeout=None: memory never blocks, and with aiocache's default (5 s) every lookup runs in asyncio.wait_for.
         self._cache = SimpleMemoryCache(timeout=None)
 
     @asynccontextmanager
     async def get_or_lock(
         self, key: str, fits: IsUsable, refused: Secret | None = None
     ) -> AsyncIterator[StoredToken | None]:
-        """Give the token under `key` where it fits; one process needs no lock, its requests share one exchange."""
+        """Yield the token of `key` if it fits. No lock: the TokenProvider shares one token request per process."""
         found = await self._cache.get(key)
         if isinstance(found, StoredToken) and found.value == refused:
             await self._cache.delete(key)
@@ -34,10 +34,10 @@ class MemoryStore:
         yield found if isinstance(found, StoredToken) and fits(found) else None
 
     async def put(self, key: str, token: StoredToken, life: float) -> None:
-        """Keep `token` for `life` seconds."""
+        """Store `token` for `life` seconds."""
         await self._cache.set(key, token, ttl=life)
 
     async def close(self) -> None:
-        """Forget everything and end its timers."""
+        """Delete all tokens and cancel their expiry timers."""
         await self._cache.clear()
         await self._cache.close()

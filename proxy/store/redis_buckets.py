@@ -1,7 +1,7 @@
-"""How do all replicas keep to one usage plan? Each call is one step of a script in Redis, by Redis' own clock.
+"""Token buckets in Redis, shared by all replicas: each request is one step of a Lua script, by the clock of Redis.
 
-A bucket is what `request/buckets.py` describes. A call that has to wait takes its place at once, and is told when its
-moment comes: the bucket's last moment is then in the future. What processes ask at the same time goes in one pipeline.
+`request/ratelimit/token_bucket.py` describes the bucket. A request that has to wait reserves a token at once and gets
+its wait; the bucket's timestamp is then in the future. Concurrent steps of one process are sent in one pipeline.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from proxy.store.redis_client import RedisClient, StoreUnavailable
 
 MAX_BATCH = 256  # steps of one pipeline
 
-# try: take a place in all of the buckets where each has one now. reserve: take the next place. back: return one.
-# look: take none. For each bucket: the sender's rate, whether that is news, burst, margin in seconds, what the sender
-# thinks it holds (where Redis knows nothing), and whether Amazon has just said that it is empty.
-# The answer: seconds until the place, or -1 where there is none yet, then of each bucket what it holds, seconds from
-# now of its last moment, its rate, and how many places were taken so far.
+# Modes. try: take a token of every bucket if each has one now. reserve: reserve the next token. back: return one.
+# look: only read. Arguments of each bucket: the sender's rate, whether that is new, burst, margin in seconds, the
+# tokens to start with (where Redis has no value), and whether Amazon has just reported it empty.
+# The reply: seconds until the token, or -1 if `try` found none; then of each bucket its tokens, its timestamp in
+# seconds from now, its rate, and the number of tokens taken so far.
 _SCRIPT_FOR_STEP = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1000000
@@ -67,30 +67,30 @@ for _, b in ipairs(buckets) do
   local life = b[3] - now + (b[5] - b[2]) / b[4] + 60
   redis.call('SET', b[1], string.format('%.9f %.6f %.9g %d', b[2], b[3], b[4], b[7]), 'PX', math.ceil(life * 1000))
 end
-local answer = {string.format('%.6f', wait)}
+local reply = {string.format('%.6f', wait)}
 for _, b in ipairs(buckets) do
-  answer[#answer + 1] = string.format('%.9f %.6f %.9g %d', b[2], b[3] - now, b[4], b[7])
+  reply[#reply + 1] = string.format('%.9f %.6f %.9g %d', b[2], b[3] - now, b[4], b[7])
 end
-return table.concat(answer, ' ')
+return table.concat(reply, ' ')
 """
 
 Mode = Literal["try", "reserve", "back", "look"]
 
 
 class BucketUpdate(NamedTuple):
-    """One bucket, as who asks knows it."""
+    """The sender's knowledge of one bucket."""
 
     name: str
     rate: float  # calls per second
-    is_new_rate: bool  # the rate was learnt since the last answer
+    is_new_rate: bool  # the rate was learnt since the last reply
     burst: float
     margin: float  # seconds
     tokens: float
-    is_empty: bool  # Amazon has just said so
+    is_empty: bool  # Amazon has just reported it
 
 
 class BucketState(NamedTuple):
-    """What a bucket holds, at a moment `ahead` seconds from now, its rate, and how many places all took so far."""
+    """A bucket's tokens, `reserved_ahead` seconds from now, its rate, and the tokens that all replicas took so far."""
 
     tokens: float
     reserved_ahead: float
@@ -99,7 +99,7 @@ class BucketState(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """The answer: seconds until the call's place, None where it has none yet."""
+    """The reply: seconds until the token, None where there is none."""
 
     wait: float | None
     buckets: tuple[BucketState, ...]
@@ -115,7 +115,7 @@ class _Request:
 
 
 class RedisBuckets:
-    """The usage plans that lie in Redis."""
+    """The token buckets in Redis."""
 
     def __init__(self, redis: RedisClient, cipher: TokenCipher) -> None:
         self.redis = redis
@@ -133,7 +133,7 @@ class RedisBuckets:
         return self._cipher.name("plan", "\x1f".join(key))
 
     def execute(self, mode: Mode, steps: Sequence[BucketUpdate]) -> "asyncio.Future[Reservation]":
-        """Return what will be the answer; its exception is Lost. All that is asked in one go is one round trip."""
+        """Return a future reply; its exception is StoreUnavailable. Concurrent steps share one round trip."""
         response: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
         if not self.redis.is_up or self._is_closed:
             response.set_exception(StoreUnavailable())
@@ -154,57 +154,59 @@ class RedisBuckets:
         return response
 
     def send(self, mode: Mode, steps: Sequence[BucketUpdate]) -> None:
-        """Ask without waiting for the answer: what is lost with it is a place or a hint."""
+        """Send a step without waiting for the reply; a lost one costs a token or a hint."""
         self.execute(mode, steps).add_done_callback(_forget)
 
     async def _execute_all(self) -> None:
-        questions: list[_Request] = []
+        requests: list[_Request] = []
         try:
             while self._waiting:
-                questions, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-                await self._execute_batch(questions)
+                requests, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                await self._execute_batch(requests)
         finally:
             self._running = None
-            for question in (*questions, *self._waiting):
-                if not question.response.done():
-                    question.response.set_exception(StoreUnavailable())
+            for request in (*requests, *self._waiting):
+                if not request.response.done():
+                    request.response.set_exception(StoreUnavailable())
 
-    async def _execute_batch(self, questions: Sequence[_Request]) -> None:
-        """Answer all of the questions whose asker is still there; where Redis does not, with Lost."""
+    async def _execute_batch(self, requests: Sequence[_Request]) -> None:
+        """Execute the steps and resolve their futures; StoreUnavailable where Redis does not reply."""
         try:
-            responses = await self.redis.execute_now(lambda: self._responses(questions))
-            places = [_place(response, len(of.keys)) for of, response in zip(questions, responses, strict=True)]
+            responses = await self.redis.execute_now(lambda: self._responses(requests))
+            reservations = [
+                _parse_reply(response, len(of.keys)) for of, response in zip(requests, responses, strict=True)
+            ]
         except (StoreUnavailable, RedisError):
-            places = []
+            reservations = []
         except ValueError:
             self.redis.mark_down("nonsense")
-            places = []
+            reservations = []
         except Exception as exc:  # noqa: BLE001 - a fault of this program, which RedisClient has logged: the calls fail with it
-            for question in questions:
-                if not question.response.done():
-                    question.response.set_exception(exc)
+            for request in requests:
+                if not request.response.done():
+                    request.response.set_exception(exc)
             return
-        for index, question in enumerate(questions):
-            if question.response.cancelled():  # whoever asked has left
-                if places and places[index].wait is not None and question.mode in {"try", "reserve"}:
-                    self.send("back", question.updates)
-            elif places:
-                question.response.set_result(places[index])
+        for index, request in enumerate(requests):
+            if request.response.cancelled():  # the caller has left
+                if reservations and reservations[index].wait is not None and request.mode in {"try", "reserve"}:
+                    self.send("back", request.updates)
+            elif reservations:
+                request.response.set_result(reservations[index])
             else:
-                question.response.set_exception(StoreUnavailable())
+                request.response.set_exception(StoreUnavailable())
 
-    async def _responses(self, questions: Sequence[_Request]) -> list[object]:
-        """Ask all at once, over a connection that is kept for it; raise what redis-py raises, and ResponseError."""
+    async def _responses(self, requests: Sequence[_Request]) -> list[object]:
+        """Send all steps over a dedicated connection; raise what redis-py raises, and ResponseError."""
         try:
-            return await self._responses_over(await self._connected(), questions)
-        except NoScriptError:  # a new server, or one that was told to forget; none of the steps was taken
+            return await self._responses_over(await self._connected(), requests)
+        except NoScriptError:  # a new server, or SCRIPT FLUSH; no step was executed
             await self.redis.client.script_load(_SCRIPT_FOR_STEP)
-            return await self._responses_over(await self._connected(), questions)
+            return await self._responses_over(await self._connected(), requests)
         except RedisConnectionError:
             if self._is_fresh:
                 raise
-            # Closed while it was idle, probably. Should the steps have been taken, some places are not used.
-            return await self._responses_over(await self._connected(), questions)
+            # Probably closed while idle. If the steps were executed after all, some tokens stay unused.
+            return await self._responses_over(await self._connected(), requests)
 
     async def _connected(self) -> redis_internals.AbstractConnection:
         connection = self._connection
@@ -217,22 +219,22 @@ class RedisBuckets:
         return connection
 
     async def _responses_over(
-        self, connection: redis_internals.AbstractConnection, questions: Sequence[_Request]
+        self, connection: redis_internals.AbstractConnection, requests: Sequence[_Request]
     ) -> list[object]:
         commands: list[list[str | int]] = [
-            ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in questions
+            ["EVALSHA", self._script.sha, len(of.keys), *of.keys, *of.args] for of in requests
         ]
         refusal: ResponseError | None = None
         responses: list[object] = []
         try:
             await redis_internals.send(connection, commands)
-            for _ in questions:
+            for _ in requests:
                 try:
                     responses.append(await redis_internals.read_reply(connection))
                 except ResponseError as exc:
                     refusal = exc
         except BaseException:
-            await self._disconnect()  # what is still to come would be taken for the next answer
+            await self._disconnect()  # pending replies would be read as those of the next batch
             raise
         if refusal is not None:
             raise refusal
@@ -245,7 +247,7 @@ class RedisBuckets:
                 await redis_internals.close(connection)
 
     async def close(self) -> None:
-        """Ask nothing more."""
+        """Cancel pending steps and close the connection."""
         self._is_closed = True
         if self._running is not None:
             self._running.cancel()
@@ -254,11 +256,11 @@ class RedisBuckets:
         await self._disconnect()
 
 
-def _place(response: object, count: int) -> Reservation:
-    """Return what an answer says; raise ValueError for one that is none."""
+def _parse_reply(response: object, count: int) -> Reservation:
+    """Parse a reply; raise ValueError for a malformed one."""
     numbers = [float(text) for text in response.split()] if isinstance(response, bytes) else []
     if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
-        raise ValueError("not the numbers that the script answers")
+        raise ValueError("not the numbers that the script returns")
     held = tuple(BucketState(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
     return Reservation(numbers[0] if numbers[0] >= 0 else None, held)
 

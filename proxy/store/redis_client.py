@@ -1,7 +1,7 @@
-"""Is Redis there, and what happens while it is not?
+"""The client of one Redis server, with failure detection.
 
-A question that is not answered within PATIENCE, or answered with nonsense, means that it is lost. Nobody asks it
-anything then, so that no request waits for it; one probe after another finds out when it can be read and written again.
+A command without a valid reply within TIMEOUT marks the server as down. While it is down no command is sent, so that no
+request waits for it; probes with backoff find out when it can be read and written again.
 """
 
 import asyncio
@@ -31,22 +31,22 @@ from proxy.observability.metrics import Metrics
 from proxy.store import redis_internals
 from proxy.store.encryption import PREFIX
 
-TIMEOUT = 0.25  # seconds for a question and its answer, the connection included
+TIMEOUT = 0.25  # seconds for a command and its reply, including the connection
 FIRST_PAUSE, MAX_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each time
-SLOW_AFTER = 1.3  # times PATIENCE: a timer that comes so late says that this process was busy
-MAX_TIMEOUTS = 3  # of those in a row
+SLOW_AFTER = 1.3  # times TIMEOUT: a timer that fires so late means that this process was busy
+MAX_TIMEOUTS = 3  # consecutive late timers that are ignored
 CONNECTIONS = 16
 FAULT = "programming error in the store"  # the log line, at level error, with the exception's type and place
 
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 
 class StoreUnavailable(Exception):
-    """Redis cannot be used now."""
+    """Redis is down."""
 
 
 class RedisClient:
-    """The way to one Redis server; `is_up` says whether it may be asked at all."""
+    """The connections to one Redis server; `is_up` is False while it is down."""
 
     def __init__(
         self, address: StoreAddress, metrics: Metrics, *, timeout: float = TIMEOUT, pause: float = FIRST_PAUSE
@@ -63,36 +63,36 @@ class RedisClient:
         self._timeouts = 0
         self.on_recovery: list[Callable[[], None]] = []
         self._was_up = False
-        self.epoch = 0  # how often it was lost: connections from before are of no use
+        self.epoch = 0  # counts outages: connections of an earlier epoch are not reused
         metrics.store_up.set(1)
 
     async def start(self) -> None:
-        """Find out whether Redis is there; the proxy serves without it, too."""
+        """Probe the server; the proxy starts even if it is down."""
         with contextlib.suppress(StoreUnavailable):
             await self.execute(self._probe)
 
-    async def execute(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Return the answer to a question; raise Lost where there is none in time, or where nobody is to ask.
+    async def execute(self, command: Callable[[], Awaitable[Reply]]) -> Reply:
+        """Return the reply to a command; raise StoreUnavailable without one in time, or while the server is down.
 
-        What is wrong with one value alone is raised as it comes (`ResponseError`).
+        An error about a single value is raised unchanged (`ResponseError`).
         """
-        async with self._slots:  # who waits here is in no hurry yet
-            return await self.execute_now(question)
+        async with self._slots:  # the timeout starts only when a slot is free
+            return await self.execute_now(command)
 
-    async def execute_now(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Do as `ask`, ahead of everybody: for one question at a time."""
+    async def execute_now(self, command: Callable[[], Awaitable[Reply]]) -> Reply:
+        """Do the same without waiting for a slot; for one command at a time."""
         if not self.is_up:
             raise StoreUnavailable
-        asked = time.monotonic()
+        started = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                response = await question()
+                reply = await command()
         except redis_internals.FAILURES as exc:
             if _is_of_one_value(exc):
                 raise
-            reason, took = _reason(exc), time.monotonic() - asked
+            reason, took = _reason(exc), time.monotonic() - started
             if reason == "timeout" and took > self._timeout * SLOW_AFTER and self._timeouts < MAX_TIMEOUTS:
-                self._timeouts += 1  # this process was too late to see the answer, which says nothing of Redis
+                self._timeouts += 1  # the event loop was blocked, which is no fault of Redis
                 self._metrics.store_failures.labels("late").inc()
             else:
                 self.mark_down(reason)
@@ -101,10 +101,10 @@ class RedisClient:
             LOGGER.exception(FAULT)
             raise
         self._timeouts, self._was_up = 0, True
-        return response
+        return reply
 
     def mark_down(self, reason: str) -> None:
-        """Ask no more until a probe has worked."""
+        """Stop sending commands until a probe succeeds."""
         self._metrics.store_failures.labels(reason).inc()
         if not self.is_up:
             return
@@ -122,17 +122,17 @@ class RedisClient:
     async def _reconnect(self) -> None:
         pause = self._pause
         while True:
-            # What is connected to a server that has gone would look like another loss when it is used next, and what is
-            # connected to one that has become a replica would never see the new primary behind the same name.
+            # A connection to a stopped server would look like another outage when it is used next, and one to a server
+            # that became a replica would never reach the new primary of the same host name.
             with contextlib.suppress(RedisError, OSError):
                 await self.client.connection_pool.disconnect()
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: replicas do not come together
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: replicas must not probe at once
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._probe()
             except redis_internals.FAILURES:
                 pause = min(MAX_PAUSE, pause * 2)
-            except Exception:  # noqa: BLE001 - it is logged, and another probe may work
+            except Exception:  # noqa: BLE001 - logged; the next probe may succeed
                 LOGGER.exception(FAULT)
                 pause = min(MAX_PAUSE, pause * 2)
             else:
@@ -140,14 +140,14 @@ class RedisClient:
         self.is_up = True
         self._metrics.store_up.set(1)
         away = round(time.monotonic() - self._down_since, 1)
-        said = "store is back" if self._was_up else "store is there"
+        message = "store is back" if self._was_up else "store is there"
         self._was_up = True
-        LOGGER.info(said, extra=extra(store=self._address, after=away))
-        for look in self.on_recovery:
-            look()
+        LOGGER.info(message, extra=extra(store=self._address, after=away))
+        for callback in self.on_recovery:
+            callback()
 
     async def _probe(self) -> None:
-        """Write and read: a server that is full, or a replica, answers PING too."""
+        """Write and read a value: a server that is full, or a replica, replies to PING too."""
         name = f"{PREFIX}probe"
         await self.client.set(name, b"1", px=10_000)
         if await self.client.get(name) != b"1":
@@ -170,10 +170,10 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
         "password": address.password.reveal() if address.password is not None else None,
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
-        "retry": Retry(NoBackoff(), 0),  # the process has something better to do than to wait for it
+        "retry": Retry(NoBackoff(), 0),  # a retry would delay requests: this client reconnects by itself
         "protocol": 2,
         **redis_internals.NO_CLIENT_INFO,
-        "max_connections": CONNECTIONS + 4,  # for the questions that do not queue
+        "max_connections": CONNECTIONS + 4,  # for execute_now, which takes no slot
     }
     kind: type[Connection | UnixDomainSocketConnection] = Connection
     if address.kind == "unix":
@@ -187,7 +187,7 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
     return ConnectionPool(connection_class=kind, **settings)
 
 
-# What says that the server as a whole is of no use, among what it answers; anything else is about one value or script.
+# Error replies that concern the whole server; all others concern one value or script.
 _REFUSALS: dict[type[Exception], str] = {
     AuthenticationError: "refused",
     AuthorizationError: "refused",
@@ -200,7 +200,7 @@ _REFUSED = ("NOAUTH", "WRONGPASS", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS"
 
 
 def _reason(exc: BaseException) -> str:
-    """Return why Redis was given up, for log and metric; never what the server said."""
+    """Return the reason of a failure for log and metric; never the text of the server, which may hold data."""
     for kind, reason in _REFUSALS.items():
         if isinstance(exc, kind):
             return reason

@@ -1,7 +1,7 @@
-"""How do all replicas share one token, and one exchange to get it?
+"""Token store in Redis: replicas share each token, and the token request that fetches it.
 
-Who finds no token that fits takes a lock, fetches one, keeps it, and lets go. The others look again, ever more slowly,
-until it is there. The lock lives for LOCK_LIFE and its holder keeps it alive: one that dies delays nobody longer.
+A replica that finds no usable token takes a lock, fetches one, stores it and releases the lock. The others poll with
+backoff. The lock expires after LOCK_LIFETIME and its holder renews it, so a crashed holder blocks nobody longer.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from proxy.store.interface import IsUsable, StoredToken
 from proxy.store.redis_client import RedisClient, StoreUnavailable
 
 LOCK_LIFETIME = 3.0  # seconds
-FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two looks of those who wait
+FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two polls, and their backoff factor
 
-# The value, its life in ms, and whether the lock was got. Where there is a value that is not the one known to be unfit,
-# nothing is locked. A lock that lives for ever is none of ours, and nobody would ever let go of it.
+# Returns the value, its remaining lifetime in ms, and whether the lock was acquired. Nothing is locked where there is a
+# value other than the one known to be unusable. A lock without expiry is not ours and would never end: it is deleted.
 _CLAIM = """
 local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[3])
 if type(value) ~= 'string' then value = '?' end
@@ -47,7 +47,7 @@ return 0
 
 
 class RedisTokenStore:
-    """A Store in Redis; while that is lost, everybody fetches for himself."""
+    """A Store in Redis; while it is down, every replica fetches its own tokens."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class RedisTokenStore:
     async def get_or_lock(
         self, key: str, fits: IsUsable, refused: Secret | None = None
     ) -> AsyncIterator[StoredToken | None]:
-        """Give the token under `key` where it fits, or the turn to fetch one, which no other process has meanwhile."""
+        """Yield the token of `key` if it fits, else None with the lock that excludes other processes."""
         owner = secrets.token_hex(8)
         found, is_locked = None, False
         with suppress(StoreUnavailable, RedisError):
@@ -93,7 +93,7 @@ class RedisTokenStore:
     async def _found_or_locked(
         self, key: str, owner: str, fits: IsUsable, refused: Secret | None
     ) -> tuple[StoredToken | None, bool]:
-        """Return a token that fits, or whether the lock was got; neither where the wait was long enough."""
+        """Return a token that fits, or whether the lock was acquired; neither after `timeout`."""
         end, pause, unfit = time.monotonic() + self.timeout, FIRST_POLL, ""
         while True:
             value, life, is_locked = await self._poll(key, owner, unfit)
@@ -108,10 +108,10 @@ class RedisTokenStore:
                 elif token is not None and fits(token):
                     return token, False
                 unfit = fingerprint
-                continue  # the same question again, for the lock
+                continue  # claim again at once, now for the lock
             if time.monotonic() >= end:
                 return None, False
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: waiters do not come together
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: waiters must not poll at once
             pause = min(MAX_POLL, pause * POLL_BACKOFF)
 
     async def _poll(self, key: str, owner: str, unfit: str) -> tuple[bytes, float, bool]:
@@ -125,13 +125,13 @@ class RedisTokenStore:
         raise StoreUnavailable
 
     def _decrypt(self, key: str, value: bytes, life: float) -> StoredToken | None:
-        """Return the token in a value; None, counted, where it is none of ours, or not of this key."""
+        """Return the token in a value; count and return None for one that does not decrypt."""
         try:
             token = self._cipher.decrypt(key, value)
         except DecryptionFailed:
             self._metrics.store_ignored.labels("too_large" if len(value) > MAX_BYTES else "not_ours").inc()
             return None
-        # Redis counts its life too: so it does not matter whose clock is wrong.
+        # Redis counts the lifetime too, so that a wrong clock of the writer or the reader does not matter.
         return token if life < 0 else StoredToken(token.value, min(token.expires_at, self._wall() + life))
 
     async def _kept_alive(self, key: str, owner: str) -> None:

@@ -94,7 +94,7 @@ def test_the_defaults_of_an_application_make_a_user_agent() -> None:
 def test_a_user_agent_of_500_characters_is_taken_and_one_more_is_not() -> None:
     rest = len(user_agent("", "1", "L", "P"))
     assert len(user_agent("x" * (500 - rest), "1", "L", "P")) == 500
-    with pytest.raises(ValueError, match="is 501 characters long; Amazon takes 500"):
+    with pytest.raises(ValueError, match="is 501 characters long; Amazon accepts 500"):
         user_agent("x" * (501 - rest), "1", "L", "P")
 
 

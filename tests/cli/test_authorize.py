@@ -451,11 +451,11 @@ def test_a_consent_is_read_from_the_address() -> None:
         (f"state={STATE}&spapi_oauth_code=a%0ab", NotAuthorised, "no spapi_oauth_code"),
         (f"state={STATE}&error=access_denied&spapi_oauth_code=x", NotAuthorised, "did not consent"),
         (f"state={STATE}&error=server_error", NotAuthorised, "server_error"),
-        (f"state={STATE}&error=%1b[31mdistinctive", NotAuthorised, "Amazon answers an error"),
+        (f"state={STATE}&error=%1b[31mdistinctive", NotAuthorised, "Amazon returned an error"),
         ("amazon_callback_uri=https://amazon.com/x&amazon_state=y", WrongState, "Login URI"),
         ("x" * 9000, WrongState, "too long"),
-        ("x&" * 100, WrongState, "no address"),
-        ("é", WrongState, "no address"),
+        ("x&" * 100, WrongState, "not a URL"),
+        ("é", WrongState, "not a URL"),
     ],
 )
 def test_what_is_no_consent_is_refused_with_a_reason(query: str, kind: type[NotAuthorised], words: str) -> None:

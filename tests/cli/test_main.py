@@ -85,7 +85,7 @@ async def test_no_command_at_all_is_told_which_there_are() -> None:
         (["explain", "GET", "/", "-H", "distinctive-header"], "-H: must be 'NAME: VALUE'"),
         (["explain", "GET", "/", "--listener", "first"], "--listener: must be a whole number"),
         (["explain", "GET", "/", "--listener", "1"], "no such listener; there is 0 (127.0.0.1:8080)"),
-        (["explain", "GET", "/", "--caller", "jbo"], "no such caller in the configuration; there is none"),
+        (["explain", "GET", "/", "--caller", "jbo"], "no such caller in the configuration; none is configured"),
         (
             ["explain", "GET", "/", "--set", "callers={job: {key: k}}", "--caller", "jbo"],
             "no such caller in the configuration; did you mean job? there is job",

@@ -196,7 +196,7 @@ def test_the_region_may_be_written_as_ours_or_as_that_of_aws(written: str, regio
 )
 def test_a_token_whose_region_is_unknown_is_a_problem_that_says_so(name: str, written: str | None, state: str) -> None:
     environ = {**CREDENTIALS, name: "t"} | ({} if written is None else {"SP_API_REGION": written})
-    assert f"environment: SP_API_REGION: {state}: a refresh token is for one region, say which ({name})" in problems(
+    assert f"environment: SP_API_REGION: {state}: {name} is valid in one region only, so name it here" in problems(
         environ
     )
 
@@ -347,11 +347,11 @@ def test_a_name_of_ours_that_means_nothing_is_a_problem_that_says_what_was_meant
 ) -> None:
     (found,) = problems({f"SP_API_PROXY_{name}": "x"}, tmp_path)
     problem, _, advice = found.partition("; ")
-    assert problem == f"environment: SP_API_PROXY_{name}: names no setting"
+    assert problem == f"environment: SP_API_PROXY_{name}: is not a setting"
     if meant is not None:
         assert advice == f"did you mean SP_API_PROXY_{meant}?"
     else:
-        assert advice.startswith("a name is SP_API_PROXY_ and the key in upper case")
+        assert advice.startswith("names are SP_API_PROXY_ and the key in upper case")
 
 
 def test_a_misspelt_name_of_another_library_is_named_where_something_is_missing(tmp_path: Path) -> None:
@@ -398,7 +398,9 @@ def test_the_variables_of_a_kubernetes_service_and_those_of_others_are_no_settin
 def test_an_override_of_what_the_file_has_wrong_is_still_a_problem_list(tmp_path: Path, wrong: str) -> None:
     text = f"applications: {{main: {{client_id: c, client_secret: s}}}}\naccounts: {wrong}\n"
     environ = {"SP_API_PROXY_ACCOUNTS_X_APPLICATION": "nowhere", "SP_API_PROXY_ACCOUNTS_X_REFRESH_TOKENS_EU": "t"}
-    assert any("accounts.x.application: names no application" in line for line in problems(environ, tmp_path, text))
+    assert any(
+        "accounts.x.application: is not a configured application" in line for line in problems(environ, tmp_path, text)
+    )
 
 
 @pytest.mark.parametrize("value", ["[", "{", "[a", "{a: b", "[a: *b]", "{a: !x b}"])
@@ -444,7 +446,7 @@ def test_listeners_given_by_number_are_taken_in_order_and_none_is_left_out(tmp_p
     (found,) = problems({"SP_API_PROXY_LISTEN_2_ACCOUNT": "other"}, tmp_path)
     assert found == (
         "environment variable SP_API_PROXY_LISTEN_2_ACCOUNT: listen[2]: cannot be set: the last one is listen[0], "
-        "the next one listen[1]"
+        "the next one is listen[1]"
     )
 
 

@@ -211,7 +211,7 @@ async def test_secrets_that_others_can_read_are_warned_about_or_refused(
         "check", "--config", str(path), environment={"TOKEN": "distinctive-token"}
     )
     assert code == (2 if strict else 0)
-    assert "secret holds a secret that others can read or change" in complained
+    assert "secret holds a secret that other users can read or change" in complained
     assert "distinctive" not in printed + complained
 
 
@@ -230,7 +230,7 @@ async def test_secrets_that_the_owner_and_a_group_can_read_are_fine(tmp_path: Pa
     path.chmod(0o644)
     code, _, complained = await command("check", "--config", str(path))
     assert code == 2
-    assert "config.json holds a secret that others can read" in complained
+    assert "config.json holds a secret that other users can read" in complained
 
 
 def test_the_modes_are_looked_at_on_systems_that_have_them() -> None:

@@ -1,4 +1,4 @@
-"""What is known of Amazon's operations that the models do not say? Reads `overrides.yaml`, for the rebuild alone."""
+"""Facts about operations that Amazon's models lack, read from `overrides.yaml` for the rebuild."""
 
 import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ Key = tuple[str, str, str]  # api, version, operationId
 
 
 class BadInput(Exception):
-    """A file that the command was given cannot be used; the message names it and says why."""
+    """An input file of the command cannot be used; the message has its name and the reason."""
 
 
 def _is_positive(value: object) -> bool:
@@ -39,7 +39,7 @@ def _is_day(value: object) -> bool:
         return False
 
 
-# What may stand at an operation, and how it must look.
+# The facts of an operation: a description of the form, and its check.
 _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "restricted": ("certain, likely or disputed", lambda value: value in ("certain", "likely", "disputed")),
     "generic_path": ("true or false", lambda value: isinstance(value, bool)),
@@ -54,14 +54,14 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 
 
 class Overrides:
-    """Names that the rule for file names gets wrong, and facts by operation."""
+    """Corrections of names made from file names, and facts by operation."""
 
     def __init__(self, names: Mapping[str, str], operations: Mapping[Key, Mapping[str, Any]]) -> None:
         self.names = names
         self.operations = operations
 
     def apply(self, row: Row) -> Row:
-        """Return the row with everything that is known besides its model."""
+        """Return the row with the facts of its operation."""
         facts = self.operations.get((row["api"], row["version"], row["operationId"]), {})
         rate, burst = facts.get("sdk_plan", ("", ""))
         restricted = facts.get("restricted", "")
@@ -83,7 +83,7 @@ class Overrides:
         }
 
     def unmatched(self, rows: Iterable[Row]) -> Iterator[str]:
-        """Yield a sentence for each fact about something that the rows do not have."""
+        """Yield a warning for each fact about an API or operation that the rows do not have."""
         known = {(row["api"], row["version"], row["operationId"]) for row in rows}
         versions = {key[:2] for key in known}
         for api, version in sorted({key[:2] for key in self.operations} - versions):
@@ -96,7 +96,7 @@ class Overrides:
 
 
 def load_overrides(path: Path) -> Overrides:
-    """Return the Facts of a file; raise BadInput naming the entry that is not of its form."""
+    """Return the Overrides of a file; raise BadInput with the name of the malformed entry."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
@@ -124,8 +124,8 @@ def _checked(entry: object, where: str) -> Mapping[str, Any]:
     for fact, value in facts.items():
         if fact not in _KINDS:
             raise BadInput(f"{where}: {fact} is none of {', '.join(_KINDS)}")
-        form, is_right = _KINDS[fact]
-        if not is_right(value):
+        form, is_valid = _KINDS[fact]
+        if not is_valid(value):
             raise BadInput(f"{where}: {fact} must be {form}, not {value!r}")
     return facts
 

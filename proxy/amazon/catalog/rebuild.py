@@ -1,8 +1,8 @@
-"""How is the operation table rebuilt from a folder of Amazon's models? The maintainer's command.
+"""Rebuild of the operation table from a folder of Amazon's models: `operations rebuild`, for maintainers.
 
-The models say method, path, plan and sandbox; `overrides.yaml`, kept by hand, says what they do not: restricted and
-grantless operations, limits over all accounts, removal dates, and plans that stand in Amazon's SDK alone. The same
-models and facts always give the same bytes, sorted by API, version, path and method.
+The models have method, path, plan and sandbox. `overrides.yaml`, maintained by hand, has the rest: restricted and
+grantless operations, limits over all accounts, removal dates, and plans that only Amazon's SDK states. The output is
+deterministic, sorted by API, version, path and method.
 """
 
 import argparse
@@ -25,9 +25,9 @@ _REQUIRED_COLUMNS = {"api", "version", "operationId", "method", "path"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rebuild the table and say what changed; return 0, or 1 where something could not be read or written.
+    """Rebuild the table and print the changes; return 0, or 1 if a file could not be read or written.
 
-    With `--check`, 1 also says that the table would change.
+    With `--check`, also return 1 if the table would change.
     """
     options = _parser().parse_args(argv)
     try:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sp-api-proxy operations rebuild",
-        description="Rebuild the operation table from a folder of Amazon's Swagger models, and say what changed: "
+        description="Rebuild the operation table from a folder of Amazon's Swagger models and print the changes: "
         "one line for each operation that is new (+), gone (-) or different (~).",
         epilog="Models are at https://github.com/amzn/selling-partner-api-models, in its folder models. APIs without "
         "a model in the folder keep their rows, unless --prune is given. Exit code 1: a file could not be read, or "
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=OVERRIDES,
         metavar="FILE",
-        help="what the models do not say; default: the package's",
+        help="facts that the models lack; default: the package's",
     )
     parser.add_argument(
         "--table",
@@ -143,7 +143,7 @@ def _rows_of_folder(folder: Path, facts: Overrides, warnings: list[str], skipped
 
 
 def merged(before: Iterable[Row], fresh: Iterable[Row], facts: Overrides, warnings: list[str]) -> list[Row]:
-    """Return the rows of the models, those kept of other APIs, and every fact, in the table's order."""
+    """Return the rows of the models and the kept rows of other APIs, with all facts, in the table's order."""
     fresh = list(_deduplicated(fresh, warnings))
     modelled = {(row["api"], row["version"]) for row in fresh}
     kept = [row for row in before if (row["api"], row["version"]) not in modelled]
@@ -158,7 +158,7 @@ def _sort_key(row: Row) -> tuple[str, ...]:
 
 
 def _deduplicated(rows: Iterable[Row], warnings: list[str]) -> Iterator[Row]:
-    """Yield the rows, of several for one operation of one API the first."""
+    """Yield the rows; of several rows for one operation, only the first."""
     seen: set[tuple[str, ...]] = set()
     for row in rows:
         if _sort_key(row) in seen:
@@ -169,7 +169,7 @@ def _deduplicated(rows: Iterable[Row], warnings: list[str]) -> Iterator[Row]:
 
 
 def _shadowed(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield a sentence for each operation that OperationTable never finds, since another API has its path."""
+    """Yield a warning for each operation that OperationTable never matches because another API has its path."""
     first: dict[tuple[str, str], Row] = {}
     for row in rows:
         other = first.setdefault((row["method"], row["path"]), row)

@@ -1,7 +1,6 @@
-"""What does one of Amazon's published models say about its operations?
+"""Reader of Amazon's published models: the operations of one Swagger 2 file (OpenAPI 3 is supported too).
 
-A model is a Swagger 2 file (OpenAPI 3 is understood too). Whatever in it is not of the form that is expected is
-passed over with a warning: it is somebody else's file, and a new one should not stop the maintainer.
+Unexpected parts of a model are skipped with a warning, so that a new model does not stop a rebuild.
 """
 
 import re
@@ -25,7 +24,7 @@ _VERSION = re.compile(r"[vV]?(?P<date>\d{4}-\d{2}-\d{2})|[vV](?P<number>\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What all operations of a model share; `file` is how warnings call it."""
+    """The common properties of a model's operations; `file` is its name in warnings."""
 
     file: str
     api: str
@@ -41,7 +40,7 @@ class Model:
 
 
 def model_of(tree: object, file: str, names: Mapping[str, str]) -> Model | None:
-    """Return the Model of a parsed JSON file, None where it is none; `names` corrects names made from file names."""
+    """Return the Model of a parsed JSON file, None for other JSON; `names` corrects names made from file names."""
     if not isinstance(tree, dict) or not isinstance(tree.get("paths"), dict):
         return None
     servers = _servers(tree)
@@ -59,7 +58,7 @@ def model_of(tree: object, file: str, names: Mapping[str, str]) -> Model | None:
 
 
 def rows_of_model(model: Model, warnings: list[str]) -> Iterator[Row]:
-    """Yield a row of the table for each operation; what cannot be read is added to `warnings`."""
+    """Yield a row of the table for each operation; what cannot be read is reported in `warnings`."""
     for path, item in model.paths.items():
         if not isinstance(item, dict):
             warnings.append(f"{model.file}: {path} is no path item")
@@ -154,30 +153,30 @@ def _derived_name(method: str, path: str) -> str:
 
 def _stated_plan(item: Mapping[str, Any], operation: Mapping[str, Any]) -> UsagePlan | None:
     """Return the plan of the operation's own description, or else of its path's."""
-    texts = [place.get("description") for place in (operation, item)]
+    texts = [source.get("description") for source in (operation, item)]
     plans = [parse_usage_plan(text) for text in texts if isinstance(text, str)]
     return next((plan for plan in plans if plan is not None), None)
 
 
 def yes_or_no(value: object) -> str:
-    """Return how the table writes a truth."""
+    """Return a truth value as in the table."""
     return "yes" if value else "no"
 
 
 def _sandbox(item: Mapping[str, Any], operation: Mapping[str, Any]) -> str:
     """Return `dynamic` where the operation or its path says so, `static` where a response has examples."""
     responses = operation.get("responses")
-    answers = list(responses.values()) if isinstance(responses, dict) else []
-    forms = [_form(place) for place in (operation, item, *answers)]
+    entries = list(responses.values()) if isinstance(responses, dict) else []
+    forms = [_form(source) for source in (operation, item, *entries)]
     return next((form for form in ("dynamic", "static") if form in forms), "")
 
 
-def _form(place: object) -> str:
-    sandbox = place.get("x-amzn-api-sandbox") if isinstance(place, dict) else None
+def _form(source: object) -> str:
+    sandbox = source.get("x-amzn-api-sandbox") if isinstance(source, dict) else None
     if not isinstance(sandbox, dict):
         return ""
     return next((form for form in ("dynamic", "static") if form in sandbox), "")
 
 
 def _is_sandbox_only(item: Mapping[str, Any], operation: Mapping[str, Any]) -> bool:
-    return any(place.get("x-amzn-api-sandbox-only") for place in (operation, item))
+    return any(source.get("x-amzn-api-sandbox-only") for source in (operation, item))

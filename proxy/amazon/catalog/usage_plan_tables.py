@@ -1,8 +1,8 @@
-"""Which usage plan does the description of an operation state?
+"""The usage plan in the description of an operation.
 
-Amazon's models write the plan into prose, as a Markdown table below the words Usage Plan; nothing else in them
-carries it. Most tables have a head, a rule and one row `| 0.5 | 30 |`. Some have a first column with the word
-Default, line ends written as a backslash and an n, `n` for numbers that were never filled in, or `.5`.
+Amazon's models state the plan only in prose, as a Markdown table under the words Usage Plan. Most tables have a head, a
+rule and one row `| 0.5 | 30 |`. Some have a first column with the word Default, line ends written as a backslash and
+an n, `n` for numbers that were never filled in, or `.5`.
 """
 
 import html
@@ -63,7 +63,7 @@ def _plan_tables(description: str) -> Iterator[list[Cells]]:
 
 def _lines(description: str) -> list[str]:
     """Return the lines of a description, those of an HTML table in the form of a Markdown table."""
-    # A row's end is no white space until its cells are joined: the line ends between them are.
+    # Mark row ends with NUL, so that line ends between the cells of one row can be joined as white space.
     text = _HTML_ROW.sub("\0", _LINE_END.sub("\n", description))
     text = _HTML_EDGE.sub("|", _HTML_BORDER.sub("|", text))
     return html.unescape(_HTML_TAG.sub(" ", text)).replace("\0", "\n").split("\n")
@@ -90,7 +90,7 @@ def _plan(table: list[Cells]) -> UsagePlan:
     if columns is None or len(row) <= max(columns):
         return UsagePlan(stated=False)
     rate, burst = _number(row[columns[0]]), _number(row[columns[1]])
-    # A plan of nothing, or of half a call, is no plan: nobody could wait for it.
+    # A rate of 0 or a burst below 1 is no plan: no request could ever be sent.
     if not rate or not burst or float(rate) == 0 or float(burst) < 1 or not float(burst).is_integer():
         return UsagePlan(stated=False)
     return UsagePlan(_per_second(rate, head[columns[0]]), f"{float(burst):.0f}")
