@@ -80,7 +80,7 @@ def explain_request(options: argparse.Namespace, config: Config) -> Mapping[str,
     validated = validate(options.method, options.target, sent, AllowedHosts.from_config(listener, config))
     check_body(options.method, HeaderBlock(sent))
     table = operation_table()
-    own = TokenEndpoint(table, answers_rdt=config.local_rdt).match(validated.target)
+    own = TokenEndpoint(table, serves_rdt=config.local_rdt).match(validated.target)
     if options.method == "POST" and own == placeholder_endpoint.LWA_TOKEN:
         return placeholder_endpoint.describe_token_request(own, validated.target)  # no caller key is needed for that
     caller = options.caller or CallerAuthenticator(config).authenticate(sent, UNKNOWN_PEER, listener)

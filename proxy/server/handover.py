@@ -124,7 +124,7 @@ class Runtime:
                 build_policies(config, index),
                 self.concurrency,
                 RouteCache(listener, config, self.table),
-                TokenEndpoint(self.table, answers_rdt=config.local_rdt),
+                TokenEndpoint(self.table, serves_rdt=config.local_rdt),
                 self.rate_limiter,
                 self.tokens,
                 forwarder,

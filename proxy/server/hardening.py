@@ -91,7 +91,7 @@ def scrub_environment(environ: MutableMapping[str, str], config: Config) -> list
 def overwrite_environ(names: Iterable[str]) -> None:
     """Overwrite these variables in the memory that the process was started with.
 
-    `/proc/PID/environ` shows that memory for as long as the process runs, whatever happens to Python's copy of it (proc(5)).
+    `/proc/PID/environ` shows that memory as long as the process runs, whatever Python does with its copy (proc(5)).
     """
     if sys.platform != "linux":
         return

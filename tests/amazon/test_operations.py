@@ -171,7 +171,7 @@ def test_a_row_that_is_no_operation_is_an_error() -> None:
         ("POST", f"{UPLOADS}{'/a' * 3000}", "uploads.2020-11-01.createUploadDestinationForResource"),
     ],
 )
-def test_a_path_is_matched_as_it_is_written_on_the_wire(method: str, path: str, name: str) -> None:
+def test_a_path_is_matched_as_it_is_sent(method: str, path: str, name: str) -> None:
     operation = TABLE.match(method, path)
     assert operation is not None
     assert operation.name == name

@@ -123,7 +123,7 @@ def test_every_place_is_of_an_operation_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("content", [None, 5, [], {"url": 5}, {"url": ["https://a"]}, {"payload": []}, "https://a"])
-def test_an_answer_of_another_form_holds_no_url(content: Any) -> None:
+def test_a_response_of_another_form_holds_no_url(content: Any) -> None:
     assert not [url for place in URL_LOCATIONS.values() for url in urls_in(content, place.keys)]
 
 

@@ -59,7 +59,7 @@ async def ended(reader: asyncio.StreamReader) -> tuple[bytes, str]:
     ],
     ids=["whole answer", "half an answer", "one byte", "a line's end", "interim answer"],
 )
-async def test_what_arrives_on_an_idle_connection_answers_nobody(
+async def test_what_arrives_on_an_idle_connection_belongs_to_nobody(
     start_proxy: StartProxy, fake_upstream: FakeUpstream, surplus: bytes
 ) -> None:
     gone = asyncio.Event()
@@ -142,7 +142,7 @@ def once_a_connection(server: FakeUpstream | TokenHost) -> Script:
 
 
 @pytest.mark.parametrize("end", [reset, lambda writer: writer.close()], ids=["reset", "eof"])
-async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
+async def test_a_cut_off_response_looks_cut_off_to_http_1_0_too(
     proxy: RunningProxy, fake_upstream: FakeUpstream, end: Callable[[asyncio.StreamWriter], None]
 ) -> None:
     passed_on = asyncio.Event()
@@ -161,7 +161,7 @@ async def test_a_cut_off_answer_looks_cut_off_to_http_1_0_too(
         assert await ended(client.reader) == (b"", "reset")
 
 
-async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(
+async def test_a_stalled_response_looks_cut_off_to_http_1_0_too(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     never = asyncio.Event()
@@ -177,7 +177,7 @@ async def test_a_stalled_answer_looks_cut_off_to_http_1_0_too(
         assert (await ended(client.reader))[1] == "reset"
 
 
-async def test_an_answer_that_ends_with_its_connection_is_cut_off_by_a_reset(
+async def test_a_response_that_ends_with_its_connection_is_cut_off_by_a_reset(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     passed_on = asyncio.Event()
@@ -290,7 +290,7 @@ async def test_what_is_cut_off_in_the_end_looks_cut_off_and_is_counted_as_the_pr
     assert proxy.shutdown.aborted == 2
 
 
-async def test_an_answer_under_way_when_the_proxy_is_told_to_stop_ends_its_connection(
+async def test_a_response_under_way_when_the_proxy_is_told_to_stop_ends_its_connection(
     stoppable: tuple[RunningProxy, AsyncExitStack], fake_upstream: FakeUpstream
 ) -> None:
     proxy, stack = stoppable

@@ -42,7 +42,7 @@ async def raw(address: str, data: bytes) -> RawResponse:
         b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
     ],
 )
-async def test_a_broken_request_gets_a_clear_answer_and_goes_nowhere(
+async def test_a_broken_request_gets_a_clear_response_and_goes_nowhere(
     proxy: RunningProxy, fake_upstream: FakeUpstream, data: bytes
 ) -> None:
     async with connect(proxy.addresses[0]) as client:
@@ -170,7 +170,7 @@ async def test_a_slow_second_head_runs_out_of_time_too(start_proxy: StartProxy) 
         assert (await client.read_response()).error == "HeaderTimeout"
 
 
-async def test_a_long_answer_is_no_slow_head(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_long_response_is_no_slow_head(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
     release = asyncio.Event()
 
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:

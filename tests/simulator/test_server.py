@@ -244,7 +244,7 @@ async def test_restricted_documents_are_those_that_say_so(simulator: Simulator) 
 # Usage plans.
 
 
-async def test_a_plan_that_is_used_up_answers_429_until_it_fills_again(simulator: Simulator, clock: FakeClock) -> None:
+async def test_a_plan_that_is_used_up_responds_429_until_it_fills_again(simulator: Simulator, clock: FakeClock) -> None:
     order = {"method": "GET", "path": SELLERS, "rate": 0.5, "burst": 2, "enforce": True}
     assert await control(simulator, "POST", "/plans", order) == (200, {"enforced": True})
     access = await token(simulator)
@@ -270,7 +270,7 @@ async def test_a_fault_is_made_where_when_and_as_often_as_asked(simulator: Simul
     assert (await ask(simulator, "GET", ADDRESS, access)).status == 403
 
 
-async def test_any_answer_can_be_made(simulator: Simulator) -> None:
+async def test_any_response_can_be_made(simulator: Simulator) -> None:
     headers = {"Content-Type": "text/plain", "Location": "https://elsewhere.example"}
     simulator.state.faults.append(Fault("answer", service="eu", status=302, headers=headers, body="moved"))
     got = await ask(simulator, "GET", SELLERS, await token(simulator))
@@ -291,7 +291,7 @@ async def test_connections_can_be_broken(simulator: Simulator, kind: str) -> Non
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
-async def test_an_answer_of_any_size_can_be_made(simulator: Simulator, is_chunked: bool) -> None:
+async def test_a_response_of_any_size_can_be_made(simulator: Simulator, is_chunked: bool) -> None:
     simulator.state.faults.append(Fault("size", service="eu", size=1_000_001, chunked=is_chunked))
     got = await ask(simulator, "GET", SELLERS, await token(simulator))
     assert (len(got.body), got.complete) == (1_000_001, True)
@@ -352,7 +352,7 @@ async def test_the_lifetime_of_tokens_can_be_set(simulator: Simulator, clock: Fa
 # Amazon's models.
 
 
-async def test_a_model_answers_by_the_parameters_it_names(clock: FakeClock, tmp_path: Path) -> None:
+async def test_a_model_responds_by_the_parameters_it_names(clock: FakeClock, tmp_path: Path) -> None:
     statics = [
         {"request": {"parameters": {"ids": {"value": ["a", "b"]}}}, "response": {"payload": "both"}},
         {"request": {"parameters": {}}, "response": {"payload": "any"}},

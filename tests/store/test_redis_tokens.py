@@ -19,7 +19,7 @@ from proxy.observability.metrics import Metrics
 from proxy.request.token_selection import TokenKey
 from proxy.server.runtime import RunningProxy
 from proxy.store import StoredToken
-from proxy.store import encryption as seal_module
+from proxy.store import encryption as encryption_module
 from proxy.store import redis_client as redis_client_module
 from proxy.store.encryption import DecryptionFailed, TokenCipher
 from proxy.store.redis_client import RedisClient
@@ -77,12 +77,12 @@ def sample(metrics: Metrics, name: str) -> float:
 
 @asynccontextmanager
 async def opened_store(
-    redis: RedisServer, *keys: str, patience: float = 10.0, lock_life: float = 3.0
+    redis: RedisServer, *keys: str, timeout: float = 10.0, lock_life: float = 3.0
 ) -> AsyncIterator[tuple[RedisTokenStore, Metrics]]:
     metrics = Metrics()
     link = RedisClient(parse_store(redis.url), metrics)
     cipher = TokenCipher(tuple(Secret(key) for key in keys or (KEY,)))
-    store = RedisTokenStore(link, cipher, metrics, timeout=patience, lock_life=lock_life)
+    store = RedisTokenStore(link, cipher, metrics, timeout=timeout, lock_life=lock_life)
     yield store, metrics
     await store.close()
 
@@ -125,7 +125,7 @@ async def test_a_replica_that_starts_later_needs_no_exchange(replicas: StartRepl
     assert len(token_host.received) == 1
 
 
-async def test_a_token_at_hand_asks_redis_nothing(replicas: StartReplicas, client: Redis) -> None:
+async def test_a_token_cached_asks_redis_nothing(replicas: StartReplicas, client: Redis) -> None:
     (proxy,) = await replicas(1)
     await proxy.tokens.get(ACME)
     before = (await client.info("stats"))["total_commands_processed"]
@@ -241,7 +241,7 @@ async def test_nobody_lets_go_of_a_lock_that_is_anothers_by_now(redis: RedisServ
 async def test_a_wait_ends_when_an_exchange_of_ones_own_would_have(redis: RedisServer) -> None:
     async with (
         opened_store(redis) as (store, _),
-        opened_store(redis, patience=0.2) as (other, _),
+        opened_store(redis, timeout=0.2) as (other, _),
         store.get_or_lock("k", anything),
         other.get_or_lock("k", anything) as stored,
     ):
@@ -282,7 +282,7 @@ async def test_neither_names_nor_tokens_can_be_read_in_redis(replicas: StartRepl
         lambda value: value[:20] + bytes([value[20] ^ 1]) + value[21:],
         lambda value: b"\x02" + value[1:],
         lambda value: value[:1] + b"\0\0\0\0" + value[5:],
-        lambda value: value + b"\0" * seal_module.MAX_BYTES,
+        lambda value: value + b"\0" * encryption_module.MAX_BYTES,
         lambda _: b"\x80\x04cposix\nsystem\n(X\x04\0\0\0trueR.",
     ],
 )
@@ -326,7 +326,7 @@ async def test_names_of_another_type_are_overcome(redis: RedisServer, client: Re
         assert sample(metrics, "store_up") == 1
 
 
-async def test_a_new_key_in_front_of_the_old_one_unseals_what_the_old_one_sealed(redis: RedisServer) -> None:
+async def test_a_new_key_in_front_of_the_old_one_decrypts_what_the_old_one_encrypted(redis: RedisServer) -> None:
     async with opened_store(redis, OTHER_KEY) as (old, _), opened_store(redis, KEY, OTHER_KEY) as (new, _):
         await old.put("k", a_token(), 3600)
         async with new.get_or_lock("k", anything) as stored:
@@ -336,7 +336,7 @@ async def test_a_new_key_in_front_of_the_old_one_unseals_what_the_old_one_sealed
             assert stored is None  # it is ignored, and fetched again
 
 
-def test_a_seal_tells_purposes_keys_and_places_apart() -> None:
+def test_a_cipher_tells_purposes_keys_and_places_apart() -> None:
     one, other = TokenCipher((Secret(KEY),)), TokenCipher((Secret(OTHER_KEY),))
     sealed = one.encrypt("k", a_token())
     assert one.decrypt("k", sealed) == a_token()

@@ -64,7 +64,7 @@ async def break_it(redis: RedisServer, fault: str) -> None:
         await ordered(redis, "REPLICAOF", "127.0.0.1", "1")
 
 
-async def mend(redis: RedisServer, fault: str) -> None:
+async def fix(redis: RedisServer, fault: str) -> None:
     if fault == "frozen":
         redis.send(signal.SIGCONT)
     elif fault == "killed":
@@ -92,7 +92,7 @@ async def test_requests_go_on_at_once_while_redis_fails_and_it_heals_by_itself(
     assert await orders(proxy) == 200
     assert loop.time() - began < link_module.TIMEOUT  # nobody asks any more
     assert said(log) == ["store lost"]
-    await mend(redis, fault)
+    await fix(redis, fault)
     await until(proxy.metrics, 1)
     assert await orders(proxy) == 200
     assert sample(proxy.metrics, "store_up") == 1

@@ -1,9 +1,10 @@
-"""How is one token got: which call is made, how often is it tried, and what is wrong when none comes?
+"""Fetching one token: the request, its retries, and the errors when it fails.
 
-Keeping tokens, and deciding when one is needed, is `tokens.py`'s work.
+Caching tokens, and deciding when one is fetched, is in `provider.py`.
 """
 
 import asyncio
+import logging
 import random
 import time
 import weakref
@@ -27,7 +28,7 @@ from proxy.request.token_selection import TokenKey, access_token_key, access_tok
 from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import ConnectionPool
 
-TRIES = 3  # of one exchange, within timeouts.token
+TRIES = 3  # of one token request, within timeouts.token
 FIRST_PAUSE = 0.2  # seconds between the first two tries, doubled for the next
 
 _REMEDIES = {
@@ -37,15 +38,15 @@ _REMEDIES = {
     "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
     "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
 }
-_ABOUT_THE_ACCOUNT = frozenset({"invalid_grant", "unauthorized_client"})
+_ACCOUNT_ERRORS = frozenset({"invalid_grant", "unauthorized_client"})
 
 
 class ReportUnrestricted(Exception):
-    """Amazon gives no Restricted Data Token for this document, because it needs none."""
+    """Amazon refuses a Restricted Data Token for this document because it needs none."""
 
 
 class DataElementsDenied(Exception):
-    """The application has no role for some of the data elements asked for; `elements` are those."""
+    """The application has no role for some of the requested data elements, those in `elements`."""
 
     def __init__(self, elements: frozenset[str]) -> None:
         super().__init__(", ".join(sorted(elements)))
@@ -53,7 +54,7 @@ class DataElementsDenied(Exception):
 
 
 class AccessTokenRejected(Exception):
-    """Amazon refuses the ordinary token with which a Restricted Data Token was asked for; `error` says so."""
+    """Amazon rejects the access token that was sent to create a Restricted Data Token; `error` says so."""
 
     def __init__(self, error: ProxyError) -> None:
         super().__init__(error.message)
@@ -62,7 +63,7 @@ class AccessTokenRejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FetchedToken:
-    """A token as it was granted; `asked` and `came` are moments of the monotonic clock, in seconds."""
+    """A token response, with the times of its request and arrival in seconds of the monotonic clock."""
 
     response: lwa.TokenResponse
     requested_at: float
@@ -70,7 +71,7 @@ class FetchedToken:
 
 
 class ClientSettings(NamedTuple):
-    """What exchanges are made by: a configuration, and the connections that belong to it."""
+    """What token requests are made with: a configuration and its connection pools."""
 
     config: Config
     lwa_session: ConnectionPool
@@ -78,7 +79,7 @@ class ClientSettings(NamedTuple):
 
 
 def access_token_keys(config: Config) -> Iterator[TokenKey]:
-    """Return what the ordinary token of every account and region is asked for by."""
+    """Yield the key of the access token of every account and region."""
     for name, account in config.accounts.items():
         application, _ = config.application_of(account)
         for region in account.refresh_tokens:
@@ -86,9 +87,9 @@ def access_token_keys(config: Config) -> Iterator[TokenKey]:
 
 
 def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | None:
-    """Return what decides whom a token for `credential` is for, None where the configuration knows nobody like that.
+    """Return what identifies the grantee of a token for `token_key`; None where it is not configured.
 
-    A client secret is not part of it: the tokens that were got with an old one are as good (F25).
+    The client secret is not part of it: tokens fetched with an old one stay valid (F25).
     """
     application = config.applications.get(token_key.application)
     if application is None:
@@ -101,7 +102,7 @@ def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | No
     refresh_token = account.refresh_tokens.get(token_key.region)
     if refresh_token is None:
         return None
-    # Not compared with the credential's own: an account of the sandbox may want a token of production's (sandbox_rdt).
+    # Not compared with the key's environment: a sandbox account may need a token of production (sandbox_rdt).
     environment = config.environment_of(account)
     return (
         application.client_id,
@@ -122,7 +123,7 @@ def _digest(config: Config | None, token_key: TokenKey, refresh_token: Secret | 
 
 
 class TokenClient:
-    """Asks Login with Amazon and Amazon's Tokens API; `mint` is the operation that mints Restricted Data Tokens."""
+    """Requests tokens of Login with Amazon and of Amazon's Tokens API; `mint` is createRestrictedDataToken."""
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class TokenClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.settings = ClientSettings(config, lwa_session, amazon_session)
-        # Those before it, for requests that began under one: whoever serves such a request keeps it alive.
+        # Earlier configurations, for requests that began under one; weak, because such a request keeps its own alive.
         self._earlier: list[weakref.ref[Config]] = []
         self._limits = rate_limiter
         self._rdt_operation = mint
@@ -146,18 +147,20 @@ class TokenClient:
         self._sleep = sleep
 
     def activate(self, config: Config, lwa_session: ConnectionPool, amazon_session: ConnectionPool) -> None:
-        """Make exchanges by another configuration from now on, but for whom only an earlier one knows."""
-        self._earlier = [known for known in self._earlier if known() is not None]
+        """Use another configuration from now on, except for keys that only an earlier one has."""
+        self._earlier = [earlier for earlier in self._earlier if earlier() is not None]
         self._earlier.insert(0, weakref.ref(self.settings.config))
         self.settings = ClientSettings(config, lwa_session, amazon_session)
 
     def _config_of(self, token_key: TokenKey) -> Config | None:
-        """Return the newest configuration that knows whom a token is for; None where none is in use any more."""
-        known = (self.settings.config, *(earlier() for earlier in self._earlier))
-        return next((one for one in known if one is not None and token_source(one, token_key) is not None), None)
+        """Return the newest configuration that has this key; None where none of those in use has it."""
+        configs = (self.settings.config, *(earlier() for earlier in self._earlier))
+        return next(
+            (config for config in configs if config is not None and token_source(config, token_key) is not None), None
+        )
 
     def secrets(self, token_key: TokenKey) -> tuple[Secret, ...]:
-        """Return the secrets that an exchange would send now: those of files and variables may have changed."""
+        """Return the secrets that a token request would send now, read again from their files and variables."""
         config = self._config_of(token_key)
         if token_key.kind == "rdt" or config is None:
             return ()
@@ -167,9 +170,9 @@ class TokenClient:
         return secret, config.accounts[token_key.account].refresh_tokens[token_key.region].refreshed()
 
     def fingerprint(self, token_key: TokenKey, sent: tuple[Secret, ...] = ()) -> str:
-        """Return a digest of all that decides whom a token is for: `source_of`, as an exchange would send it now.
+        """Return a digest of what identifies the grantee of a token (`token_source`), with the secrets of now.
 
-        Or, where `sent` are the `secrets` of one, as that one did.
+        Or with `sent`, the `secrets` of an earlier token request.
         """
         config = self._config_of(token_key)
         if config is None or token_key.kind == "grantless":
@@ -178,7 +181,7 @@ class TokenClient:
         return _digest(config, token_key, sent[1] if len(sent) > 1 else held.refreshed())
 
     def matches_config(self, token_key: TokenKey, fingerprint: str) -> bool:
-        """Return whether this is the fingerprint of what the configuration holds, whatever its files say by now."""
+        """Return whether this is the fingerprint of the secrets as the configuration was loaded with them."""
         config = self._config_of(token_key)
         if config is None or token_key.kind == "grantless":
             return fingerprint == _digest(config, token_key, None)
@@ -186,7 +189,7 @@ class TokenClient:
         return fingerprint == _digest(config, token_key, held)
 
     async def fetch_access_token(self, token_key: TokenKey, secrets: tuple[Secret, ...]) -> FetchedToken:
-        """Get an ordinary or a grantless token; raise TokenRefused or TokenUnavailable."""
+        """Fetch an access token or a grantless token; raise TokenRefused or TokenUnavailable."""
         config = self._config_of(token_key)
         if config is None:
             raise not_configured(token_key)
@@ -200,10 +203,10 @@ class TokenClient:
 
         return await self.with_retries(token_key, url, call)
 
-    async def create_rdt(self, token_key: TokenKey, ordinary: Secret) -> FetchedToken:
-        """Get a Restricted Data Token by an ordinary one, at its place in the mint's own usage plan.
+    async def create_rdt(self, token_key: TokenKey, access_token: Secret) -> FetchedToken:
+        """Create a Restricted Data Token with an access token, within the operation's own usage plan.
 
-        Raises NotRestricted, ElementsRefused, OrdinaryTokenRefused, RestrictedDataRefused, TokenUnavailable and
+        Raises ReportUnrestricted, DataElementsDenied, AccessTokenRejected, RestrictedDataRefused, TokenUnavailable and
         UsagePlanExhausted.
         """
         config = self._config_of(token_key)
@@ -215,7 +218,7 @@ class TokenClient:
         account = config.accounts[token_key.account]
 
         async def call() -> lwa.TokenResponse:
-            headers = credential_headers(ordinary, agent, time.time())
+            headers = credential_headers(access_token, agent, time.time())
             try:
                 return await rdt.create_restricted_data_token(
                     session.post,
@@ -254,11 +257,11 @@ class TokenClient:
     async def with_retries(
         self, token_key: TokenKey, url: str, call: Callable[[], Awaitable[lwa.TokenResponse]]
     ) -> FetchedToken:
-        """Make one exchange with the host of `url`, a few times where that may help.
+        """Make one token request to the host of `url`, up to TRIES times within `timeouts.token`.
 
-        Whatever goes wrong is translated into an error of ours.
+        Raises TokenRefused, TokenUnavailable and what `_rdt_refused` returns.
         """
-        asked = self._now()
+        started = self._now()
         reason = "timeout"
         try:
             async with asyncio.timeout(self.settings.config.timeouts.token):
@@ -266,7 +269,7 @@ class TokenClient:
                     if attempt:
                         pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                         await self._sleep(pause)
-                    asked, reason = self._now(), "timeout"
+                    started, reason = self._now(), "timeout"
                     try:
                         token_response = await call()
                     except lwa.TokenRequestFailed as exc:
@@ -274,41 +277,41 @@ class TokenClient:
                     except (RemoteProtocolError, OSError) as exc:
                         reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
                     else:
-                        self._count(token_key, "ok", "", asked)
-                        return FetchedToken(token_response, asked, self._now())
-                    self._count(token_key, "failed", reason, asked)
+                        self._count(token_key, "ok", "", started)
+                        return FetchedToken(token_response, started, self._now())
+                    self._count(token_key, "failed", reason, started)
         except lwa.OAuthError as exc:
             config = self._config_of(token_key)
             keys, source = ("", "") if config is None else config_keys(config, token_key, exc.reason)
-            self._count(token_key, "refused", exc.reason, asked, keys + source)
+            self._count(token_key, "refused", exc.reason, started, keys + source)
             raise _refused(token_key, exc, keys, has_source=bool(source)) from exc
         except rdt.RdtRefused as exc:
-            raise self._rdt_refused(token_key, exc, asked) from exc
+            raise self._rdt_refused(token_key, exc, started) from exc
         except TimeoutError as exc:
-            self._count(token_key, "failed", "timeout", asked)
+            self._count(token_key, "failed", "timeout", started)
             raise _unavailable(token_key, url, "timeout") from exc
         raise _unavailable(token_key, url, reason)
 
-    def _rdt_refused(self, token_key: TokenKey, exc: rdt.RdtRefused, asked: float) -> Exception:
-        """Return what a refusal of the mint means."""
-        reason, error = f"http_{exc.status}", _rdt_error(token_key, exc)
-        meaning: Exception = error
+    def _rdt_refused(self, token_key: TokenKey, exc: rdt.RdtRefused, started: float) -> Exception:
+        """Return the exception for a refusal of createRestrictedDataToken."""
+        reason, refused = f"http_{exc.status}", _rdt_error(token_key, exc)
+        error: Exception = refused
         if exc.means_unrestricted and not token_key.is_shared:
-            reason, meaning = "not_restricted", ReportUnrestricted()
+            reason, error = "not_restricted", ReportUnrestricted()
         elif exc.refused_elements & set(token_key.data_elements):
-            reason, meaning = "elements", DataElementsDenied(exc.refused_elements)
+            reason, error = "elements", DataElementsDenied(exc.refused_elements)
         elif exc.refusal.is_token_error:
-            reason, meaning = "token", AccessTokenRejected(error)
-        self._count(token_key, "refused", reason, asked)
-        return meaning
+            reason, error = "token", AccessTokenRejected(refused)
+        self._count(token_key, "refused", reason, started)
+        return error
 
-    def _count(self, token_key: TokenKey, result: str, reason: str, asked: float, look_at: str = "") -> None:
-        seconds = self._now() - asked
+    def _count(self, token_key: TokenKey, result: str, reason: str, started: float, look_at: str = "") -> None:
+        seconds = self._now() - started
         labels = (token_key.kind, token_key.account, token_key.region, result, reason)
         self._metrics.token_refreshes.labels(*labels).inc()
         self._metrics.token_refresh_duration.labels(token_key.kind).observe(seconds)
         LOGGER.log(
-            20 if reason in _EXPECTED_ERRORS else _LEVELS[result],
+            logging.INFO if reason in _EXPECTED_ERRORS else _LEVELS[result],
             "token exchange",
             extra=extra(
                 result=result,
@@ -323,8 +326,8 @@ class TokenClient:
         )
 
 
-_LEVELS = {"ok": 20, "refused": 40, "failed": 30}  # of the logging module: info, error, warning
-_EXPECTED_ERRORS = frozenset({"not_restricted", "elements", "token"})  # the proxy itself knows what to do about them
+_LEVELS = {"ok": logging.INFO, "refused": logging.ERROR, "failed": logging.WARNING}
+_EXPECTED_ERRORS = frozenset({"not_restricted", "elements", "token"})  # the provider handles them
 
 
 def _owner(token_key: TokenKey) -> str:
@@ -339,27 +342,28 @@ def not_configured(token_key: TokenKey) -> TokenRefused:
     )
 
 
-_UNREACHABLE = {"connection": "could not be reached", "timeout": "did not answer in time"}
+_UNREACHABLE = {"connection": "could not be reached", "timeout": "did not respond in time"}
 
 
 def _unavailable(token_key: TokenKey, url: str, reason: str) -> TokenUnavailable:
-    who, state = "Amazon" if token_key.kind == "rdt" else "Login with Amazon", "did not give one"
+    host, state = "Amazon" if token_key.kind == "rdt" else "Login with Amazon", "did not issue one"
     hint = "Nothing was sent to Amazon's API; try again after Retry-After."
     if reason in _UNREACHABLE:
-        who, state = f"{who} at {urlsplit(url).hostname}", _UNREACHABLE[reason]
+        host, state = f"{host} at {urlsplit(url).hostname}", _UNREACHABLE[reason]
         hint += " `sp-api-proxy check --live` says why."
     return TokenUnavailable(
-        f"no {token_key.kind} token for {_owner(token_key)}: {who} {state} ({reason})", hint, reason=reason
+        f"no {token_key.kind} token for {_owner(token_key)}: {host} {state} ({reason})", hint, reason=reason
     )
 
 
 def config_keys(config: Config, token_key: TokenKey, reason: str) -> tuple[str, str]:
-    """Return the keys of what Login with Amazon refused, and the words for the file or variable that it comes from.
+    """Return the configuration keys that Login with Amazon refused, and where their secret comes from.
 
-    The latter are for the operator alone. Empty where it refused nothing that is in the configuration.
+    The second text is for the operator alone, not for apps. Both are empty where no key of the configuration is
+    concerned.
     """
     application, account = config.applications.get(token_key.application), config.accounts.get(token_key.account)
-    if reason in _ABOUT_THE_ACCOUNT and account is not None:
+    if reason in _ACCOUNT_ERRORS and account is not None:
         token = account.refresh_tokens.get(token_key.region)
         keys = f"accounts.{token_key.account}.refresh_tokens.{token_key.region}"
         if reason == "unauthorized_client":
@@ -372,7 +376,7 @@ def config_keys(config: Config, token_key: TokenKey, reason: str) -> tuple[str, 
 
 
 def describe_source(secret: Secret | None) -> str:
-    """Return ` (from file /run/secrets/x)` for a secret that does not stand in the configuration itself."""
+    """Return ` (from file /run/secrets/x)` for a secret that is not in the configuration file itself."""
     return f" (from {secret.source})" if secret is not None and secret.source else ""
 
 
@@ -387,10 +391,10 @@ def _refused(token_key: TokenKey, exc: lwa.OAuthError, keys: str, *, has_source:
 
 
 def _rdt_error(token_key: TokenKey, exc: rdt.RdtRefused) -> RestrictedDataRefused:
-    said = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
+    details = " ".join(text for text in (exc.refusal.message or "no reason given", exc.refusal.details) if text)
     return RestrictedDataRefused(
-        f"Amazon gives {_owner(token_key)} no Restricted Data Token for {token_key.method} {token_key.path}: "
-        f"{exc.status} {said}",
+        f"Amazon issues {_owner(token_key)} no Restricted Data Token for {token_key.method} {token_key.path}: "
+        f"{exc.status} {details}",
         "Check that the application has the restricted role, and had it when the seller authorised it; "
         "x-sp-data-elements: none asks without personal data where that is possible.",
     )

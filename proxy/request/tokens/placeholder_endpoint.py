@@ -1,7 +1,7 @@
-"""What does the proxy answer itself to an app that asks for a token: what Amazon would, with a placeholder.
+"""The token endpoint of the proxy: token requests of apps get Amazon's response with a placeholder token.
 
-An app that brings its own library moves by changing addresses: the library goes on fetching tokens, and gets some that
-are worth nothing. Of what it sends to get one, its secrets above all, nothing is kept, logged or passed on.
+An app with a library of its own needs only new addresses: the library still fetches tokens, and gets worthless ones.
+Nothing that it sends for that, above all no secret, is stored, logged or forwarded.
 """
 
 from collections.abc import Mapping
@@ -32,32 +32,35 @@ LWA_TOKEN = "lwa.token"  # noqa: S105 - a name, no secret
 RDT = "tokens.2021-03-01.createRestrictedDataToken"
 
 MAX_BODY = 64 * 1024  # bytes of a request for a token
-_ENDS = (PATH, "/auth/o2/token")
+_SUFFIXES = (PATH, "/auth/o2/token")
 
 
 class TokenEndpoint:
-    """Answers the two calls by which apps get tokens: the second one only where `local_rdt` says so."""
+    """Responds to the two token requests of apps; to the one for RDTs only with `local_rdt`."""
 
-    def __init__(self, table: OperationTable, *, answers_rdt: bool) -> None:
+    def __init__(self, table: OperationTable, *, serves_rdt: bool) -> None:
         self._table = table
-        self._answers_rdt = answers_rdt
+        self._serves_rdt = serves_rdt
 
     def match(self, target: str) -> str:
-        """Return the name of what is answered here of a POST, nothing for what goes to Amazon."""
+        """Return the operation name of a POST that is handled here, empty for one that is forwarded to Amazon."""
         path = target.partition("?")[0]
-        if path.endswith(_ENDS):
+        if path.endswith(_SUFFIXES):
             if is_token_request("POST", target):
                 return LWA_TOKEN
         elif "%" not in path:
             return ""
-        # By the table, as everything else: Amazon takes a path with its letters encoded for the same.
-        operation = self._table.match("POST", split_prefix(path)[2]) if self._answers_rdt else None
+        # By the operation table, as Amazon accepts a path with percent-encoded letters, too.
+        operation = self._table.match("POST", split_prefix(path)[2]) if self._serves_rdt else None
         return RDT if operation is not None and operation.name == RDT else ""
 
     async def respond(
         self, request: web.BaseRequest, context: RequestContext, policy: AccessPolicy, deadlines: DeadlineTimer
     ) -> PlaceholderResponse:
-        """Return the answer; raise the error that stands in for one."""
+        """Return the response.
+
+        Raises TokenRequestRefused, RestrictedDataTokenInvalid, MalformedRequest or NotAllowed.
+        """
         with RequestDeadline(deadlines) as deadline:
             body = await _body(request, context, deadline)
         if context.local_operation == LWA_TOKEN:
@@ -68,27 +71,28 @@ class TokenEndpoint:
         return PlaceholderResponse(content, context.summary())
 
     def _restricted_data_token(self, body: bytes, policy: AccessPolicy) -> Mapping[str, object]:
-        """Return what createRestrictedDataToken would answer (model tokens_2021-03-01).
+        """Return the response of createRestrictedDataToken (model tokens_2021-03-01).
 
-        What it asks for must be allowed now, and is looked at again when the token is used.
+        What it requests must be allowed now, and is checked again when the placeholder is used.
         """
         try:
-            asked = [self._checked(index, resource, policy) for index, resource in enumerate(requested_resources(body))]
-            return {"restrictedDataToken": placeholder_for(asked), "expiresIn": LIFETIME}
+            resources = [
+                self._checked(index, resource, policy) for index, resource in enumerate(requested_resources(body))
+            ]
+            return {"restrictedDataToken": placeholder_for(resources), "expiresIn": LIFETIME}
         except ValueError as exc:
-            raise RestrictedDataTokenInvalid(
-                str(exc), "Ask as Amazon's Tokens API 2021-03-01 wants to be asked."
-            ) from exc
+            raise RestrictedDataTokenInvalid(str(exc), "Send it as Amazon's Tokens API 2021-03-01 specifies.") from exc
 
     def _checked(self, index: int, resource: Resource, policy: AccessPolicy) -> Resource:
-        """Return a resource with the path by which it will be called; raise ValueError, or NotAllowed."""
+        """Return a resource with the path by which it will be called; raise ValueError or NotAllowed."""
         try:
-            path = split_prefix(resource.path)[2]  # some libraries take it from the address that they call
+            # Some libraries take the path from the URL that they call, with the account prefix.
+            path = split_prefix(resource.path)[2]
         except BadTarget:
             path = resource.path
         operation = self._table.match(resource.method, path)
         if resource.method not in METHODS or operation is None or not operation.restricted:
-            raise ValueError(f"restrictedResources[{index}] is no restricted operation that this proxy knows")
+            raise ValueError(f"restrictedResources[{index}] is not a restricted operation known to this proxy")
         policy.check_operation(resource.method, operation, "")
         policy.check_elements(set(resource.data_elements))
         is_generic = operation.generic_path and "{" in path
@@ -99,11 +103,11 @@ def _access_token(content_type: str, body: bytes) -> Mapping[str, object]:
     try:
         return access_token_response(content_type, body)
     except BadTokenRequest as exc:
-        raise TokenRequestRefused(str(exc), "Ask Login with Amazon itself for anything else.", error=exc.code) from exc
+        raise TokenRequestRefused(str(exc), "Send others to Login with Amazon itself.", error=exc.code) from exc
 
 
 async def _body(request: web.BaseRequest, context: RequestContext, deadline: RequestDeadline) -> bytes:
-    """Return the whole body; raise for one that is larger than any such request, or not well-formed."""
+    """Return the whole body; raise MalformedRequest, or an error of the endpoint for more than MAX_BODY bytes."""
     chunks: list[bytes] = []
     if not request.body_exists:
         return b""

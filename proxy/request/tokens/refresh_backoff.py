@@ -1,16 +1,17 @@
-"""Amazon refused a token: is a new one worth fetching?
+"""Backoff for replacing tokens that Amazon rejects.
 
-Once, usually. But there are times when every call is refused although the tokens are good (2023-05-27, 25 minutes), and
-a seller who withdrew the authorisation is refused with each new token. A token whose successor was refused as well is
-not replaced again for a while, and where that happens to several in a row, none is, but for single probes.
+Usually one new token helps. But there were outages in which every call was rejected although the tokens were valid
+(2023-05-27, 25 minutes), and a seller who withdrew the authorisation is rejected with each new token. A token whose
+successor was rejected as well is not replaced again for a while; after several of these in a row none is, except for
+single probes.
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-FIRST_PAUSE = 30.0  # seconds until the token of one credential may be replaced again; doubled each time
+FIRST_PAUSE = 30.0  # seconds until the token of one key may be replaced again; doubled each time
 MAX_PAUSE = 900.0
-STORM = 5  # tokens in a row whose successors were refused
+STORM = 5  # tokens in a row whose successors were rejected
 STORM_PAUSE = 15.0  # seconds between two probes, doubled each time
 MAX_STORM_PAUSE = 300.0
 MAX_TRACKED = 10_000
@@ -24,7 +25,7 @@ class _Rejection:
 
 
 class RefreshBackoff:
-    """What became of the tokens that were fetched in place of refused ones; `now` is a monotonic clock in seconds."""
+    """The results of replacing rejected tokens; `now` is a monotonic clock in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -33,15 +34,15 @@ class RefreshBackoff:
         self._storm_pause = STORM_PAUSE
         self._probe_at = 0.0
 
-    def was_rejected(self, credential: Hashable, token: object) -> bool:
-        """Return whether `token` was fetched in place of another, and refused as well."""
-        doubt = self._rejections.get(credential)
-        return doubt is not None and doubt.token is token
+    def was_rejected(self, token_key: Hashable, token: object) -> bool:
+        """Return whether `token` replaced a rejected one and was rejected as well."""
+        rejection = self._rejections.get(token_key)
+        return rejection is not None and rejection.token is token
 
-    def allows(self, credential: Hashable) -> bool:
-        """Return whether a new token may be fetched for `credential` now."""
-        doubt, now = self._rejections.get(credential), self._now()
-        if doubt is not None and now < doubt.until:
+    def allows(self, token_key: Hashable) -> bool:
+        """Return whether a rejected token of this key may be replaced now; in a storm of rejections, admit a probe."""
+        rejection, now = self._rejections.get(token_key), self._now()
+        if rejection is not None and now < rejection.until:
             return False
         if self._consecutive < STORM:
             return True
@@ -50,21 +51,21 @@ class RefreshBackoff:
         self._probe_at = now + self._storm_pause
         return True
 
-    def record_result(self, credential: Hashable, token: object, *, accepted: bool) -> None:
-        """Learn whether Amazon took `token`, which was fetched in place of a refused one."""
+    def record_result(self, token_key: Hashable, token: object, *, accepted: bool) -> None:
+        """Record whether Amazon accepted `token`, which replaced a rejected one."""
         if accepted:
-            self._rejections.pop(credential, None)
+            self._rejections.pop(token_key, None)
             self._consecutive, self._storm_pause = 0, STORM_PAUSE
             return
-        before = self._rejections.pop(credential, None)
+        before = self._rejections.pop(token_key, None)
         if before is not None and before.token is token:
-            self._rejections[credential] = before
-            return  # others were refused with it too, which tells nothing new
+            self._rejections[token_key] = before
+            return  # concurrent calls were rejected with the same token: one failure, not many
         count = before.count + 1 if before else 1
         pause = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(count - 1, 20))
         if len(self._rejections) >= MAX_TRACKED:
             del self._rejections[next(iter(self._rejections))]
-        self._rejections[credential] = _Rejection(token, count, self._now() + pause)
+        self._rejections[token_key] = _Rejection(token, count, self._now() + pause)
         self._consecutive += 1
         if self._consecutive >= STORM:
             self._probe_at = self._now() + self._storm_pause

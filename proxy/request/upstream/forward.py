@@ -74,10 +74,10 @@ class Forwarder:
         origin, host = _origin_of(call.route.endpoint)
         head, is_chunked = _head(call, host + lines, has_length=has_length)
         connection = await self._connection(origin, fresh=call.needs_fresh_connection)
-        was_used = connection.served > 0
+        was_used = connection.request_count > 0
         response = _begin(connection, call, head, is_chunked=is_chunked)
         try:
-            await response.head()
+            await response.receive_head()
         except RemoteProtocolError as exc:
             error = call.context.upload_error or UpstreamBroken(
                 f"Amazon sent no valid response: {exc}",
@@ -210,7 +210,7 @@ async def _upload(connection: ClientConnection, call: UpstreamCall, *, is_chunke
         if is_chunked:
             await connection.write(_last_chunk(is_chunked=True))
     except RemoteProtocolError:
-        pass  # `Response.head` and `read` raise the same error
+        pass  # `Response.receive_head` and `read` raise the same error
     except BaseException as exc:
         connection.abort()
         if not isinstance(exc, MalformedRequest):
@@ -251,7 +251,7 @@ async def _stream(
             out += forwarded.encode_chunk(data)
         if response.at_end:
             break
-        if out and not response.is_waiting:
+        if out and not response.has_data:
             if _write(call, out):
                 await _drain(call)
             out = b""

@@ -113,7 +113,7 @@ class ConnectionPool:
         own = {"Host": origin.authority, "Connection": "close", **self._headers}
         response = connection.send(method, request_head(method, path, [*own.items(), *headers.items()]) + body)
         try:
-            await response.head()
+            await response.receive_head()
             data = b""
             while len(data) <= limit and (chunk := await response.read()):
                 data += chunk
@@ -132,7 +132,7 @@ class ConnectionPool:
             self._wake()
         if not connection.is_open:
             raise ConnectionResetError("the connection closed at once")
-        connection.made_at = self._loop.time()
+        connection.created_at = self._loop.time()
         self._open[connection] = origin
         return connection
 
@@ -165,10 +165,10 @@ class ConnectionPool:
     def _on_idle(self, connection: ClientConnection) -> None:
         origin = self._open.get(connection)
         now = self._loop.time()
-        if origin is None or self._is_closed or now - connection.made_at > MAX_AGE:
+        if origin is None or self._is_closed or now - connection.created_at > MAX_AGE:
             connection.abort()
             return
-        if connection.served == 1 and origin.is_tls:
+        if connection.request_count == 1 and origin.is_tls:
             self.tls.remember(origin.host, connection.tls)
         connection.idle_since = now
         self._idle.setdefault(origin, []).append(connection)

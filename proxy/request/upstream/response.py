@@ -1,4 +1,4 @@
-"""What do answers look like on the wire: Amazon's, passed on, and the proxy's own?"""
+"""Responses to the app as bytes: those of Amazon, forwarded, and those of the proxy."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from proxy.request.context import RequestContext
 from proxy.request.upstream.http1 import HeaderNames
 from proxy.request.upstream.token_redaction import TokenRedactor
 
-# Fields that belong to one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
+# Fields of one connection (RFC 9110 section 7.6.1), and those that ask to switch protocols on it.
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -37,13 +37,12 @@ HOP_BY_HOP = frozenset(
 
 BODILESS_STATUSES = frozenset({204, 304})
 
-_MAX_REASON = 64  # bytes of a reason phrase that is remembered
+_MAX_REASON = 64  # bytes of a reason phrase in a cached status line
 
-# Only the proxy may say these: an answer that brings them is not to be taken for the proxy's own.
+# Set by the proxy alone: removed from responses of Amazon, which must not look like errors of the proxy.
 PROXY_HEADERS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
 
-
-# What is true of the bytes of a body alone, and no longer where it was unpacked or written anew.
+# Fields that describe the bytes of a body, and are wrong for a body that was decompressed or rewritten.
 _BODY_HEADERS = frozenset(
     {
         "accept-ranges",
@@ -56,32 +55,32 @@ _BODY_HEADERS = frozenset(
         "repr-digest",
     }
 )
-_CHECKSUM = "x-amz-checksum-"
+_CHECKSUM_PREFIX = "x-amz-checksum-"
 
 
 def named_in_connection(headers: CIMultiDictProxy[str]) -> frozenset[str]:
-    """Return the field names, with `_` as `-`, that `Connection` declares to be for one hop alone."""
+    """Return the field names that `Connection` declares hop-by-hop, in lower case and with `_` as `-`."""
     values = headers.getall("Connection", None)
     return _named(values) if values else frozenset()
 
 
 def _named(values: list[str]) -> frozenset[str]:
-    return frozenset(_plain(name.strip()) for value in values for name in value.split(","))
+    return frozenset(_normalized(name.strip()) for value in values for name in value.split(","))
 
 
-# Set on a request whose connection ends with its answer, because the proxy is about to stop.
+# Set on a request whose connection is closed after its response, because the proxy is shutting down.
 CLOSE_AFTER = web.RequestKey("last_on_connection", bool)
 
-_RESET = struct.pack("ii", 1, 0)  # linger for no time: what is unsent is dropped, and the peer sees a reset
+_RESET = struct.pack("ii", 1, 0)  # l_onoff, l_linger: close() drops unsent data and sends RST
 
 
 def abort_connection(request: web.BaseRequest) -> None:
-    """End the app's connection so that it cannot take what came for a whole answer."""
+    """Close the app's connection so that it cannot mistake a truncated response for a complete one."""
     transport = request.transport
     if transport is None:
         return
     if request.version < HttpVersion11:
-        # Without chunks, the orderly end of the connection would be the end of the answer (RFC 9112 section 6.3).
+        # In a response without chunks or length, an orderly close ends the body (RFC 9112 section 6.3): send RST.
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -98,7 +97,7 @@ class _ProxyResponse(BareResponse):
 
 
 class ResponseHead(Protocol):
-    """What there is to know of an answer before its body: Amazon's own, or one that was made of it."""
+    """The head of a response: Amazon's, or a rewritten one."""
 
     @property
     def status(self) -> int:
@@ -110,7 +109,7 @@ class ResponseHead(Protocol):
 
     @property
     def names(self) -> HeaderNames:
-        """The names of its fields."""
+        """The names of its fields, in order."""
 
     @property
     def values(self) -> Sequence[bytes]:
@@ -121,7 +120,7 @@ class ResponseHead(Protocol):
 
 
 class RewrittenHead:
-    """The head of an answer whose body is not the one it came with; what tells of the bytes of that one is left out."""
+    """The head of a response whose body was replaced, without the fields that describe the original body."""
 
     def __init__(self, status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes]]) -> None:
         kept = list(fields)
@@ -132,12 +131,12 @@ class RewrittenHead:
 
     @classmethod
     def of(cls, head: ResponseHead, length: int | None) -> Self:
-        """Return the head for another body, of `length` bytes where that is known."""
+        """Return `head` for another body, of `length` bytes where that is known."""
         fields = [
             (name, value)
             for name, value in zip(head.names.in_order, head.values, strict=True)
-            if _plain(name.decode("latin-1")) not in _BODY_HEADERS
-            and not _plain(name.decode("latin-1")).startswith(_CHECKSUM)
+            if _normalized(name.decode("latin-1")) not in _BODY_HEADERS
+            and not _normalized(name.decode("latin-1")).startswith(_CHECKSUM_PREFIX)
         ]
         if length is not None:
             fields.append((b"Content-Length", b"%d" % length))
@@ -150,9 +149,9 @@ class RewrittenHead:
 
 
 class UpstreamResponse:
-    """How Amazon's answer is written to the app: with one field more, what the proxy decided and did.
+    """Amazon's response as it is written to the app, with `x-sp-proxy`, a summary of what the proxy did.
 
-    The rest of a field line is passed on byte for byte. `is_last` ends the app's connection with it.
+    Field lines are forwarded byte for byte. `is_last` closes the app's connection after it.
     """
 
     __slots__ = ("head", "is_chunked", "keep_alive")
@@ -172,16 +171,16 @@ class UpstreamResponse:
         names, status = response.names, response.status
         line = _status_line if len(response.reason) <= _MAX_REASON else _status_line.__wrapped__
         parts = [line(not is_1_0, status, response.reason)]
-        if names.lines is None or names.line_beginnings is None:
-            _work_out_lines(names)
+        if names.line_template is None or names.line_prefixes is None:
+            _prepare_lines(names)
         if status == 204 or b"connection" in names.index:
             _add_headers(parts, response)
         else:
-            parts.append((names.lines or b"") % tuple(compress(response.values, names.line_beginnings or ())))
+            parts.append((names.line_template or b"") % tuple(compress(response.values, names.line_prefixes or ())))
         if b"content-length" not in names.index and status not in BODILESS_STATUSES and request.method != "HEAD":
             self.is_chunked = not is_1_0
             if is_1_0:
-                self.keep_alive = False  # the end of the connection is the end of the answer
+                self.keep_alive = False  # the end of the connection ends the body
             else:
                 parts.append(b"\r\nTransfer-Encoding: chunked")
         if is_1_0 is self.keep_alive:
@@ -193,12 +192,12 @@ class UpstreamResponse:
         self.head = redactor.redact(b"".join(parts))
 
     def encode_chunk(self, data: bytes) -> bytes:
-        """Return a piece of the body as it is written."""
+        """Return a part of the body as it is written; nothing for no data, which would be the last chunk."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked and data else data
 
     @property
     def end(self) -> bytes:
-        """What is written behind the body."""
+        """The bytes after the body."""
         return b"0\r\n\r\n" if self.is_chunked else b""
 
 
@@ -208,7 +207,7 @@ def _status_line(minor: int, status: int, reason: bytes) -> bytes:
 
 
 def _add_headers(parts: list[bytes], response: ResponseHead) -> None:
-    """Add what is passed on, where more than the names of the fields decides about it."""
+    """Add the forwarded fields of a response where not the field names alone decide which they are."""
     named = _named(
         [
             value.decode("latin-1")
@@ -216,32 +215,32 @@ def _add_headers(parts: list[bytes], response: ResponseHead) -> None:
             if name.lower() == b"connection"
         ]
     )
-    # The length goes on whatever Connection says, where there is a body: without it nobody knew where that ends.
+    # Content-Length is forwarded even if Connection names it: without it the end of the body would be unknown.
     length = {"content-length"}
-    left_out = named | length if response.status == 204 else named - length  # RFC 9110 section 8.6
-    lines = zip(response.names.line_beginnings or (), response.names.in_order, response.values, strict=True)
+    removed = named | length if response.status == 204 else named - length  # RFC 9110 section 8.6
+    lines = zip(response.names.line_prefixes or (), response.names.in_order, response.values, strict=True)
     for prefix, name, value in lines:
-        if prefix and _plain(name.decode("latin-1")) not in left_out:
+        if prefix and _normalized(name.decode("latin-1")) not in removed:
             parts += (prefix, value)
 
 
-def _work_out_lines(names: HeaderNames) -> None:
-    """Note each field line up to its value, with the line end before it, and nothing for one that goes no further."""
-    names.line_beginnings = tuple(_head_prefix(name) for name in names.in_order)
-    names.lines = b"".join(prefix.replace(b"%", b"%%") + b"%b" for prefix in names.line_beginnings if prefix)
+def _prepare_lines(names: HeaderNames) -> None:
+    """Cache what precedes each value in the forwarded head, nothing for a removed field, and a %-template of it."""
+    names.line_prefixes = tuple(_head_prefix(name) for name in names.in_order)
+    names.line_template = b"".join(prefix.replace(b"%", b"%%") + b"%b" for prefix in names.line_prefixes if prefix)
 
 
 def _head_prefix(name: bytes) -> bytes:
-    plain = _plain(name.decode("latin-1"))
+    plain = _normalized(name.decode("latin-1"))
     return b"" if plain in HOP_BY_HOP or plain in PROXY_HEADERS else b"\r\n" + name + b": "
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
 class PlaceholderResponse(_ProxyResponse, web.Response):
-    """The answer to an app that asks for a token: as Amazon's, with a placeholder, which nobody is to keep."""
+    """The response to a token request of an app: as Amazon's, with a placeholder token, not to be cached."""
 
     def __init__(self, content: Mapping[str, object], summary: str) -> None:
         headers = {"Content-Type": "application/json;charset=UTF-8", "Cache-Control": "no-store", "Pragma": "no-cache"}
@@ -249,14 +248,14 @@ class PlaceholderResponse(_ProxyResponse, web.Response):
 
 
 class ErrorResponse(_ProxyResponse, web.Response):
-    """The answer for an error of the proxy's own: Amazon's envelope, and the mark that it is not Amazon's."""
+    """An error response of the proxy: Amazon's envelope, and a field that marks it as the proxy's."""
 
     def __init__(self, error: ProxyError, summary: str, *, with_body: bool = True) -> None:
         super().__init__(status=error.status, body=error.body() if with_body else b"", headers=error.headers())
         self.headers["x-sp-proxy"] = summary
 
     def as_bytes(self) -> bytes:
-        """Return the whole message, for a connection on which no request came about; it ends with this answer."""
+        """Return the whole message, for a connection without a parsed request; it is closed after this response."""
         body = self.body if isinstance(self.body, bytes) else b""
         fields = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
         lines = [f"HTTP/1.1 {self.status} {self.reason}", *(f"{name}: {value}" for name, value in fields.items())]

@@ -18,7 +18,7 @@ from tests.support.raw_client import call, connect, request
 PROC = Path("/proc/self/status").exists()
 MIB = 1024 * 1024
 SIZE = 100 * MIB
-MOST_GROWTH = 8 * 1024  # KiB
+MAX_GROWTH = 8 * 1024  # KiB
 
 FEEDS, REPORT = "/feeds/2021-06-30/documents", "/reports/2021-06-30/documents/amzn1.spdoc.1"
 
@@ -84,7 +84,7 @@ async def process(
         yield running
 
 
-def most_resident(proxy: ProxyProcess) -> int:
+def max_resident(proxy: ProxyProcess) -> int:
     """Return the most memory that was ever resident, in KiB."""
     status = Path(f"/proc/{proxy.process.pid}/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0])
@@ -145,12 +145,12 @@ async def test_a_hundred_mebibytes_come_down_at_constant_memory(
             await writer.drain()
 
     target = await address_of(process, "GET", REPORT) + ("?decompress=1" if unpack else "")
-    before = most_resident(process)
+    before = max_resident(process)
     storage.script = script
     assert await download(process, target) == (SIZE, digest.hexdigest())
-    grown = most_resident(process) - before
+    grown = max_resident(process) - before
     print(f"grown by {grown} KiB")  # noqa: T201 - a figure, for whoever asks with -s
-    assert grown < MOST_GROWTH
+    assert grown < MAX_GROWTH
 
 
 async def test_a_hundred_mebibytes_go_up_at_constant_memory(process: ProxyProcess, storage: RawServer) -> None:
@@ -167,7 +167,7 @@ async def test_a_hundred_mebibytes_go_up_at_constant_memory(process: ProxyProces
 
     storage.script = script
     target = await address_of(process, "POST", FEEDS)
-    before = most_resident(process)
+    before = max_resident(process)
     async with connect(process.addresses[0]) as client:
         await client.send(request("PUT", target, None, content_length=str(SIZE)))
         for block in blocks(SIZE):
@@ -175,6 +175,6 @@ async def test_a_hundred_mebibytes_go_up_at_constant_memory(process: ProxyProces
             await client.send(block)
         assert (await client.read_response()).status == 200
     assert arrived.hexdigest() == sent.hexdigest()
-    grown = most_resident(process) - before
+    grown = max_resident(process) - before
     print(f"grown by {grown} KiB")  # noqa: T201 - a figure, for whoever asks with -s
-    assert grown < MOST_GROWTH
+    assert grown < MAX_GROWTH

@@ -86,7 +86,7 @@ async def test_every_operation_that_names_documents(
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-async def test_a_packed_answer_is_unpacked_and_rewritten(relayed: Started, coding: str) -> None:
+async def test_a_packed_response_is_unpacked_and_rewritten(relayed: Started, coding: str) -> None:
     body = json.dumps({"url": f"{relayed.storage.url}/1"}).encode()
     packed = gzip.compress(body, mtime=0) if coding == "gzip" else zlib.compress(body)
     serve(relayed.fake_upstream, http_response("200 OK", packed, content_encoding=coding))
@@ -96,7 +96,7 @@ async def test_a_packed_answer_is_unpacked_and_rewritten(relayed: Started, codin
     assert got.get("content-length") == str(len(got.body))
 
 
-async def test_an_answer_in_chunks_is_rewritten(relayed: Started) -> None:
+async def test_a_response_in_chunks_is_rewritten(relayed: Started) -> None:
     body = json.dumps({"url": f"{relayed.storage.url}/1"}).encode()
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:20], body[20:])) + b"0\r\n\r\n"
     serve(relayed.fake_upstream, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
@@ -129,7 +129,7 @@ async def test_what_leads_elsewhere_stays_as_it_is_and_is_told_once(
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
+async def test_a_response_too_large_to_be_kept_passes_as_it_is(
     relayed: Started, *, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay_rewrite, "MAX_REWRITTEN", 1000)
@@ -140,7 +140,7 @@ async def test_an_answer_too_large_to_be_kept_passes_as_it_is(
     assert relayed.count("too_large") == 1
 
 
-async def test_an_answer_of_very_many_urls_passes_as_it_is(relayed: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_response_of_very_many_urls_passes_as_it_is(relayed: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_rewrite, "MAX_URLS", 2)
     for count in (2, 3):
         urls = [{"uri": f"{relayed.storage.url}/{number}"} for number in range(count)]
@@ -163,13 +163,13 @@ async def test_a_url_is_found_however_it_is_spelt(relayed: Started) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"<html>"])
-async def test_an_answer_that_is_no_json_passes_as_it_is(relayed: Started, body: bytes) -> None:
+async def test_a_response_that_is_no_json_passes_as_it_is(relayed: Started, body: bytes) -> None:
     serve(relayed.fake_upstream, http_response("200 OK", body))
     assert (await call(relayed.address, "GET", REPORT)).body == body
     assert relayed.count("unreadable") == 1
 
 
-async def test_an_answer_in_an_unknown_coding_passes_as_it_is(relayed: Started) -> None:
+async def test_a_response_in_an_unknown_coding_passes_as_it_is(relayed: Started) -> None:
     serve(relayed.fake_upstream, http_response("200 OK", b"\x1b\x0f", content_encoding="br"))
     assert (await call(relayed.address, "GET", REPORT)).body == b"\x1b\x0f"
     assert relayed.count("unreadable") == 1
@@ -185,7 +185,7 @@ async def test_refusals_and_other_operations_are_not_looked_into(relayed: Starte
 
 
 @pytest.mark.parametrize("body", ['{"url": "', '{"url": "URL"}'])
-async def test_an_answer_that_is_cut_off_looks_cut_off(relayed: Started, body: str) -> None:
+async def test_a_response_that_is_cut_off_looks_cut_off(relayed: Started, body: str) -> None:
     body = body.replace("URL", f"{relayed.storage.url}/1")
     serve(relayed.fake_upstream, f"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{body}".encode(), ends=True)
     got = await call(relayed.address, "GET", REPORT)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from proxy.request.ratelimit.redis_limiter import MIN_SHARE, SHARE_SAMPLE, Redis
 from proxy.request.ratelimit.token_bucket import Bucket
 from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route
+from proxy.store import redis_buckets
 from proxy.store.encryption import TokenCipher
 from proxy.store.redis_buckets import RedisBuckets
 from proxy.store.redis_client import RedisClient
@@ -146,11 +147,11 @@ async def test_calls_of_one_moment_go_in_one_pipeline(fleet: Fleet, content: Rou
     asked: list[int] = []
     responses = limits._shared._responses
 
-    async def counted(questions: object) -> list[object]:
-        asked.append(len(questions))  # type: ignore[arg-type]
-        return await responses(questions)  # type: ignore[arg-type]
+    async def counted(requests: Sequence[redis_buckets._Request]) -> list[object]:
+        asked.append(len(requests))
+        return await responses(requests)
 
-    limits._shared._responses = counted  # type: ignore[method-assign]  # listens
+    limits._shared._responses = counted  # type: ignore[method-assign]  # counts the requests
     await asyncio.gather(*(limits.acquire(content, AdmissionRequest(0)) for _ in range(8)))
     assert asked == [8]
 

@@ -22,7 +22,7 @@ from proxy.amazon.lwa import (
 from proxy.config import Secret
 
 TOKEN = "Atza|" + "x" * 345
-ANSWER = {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600, "refresh_token": "Atzr|y"}
+RESPONSE = {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600, "refresh_token": "Atzr|y"}
 
 # Answers that hold no JSON object, whatever their status.
 NONSENSE = [
@@ -47,10 +47,10 @@ NONSENSE = [
 
 
 def body(**changed: Any) -> bytes:
-    return json.dumps({**ANSWER, **changed}).encode()
+    return json.dumps({**RESPONSE, **changed}).encode()
 
 
-def test_an_answer_holds_the_token_and_its_life() -> None:
+def test_a_response_holds_the_token_and_its_life() -> None:
     assert parse_response(200, body()) == TokenResponse(Secret(TOKEN), 3600.0)
 
 
@@ -59,7 +59,7 @@ def test_a_token_is_taken_as_it_is(token: str) -> None:
     assert parse_response(200, body(access_token=token)).value.reveal() == token
 
 
-def test_an_answer_without_the_refresh_token_and_with_unknown_fields_is_fine() -> None:
+def test_a_response_without_the_refresh_token_and_with_unknown_fields_is_fine() -> None:
     text = json.dumps({"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer", "new": [1, {"a": None}]})
     assert parse_response(200, text.encode()).expires_in == 3600
 
@@ -99,7 +99,7 @@ def test_a_request_id_that_is_no_text_is_left_out(request_id: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "answer"),
+    ("status", "response"),
     [
         (500, {"error": "server_error"}),
         (503, {"error": "temporarily_unavailable"}),
@@ -118,14 +118,14 @@ def test_a_request_id_that_is_no_text_is_left_out(request_id: object) -> None:
         (403, {}),
         (408, {}),
         (301, {"error": "invalid_grant"}),
-        (302, ANSWER),
-        (201, ANSWER),
+        (302, RESPONSE),
+        (201, RESPONSE),
         (204, {}),
     ],
 )
-def test_anything_else_may_succeed_later(status: int, answer: dict[str, Any]) -> None:
+def test_anything_else_may_succeed_later(status: int, response: dict[str, Any]) -> None:
     with pytest.raises(TokenRequestFailed) as caught:
-        parse_response(status, json.dumps(answer).encode())
+        parse_response(status, json.dumps(response).encode())
     assert caught.value.reason == f"http_{status}"
 
 
@@ -138,7 +138,7 @@ def test_nonsense_is_a_failure_that_may_pass(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "", 7, True, [TOKEN], {"value": TOKEN}, "x" * (MAX_TOKEN + 1)])
-def test_an_answer_without_a_token_is_a_failure(token: object) -> None:
+def test_a_response_without_a_token_is_a_failure(token: object) -> None:
     with pytest.raises(TokenRequestFailed, match="no_token"):
         parse_response(200, body(access_token=token))
 
@@ -192,7 +192,7 @@ def test_a_life_that_makes_no_sense_means_use_once_and_none_is_longer_than_an_ho
     assert parse_response(200, text).expires_in == seconds
 
 
-def test_an_answer_without_a_life_means_use_once() -> None:
+def test_a_response_without_a_life_means_use_once() -> None:
     assert parse_response(200, b'{"access_token": "Atza|x"}').expires_in == 0
 
 
@@ -202,7 +202,7 @@ def test_every_life_is_between_nothing_and_an_hour(value: object) -> None:
 
 
 @given(status=st.integers(100, 599), text=st.binary())
-def test_no_answer_whatever_raises_anything_else(status: int, text: bytes) -> None:
+def test_no_response_whatever_raises_anything_else(status: int, text: bytes) -> None:
     with pytest.raises((TokenRequestFailed, OAuthError)):
         parse_response(status, text)
 
@@ -236,13 +236,13 @@ def test_a_grant_does_not_show_its_token() -> None:
 class _Host:
     """Login with Amazon, as one function: keeps what it is sent, and answers one thing."""
 
-    def __init__(self, status: int, answer: bytes) -> None:
-        self.status, self.answer, self.sent = status, answer, b""
+    def __init__(self, status: int, response: bytes) -> None:
+        self.status, self.response, self.sent = status, response, b""
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, most: int) -> tuple[int, bytes]:
         assert (url, headers["Accept"]) == ("https://host.example/token", "application/json")
         self.sent = body
-        return self.status, self.answer[: most + 1]
+        return self.status, self.response[: most + 1]
 
     async def asked(self, redirect_uri: str | None = None) -> Secret:
         client = ("client|id", Secret("client&secret"))
@@ -266,7 +266,7 @@ async def test_a_code_is_exchanged_for_a_refresh_token() -> None:
 
 
 @pytest.mark.parametrize("refresh_token", [None, "", 1, ["Atzr|x"], "Atzr|x\ny", "Atzr|x y", "a" * (MAX_TOKEN + 1)])
-async def test_an_answer_without_a_usable_refresh_token_is_a_failure(refresh_token: Any) -> None:
+async def test_a_response_without_a_usable_refresh_token_is_a_failure(refresh_token: Any) -> None:
     with pytest.raises(TokenRequestFailed):
         await _Host(200, body(refresh_token=refresh_token)).asked()
 

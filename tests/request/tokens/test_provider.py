@@ -662,7 +662,7 @@ async def test_refusals_are_asked_about_ever_more_rarely(
 # Tokens that Amazon refuses.
 
 
-async def test_a_replacement_is_fetched_once_for_a_crowd(tokens: TokenProvider, token_host: TokenHost) -> None:
+async def test_a_replacement_is_fetched_once_for_many(tokens: TokenProvider, token_host: TokenHost) -> None:
     first = await tokens.get(ACME)
     got = await asyncio.gather(*(tokens.refresh_rejected(ACME, first) for _ in range(100)))
     assert len(set(map(id, got))) == 1

@@ -22,15 +22,15 @@ def envelope(message: object, code: str = "InvalidInput") -> bytes:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         {"restrictedDataToken": TOKEN, "expiresIn": 3600},
         {"payload": {"restrictedDataToken": TOKEN, "expiresIn": 3600}},  # as old guide pages show it
         {"restrictedDataToken": TOKEN, "expiresIn": 3600, "payload": None, "new": 1},
     ],
 )
-def test_an_answer_holds_the_token_and_its_life(answer: dict[str, Any]) -> None:
-    grant = parse_response(200, json.dumps(answer).encode())
+def test_a_response_holds_the_token_and_its_life(response: dict[str, Any]) -> None:
+    grant = parse_response(200, json.dumps(response).encode())
     assert (grant.value.reveal(), grant.expires_in) == (TOKEN, 3600)
     assert TOKEN not in repr(grant)
 
@@ -136,6 +136,6 @@ def test_nonsense_is_a_failure_that_may_pass(text: bytes, reason: str) -> None:
 
 
 @given(status=st.integers(100, 599), text=st.binary())
-def test_no_answer_whatever_raises_anything_else(status: int, text: bytes) -> None:
+def test_no_response_whatever_raises_anything_else(status: int, text: bytes) -> None:
     with pytest.raises((TokenRequestFailed, RdtRefused)):
         parse_response(status, text)

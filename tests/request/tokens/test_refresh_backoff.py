@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.request.tokens import refresh_backoff as doubts_module
+from proxy.request.tokens import refresh_backoff as backoff_module
 from proxy.request.tokens.refresh_backoff import FIRST_PAUSE, MAX_PAUSE, STORM, STORM_PAUSE, RefreshBackoff
 from tests.support.clock import FakeClock
 
@@ -13,57 +13,57 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def doubts(clock: FakeClock) -> RefreshBackoff:
+def backoff(clock: FakeClock) -> RefreshBackoff:
     return RefreshBackoff(clock)
 
 
-def refuse(doubts: RefreshBackoff, *credentials: str) -> None:
+def refuse(backoff: RefreshBackoff, *credentials: str) -> None:
     for token_key in credentials:
-        doubts.record_result(token_key, object(), accepted=False)
+        backoff.record_result(token_key, object(), accepted=False)
 
 
-def test_a_credential_without_a_history_may_be_replaced(doubts: RefreshBackoff) -> None:
-    assert doubts.allows("acme")
-    assert not doubts.was_rejected("acme", object())
+def test_a_credential_without_a_history_may_be_replaced(backoff: RefreshBackoff) -> None:
+    assert backoff.allows("acme")
+    assert not backoff.was_rejected("acme", object())
 
 
-def test_the_pause_doubles_with_each_successor_that_is_refused(doubts: RefreshBackoff, clock: FakeClock) -> None:
+def test_the_pause_doubles_with_each_successor_that_is_refused(backoff: RefreshBackoff, clock: FakeClock) -> None:
     pauses = []
     for _ in range(8):
-        refuse(doubts, "acme")
-        doubts.record_result("other", object(), accepted=True)  # no storm: others work
+        refuse(backoff, "acme")
+        backoff.record_result("other", object(), accepted=True)  # no storm: others work
         begin = clock()
-        while not doubts.allows("acme"):
+        while not backoff.allows("acme"):
             clock.advance(1)
         pauses.append(clock() - begin)
     assert pauses == [min(FIRST_PAUSE * 2**count, MAX_PAUSE) for count in range(8)]
 
 
-def test_a_crowd_refused_with_one_successor_counts_once(doubts: RefreshBackoff, clock: FakeClock) -> None:
+def test_many_refused_with_one_successor_counts_once(backoff: RefreshBackoff, clock: FakeClock) -> None:
     token = object()
     for _ in range(100):
-        doubts.record_result("acme", token, accepted=False)
-    assert doubts.was_rejected("acme", token)
+        backoff.record_result("acme", token, accepted=False)
+    assert backoff.was_rejected("acme", token)
     clock.advance(FIRST_PAUSE)
-    assert doubts.allows("acme")
-    assert doubts.allows("other"), "one token is no storm"
+    assert backoff.allows("acme")
+    assert backoff.allows("other"), "one token is no storm"
 
 
-def test_in_a_storm_single_probes_look_for_its_end(doubts: RefreshBackoff, clock: FakeClock) -> None:
-    refuse(doubts, *(f"a{number}" for number in range(STORM)))
-    assert not doubts.allows("fresh")
+def test_in_a_storm_single_probes_look_for_its_end(backoff: RefreshBackoff, clock: FakeClock) -> None:
+    refuse(backoff, *(f"a{number}" for number in range(STORM)))
+    assert not backoff.allows("fresh")
     clock.advance(STORM_PAUSE)
-    assert [doubts.allows(f"b{number}") for number in range(10)] == [True] + [False] * 9
-    doubts.record_result("b0", object(), accepted=False)
+    assert [backoff.allows(f"b{number}") for number in range(10)] == [True] + [False] * 9
+    backoff.record_result("b0", object(), accepted=False)
     clock.advance(STORM_PAUSE)
-    assert not doubts.allows("fresh"), "the probes become rarer"
+    assert not backoff.allows("fresh"), "the probes become rarer"
     clock.advance(STORM_PAUSE * 2)
-    assert doubts.allows("fresh")
-    doubts.record_result("fresh", object(), accepted=True)
-    assert [doubts.allows(f"c{number}") for number in range(10)] == [True] * 10
+    assert backoff.allows("fresh")
+    backoff.record_result("fresh", object(), accepted=True)
+    assert [backoff.allows(f"c{number}") for number in range(10)] == [True] * 10
 
 
-def test_what_is_remembered_is_bounded(doubts: RefreshBackoff, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doubts_module, "MAX_TRACKED", 10)
-    refuse(doubts, *(f"a{number}" for number in range(100)))
-    assert len(doubts._rejections) == 10
+def test_what_is_remembered_is_bounded(backoff: RefreshBackoff, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff_module, "MAX_TRACKED", 10)
+    refuse(backoff, *(f"a{number}" for number in range(100)))
+    assert len(backoff._rejections) == 10

@@ -1,4 +1,4 @@
-"""Report documents: which need no Restricted Data Token is learnt from answers that pass, and not a byte is changed."""
+"""Report documents: which need no Restricted Data Token is learnt from responses that pass, without changing them."""
 
 import asyncio
 import gzip
@@ -30,7 +30,7 @@ LIST = json.dumps(
 ONE = json.dumps({"reportId": "1", "reportType": PLAIN, "reportDocumentId": "plain"}).encode()
 
 
-def answers(fake_upstream: FakeUpstream, body: bytes, **fields: str) -> None:
+def responses(fake_upstream: FakeUpstream, body: bytes, **fields: str) -> None:
     """Let the far side answer the reports' addresses by `body`, and the documents' by themselves."""
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
@@ -45,7 +45,7 @@ def answers(fake_upstream: FakeUpstream, body: bytes, **fields: str) -> None:
 async def test_a_type_that_passed_through_decides_about_its_document(
     proxy: RunningProxy, fake_upstream: FakeUpstream, target: str, body: bytes
 ) -> None:
-    answers(fake_upstream, body)
+    responses(fake_upstream, body)
     assert (await call(proxy.addresses[0], "GET", target)).body == body
     got = await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")
     assert (got.status, got.decided["token"]) == (200, "lwa")
@@ -54,16 +54,16 @@ async def test_a_type_that_passed_through_decides_about_its_document(
     assert (got.status, got.decided["token"]) == (200, "rdt")
 
 
-async def test_a_packed_answer_is_learnt_from_and_passed_on_packed(
+async def test_a_packed_response_is_learnt_from_and_passed_on_packed(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     packed = gzip.compress(LIST, mtime=0)
-    answers(fake_upstream, packed, content_encoding="gzip")
+    responses(fake_upstream, packed, content_encoding="gzip")
     assert (await call(proxy.addresses[0], "GET", REPORTS)).body == packed
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "lwa"
 
 
-async def test_a_chunked_answer_is_learnt_from(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_chunked_response_is_learnt_from(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         if received.target.startswith(REPORTS):
             half = len(ONE) // 2
@@ -82,7 +82,7 @@ async def test_a_chunked_answer_is_learnt_from(proxy: RunningProxy, fake_upstrea
 async def test_one_accounts_documents_are_not_anothers(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
     accounts = {name: {"refresh_tokens": {"eu": f"Atzr|{name}", "na": f"Atzr|{name}-na"}} for name in ("acme", "zeta")}
     proxy = await start_proxy(accounts=accounts)
-    answers(fake_upstream, ONE)
+    responses(fake_upstream, ONE)
     await call(proxy.addresses[0], "GET", f"{REPORTS}/1", x_sp_account="acme", x_sp_region="eu")
     tokens = [
         (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain", x_sp_account=name, x_sp_region=region)).decided
@@ -99,19 +99,19 @@ async def test_one_accounts_documents_are_not_anothers(start_proxy: StartProxy, 
 async def test_nonsense_teaches_nothing_and_passes(
     proxy: RunningProxy, fake_upstream: FakeUpstream, body: bytes
 ) -> None:
-    answers(fake_upstream, body, content_encoding="gzip" if body[:2] == b"\x1f\x8b" else "identity")
+    responses(fake_upstream, body, content_encoding="gzip" if body[:2] == b"\x1f\x8b" else "identity")
     assert (await call(proxy.addresses[0], "GET", REPORTS)).body == body
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
 
 
-async def test_a_large_answer_passes_unread(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_large_response_passes_unread(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     body = ONE[:-1] + b" " * MAX_READ + b"}"
-    answers(fake_upstream, body)
+    responses(fake_upstream, body)
     assert (await call(proxy.addresses[0], "GET", f"{REPORTS}/1")).body == body
     assert (await call(proxy.addresses[0], "GET", f"{DOCUMENTS}/plain")).decided["token"] == "rdt"
 
 
-async def test_a_large_answer_in_chunks_passes_unread_too(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_large_response_in_chunks_passes_unread_too(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     body = ONE[:-1] + b" " * MAX_READ + b"}"
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:

@@ -123,7 +123,7 @@ async def test_an_upload_that_was_refused_before_it_ended_is_not_sent_again(
 @pytest.mark.parametrize(
     "refused", [refusal(), b"", b"<html>", refusal(details="Access token is missing in the request header.")]
 )
-async def test_what_another_token_would_not_mend_is_passed_on_at_once(
+async def test_what_another_token_would_not_fix_is_passed_on_at_once(
     proxy: RunningProxy, fake_upstream: FakeUpstream, token_host: TokenHost, refused: bytes
 ) -> None:
     takes(fake_upstream, refused=refused)
@@ -143,7 +143,7 @@ async def test_a_token_whose_successor_is_refused_too_is_left_alone(
     assert len(fake_upstream.received) == 11
 
 
-async def test_a_crowd_that_is_refused_shares_one_new_token(
+async def test_many_that_is_refused_shares_one_new_token(
     start_proxy: StartProxy, fake_upstream: FakeUpstream, token_host: TokenHost
 ) -> None:
     proxy = await start_proxy(limits={"pace": False})

@@ -70,7 +70,7 @@ def test_a_burst_of_failures_is_no_outage_yet(circuits: CircuitBreakers, clock: 
     assert is_refused(circuits) is None
 
 
-def test_one_answer_among_them_says_that_the_region_is_there(circuits: CircuitBreakers, clock: FakeClock) -> None:
+def test_one_response_among_them_says_that_the_region_is_there(circuits: CircuitBreakers, clock: FakeClock) -> None:
     for _ in range(10):
         for number in range(FAILURES - 1):
             circuits.record_failure(EU, OPERATIONS[number % 3], answered=True)
@@ -79,7 +79,7 @@ def test_one_answer_among_them_says_that_the_region_is_there(circuits: CircuitBr
     assert is_refused(circuits) is None
 
 
-def test_what_failed_before_the_last_good_answer_counts_no_more(circuits: CircuitBreakers, clock: FakeClock) -> None:
+def test_what_failed_before_the_last_good_response_counts_no_more(circuits: CircuitBreakers, clock: FakeClock) -> None:
     for number in range(FAILURES - 1):
         circuits.record_failure(EU, OPERATIONS[number % 3], answered=False)
         clock.advance(1)

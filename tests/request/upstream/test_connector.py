@@ -173,7 +173,7 @@ async def test_a_session_is_taken_up_again_by_the_next_connection(
     assert resumed == [False, False, True]
 
 
-async def test_addresses_known_before_serve_on_where_nobody_answers_for_names(
+async def test_addresses_known_before_serve_on_where_no_resolver_responds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Why was a wait broken off? The first reason counts, whatever else goes on beside it."""
+"""The reason of a cancelled wait is the first one, whatever other tasks do."""
 
 import asyncio
 
@@ -9,19 +9,19 @@ from proxy.errors import ShuttingDown
 from proxy.request.upstream.deadlines import DeadlineTimer, RequestDeadline
 
 
-async def test_a_phase_that_an_upload_begins_changes_nothing_of_the_reason() -> None:
+async def test_a_phase_that_an_upload_begins_does_not_change_the_error() -> None:
     deadlines = DeadlineTimer(Config(), asyncio.get_running_loop())
 
-    async def exchange() -> None:
-        with RequestDeadline(deadlines) as patience:
+    async def wait() -> None:
+        with RequestDeadline(deadlines) as deadline:
 
             def end() -> None:
                 deadlines.cancel_all(ShuttingDown("over"))
-                patience.wait_for_client()  # as an upload does, whose task hears of the end after this
+                deadline.wait_for_client()  # as an upload does before its task is cancelled
 
-            patience.wait_for_upstream()
+            deadline.wait_for_upstream()
             asyncio.get_running_loop().call_soon(end)
             await asyncio.Event().wait()
 
     with pytest.raises(ShuttingDown):
-        await asyncio.wait_for(exchange(), 10)
+        await asyncio.wait_for(wait(), 10)

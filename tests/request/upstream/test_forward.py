@@ -245,7 +245,7 @@ async def test_status_reason_headers_and_bytes_are_amazons(proxy: RunningProxy, 
     ]
 
 
-async def test_an_answers_length_goes_on_even_where_connection_names_it(
+async def test_an_responses_length_goes_on_even_where_connection_names_it(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -260,12 +260,12 @@ async def test_an_answers_length_goes_on_even_where_connection_names_it(
             assert (got.status, got.body, got.get("content-length"), got.get("x-hop")) == (200, b"hello", "5", None)
 
 
-async def test_an_answer_without_type_date_or_server_gets_none(proxy: RunningProxy) -> None:
+async def test_a_response_without_type_date_or_server_gets_none(proxy: RunningProxy) -> None:
     got = await call(proxy.addresses[0], "POST", FEEDS, b"{}")
     assert {name.lower() for name, _ in got.fields} == {"content-type", "content-length", "x-sp-proxy"}
 
 
-async def test_a_chunked_answer_arrives_chunked(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_chunked_response_arrives_chunked(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
 
@@ -274,7 +274,7 @@ async def test_a_chunked_answer_arrives_chunked(proxy: RunningProxy, fake_upstre
     assert (got.body, got.complete, got.get("transfer-encoding")) == (b"hello", True, "chunked")
 
 
-async def test_an_answer_that_ends_with_its_connection_arrives_whole(
+async def test_a_response_that_ends_with_its_connection_arrives_whole(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -288,7 +288,9 @@ async def test_an_answer_that_ends_with_its_connection_arrives_whole(
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
-async def test_answers_without_bodies_have_none(proxy: RunningProxy, fake_upstream: FakeUpstream, status: str) -> None:
+async def test_responses_without_bodies_have_none(
+    proxy: RunningProxy, fake_upstream: FakeUpstream, status: str
+) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(f"HTTP/1.1 {status}\r\netag: e\r\n\r\n".encode())
 
@@ -310,7 +312,7 @@ async def test_head_keeps_the_length_and_has_no_body(proxy: RunningProxy, fake_u
         assert (await client.request("HEAD", SELLERS)).status == 200
 
 
-async def test_interim_answers_are_left_out(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_interim_responses_are_left_out(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(
             b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + http_response("200 OK", b"x")
@@ -332,7 +334,7 @@ async def test_a_redirect_is_passed_on_and_not_followed(proxy: RunningProxy, fak
         assert not elsewhere.received
 
 
-async def test_a_cookie_of_one_answer_goes_out_with_no_request(
+async def test_a_cookie_of_one_response_goes_out_with_no_request(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     # By name: aiohttp's usual jar keeps no cookies for addresses, and would pass for none.
@@ -369,7 +371,7 @@ async def test_a_switch_of_protocols_is_an_error(proxy: RunningProxy, fake_upstr
     ],
     ids=["length", "chunked"],
 )
-async def test_an_answer_cut_off_looks_cut_off(proxy: RunningProxy, fake_upstream: FakeUpstream, half: bytes) -> None:
+async def test_a_response_cut_off_looks_cut_off(proxy: RunningProxy, fake_upstream: FakeUpstream, half: bytes) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(half)
         await writer.drain()
@@ -409,7 +411,7 @@ async def test_amazon_out_of_reach_is_said_plainly(start_proxy: StartProxy, toke
     assert (got.status, got.error) == (502, "UpstreamUnreachable")
 
 
-async def test_an_answer_that_is_not_http_is_an_error(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_response_that_is_not_http_is_an_error(proxy: RunningProxy, fake_upstream: FakeUpstream) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 smtp.example.com ESMTP\r\n\r\n")
 
@@ -419,7 +421,7 @@ async def test_an_answer_that_is_not_http_is_an_error(proxy: RunningProxy, fake_
     assert b"smtp" not in got.body
 
 
-async def test_amazon_silent_before_its_answer_runs_out_of_time(
+async def test_amazon_silent_before_its_response_runs_out_of_time(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     never = asyncio.Event()
@@ -433,7 +435,7 @@ async def test_amazon_silent_before_its_answer_runs_out_of_time(
     assert (got.status, got.error) == (504, "UpstreamTimeout")
 
 
-async def test_amazon_silent_within_its_answer_breaks_the_answer(
+async def test_amazon_silent_within_its_response_breaks_the_response(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     never = asyncio.Event()
@@ -515,7 +517,7 @@ async def test_a_client_that_sends_too_little_too_long_runs_out_of_time(start_pr
     assert (got.status, got.error) == (408, "BodyTimeout")
 
 
-async def test_a_slow_far_side_is_not_the_clients_fault(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
+async def test_a_slow_upstream_is_not_the_clients_fault(start_proxy: StartProxy, fake_upstream: FakeUpstream) -> None:
     fake_upstream.reads_bodies = False
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
@@ -576,7 +578,7 @@ async def test_a_malformed_chunk_is_the_clients_fault_and_ends_the_upload(
     assert all(received.body == b"" for received in fake_upstream.received)
 
 
-async def test_an_answer_that_comes_before_the_upload_ends_is_passed_on(
+async def test_a_response_that_comes_before_the_upload_ends_is_passed_on(
     proxy: RunningProxy, fake_upstream: FakeUpstream
 ) -> None:
     fake_upstream.reads_bodies = False

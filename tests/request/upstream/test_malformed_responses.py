@@ -36,7 +36,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-async def test_a_bad_answer_spoils_no_other(proxy: RunningProxy, fake_upstream: FakeUpstream, case: str) -> None:
+async def test_a_bad_response_spoils_no_other(proxy: RunningProxy, fake_upstream: FakeUpstream, case: str) -> None:
     async def script(_: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(BAD[case] if len(fake_upstream.received) == 1 else http_response("200 OK", b"own"))
         await writer.drain()

@@ -73,7 +73,7 @@ async def test_what_does_the_same_when_done_twice_is_sent_again(
     assert retried(proxy, f"status_{line[:3]}") == 2
 
 
-async def test_an_answer_that_does_not_count_is_not_read_to_its_end(
+async def test_a_response_that_does_not_count_is_not_read_to_its_end(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     fails(fake_upstream, 1, lambda writer: writer.write(b"HTTP/1.1 503 Unavailable\r\nContent-Length: 100\r\n\r\nhalf"))
@@ -115,7 +115,7 @@ async def test_what_may_have_been_acted_on_is_sent_once_on_a_stale_connection_to
 
 
 @pytest.mark.parametrize(("method", "target"), REPEATABLE)
-async def test_a_connection_that_breaks_before_an_answer_is_tried_again(
+async def test_a_connection_that_breaks_before_a_response_is_tried_again(
     start_proxy: StartProxy, fake_upstream: FakeUpstream, method: str, target: str
 ) -> None:
     fails(fake_upstream, 2, closes)
@@ -124,7 +124,7 @@ async def test_a_connection_that_breaks_before_an_answer_is_tried_again(
     assert (got.status, got.decided["attempts"]) == (200, "3")
 
 
-async def test_attempts_have_an_end_and_the_last_answer_is_passed_on(
+async def test_attempts_have_an_end_and_the_last_response_is_passed_on(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     fails(fake_upstream, 100, status("503 Unavailable", x_mark="amazons"))
@@ -141,7 +141,7 @@ async def test_attempts_have_an_end_and_the_last_answer_is_passed_on(
 @pytest.mark.parametrize(
     "line", ["400 Bad Request", "404 Not Found", "408 Timeout", "409 Conflict", "501 Not Implemented"]
 )
-async def test_other_answers_count(start_proxy: StartProxy, fake_upstream: FakeUpstream, line: str) -> None:
+async def test_other_responses_count(start_proxy: StartProxy, fake_upstream: FakeUpstream, line: str) -> None:
     fails(fake_upstream, 1, status(line))
     proxy = await start_proxy(**QUICK)
     got = await send(proxy, "GET", SELLERS)
@@ -204,7 +204,7 @@ async def test_amazon_silent_is_not_tried_again(start_proxy: StartProxy, fake_up
     assert (got.status, got.error, len(fake_upstream.received)) == (504, "UpstreamTimeout", 1)
 
 
-async def test_an_answer_that_broke_off_is_not_tried_again(
+async def test_a_response_that_broke_off_is_not_tried_again(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     def half(writer: asyncio.StreamWriter) -> None:
@@ -255,7 +255,7 @@ async def test_a_throttled_call_is_sent_again_at_its_plans_pace(
     assert retried(proxy, "throttled") == 1
 
 
-async def test_a_throttled_call_without_a_place_in_time_is_passed_on_with_the_time_to_come_back(
+async def test_a_throttled_call_without_a_place_in_time_is_passed_on_with_the_time_to_retry(
     start_proxy: StartProxy, fake_upstream: FakeUpstream
 ) -> None:
     fails(fake_upstream, 10, status("429 Too Many"))
