@@ -146,9 +146,9 @@ async def test_calls_of_one_moment_go_in_one_pipeline(fleet: Fleet, content: Rou
     asked: list[int] = []
     responses = limits._shared._responses
 
-    async def counted(questions: object) -> list[object]:
-        asked.append(len(questions))  # type: ignore[arg-type]
-        return await responses(questions)  # type: ignore[arg-type]
+    async def counted(requests: object) -> list[object]:
+        asked.append(len(requests))  # type: ignore[arg-type]
+        return await responses(requests)  # type: ignore[arg-type]
 
     limits._shared._responses = counted  # type: ignore[method-assign]  # listens
     await asyncio.gather(*(limits.acquire(content, AdmissionRequest(0)) for _ in range(8)))
