@@ -77,12 +77,12 @@ def sample(metrics: Metrics, name: str) -> float:
 
 @asynccontextmanager
 async def opened_store(
-    redis: RedisServer, *keys: str, timeout: float = 10.0, lock_life: float = 3.0
+    redis: RedisServer, *keys: str, lock_wait: float = 10.0, lock_life: float = 3.0
 ) -> AsyncIterator[tuple[RedisTokenStore, Metrics]]:
     metrics = Metrics()
     link = RedisClient(parse_store(redis.url), metrics)
     cipher = TokenCipher(tuple(Secret(key) for key in keys or (KEY,)))
-    store = RedisTokenStore(link, cipher, metrics, timeout=timeout, lock_life=lock_life)
+    store = RedisTokenStore(link, cipher, metrics, timeout=lock_wait, lock_life=lock_life)
     yield store, metrics
     await store.close()
 
@@ -241,7 +241,7 @@ async def test_nobody_lets_go_of_a_lock_that_is_anothers_by_now(redis: RedisServ
 async def test_a_wait_ends_when_an_exchange_of_ones_own_would_have(redis: RedisServer) -> None:
     async with (
         opened_store(redis) as (store, _),
-        opened_store(redis, timeout=0.2) as (other, _),
+        opened_store(redis, lock_wait=0.2) as (other, _),
         store.get_or_lock("k", anything),
         other.get_or_lock("k", anything) as stored,
     ):
