@@ -56,7 +56,7 @@ async def test_a_task_that_nobody_awaits_is_reported(metrics: Metrics, log: Stri
 
 
 async def test_a_callback_that_fails_is_reported(metrics: Metrics, log: StringIO) -> None:
-    asyncio.get_running_loop().call_soon(lambda: {}["distinctive-key"])
+    asyncio.get_running_loop().call_soon(lambda: dict[str, str]()["distinctive-key"])
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert counted(metrics) == {("builtins.KeyError", __name__): 1}

@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 
 from proxy.config import Config
 from proxy.observability.metrics import Metrics
-from proxy.server import http_protocol, listeners, self_check
+from proxy.server import http_protocol, listeners, self_check, sockets
 from proxy.server.connection_limiter import ConnectionLimiter
 from proxy.server.http_server import HttpServer
 from proxy.server.runtime import start_proxy as start_from_config
@@ -122,7 +122,7 @@ async def test_readyz_says_what_is_waited_for_meanwhile(
     fake_upstream: FakeUpstream, token_host: TokenHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     responses, admins = [], list[str]()
-    listen = listeners.listen
+    listen = sockets.listen
 
     async def remember(*given: Any, **named: Any) -> Any:
         opened = await listen(*given, **named)
