@@ -183,7 +183,7 @@ def test_other_libraries_are_heard_from_warnings_on_and_aiohttp_hardly_at_all() 
     logging.getLogger("aiohttp.server").error("Error handling request", exc_info=ValueError(SECRET))
     logging.getLogger("asyncio").error("Task exception was never retrieved")
     logging.getLogger("some.package").warning("heard")
-    assert [line["message"] for line in json_lines(stream)] == ["heard"]
+    assert [line["message"] for line in json_lines(stream)] == ["Task exception was never retrieved", "heard"]
 
 
 def test_setting_up_again_replaces_what_was_set_up() -> None:

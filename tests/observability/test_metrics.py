@@ -19,7 +19,11 @@ from tests.conftest import needs
 # What a label may say: names of the configuration, of the operation table, and short words of our own.
 LABELS = {"caller", "listener", "log",
           "account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
-          "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
+          "version", "python", "element", "hint", "application", "environment",
+    # Of exceptions: names and places of code, 64 of them at most.
+    "type",
+    "place",
+}  # fmt: skip
 
 
 def series(metrics: Metrics) -> list[Any]:
