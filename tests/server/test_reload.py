@@ -204,7 +204,8 @@ async def test_what_should_be_mended_is_said_once(watched: Watched, log: StringI
     assert await watched.result() == "unchanged"
     watched.write(limits={"max_queue": 9})
     assert await watched.result() == "ok"
-    said = [line["problem"] for line in map(json.loads, log.getvalue().splitlines()) if line["message"] == "configuration warning"]
+    lines = map(json.loads, log.getvalue().splitlines())
+    said = [line["problem"] for line in lines if line["message"] == "configuration warning"]
     assert len(said) == 1
     assert "secret" in said[0]
 
