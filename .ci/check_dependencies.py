@@ -22,6 +22,8 @@ from check_wheel import ROOT, build_wheel, run, smoke_test
 TESTS = (
     "tests/server/test_http_protocol.py",
     "tests/server/test_connections.py",
+    "tests/server/test_self_check.py",
+    "tests/request/test_aiohttp_internals.py",
     "tests/store/test_redis_tokens.py",
     "tests/request/ratelimit/test_redis_limiter.py",
     "tests/observability/test_metrics.py",

@@ -183,7 +183,7 @@ def test_other_libraries_are_logged_from_warnings_on_and_aiohttp_only_if_critica
     logging.getLogger("aiohttp.server").error("Error handling request", exc_info=ValueError(SECRET))
     logging.getLogger("asyncio").error("Task exception was never retrieved")
     logging.getLogger("some.package").warning("heard")
-    assert [line["message"] for line in json_lines(stream)] == ["heard"]
+    assert [line["message"] for line in json_lines(stream)] == ["Task exception was never retrieved", "heard"]
 
 
 def test_a_second_set_up_replaces_the_first() -> None:

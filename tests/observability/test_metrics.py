@@ -19,7 +19,11 @@ from tests.conftest import needs
 # Labels whose values are bounded: names of the configuration and the operation table, and words of the proxy's own.
 LABELS = {"caller", "listener", "log",
           "account", "region", "operation", "method", "code", "token", "source", "fault", "reason", "kind", "result",
-          "version", "python", "element", "hint", "application", "environment"}  # fmt: skip
+          "version", "python", "element", "hint", "application", "environment",
+    # Of exceptions: names and places of code, 64 of them at most.
+    "type",
+    "place",
+}  # fmt: skip
 
 
 def series(metrics: Metrics) -> list[Any]:
