@@ -13,9 +13,9 @@ from proxy.config import Secret
 from proxy.config.store_address import parse_store
 from proxy.errors import UsagePlanExhausted
 from proxy.observability.metrics import Metrics
-from proxy.request.ratelimit.limiter import AdmissionRequest
-from proxy.request.ratelimit.redis_limiter import MIN_SHARE, SHARE_OF, RedisPlan, RedisRateLimiter
+from proxy.request.ratelimit.redis_limiter import MIN_SHARE, SHARE_SAMPLE, RedisPlan, RedisRateLimiter
 from proxy.request.ratelimit.token_bucket import Bucket
+from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route
 from proxy.store.encryption import TokenCipher
 from proxy.store.redis_buckets import RedisBuckets
@@ -278,7 +278,7 @@ async def taken_mostly_by_others(fleet: Fleet, content: Route) -> tuple[RedisRat
     one, other = await fleet.replica(), await fleet.replica()
     one.observe_response(content, 200, "1000")
     await one.acquire(content, AdmissionRequest(0))
-    for _ in range(3 * SHARE_OF):
+    for _ in range(3 * SHARE_SAMPLE):
         await other.acquire(content, AdmissionRequest(5))
     await one.acquire(content, AdmissionRequest(5))
     one.observe_response(content, 200, "10")
