@@ -87,7 +87,7 @@ def access_token_keys(config: Config) -> Iterator[TokenKey]:
 def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | None:
     """Return what identifies the grantee of a token for `token_key`; None where it is not configured.
 
-    The client secret is not part of it: tokens fetched with an old one stay valid (F25).
+    The client secret is not part of it: tokens fetched with an old one stay valid.
     """
     application = config.applications.get(token_key.application)
     if application is None:
@@ -136,7 +136,7 @@ class TokenClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.settings = ClientSettings(config, lwa_session, amazon_session)
-        # Earlier configurations, for requests that began under one. Weak references: such a request keeps its own alive.
+        # Earlier configurations, for requests that began under one: such a request keeps its own alive.
         self._earlier: list[weakref.ref[Config]] = []
         self._limits = rate_limiter
         self._rdt_operation = mint
