@@ -89,7 +89,7 @@ def access_token_keys(config: Config) -> Iterator[TokenKey]:
 def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | None:
     """Return what identifies the grantee of a token for `token_key`; None where it is not configured.
 
-    The client secret is not part of it: tokens fetched with an old one stay valid (F25).
+    The client secret is not part of it: tokens fetched with an old one stay valid.
     """
     application = config.applications.get(token_key.application)
     if application is None:

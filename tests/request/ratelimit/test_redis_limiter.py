@@ -196,7 +196,7 @@ async def test_a_place_that_was_not_used_is_given_to_any_of_them(fleet: Fleet, c
     assert await drain(other, content) == 1
 
 
-async def test_one_that_leaves_before_redis_answers_takes_nothing_with_it(fleet: Fleet, content: Route) -> None:
+async def test_one_that_leaves_before_redis_responses_takes_nothing_with_it(fleet: Fleet, content: Route) -> None:
     one = await fleet.replica()
     await one.acquire(content, AdmissionRequest(0))
     leaving = [asyncio.create_task(one.acquire(content, AdmissionRequest(0))) for _ in range(5)]
