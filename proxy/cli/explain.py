@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from proxy.amazon.operations import Operation
 from proxy.cli.common import FAILED, OK, USAGE, Command, print_err, print_out
 from proxy.cli.configuration import load, operation_table, reports_config_errors
 from proxy.cli.options import REQUEST_FLAGS, add_config_flags, header, whole_number
@@ -15,7 +16,7 @@ from proxy.errors import ProxyError
 from proxy.request.authentication import UNKNOWN_PEER, CallerAuthenticator
 from proxy.request.authorization import build_policies
 from proxy.request.header_cache import HeaderBlock
-from proxy.request.routing import describe_route, resolve
+from proxy.request.routing import Route, resolve
 from proxy.request.tokens import placeholder_endpoint
 from proxy.request.tokens.placeholder_endpoint import TokenEndpoint
 from proxy.request.upstream.request_headers import check_body, end_to_end_headers
@@ -92,6 +93,47 @@ def explain_request(options: argparse.Namespace, config: Config) -> Mapping[str,
     dropped = [name for name in sent if name not in kept]
     who = {"caller": caller} if caller else {}
     return {**who, **decided, "headers kept": ", ".join(kept) or "none", "headers dropped": ", ".join(dropped)}
+
+
+def describe_route(route: Route) -> dict[str, str]:
+    """Return the decisions in a route as text."""
+    operation = route.operation
+    return {
+        "account": f"{route.account} (from {route.account_source})",
+        "region": f"{route.region} (from {route.region_source})",
+        "environment": route.environment,
+        "application": route.application,
+        "operation": f"{operation.name} ({operation.template})" if operation else "unknown: forwarded as it is",
+        "usage plan": describe_plan(operation),
+        "token": describe_token(route),
+        "sent to": route.endpoint + route.path_and_query,
+    }
+
+
+def describe_plan(operation: Operation | None) -> str:
+    """Return the usage plan of an operation as text."""
+    if operation is None or operation.rate is None:
+        return "none known: sent at once"
+    return f"{operation.rate:g} calls per second, {operation.burst} at once, until Amazon's responses say otherwise"
+
+
+def describe_token(route: Route) -> str:
+    """Return the kind of token of a route, and the reason, as text."""
+    token_key, operation = route.token_key, route.operation
+    if token_key.kind == "grantless":
+        return f"grantless token, scope {token_key.scope}: the operation is the application's own"
+    if token_key.kind == "rdt":
+        named = ", ".join(token_key.data_elements)
+        elements = f" with {named}, which {route.elements_source} asks for" if named else ""
+        return f"Restricted Data Token: for {token_key.method} {token_key.path}{elements}"
+    if operation is not None and operation.api == "tokens":
+        return "ordinary access token: the app gets a token of Amazon's, which it does not need; see local_rdt"
+    if operation is not None and operation.restricted:
+        why = (
+            "the sandbox takes it" if route.environment == "sandbox" else f"no personal data by {route.elements_source}"
+        )
+        return f"ordinary access token: {why}"
+    return "ordinary access token: nothing more is needed"
 
 
 COMMANDS = {

@@ -108,7 +108,8 @@ def _admin_in_file(path: Path) -> str:
     except (OSError, ValueError):
         return ""
     for line in lines:
-        if not line.strip() or line[0] in " #-":
+        # Indented lines, comments, list items without indentation, and the marker of a document's start.
+        if not line.strip() or line[0] in " #" or line.startswith("- ") or line.rstrip() == "---":
             continue
         if not _KEY_LINE.fullmatch(line):
             return ""

@@ -71,6 +71,8 @@ FILES = {
     "variable": "admin: ${ADMIN_HERE}\n",
     "none": "admin: null\nhealth: 127.0.0.1:9292\n",
     "next line": "admin:\n  127.0.0.1:9191\n",
+    "document start": "---\nadmin: 127.0.0.1:9191\n",
+    "flow behind a document start": "--- {admin: 127.0.0.1:9191}\n",
     "ipv6": "admin: '[::1]:9191'\n",
     "windows line ends": "admin: 127.0.0.1:9191\r\naccounts: {}\r\n",
 }
@@ -86,7 +88,9 @@ def test_a_plain_address_is_that_of_the_whole_configuration(
     plain = probe.plain_admin_address(options("--config", str(path)))
     full = admin_addresses(str(path), os.environ)[0]
     assert plain is None or (plain.host, plain.port) == (full.host, full.port)
-    assert (plain is not None) == (name in {"absent", "plain", "nested alone", "name", "windows line ends"})
+    assert (plain is not None) == (
+        name in {"absent", "plain", "nested alone", "name", "windows line ends", "document start"}
+    )
 
 
 @pytest.mark.parametrize(

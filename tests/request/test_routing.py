@@ -11,6 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.amazon.marketplaces import MARKETPLACE_PARAMETERS
 from proxy.amazon.operations import OperationTable, load_table
+from proxy.cli.explain import describe_route
 from proxy.config import Address, Config, Listener
 from proxy.errors import (
     AccountRequired,
@@ -29,7 +30,7 @@ from proxy.errors import (
 )
 from proxy.request.authorization import ALLOW_ALL, AccessPolicy, build_policies
 from proxy.request.route_cache import RouteCache
-from proxy.request.routing import Route, describe_route, resolve
+from proxy.request.routing import Route, resolve
 from proxy.request.target import marketplace_ids
 from proxy.request.validation import AllowedHosts, validate
 from tests.conftest import config_from
