@@ -60,6 +60,7 @@ def test_what_is_written_twice_is_the_same() -> None:
     assert str(Config.model_fields["admin"].default) == probe.DEFAULT_ADMIN
 
 
+PLAIN = {"absent", "plain", "nested alone", "name", "windows line ends", "document start"}
 FILES = {
     "absent": "accounts: {}\n",
     "plain": "# comment\nlisten:\n- 127.0.0.1:1\nadmin: 127.0.0.1:9191  # here\naccounts:\n  admin: x\n",
