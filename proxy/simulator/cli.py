@@ -210,7 +210,7 @@ async def _run(settings: Settings, *, as_json: bool) -> int:
 
 def _for_people(endpoints: dict[str, str]) -> str:
     lines = [
-        "# The simulator is running. A configuration for the proxy:",
+        "# The simulator listens. A configuration for the proxy:",
         "",
         "endpoints:",
         *(f"  {name}: {endpoints[name]}" for name in (*REGIONS, "lwa", "documents")),
