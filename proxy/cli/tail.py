@@ -88,6 +88,8 @@ def follow(
             out.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # a ConnectionError too, but of the output: `requests | head`, which main handles
+        raise
     except ConnectionError as exc:
         complain(str(exc))
         return FAILED

@@ -220,7 +220,7 @@ def _for_people(endpoints: dict[str, str]) -> str:
         "  demo:",
         f"    refresh_tokens: {{{', '.join(f'{region}: Atzr|demo-{region}' for region in REGIONS)}}}",
         "",
-        f"# Control: {endpoints['control']}/state. Ctrl-C stops it.",
+        f"# Control: {endpoints['control']}/state. Ctrl-C ends it.",
         "",
     ]
     return "\n".join(lines)
