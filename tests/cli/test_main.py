@@ -88,9 +88,9 @@ async def test_no_command_at_all_is_told_which_there_are() -> None:
         (["explain", "GET", "/", "--caller", "jbo"], "no such caller in the configuration; none is configured"),
         (
             ["explain", "GET", "/", "--set", "callers={job: {key: k}}", "--caller", "jbo"],
-            "no such caller in the configuration; did you mean job? there is job",
+            "no such caller in the configuration; did you mean job? known: job",
         ),
-        (["rotate", "mian"], "no application mian in the configuration; did you mean main? there is main"),
+        (["rotate", "mian"], "no application mian in the configuration; did you mean main? known: main"),
         (["operations", "--removed-by", "soon"], "--removed-by: must be a day such as 2027-03-31"),
         (["serve", "--set", "distinctive"], "--set: must be KEY=VALUE, such as limits.max_wait=30s"),
         (["healthcheck", "--url", "https://localhost"], "--url: must be a URL without a path, such as http://"),

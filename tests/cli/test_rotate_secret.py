@@ -58,7 +58,7 @@ async def test_rotate_says_what_was_wrong(simulator: Simulator, tmp_path: Path) 
     content = settings(simulator, tmp_path / "secret")
     path = write(tmp_path, content)
     code, _, complained = await command("rotate", "other", "--config", path)
-    assert (code, "there is main" in complained) == (2, True)
+    assert (code, "known: main" in complained) == (2, True)
     body = '{"errors":[{"code":"QuotaExceeded","message":"You exceeded your quota for the requested resource."}]}'
     simulator.state.faults.append(Fault("status", service="na", status=429, body=body, times=1))
     code, _, complained = await command("rotate", "main", "--config", path)

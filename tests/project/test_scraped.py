@@ -28,9 +28,11 @@ ORDER = "/orders/v0/orders/1"
 DESTINATIONS = "/notifications/v1/destinations"
 DOCUMENTS = "/feeds/2021-06-30/documents"
 
-# Events that do not happen in this test: lost log lines, connections closed at the limit, store failures.
+# Events that do not happen in this test: lost log lines, connections closed at the limit, store failures,
+# exceptions that nothing handled.
 EXPECTED_EMPTY = {
     "spapi_proxy_client_connections_closed_total",
+    "spapi_proxy_internal_errors_total",
     "spapi_proxy_log_lines_lost_total",
     "spapi_proxy_store_failures_total",
     "spapi_proxy_store_values_ignored_total",
