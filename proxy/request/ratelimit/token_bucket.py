@@ -20,7 +20,7 @@ _ROUNDING = 1e-9  # tokens: refilling by floating-point steps may end just below
 # A penalty and not a lower priority: a background call passes after a bounded number of others and never starves.
 BACKGROUND_PENALTY = 20  # units of virtual time: how many calls of each ordinary caller pass a background call
 
-# Lowered in larger steps than it is raised (AIMD, as in TCP): a rate that is too high costs rejected calls, one that is
+# Lowered in larger steps than it is raised: a rate that is too high costs rejected calls, one that is
 # too low only time.
 LOWER, RAISE = 0.8, 1.1  # factors for an estimated rate: after a 429, and after enough calls without one
 RAISE_AFTER = 20  # calls accepted without a 429 until a lowered rate is raised
@@ -48,7 +48,6 @@ class Bucket:
     def wait(self, now: float, ahead: int = 0) -> float:
         """Return after how many seconds a call with `ahead` others before it has its token, margin included."""
         self.refill(now)
-        # `tokens` may be negative: a token is consumed when it is due, and other calls may have consumed theirs before.
         missing = ahead + 1 - self.tokens
         return missing / self.rate + self.margin if missing > _ROUNDING else 0.0
 
