@@ -96,7 +96,7 @@ class PlanLimiter:
         # Full, although Amazon's may not be after a restart: an empty start would delay every first call, and a 429
         # corrects it.
         self.bucket = Bucket.full(rate, published.burst, now())
-        # The published rate and not `rate`: where none is published, nothing is known.
+        # `known` is published.rate and not `rate`: where none is published, none is known.
         self.estimate = RateEstimator(rate, published.rate, rate * MIN_RATE_FRACTION)
         self.queue: FairQueue[Waiter] = FairQueue()
         self.last_rate_header: str | None = None  # the last value of RATE_HEADER
@@ -123,7 +123,8 @@ class PlanLimiter:
         caller = (admission.caller, admission.background)
         waiter = Waiter(asyncio.get_running_loop().create_future(), caller, self._now() + admission.max_wait)
         entry = self.queue.add(caller, self._virtual_time_of(admission), waiter)
-        # A running timer is that of the first entry, which this one does not change unless the bucket does.
+        # A running timer grants the next token to the entry that is first by then; a new entry does not change its
+        # moment.
         if self._timer is None:
             self._dispatch_due()
         try:
@@ -156,7 +157,8 @@ class PlanLimiter:
 
     def announce(self, rate: float) -> None:
         """Adopt the rate of RATE_HEADER, in calls per second."""
-        # The header comes with nearly every response; the timer is set again only after a change.
+        # Amazon sends the header with 20x, 400 and 404, mostly with the same rate: the timer is set again only after a
+        # change.
         if rate != self.estimate.known or not self.estimate.announced:
             self.estimate.announce(rate)
             self._set_rate()
