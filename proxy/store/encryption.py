@@ -55,7 +55,7 @@ class _Ciphers:
             raise DecryptionFailed
         try:
             return cipher.decrypt(value[head : head + _NONCE], value[head + _NONCE :], associated_data)
-        # `from None`: which of the checks failed is of use only to whoever forged the value. ValueError: cryptography
+        # `from None`: which of the checks failed is of use only to an attacker. ValueError: cryptography
         # 50 raises it for a nonce that is too short.
         except (InvalidTag, ValueError):
             raise DecryptionFailed from None
