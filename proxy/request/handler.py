@@ -101,7 +101,7 @@ class Handler:
         response: UpstreamResponse | PlaceholderResponse | ErrorResponse
         try:
             head = self.header_cache.get(request.raw_headers, request.headers, getattr(request, "head_block", None))
-            # Before the authentication: an invalid request must not learn whether a key is valid.
+            # Before the authentication: Host and browser checks come before anything that depends on a credential.
             validated = self._validate(request, head, context)
             if self.authenticator.is_configured:
                 context.caller = self._authenticate(request, head, validated)
@@ -118,6 +118,8 @@ class Handler:
                 add_browser_hint(error, request.method, validated.target, self.config.admin)
             response = error_response(request, error, context)
         except asyncio.CancelledError:
+            # The client has left. CancelledError is a BaseException (Python 3.8, bpo-32528): `except Exception` below
+            # does not catch it.
             context.status, context.error = CLIENT_CLOSED_REQUEST, "ClientLeft"
             raise
         except Exception as exc:  # noqa: BLE001 - a bug must not leave the client without a response
