@@ -21,10 +21,9 @@ from proxy.store.encryption import MAX_BYTES, DecryptionFailed, TokenCipher
 from proxy.store.interface import IsUsable, StoredToken
 from proxy.store.redis_client import RedisClient, StoreUnavailable
 
-# Short, because the other replicas wait for a crashed holder so long; it is renewed three times in its lifetime, so
-# that one lost command does not lose it.
+# Short, because the other replicas wait for a crashed holder so long; renewed at a third of it, so that a late renewal
+# does not lose the lock.
 LOCK_LIFETIME = 3.0  # seconds
-# Polling and not publish/subscribe: a message that is lost during a reconnection would leave the waiters without it.
 FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two polls, and their backoff factor
 
 # Returns the value, its remaining lifetime in ms, and whether the lock was acquired. Nothing is locked where there is a
@@ -154,7 +153,8 @@ class RedisTokenStore:
         with suppress(StoreUnavailable, RedisError):
             keep = partial(self._keep, keys=[self._lock(key)], args=[owner, round(self._lock_lifetime * 1000)])
             while True:
-                # If Redis fails, the task ends and the lock expires; the fetch continues, at worst twice in the fleet.
+                # If Redis fails, the task ends and the lock expires; the fetch continues, and another replica may fetch
+                # a token, too.
                 await asyncio.sleep(self._lock_lifetime / 3)
                 await self._redis.execute(keep)
 
