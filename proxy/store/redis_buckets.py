@@ -31,7 +31,8 @@ MAX_BATCH = 256  # steps of one pipeline
 # to an integer in a reply, and Lua 5.1 prints 14 digits (`%.14g`), which leaves a Unix time only four decimals. A value
 # is checked before it is used, because others may write to this Redis: `t == t` is false for NaN, and a moment beyond
 # 1000 calls from now or fewer than -1 tokens are taken for damage. The count is reduced so that `%d` and a double hold
-# it exactly. A bucket lives until it is full again and a minute longer: a full one is the same as none.
+# it exactly. A bucket lives until it is full again and a minute longer: without a value, the script starts from the
+# sender's tokens.
 _SCRIPT_FOR_STEP = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1000000
