@@ -179,7 +179,7 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
         "password": address.password.reveal() if address.password is not None else None,
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
-        # redis-py 8.1.0 retries 10 times with backoff unless told otherwise.
+        # `Redis` of redis-py 8.1.0 retries 10 times by default.
         "retry": Retry(NoBackoff(), 0),  # a retry would delay requests: this client reconnects by itself
         # redis-py 8 uses RESP3 by default (DEFAULT_RESP_VERSION), which takes a HELLO for each connection; nothing here
         # needs it, and FAILURES lists what the RESP2 parser raises.
