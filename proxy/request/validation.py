@@ -32,7 +32,7 @@ from proxy.errors import (
 from proxy.request.header_cache import HeaderBlock
 
 # Case-sensitive (RFC 9110 section 9.1). Not TRACE: its response would show the token (RFC 9110 section 9.3.8). Not
-# CONNECT and OPTIONS: an OPTIONS with a 2xx would admit a browser's preflight.
+# OPTIONS: browsers send it as a preflight. Not CONNECT: it would open a tunnel (RFC 9110 section 9.3.6).
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # set by the listener on a request of another HTTP version
 
