@@ -20,7 +20,9 @@ from proxy.errors import CallerRefused, MalformedRequest
 KEY_HEADER = "x-sp-key"
 ANONYMOUS = ""
 
+# Reading the files for each request would cost a system call per caller; a second is short for a rotation.
 _RELOAD_INTERVAL = 1.0  # seconds after which key files are read again
+# Compared in lower case: the name of a scheme is case-insensitive (RFC 9110 section 11.1).
 _SCHEME = "bearer "
 
 
@@ -70,11 +72,14 @@ class CallerAuthenticator:
         if not self.is_configured:
             return ANONYMOUS
         key = _key(headers)
+        # A wrong key is refused and does not fall back to the certificate or the user id: the client named another
+        # caller.
         if key is not None:
             name = self._by_key(key)
             if name is None:
                 raise CallerRefused(f"no caller has this {KEY_HEADER}", "Check the key, and callers.*.key.")
             return name
+        # Bearer: RFC 6750 section 2.1.
         found = self._by_bearer(headers) or self._by_connection(peer)
         if found is None and not listener.anonymous:
             raise CallerRefused(
@@ -84,6 +89,8 @@ class CallerAuthenticator:
         return found or ANONYMOUS
 
     def _by_connection(self, peer: Peer) -> str | None:
+        # Sorted, because the names go into the message, and a set has no fixed order between processes (hash
+        # randomisation).
         by_certificate = sorted(self._by_certificate[name] for name in peer.names & self._by_certificate.keys())
         if len(by_certificate) > 1:
             raise CallerRefused(
@@ -92,6 +99,7 @@ class CallerAuthenticator:
             )
         if by_certificate:
             return by_certificate[0]
+        # Not `if peer.uid`: 0 is root.
         return self._by_uid.get(peer.uid) if peer.uid is not None else None
 
     def _by_bearer(self, headers: CIMultiDictProxy[str]) -> str | None:
@@ -100,6 +108,7 @@ class CallerAuthenticator:
             for value in headers.getall("Authorization", ())
             if value[: len(_SCHEME)].lower() == _SCHEME and (name := self._by_key(value[len(_SCHEME) :].strip(" \t")))
         }
+        # A set of names: the same caller's old and new key together are not ambiguous.
         if len(found) > 1:
             raise MalformedRequest("two keys of different callers are given", "Send one.")
         return found.pop() if found else None
@@ -108,11 +117,13 @@ class CallerAuthenticator:
         if self._now() - self._loaded_at >= _RELOAD_INTERVAL:
             self.reload_keys()
         digest = self._digest(key)
+        # An unknown key is compared, too, with an empty digest, which equals none.
         known, name = self._by_digest.get(digest, (b"", ""))
         return name if hmac.compare_digest(known, digest) else None
 
     def reload_keys(self) -> None:
         """Read the keys from their files again; a caller may have several, so that a new one can overlap the old."""
+        # Before the reading: a file that cannot be read is not tried again with every request.
         self._loaded_at = self._now()
         self._keys = {name: key.refreshed() for name, key in self._keys.items()}
         self._by_digest = {
@@ -122,11 +133,14 @@ class CallerAuthenticator:
         }
 
     def _digest(self, key: str) -> bytes:
+        # aiohttp 3.14.5 decodes header bytes with `surrogateescape`; plain UTF-8 would raise for the surrogates.
         return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=32).digest()
 
 
 def _key(headers: CIMultiDictProxy[str]) -> str | None:
     values = headers.getall(KEY_HEADER, ())
+    # Several could be read differently here and by a proxy in front (RFC 9110 section 5.3): never the first or the
+    # last.
     if len(values) > 1:
         raise MalformedRequest(f"the header {KEY_HEADER} is given {len(values)} times", "Send it once.")
     return values[0].strip(" \t") if values else None

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # loaded only if they are configured
     from proxy.request.documents.relay_serve import DocumentServer  # as above
     from proxy.request.tracing import Tracer  # needs OpenTelemetry, an extra
 
+# Longer than a look-up needs, much shorter than the safety margin of a token (2 s), which covers the time until then.
 TOKEN_RECHECK_AFTER = 0.05  # seconds of waiting after which a token may have expired or been replaced
 
 
@@ -91,16 +92,20 @@ class Handler:
         taken for a part of it.
         """
         tracer, now = self.tracer, self.now
+        # First: whatever happens below is counted and logged by the `finally`.
         context = RequestContext(request.method, now()) if tracer is None else tracer.begin(request.method, now())
         self.metrics.in_flight += 1
+        # None until the slot is taken, so that the `finally` releases only a slot that this request has.
         counted_caller: str | None = None
         validated: ValidatedTarget | None = None
         response: UpstreamResponse | PlaceholderResponse | ErrorResponse
         try:
             head = self.header_cache.get(request.raw_headers, request.headers, getattr(request, "head_block", None))
+            # Before the authentication: Host and browser checks come before anything that depends on a credential.
             validated = self._validate(request, head, context)
             if self.authenticator.is_configured:
                 context.caller = self._authenticate(request, head, validated)
+            # After the authentication, so that strangers cannot use up a caller's slots.
             self.concurrency.acquire_caller(context.caller or self.name)
             counted_caller = context.caller or self.name
             response = await self._respond(request, head, validated, context)
@@ -113,6 +118,8 @@ class Handler:
                 add_browser_hint(error, request.method, validated.target, self.config.admin)
             response = error_response(request, error, context)
         except asyncio.CancelledError:
+            # The client has left. CancelledError is a BaseException (Python 3.8, bpo-32528): `except Exception` below
+            # does not catch it.
             context.status, context.error = CLIENT_CLOSED_REQUEST, "ClientLeft"
             raise
         except Exception as exc:  # noqa: BLE001 - a bug must not leave the client without a response
@@ -133,6 +140,7 @@ class Handler:
         """Return the validated target; raise the error that says what is invalid."""
         if "x-request-id" in head.names:
             context.request_id = head.headers["x-request-id"]
+        # First the size and the version, which are cheap and bound the work of the other checks.
         check_message(request, head, self._header_size)
         validated = validate_with(head, request.method, request.raw_path, self.allowed_hosts)
         check_body(request.method, head)
@@ -155,11 +163,14 @@ class Handler:
         """Route, forward and stream; or serve a token request or a document, which need neither plan nor token."""
         headers, policy = head.headers, self.policies[context.caller]
         documents, rewriter = self.document_server, self.document_rewriter
+        # Before the route: token requests and documents are no operations of SP-API.
         if request.method == "POST" and (operation := self.token_endpoint.match(validated.target)):
             context.local_operation = operation
             return await self.token_endpoint.respond(request, context, policy, self.deadline_timer)
         if documents is not None and documents.matches(validated.target):
             return await self._serve_document(documents, request, head, validated, context)
+        # Only counted: the forwarder drops the client's token and sets its own (Envoy's credential injector:
+        # `overwrite`).
         if "x-amz-access-token" in head.names:
             self.metrics.replaced_tokens.inc()
         context.route = route = self.routes.get(request.method, validated, headers, context.caller, policy)
@@ -173,6 +184,7 @@ class Handler:
                 tap = self.unrestricted_reports.tap(route, response)
                 return await self.forwarder.stream(call, response, prefix=prefix, tap=tap)
             finally:
+                # Only after the body: a slot counts a call until its response has been forwarded in full.
                 if call.has_account_slot:
                     self.concurrency.release_account(route.account)
                 if call.redactor.matched:
@@ -201,6 +213,7 @@ class Handler:
         Raise the error of the last attempt where it had no response.
         """
         route, context, admission = call.route, call.context, options.admission
+        # Once per request, not per attempt: retries are limited to a share of the requests.
         self.retry_policies.deposit(route)
         retry_state: RetryState | None = None
         while True:
@@ -208,6 +221,7 @@ class Handler:
             self.circuit_breakers.check((route.environment, route.region))
             # The token comes first: a call that has its rate limit token must reach Amazon without another wait.
             token = self.tokens.cached(route.token_key) or await self._token(call)
+            # The rate limit token before the slot: without capacity no slot is held while the call waits.
             has_capacity = self.rate_limiter.try_acquire(route, admission)
             if not has_capacity or not (call.has_account_slot or self.concurrency.try_acquire_account(route.account)):
                 token = await self._wait_for_admission(call, admission, token, has_capacity=has_capacity)
@@ -221,6 +235,7 @@ class Handler:
                     raise
             else:
                 if response.status == 429:
+                    # The client's limit is for all attempts together.
                     max_wait = options.admission.max_wait - context.rate_limit_wait
                     admission = replace(admission, max_wait=max_wait, is_retry=True)
                     backoff = self._throttle_backoff(call, admission, may_repeat=options.retry_enabled)
@@ -267,18 +282,22 @@ class Handler:
             self.circuit_breakers.record_failure(upstream, route.operation_name, answered=False)
             raise
         except asyncio.CancelledError:
+            # Cancelled by the deadline and not by the client: Amazon did not respond, which counts against it.
             if call.deadline.upstream_timed_out:
                 self.circuit_breakers.record_failure(upstream, route.operation_name, answered=False)
             raise
         status = response.status
         context.end_attempt(status, now() - sent)
         context.amazon_request_id = response.value(b"x-amzn-requestid")
+        # A 429 or 4xx shows that the upstream works.
         if status >= 500:
             self.circuit_breakers.record_failure(upstream, route.operation_name, answered=True)
         else:
             self.circuit_breakers.record_success(upstream)
             if status not in FORBIDDEN_STATUSES:
                 self.success_history.record(route)
+        # Amazon sends the header with 20x, 400 and 404, never with a 429 (Amazon's guide "Usage Plans"). Calls without
+        # any of these teach nothing.
         if status == 429 or RATE_HEADER in response.names.index or context.rate_limit_wait:
             waited = context.rate_limit_wait > 0
             self.rate_limiter.observe_response(route, status, response.first(RATE_HEADER), waited=waited)
@@ -291,6 +310,7 @@ class Handler:
         """
         wait = self.rate_limiter.retry_after(call.route, admission)
         in_time = wait <= min(admission.max_wait, call.deadline.remaining)
+        # A 429 was not executed, so any method may be sent again, if its body is still there.
         if may_repeat and in_time and self.config.limits.pace and call.is_replayable:
             self.metrics.retries.labels("throttled").inc()
             return 0.0
@@ -305,8 +325,12 @@ class Handler:
         token_key = call.route.token_key
         prefix = await peek(call, response)
         amazon_error = _parse_amazon_error(response, prefix)
+        # Amazon refuses an expired token with 403, not 401, and refuses unknown paths and missing roles with 403 too:
+        # the text decides.
         if amazon_error.is_token_error and call.is_replayable:
             call.deadline.wait_for_proxy()
+            # Once: on 2023-05-27 calls were rejected for 25 minutes with valid tokens (selling-partner-api-docs issue
+            # 3153).
             another = await self.tokens.refresh_rejected(token_key, token)
             if another is not None:
                 response.close()
@@ -334,5 +358,6 @@ class Handler:
 def _parse_amazon_error(response: Response, prefix: bytes) -> AmazonError:
     """Return the error in a response of Amazon's, whatever its content coding."""
     coding = response.first(b"content-encoding") or ""
+    # Bounded: a few KiB of gzip may decompress to a thousand times as much.
     body = decompress(prefix, coding, MAX_ERROR_BODY * 4)
     return parse_error(body, response.first(b"x-amzn-errortype") or "")

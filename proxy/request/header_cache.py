@@ -10,6 +10,8 @@ from multidict import CIMultiDictProxy
 
 # Limits of the cache over all listeners: header blocks, and bytes of memory. A block takes about FIELD_COST bytes for
 # each field, and its text is stored COPIES times.
+# Two limits, because a client may send few large blocks or many small ones; without the second, 2048 large heads would
+# fill the memory.
 MAX_BLOCKS, MAX_BYTES = 2048, 8 * 1024 * 1024
 FIELD_COST, COPIES = 700, 4
 
@@ -22,12 +24,15 @@ class HeaderBlock:
     `names` are in lower case. `size` is that of the block in bytes, with its separators.
     """
 
+    # Slots: up to 2048 of these objects are held.
     __slots__ = ("bodiless_lines", "cost", "has_content_length", "headers", "host", "lines", "names", "size")
 
     def __init__(self, headers: CIMultiDictProxy[str], raw: Raw = ()) -> None:
         self.headers = headers
         self.names = frozenset(map(str.lower, headers))
+        # Four bytes for `: ` and CRLF of each field line (RFC 9112 section 5).
         self.size = sum(map(len, chain.from_iterable(raw))) + 4 * len(raw)
+        # Two more than there are fields: for the block's own objects.
         self.cost = FIELD_COST * (2 + len(raw)) + COPIES * self.size  # approximate bytes of memory
         # The host of the Host field; set by validation after all its checks of the fields have passed.
         self.host: str | None = None
@@ -41,6 +46,7 @@ class HeaderCache:
     """Header blocks of the recent requests to one listener; `listeners` is the number that share the limits."""
 
     def __init__(self, listeners: int = 1) -> None:
+        # Shared out, so that the limits hold for the process, however many listeners there are.
         self._max_blocks, self._max_bytes = MAX_BLOCKS // listeners, MAX_BYTES // listeners
         self._bytes = 0  # cost of all blocks
         self._blocks: dict[Raw | bytes, HeaderBlock] = {}
@@ -50,13 +56,17 @@ class HeaderCache:
 
         `block` is all of them as received, where that is available: hashing one string is faster than hashing many.
         """
+        # The whole of the fields and never a hash of it: equal keys must mean equal fields, because the Host check is
+        # skipped.
         key = raw if block is None else block
         cached = self._blocks.get(key)
         if cached is not None:
             return cached
         head = HeaderBlock(headers, raw)
+        # Served without being stored; the loop below would drop every other block and still not make room.
         if head.cost > self._max_bytes:
             return head
+        # Before the insertion, so that the limit holds at any moment.
         while self._blocks and (len(self._blocks) >= self._max_blocks or self._bytes + head.cost > self._max_bytes):
             oldest = next(iter(self._blocks))  # not LRU: a block in frequent use is simply added again
             self._bytes -= self._blocks.pop(oldest).cost

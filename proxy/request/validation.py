@@ -31,6 +31,8 @@ from proxy.errors import (
 )
 from proxy.request.header_cache import HeaderBlock
 
+# Case-sensitive (RFC 9110 section 9.1). Not TRACE: its response would show the token (RFC 9110 section 9.3.8). Not
+# OPTIONS: browsers send it as a preflight. Not CONNECT: it would open a tunnel (RFC 9110 section 9.3.6).
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 VERSION_REFUSED = web.RequestKey("version_refused", bool)  # set by the listener on a request of another HTTP version
 
@@ -42,6 +44,7 @@ RESPONSE_HEADERS = frozenset({"x-sp-proxy", "x-sp-proxy-error"})
 
 _KNOWN_HEADERS = RESPONSE_HEADERS | {PREFIX + name for name in REQUEST_HEADERS}
 _SIMILAR = 0.65  # difflib's ratio: `acount` is above it, and so is `retries`; `session` and `region` are below
+# difflib takes quadratic time in the length of a name, and the names are the client's.
 _MAX_CHECKED, _MAX_NAME = 16, 32  # unknown names that are compared in one request, and characters of each
 
 # The bytes that a request target may consist of: visible ASCII except `#` and the backslash. Spaces, control and
@@ -61,9 +64,15 @@ _PREFLIGHT = frozenset(
 _BROWSER_HEADERS = _PREFLIGHT | {"origin", "sec-fetch-site", "sec-fetch-dest"}
 _DOT = r"(?:\.|%2[eE])"
 _SLASH = r"(?:/|%2[fF]|%5[cC])"  # encoded, too: some servers decode before they resolve dot segments
+# With `;`: some servers remove path parameters before they resolve dot segments, and read `..;` as `..`. Encoded dots:
+# `%2e` equals `.` (RFC 3986 section 2.3). Envoy CVE-2019-9901 and CVE-2021-29492 were such differences.
 _DOT_SEGMENT = re.compile(rf"{_SLASH}{_DOT}{{1,2}}(?:;[^/]*)?(?={_SLASH}|$)")
+# Proxies must accept absolute form (RFC 9112 section 3.2.2); only the path is used, so it cannot choose the server
+# (Apache CVE-2021-40438).
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _PREFIX = re.compile(r"/@[^/]+(?:/(?:na|eu|fe))?", re.IGNORECASE)
+# No `@`: userinfo in an authority is to be treated as an error (RFC 9110 section 4.2.4). ASCII, because `\d` would
+# match other digits, which `int` accepts too.
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s]+)(?::(\d{1,5}))?", re.ASCII)
 
 
@@ -108,8 +117,10 @@ def validate(method: str, target: str, headers: CIMultiDictProxy[str], allowed_h
 def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: AllowedHosts) -> ValidatedTarget:
     """Do what `validate` does, but check header fields only once for each distinct block of them."""
     host = head.host
+    # `host` is known once a block with the same fields has passed the checks of fields, which are then skipped.
     if host is None and not _BROWSER_HEADERS.isdisjoint(head.names):
         _reject_browsers(head.headers)
+    # After the browsers: a preflight is an OPTIONS, and is refused for what it is.
     if method not in METHODS:
         raise MethodRefused(f"{_display(method)} is not forwarded", "Use GET, HEAD, POST, PUT, PATCH or DELETE.")
     if host is None and "transfer-encoding" in head.names:
@@ -120,7 +131,9 @@ def validate_with(head: HeaderBlock, method: str, target: str, allowed_hosts: Al
     if host is None:
         host = _host(head.headers, allowed_hosts)
         reject_unknown_headers(head.names)
+        # Last, when all checks of the fields have passed: the next request with this block skips them.
         head.host = host
+    # Not stored in the block: it comes from the target, which differs between requests.
     if authority is not None:
         host = _allowed(authority, allowed_hosts)  # it overrides Host (RFC 9112 section 3.2.2)
     token_request = method == "POST" and is_token_request(method, target)
@@ -139,6 +152,7 @@ def reject_unknown_headers(names: Iterable[str]) -> None:
     # With `_` it is another name, but some servers treat both alike (CGI), so such names are compared, too.
     extension = (name for name in names if name[:2] == "x-" or name[:2] == "x_")
     unknown = (name for name in extension if name not in _KNOWN_HEADERS and name.replace("_", "-").startswith(PREFIX))
+    # Bounded: a head may hold thousands of names.
     for name in islice(unknown, _MAX_CHECKED):
         rest = name[len(PREFIX) :].replace("_", "-")
         if len(rest) > _MAX_NAME:
@@ -153,6 +167,7 @@ def reject_unknown_headers(names: Iterable[str]) -> None:
 
 def check_message(request: web.BaseRequest, head: HeaderBlock, max_bytes: int) -> None:
     """Raise VersionRefused for anything but HTTP/1.0 and 1.1, HeaderTooLarge for a head of over `max_bytes` bytes."""
+    # aiohttp 3.14.5 parses HTTP/2.0 and 0.9 in a request line as versions and repeats them in its status line.
     if VERSION_REFUSED in request:
         raise VersionRefused("only HTTP/1.0 and HTTP/1.1 are supported", "Send HTTP/1.1.")
     if request.version != HttpVersion11 and "transfer-encoding" in head.names:
@@ -173,10 +188,13 @@ def _display(text: str) -> str:
 
 def is_cross_site(headers: CIMultiDictProxy[str]) -> bool:
     """Return whether the headers show that a web page of another origin caused the request."""
+    # Whatever its value: `null` is that of sandboxed frames and of some redirects (Fetch standard).
     if "Origin" in headers:
         return True
     if "Sec-Fetch-Site" not in headers:
         return False
+    # `none` means that the user caused the request, by the address bar for example (W3C Fetch Metadata). Of several
+    # values all must be harmless.
     return any(value not in {"none", "same-origin"} for value in headers.getall("Sec-Fetch-Site"))
 
 
@@ -197,8 +215,11 @@ def _reject_ambiguous_framing(headers: CIMultiDictProxy[str]) -> None:
     """Raise MalformedRequest for framing that allows request smuggling (RFC 9112 sections 6.1 and 11.2)."""
     codings = headers.getall("Transfer-Encoding")
     # `isascii`, because `lower` maps some other characters to ASCII letters: U+212A, the Kelvin sign, to k.
+    # aiohttp 3.14.5 accepts `gzip, chunked` as chunked and forgets the gzip.
     if len(codings) > 1 or not codings[0].isascii() or codings[0].strip(" \t").lower() != "chunked":
         raise MalformedRequest("Transfer-Encoding must be chunked, once", "Send a Content-Length, or chunked alone.")
+    # RFC 9112 section 6.1 allows to ignore Content-Length here; refusing it leaves nothing to disagree about (HAProxy
+    # CVE-2021-40346).
     if "Content-Length" in headers:
         raise MalformedRequest("both Content-Length and Transfer-Encoding are given", "Send one of them.")
 
@@ -226,6 +247,7 @@ def _host(headers: CIMultiDictProxy[str], allowed_hosts: AllowedHosts) -> str:
 def host_in(authority: str) -> str | None:
     """Return the host of `host` or `host:port` in lower case, without brackets; None for anything else."""
     match = _AUTHORITY.fullmatch(authority)
+    # Refused, not an exception: a malformed Host ended webpack-dev-server's process (CVE-2026-14631).
     if match is None or int(match[2] or 0) > 65535:
         return None
     return match[1].lower().strip("[]")
@@ -233,6 +255,7 @@ def host_in(authority: str) -> str | None:
 
 def _allowed(authority: str, allowed_hosts: AllowedHosts) -> str:
     host = host_in(authority)
+    # An exact comparison against a list, which prevents DNS rebinding (Ollama CVE-2024-28224, Vite CVE-2025-24010).
     if host is not None and (host in allowed_hosts.hosts or host in HOST_REGION or host == LWA_HOST):
         return host
     raise _host_refused()
@@ -247,6 +270,7 @@ def _host_refused() -> HostRefused:
 
 def is_token_request(method: str, target: str) -> bool:
     """Return whether a request asks Login with Amazon for a token, which the proxy answers itself for every client."""
+    # A substring search first: nearly all requests end here.
     if method != "POST" or LWA_PATH not in target:
         return False
     path = target.partition("?")[0]
@@ -263,8 +287,12 @@ def _check_path(target: str) -> None:
             "the request target holds a space, control character, backslash, '#' or non-ASCII byte",
             "Percent-encode it.",
         )
+    # `//host/path` is a network-path reference (RFC 3986 section 4.2): some clients and servers take `host` for a
+    # server.
     if target.startswith("//"):
         raise BadTarget("the request target begins with //", "Begin the path with a single slash.")
+    # The regular expression is run only where a dot, `%2e` or `%2f` may be; `%2` is common to both encodings. A
+    # backslash as `%5c` matters only next to a dot.
     if "." in target or "%2" in target:
         _reject_dot_segments(target.partition("?")[0])
 

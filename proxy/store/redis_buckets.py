@@ -18,6 +18,7 @@ from proxy.store import redis_internals
 from proxy.store.encryption import TokenCipher
 from proxy.store.redis_client import RedisClient, StoreUnavailable
 
+# Bounded, because the whole pipeline has to be answered within the client's timeout.
 MAX_BATCH = 256  # steps of one pipeline
 
 # Modes. try: take a token of every bucket if each has one now. reserve: reserve the next token. back: return one.
@@ -25,6 +26,13 @@ MAX_BATCH = 256  # steps of one pipeline
 # tokens to start with (where Redis has no value), and whether Amazon has just reported it empty.
 # The reply: seconds until the token, or -1 if `try` found none; then of each bucket its tokens, its timestamp in
 # seconds from now, its rate, and the number of tokens taken so far.
+# The clock is that of Redis (TIME), so that replicas with different clocks share one bucket. Writing after TIME needs
+# the replication of effects, which is the default since Redis 5. Numbers are returned as text: Redis cuts a Lua number
+# to an integer in a reply, and Lua 5.1 prints 14 digits (`%.14g`), which leaves a Unix time only four decimals. A value
+# is checked before it is used, because others may write to this Redis: `t == t` is false for NaN, and a moment beyond
+# 1000 calls from now or fewer than -1 tokens are taken for damage. The count is reduced so that `%d` and a double hold
+# it exactly. A bucket lives until it is full again and a minute longer: without a value, the script starts from the
+# sender's tokens.
 _SCRIPT_FOR_STEP = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1000000
@@ -141,6 +149,7 @@ class RedisBuckets:
         args: list[str] = [mode]
         for step in steps:
             args += (
+                # repr: the shortest text that gives the same float again (Python 3.1, bpo-1580).
                 repr(step.rate),
                 "1" if step.is_new_rate else "0",
                 repr(step.burst),
@@ -149,12 +158,14 @@ class RedisBuckets:
                 "1" if step.is_empty else "0",
             )
         self._waiting.append(_Request(mode, steps, [step.name for step in steps], args, response))
+        # Steps that arrive before the task runs, or during a round trip, go into one pipeline.
         if self._running is None:
             self._running = asyncio.create_task(self._execute_all(), name="shared plans")
         return response
 
     def send(self, mode: Mode, steps: Sequence[BucketUpdate]) -> None:
         """Send a step without waiting for the reply; a lost one costs a token or a hint."""
+        # Without the callback, asyncio would log "Future exception was never retrieved" for each during an outage.
         self.execute(mode, steps).add_done_callback(_forget)
 
     async def _execute_all(self) -> None:
@@ -165,6 +176,7 @@ class RedisBuckets:
                 await self._execute_batch(requests)
         finally:
             self._running = None
+            # Also when cancelled: a future without a result would keep its call waiting for ever.
             for request in (*requests, *self._waiting):
                 if not request.response.done():
                     request.response.set_exception(StoreUnavailable())
@@ -178,6 +190,7 @@ class RedisBuckets:
             ]
         except (StoreUnavailable, RedisError):
             reservations = []
+        # Bytes that are no reply of the script: another service may be at this address, so nothing more is sent to it.
         except ValueError:
             self.redis.mark_down("nonsense")
             reservations = []
@@ -188,6 +201,7 @@ class RedisBuckets:
             return
         for index, request in enumerate(requests):
             if request.response.cancelled():  # the caller has left
+                # Its token was taken in Redis all the same.
                 if reservations and reservations[index].wait is not None and request.mode in {"try", "reserve"}:
                     self.send("back", request.updates)
             elif reservations:
@@ -200,9 +214,11 @@ class RedisBuckets:
         try:
             return await self._responses_over(await self._connected(), requests)
         except NoScriptError:  # a new server, or SCRIPT FLUSH; no step was executed
+            # redis-py's Script.__call__ does this too, but not within a pipeline over a dedicated connection.
             await self.redis.client.script_load(_SCRIPT_FOR_STEP)
             return await self._responses_over(await self._connected(), requests)
         except RedisConnectionError:
+            # A new connection was not idle: the server is down, and a second try would only double the wait.
             if self._is_fresh:
                 raise
             # Probably closed while idle. If the steps were executed after all, some tokens stay unused.
@@ -210,6 +226,7 @@ class RedisBuckets:
 
     async def _connected(self) -> redis_internals.AbstractConnection:
         connection = self._connection
+        # After an outage the old connection may lead to a former primary.
         self._is_fresh = connection is None or self._epoch != self.redis.epoch
         if connection is None or self._is_fresh:
             await self._disconnect()
@@ -231,6 +248,7 @@ class RedisBuckets:
             for _ in requests:
                 try:
                     responses.append(await redis_internals.read_reply(connection))
+                # Read on: the other replies of the pipeline must be taken from the connection before it is used again.
                 except ResponseError as exc:
                     refusal = exc
         except BaseException:
@@ -241,6 +259,7 @@ class RedisBuckets:
         return responses
 
     async def _disconnect(self) -> None:
+        # Cleared before the await, so that a concurrent step cannot take the connection that is being closed.
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(RedisError, OSError):
@@ -259,6 +278,7 @@ class RedisBuckets:
 def _parse_reply(response: object, count: int) -> Reservation:
     """Parse a reply; raise ValueError for a malformed one."""
     numbers = [float(text) for text in response.split()] if isinstance(response, bytes) else []
+    # `float` accepts inf and nan; a wait of either would break the timer.
     if len(numbers) != 1 + 4 * count or not all(map(math.isfinite, numbers)):
         raise ValueError("not the numbers that the script returns")
     held = tuple(BucketState(*numbers[at : at + 4]) for at in range(1, len(numbers), 4))
@@ -266,5 +286,6 @@ def _parse_reply(response: object, count: int) -> Reservation:
 
 
 def _forget(response: "asyncio.Future[Reservation]") -> None:
+    # Future.exception raises CancelledError on a cancelled future. Reading it marks the exception as retrieved.
     if not response.cancelled():
         response.exception()

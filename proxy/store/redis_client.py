@@ -33,7 +33,9 @@ from proxy.store.encryption import PREFIX
 
 TIMEOUT = 0.25  # seconds for a command and its reply, including the connection
 FIRST_PAUSE, MAX_PAUSE = 0.5, 5.0  # seconds between two probes, doubled each time
+# asyncio.timeout cancels by a timer of the event loop, which measures the loop's own delay too.
 SLOW_AFTER = 1.3  # times TIMEOUT: a timer that fires so late means that this process was busy
+# Bounded: a process that is always busy must not wait for a dead Redis with each request.
 MAX_TIMEOUTS = 3  # consecutive late timers that are ignored
 CONNECTIONS = 16
 FAULT = "programming error in the store"  # the log line, at level error, with the exception's type and place
@@ -76,11 +78,12 @@ class RedisClient:
 
         An error about a single value is raised unchanged (`ResponseError`).
         """
+        # redis-py 8.1.0's ConnectionPool raises MaxConnectionsError instead of waiting; it would look like an outage.
         async with self._slots:  # the timeout starts only when a slot is free
             return await self.execute_now(command)
 
     async def execute_now(self, command: Callable[[], Awaitable[Reply]]) -> Reply:
-        """Do the same without waiting for a slot; for one command at a time."""
+        """Execute a command without waiting for a slot; for a caller with one command at a time."""
         if not self.is_up:
             raise StoreUnavailable
         started = time.monotonic()
@@ -91,6 +94,7 @@ class RedisClient:
             if _is_of_one_value(exc):
                 raise
             reason, took = _reason(exc), time.monotonic() - started
+            # `took` well above the timeout means that the timer itself was late: the reply may have been there in time.
             if reason == "timeout" and took > self._timeout * SLOW_AFTER and self._timeouts < MAX_TIMEOUTS:
                 self._timeouts += 1  # the event loop was blocked, which is no fault of Redis
                 self._metrics.store_failures.labels("late").inc()
@@ -100,6 +104,7 @@ class RedisClient:
         except Exception:
             LOGGER.exception(FAULT)
             raise
+        # Any valid reply ends the series of late timers.
         self._timeouts, self._was_up = 0, True
         return reply
 
@@ -109,6 +114,7 @@ class RedisClient:
         if not self.is_up:
             return
         self.is_up, self._down_since = False, time.monotonic()
+        # RedisBuckets holds a connection outside the pool, which `disconnect` of the pool does not reach.
         self.epoch += 1
         self._metrics.store_up.set(0)
         LOGGER.warning(
@@ -117,6 +123,7 @@ class RedisClient:
             else "store not reached: tokens and usage plans are kept by this process alone until it is",
             extra=extra(store=self._address, reason=reason),
         )
+        # One task, because only the change from up to down starts it (the return above).
         self._probing = asyncio.create_task(self._reconnect(), name="store probe")
 
     async def _reconnect(self) -> None:
@@ -148,7 +155,9 @@ class RedisClient:
 
     async def _probe(self) -> None:
         """Write and read a value: a server that is full, or a replica, replies to PING too."""
+        # Under our prefix: a Redis user's ACL may allow no other keys.
         name = f"{PREFIX}probe"
+        # With an expiry, so that nothing of a probe remains.
         await self.client.set(name, b"1", px=10_000)
         if await self.client.get(name) != b"1":
             raise ValueError("not what was written")
@@ -170,7 +179,10 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
         "password": address.password.reveal() if address.password is not None else None,
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
+        # `Redis` of redis-py 8.1.0 retries 10 times by default.
         "retry": Retry(NoBackoff(), 0),  # a retry would delay requests: this client reconnects by itself
+        # redis-py 8 uses RESP3 by default (DEFAULT_RESP_VERSION), which takes a HELLO for each connection; nothing here
+        # needs it, and FAILURES lists what the RESP2 parser raises.
         "protocol": 2,
         **redis_internals.NO_CLIENT_INFO,
         "max_connections": CONNECTIONS + 4,  # for execute_now, which takes no slot
@@ -183,6 +195,8 @@ def _connections(address: StoreAddress, timeout: float) -> ConnectionPool:
         settings |= {"host": address.host, "port": address.port}
     if address.kind == "rediss":
         kind = SSLConnection
+        # Spelt out, although True is the default of redis-py 8.1.0: without it any certificate of that CA would be
+        # accepted.
         settings |= {"ssl_ca_certs": address.ca_certs, "ssl_check_hostname": True}
     return ConnectionPool(connection_class=kind, **settings)
 
@@ -195,7 +209,10 @@ _REFUSALS: dict[type[Exception], str] = {
     OutOfMemoryError: "full",
     ReadOnlyError: "read_only",
 }
+# Some errors come without a class of their own: redis-py 8.1.0 has none for MISCONF, and an error within a script may
+# not begin with its code.
 _REFUSAL_TEXTS = (("OOM", "full"), ("READONLY", "read_only"), ("MISCONF", "full"), ("NOPERM", "refused"))
+# LOADING, BUSY (a script runs), MASTERDOWN and NOREPLICAS pass by themselves; the probes find out when.
 _REFUSED = ("NOAUTH", "WRONGPASS", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS")
 
 
@@ -221,4 +238,5 @@ def _is_of_one_value(exc: BaseException) -> bool:
 
 
 def _text(exc: BaseException) -> str:
+    # Bounded: the text comes from the server.
     return str(exc)[:200]

@@ -1,7 +1,7 @@
 """Token store in Redis: replicas share each token, and the token request that fetches it.
 
 A replica that finds no usable token takes a lock, fetches one, stores it and releases the lock. The others poll with
-backoff. The lock expires after LOCK_LIFETIME and its holder renews it, so a crashed holder blocks nobody longer.
+backoff. The lock expires after LOCK_LIFETIME and its holder renews it, so a crashed holder blocks nobody for longer.
 """
 
 import asyncio
@@ -21,11 +21,16 @@ from proxy.store.encryption import MAX_BYTES, DecryptionFailed, TokenCipher
 from proxy.store.interface import IsUsable, StoredToken
 from proxy.store.redis_client import RedisClient, StoreUnavailable
 
+# Short, because the other replicas wait for a crashed holder so long; renewed at a third of it, so that a late renewal
+# does not lose the lock.
 LOCK_LIFETIME = 3.0  # seconds
 FIRST_POLL, POLL_BACKOFF, MAX_POLL = 0.03, 1.6, 0.5  # seconds between two polls, and their backoff factor
 
 # Returns the value, its remaining lifetime in ms, and whether the lock was acquired. Nothing is locked where there is a
 # value other than the one known to be unusable. A lock without expiry is not ours and would never end: it is deleted.
+# GETRANGE includes its last index: one byte more than MAX_BYTES shows that a value is too long, without reading all of
+# it. It returns an empty string for a missing key, and an error for another type, which `pcall` turns into a value.
+# PTTL is -1 for a key without expiry.
 _CLAIM = """
 local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[3])
 if type(value) ~= 'string' then value = '?' end
@@ -34,11 +39,14 @@ if redis.call('PTTL', KEYS[2]) == -1 then redis.call('DEL', KEYS[2]) end
 local locked = redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2])
 return {value, -1, locked and 1 or 0}
 """
+# Compared with the owner first: the lock may have expired and be another's by now (Redis documentation, "Distributed
+# Locks with Redis"). In a script, so that nothing happens in between.
 _KEEP = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 0
 """
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+# Only the value that was refused: another replica may have stored its successor meanwhile.
 _FORGET = """
 local value = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[1])
 if type(value) ~= 'string' or redis.sha1hex(value) == ARGV[2] then return redis.call('DEL', KEYS[1]) end
@@ -75,6 +83,7 @@ class RedisTokenStore:
         self, key: str, fits: IsUsable, refused: Secret | None = None
     ) -> AsyncIterator[StoredToken | None]:
         """Yield the token of `key` if it fits, else None with the lock that excludes other processes."""
+        # One per claim and not per process: two tasks of one process must not release each other's lock.
         owner = secrets.token_hex(8)
         found, is_locked = None, False
         with suppress(StoreUnavailable, RedisError):
@@ -86,6 +95,7 @@ class RedisTokenStore:
         try:
             yield None
         finally:
+            # First, so that no renewal starts while the release is under way.
             keeping.cancel()
             with suppress(StoreUnavailable, RedisError):
                 await self._redis.execute(partial(self._release, keys=[self._lock(key)], args=[owner]))
@@ -99,16 +109,20 @@ class RedisTokenStore:
             value, life, is_locked = await self._poll(key, owner, unfit)
             if is_locked:
                 return None, True
+            # SHA-1, because Redis's Lua has no other hash (redis.sha1hex). It recognises a value and protects nothing.
             fingerprint = hashlib.sha1(value, usedforsecurity=False).hexdigest()
             if value and fingerprint != unfit:
                 token = self._decrypt(key, value, life)
                 if token is not None and token.value == refused:
                     name = self._cipher.name("token", key)
+                    # Deleted before its successor is there, so that no other replica sends a token which Amazon has
+                    # refused.
                     await self._redis.execute(partial(self._forget, keys=[name], args=[MAX_BYTES, fingerprint]))
                 elif token is not None and fits(token):
                     return token, False
                 unfit = fingerprint
                 continue  # claim again at once, now for the lock
+            # Checked after a claim, so that there is at least one whatever the timeout.
             if time.monotonic() >= end:
                 return None, False
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter: waiters must not poll at once
@@ -121,6 +135,7 @@ class RedisTokenStore:
         match response:
             case [bytes(value), int(life), int(locked)]:
                 return value, life / 1000, bool(locked)
+        # A script of ours never replies so: it is another service, or one that is not compatible.
         self._redis.mark_down("nonsense")
         raise StoreUnavailable
 
@@ -138,6 +153,8 @@ class RedisTokenStore:
         with suppress(StoreUnavailable, RedisError):
             keep = partial(self._keep, keys=[self._lock(key)], args=[owner, round(self._lock_lifetime * 1000)])
             while True:
+                # If Redis fails, the task ends and the lock expires; the fetch continues, and another replica may fetch
+                # a token, too.
                 await asyncio.sleep(self._lock_lifetime / 3)
                 await self._redis.execute(keep)
 
@@ -145,12 +162,14 @@ class RedisTokenStore:
         return self._cipher.name("lock", key)
 
     async def put(self, key: str, token: StoredToken, life: float) -> None:
-        """Keep `token` for `life` seconds; nowhere while Redis is lost, where each process has its own."""
+        """Store `token` for `life` seconds; do nothing while Redis is down, when each process caches its own."""
         name, value = self._cipher.name("token", key), self._cipher.encrypt(key, token)
+        # Every reader would reject a longer one (`_Ciphers.decrypt`).
         if len(value) <= MAX_BYTES:
             with suppress(StoreUnavailable, RedisError):
+                # At least 1 ms: Redis rejects PX 0 as an invalid expire time.
                 await self._redis.execute(lambda: self._redis.client.set(name, value, px=max(1, int(life * 1000))))
 
     async def close(self) -> None:
-        """Close the way to Redis, which keeps what the others may need."""
+        """Close the connections; the tokens stay in Redis for the other replicas."""
         await self._redis.close()

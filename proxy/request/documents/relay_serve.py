@@ -41,6 +41,7 @@ from proxy.request.upstream.response import RewrittenHead, UpstreamResponse
 from proxy.request.validation import ValidatedTarget
 
 # The app's fields that are forwarded to the storage, besides those that the URL's signature covers.
+# An allow list: S3 rejects an Authorization header beside a presigned URL ("Only one auth mechanism allowed").
 _FIELDS = frozenset(
     {
         "cache-control",
@@ -60,10 +61,13 @@ _FIELDS = frozenset(
 )
 _FIELD_PREFIXES = ("x-amz-checksum-", "x-amz-meta-", "x-amz-server-side-encryption")
 
+# No HEAD: the method is part of what a presigned URL's signature covers (Signature Version 4).
 _DOWNLOADS, _UPLOADS = ("GET",), ("PUT", "POST")
 _PREFIX = re.compile(r"/@[^/?]+/-/documents/")
+# Only base64url without padding (RFC 4648 section 5), because the decoder would skip other characters.
 _PATH = re.compile(r"/@([^/?]+)/-/documents/([A-Za-z0-9_-]+)(?:\?(.*))?", re.ASCII)
 _GZIP = frozenset({"gzip", "x-gzip"})
+# The whole query is compared: any other parameter would be lost without notice.
 _DECOMPRESS = {None: False, "": False, "decompress=0": False, "decompress=1": True}
 
 RELAYED = Operation(
@@ -123,6 +127,7 @@ class DocumentServer:
     @staticmethod
     def matches(target: str) -> bool:
         """Return whether a request is for a relayed document."""
+        # The cheap test first: this is asked for each request.
         return target.startswith("/@") and _PREFIX.match(target) is not None
 
     def open(
@@ -144,7 +149,9 @@ class DocumentServer:
                 "the address of a document is not complete", "Use it unchanged; only ?decompress=1 may be added."
             )
         account, source = account_of(found[1], head.headers, listener, self._config, policy)
+        # The account is part of the associated data: another account's address does not decrypt.
         document = self._addresses.document_in(account, found[2])
+        # An address alone must not be enough: it may be in a log or in another program's hands.
         if document.caller != caller:
             raise DocumentRefused("the document's address was issued to another caller", REQUEST_AGAIN)
         if method not in (_UPLOADS if document.is_upload else _DOWNLOADS):
@@ -152,10 +159,13 @@ class DocumentServer:
                 f"the document's address is for {'an upload' if document.is_upload else 'a download'}",
                 f"Send {' or '.join(_UPLOADS if document.is_upload else _DOWNLOADS)}.",
             )
+        # Again at each use: the policy may have changed since the address was issued.
         self._check_policy(document, listener, policy)
+        # By wall clock: the address may have been issued by another replica.
         if self._wall() >= document.expires_at:
             raise DocumentExpired("the document's address has expired", REQUEST_AGAIN)
         decompress = _DECOMPRESS[found[3]]
+        # A range is of the compressed bytes (RFC 9110 section 14.2), and gzip cannot be read from the middle.
         if decompress and (document.is_upload or "range" in head.names):
             raise BadOption(
                 "decompress=1 is for whole downloads", "Omit decompress=1 or Range: they cannot be combined."
@@ -172,6 +182,7 @@ class DocumentServer:
     def _target(self, document: Document, account: str, source: str) -> Route:
         parts = parse(document.url)
         region = next((region for region in REGIONS if region == document.region), None)
+        # Although the address is authenticated: a key that leaked must not make the proxy call any host (SSRF).
         if parts is None or region is None or not self._addresses.is_allowed_host(parts.scheme, parts.netloc):
             raise DocumentRefused(INVALID_ADDRESS, REQUEST_AGAIN)
         if account not in self._config.accounts:
@@ -191,6 +202,7 @@ class DocumentServer:
             token_key=access_token_key_of(application, account, environment, region),
             elements_source="",
             key=UNCACHED,
+            # Unchanged: the signature covers path and query as they were issued.
             path_and_query=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
         )
 
@@ -198,6 +210,7 @@ class DocumentServer:
         """Send a request to the storage and stream its response, whatever the status; raise DocumentsBusy."""
         with self._acquire_slot():
             response = await self._send(call)
+            # Errors of the storage are XML and are passed on as they are.
             if not decompress or response.status != 200:
                 return await self._forwarder.stream(call, response)
             return await self._stream_decompressed(call, response)
@@ -205,6 +218,7 @@ class DocumentServer:
     @contextmanager
     def _acquire_slot(self) -> Iterator[None]:
         """Take a slot: documents may use half of the connections, so that calls are not blocked by slow downloads."""
+        # Refused and not queued: a download can last for minutes.
         if self._in_progress >= max(1, self._pool.limit // 2):
             raise DocumentsBusy(
                 "too many documents are in progress",
@@ -230,6 +244,7 @@ class DocumentServer:
             call.context.begin_attempt()
             response = await self._forwarder.send_with(call, lines, has_length=has_length)
         call.context.end_attempt(response.status, call.deadline.now() - began)
+        # S3's name; SP-API's is x-amzn-RequestId.
         call.context.amazon_request_id = response.value(b"x-amz-request-id")
         return response
 
@@ -237,6 +252,8 @@ class DocumentServer:
         """Stream a gzip document decompressed, any other unchanged; raise UpstreamBroken, BadGzip or GzipBomb."""
         try:
             prefix = await _prefix_of(call, response)
+            # `identity` with gzip bytes is usual: since 2026-04-01 S3 says `gzip` only where the app has set
+            # enableContentEncodingUrlHeader (Amazon's models).
             coding = (response.first(b"content-encoding") or "identity").lower()
             is_gzip = coding in _GZIP or (coding == "identity" and prefix.startswith(MAGIC))
             chunks = _decompressed(call, response, prefix)
@@ -244,6 +261,7 @@ class DocumentServer:
             first = await anext(chunks, b"") if is_gzip else b""
         except RemoteProtocolError as exc:
             raise UpstreamBroken("the document was cut off", "Fetch it again.") from exc
+        # BaseException, because a cancelled request must end the response, too, or the connection stays taken.
         except BaseException:
             await response.end()
             raise
@@ -255,6 +273,7 @@ class DocumentServer:
 async def _prefix_of(call: UpstreamCall, response: Response) -> bytes:
     """Return enough of a document to recognise gzip by its first bytes; raise RemoteProtocolError."""
     prefix = b""
+    # The first read may return a single byte.
     while len(prefix) < len(MAGIC):
         call.deadline.wait_for_upstream()
         if not (chunk := await response.read()):
@@ -272,11 +291,13 @@ async def _decompressed(call: UpstreamCall, response: Response, chunk: bytes) ->
             await asyncio.sleep(0)  # a small chunk may decompress to very much: let other requests run
         call.deadline.wait_for_upstream()
         chunk = await response.read()
+    # Only here is it known whether the document was complete: the caller then breaks the connection.
     gunzip.end()
 
 
 def _storage_header_lines(call: UpstreamCall) -> tuple[bytes, bool]:
     """Return the lines of the app's fields that go to the storage, and whether Content-Length is among them."""
+    # A header that the signature covers must arrive unchanged, or S3 rejects the request (Signature Version 4).
     signed = signed_headers(call.route.path_and_query.partition("?")[2])
     kept = [
         (name, value)

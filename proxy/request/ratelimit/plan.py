@@ -13,8 +13,11 @@ from proxy.request.ratelimit.token_bucket import Bucket, FairQueue, RateEstimato
 from proxy.request.request_options import AdmissionRequest
 from proxy.request.routing import Route
 
+# Only a first guess: RateEstimator lowers and raises it.
 DEFAULT_RATE = 1.0  # calls per second, where a 429 shows that there is a plan and nothing tells its rate
 MIN_RATE_FRACTION = 0.01  # of the published rate: one response with a tiny rate must not stop an operation for a day
+# A call whose token is due at its deadline must not be refused because the timer for the token fired after that of the
+# timeout.
 GRACE = 0.5  # seconds by which timers may fire late
 
 CallLater = Callable[..., Any]  # as `loop.call_later`
@@ -43,10 +46,13 @@ def published_plan(route: Route) -> PublishedPlan:
     if operation is None:
         # Only the path is known; its first segments name the API and its version.
         path = route.path_and_query.partition("?")[0]
+        # Bounded, because the name becomes a label of metrics and comes from the app's path. A burst of 1 is the
+        # smallest.
         return PublishedPlan("unknown " + "/".join(path.split("/", 4)[:4])[:100], None, 1.0)
     return _published_by_name(operation.method, operation.name, operation.rate, operation.burst)
 
 
+# Amazon's models have 370 operations, so that all of them fit.
 @lru_cache(maxsize=2048)
 def _published_by_name(method: str, name: str, rate: float | None, burst: int | None) -> PublishedPlan:
     # With the method, because one name can stand for two operations with separate plans: shipping v2
@@ -57,6 +63,8 @@ def _published_by_name(method: str, name: str, rate: float | None, burst: int | 
 def published_application_plan(route: Route) -> PublishedPlan | None:
     """Return the plan of the application over all its accounts, None where the operation has none."""
     operation = route.operation
+    # An operation may have a second plan over all sellers of the application; the one that is exhausted first throttles
+    # (DOC "Usage Plans and Rate Limits").
     if operation is None or operation.app_rate is None or route.environment == "sandbox":
         return None
     # The published burst is for one account. Over all accounts, allow bursts of a tenth of a second's calls.
@@ -85,7 +93,10 @@ class PlanLimiter:
     ) -> None:
         rate = published.rate or DEFAULT_RATE
         self.labels = labels
+        # Full, although Amazon's may not be after a restart: an empty start would delay every first call, and a 429
+        # corrects it.
         self.bucket = Bucket.full(rate, published.burst, now())
+        # `known` is published.rate and not `rate`: where none is published, none is known.
         self.estimate = RateEstimator(rate, published.rate, rate * MIN_RATE_FRACTION)
         self.queue: FairQueue[Waiter] = FairQueue()
         self.last_rate_header: str | None = None  # the last value of RATE_HEADER
@@ -95,6 +106,7 @@ class PlanLimiter:
 
     def estimated_wait(self, admission: AdmissionRequest) -> float:
         """Return how long a call that arrived now would wait, in seconds."""
+        # Without a queue every position is 0; most calls find it so.
         ahead = self.queue.position(self._virtual_time_of(admission)) if len(self.queue) else 0
         return self.bucket.wait(self._now(), ahead)
 
@@ -111,14 +123,19 @@ class PlanLimiter:
         caller = (admission.caller, admission.background)
         waiter = Waiter(asyncio.get_running_loop().create_future(), caller, self._now() + admission.max_wait)
         entry = self.queue.add(caller, self._virtual_time_of(admission), waiter)
+        # A running timer grants the next token to the entry that is first by then; a new entry does not change its
+        # moment.
         if self._timer is None:
             self._dispatch_due()
         try:
+            # The future is not shielded: nobody else waits for it.
             async with asyncio.timeout(admission.max_wait + GRACE):
                 await waiter.future
         except (asyncio.CancelledError, TimeoutError):
             if waiter.is_queued:
                 self.queue.remove(caller, entry)
+            # A future that has its result cannot be cancelled any more, but the waiting task can be, before it runs
+            # again.
             elif not waiter.future.cancelled():
                 self.refund()  # the token was granted in the same iteration of the loop
             raise
@@ -126,6 +143,7 @@ class PlanLimiter:
     def has_capacity(self, admission: AdmissionRequest) -> bool:  # noqa: ARG002 - RedisPlan's signature
         """Return whether a call that arrives now need not wait."""
         now = self._now
+        # A token belongs to the first in the queue; taking it here would overtake calls that wait.
         return not self.queue and self.bucket.has_token(now())
 
     def consume(self) -> None:
@@ -139,6 +157,8 @@ class PlanLimiter:
 
     def announce(self, rate: float) -> None:
         """Adopt the rate of RATE_HEADER, in calls per second."""
+        # Amazon sends the header with 20x, 400 and 404, mostly with the same rate: the timer is set again only after a
+        # change.
         if rate != self.estimate.known or not self.estimate.announced:
             self.estimate.announce(rate)
             self._set_rate()
@@ -146,6 +166,7 @@ class PlanLimiter:
     def on_429(self) -> None:
         """Empty the bucket and lower the rate estimate after a 429 of Amazon's."""
         now = self._now()
+        # Before the estimate: emptying refills up to now, at the rate that held until now.
         self.bucket.empty(now)
         self.estimate.on_429(now)
         self._set_rate()
@@ -173,6 +194,8 @@ class PlanLimiter:
         while len(self.queue):
             wait = self.bucket.wait(self._now())
             if wait > 0:
+                # One timer for the whole queue: each entry's moment depends on those before it and changes with the
+                # rate.
                 self._timer = self._call_later(wait, self._dispatch_due)
                 return
             waiter = self.queue.first()[2]

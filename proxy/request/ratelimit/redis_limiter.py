@@ -18,8 +18,10 @@ from proxy.store.redis_buckets import BucketState, BucketUpdate, RedisBuckets
 from proxy.store.redis_client import StoreUnavailable
 
 SHARE_SAMPLE = 50  # tokens taken by all processes from which a process computes its share
+# Never 0: a process that took no token of a sample could otherwise send nothing during an outage.
 MIN_SHARE = 0.05
 SMOOTHING_TIME = 4  # intervals between reservations: one alone varies when another process starts or stops to wait
+# Prevents a division by zero for a deadline that is now.
 _IMMEDIATE = 0.001  # seconds
 
 
@@ -62,12 +64,14 @@ class RedisPlan(PlanLimiter):
 
         With its share alone, the processes together stay within one plan.
         """
+        # Checked at each use and not by a callback: a plan may be made, or be without calls, during an outage.
         is_alone = not self._shared.redis.is_up
         if is_alone != self._is_standalone:
             self._is_standalone = is_alone
             self.bucket.refill(self._now())
             self.bucket.rate = self.estimate.rate * (self._own_fraction if is_alone else 1.0)
             if is_alone:
+                # The tokens of the copy belong to all processes: each keeps its share of them.
                 self.bucket.tokens *= self._own_fraction
                 self._next_grant_at = 0.0  # the interval that includes the outage must not count in `spacing`
         return is_alone
@@ -78,10 +82,12 @@ class RedisPlan(PlanLimiter):
         They were queued because Redis's state promised them a token in time. They are few beside what all processes may
         send in that time, so Amazon accepts most of them; those that get a 429 are sent again.
         """
+        # Starts at the share and only raises it, so that calls without a close deadline stay within the plan.
         now, needed = self._now(), self.estimate.rate * self._own_fraction
         self.bucket.refill(now)
         for index, waiter in enumerate(self.queue.waiting()):
             needed = max(needed, (index + 1 - self.bucket.tokens) / max(waiter.deadline - now, _IMMEDIATE))
+        # Never above the whole plan, whatever the deadlines.
         self.bucket.rate = min(needed, self.estimate.rate)
 
     @property
@@ -95,7 +101,9 @@ class RedisPlan(PlanLimiter):
         if all_took < 0:  # Redis lost its data and counts from 0 again
             self._taken_here, self._taken_before = 0, taken
         elif all_took >= SHARE_SAMPLE:
+            # Redis may have lost a part of the count, so the quotient can exceed 1.
             share = min(1.0, max(MIN_SHARE, self._taken_here / all_took))
+            # Mean of the old and the new share: one sample of SHARE_SAMPLE tokens varies by chance.
             self._own_share = share if self._own_share is None else (self._own_share + share) / 2
             self._fleet_share.share += (self._own_share - self._fleet_share.share) / 4
             self._taken_here, self._taken_before = 0, taken
@@ -107,6 +115,7 @@ class RedisPlan(PlanLimiter):
         update = BucketUpdate(
             self._name, bucket.rate, self._rate_is_news, bucket.burst, bucket.margin, self._tokens(), self._is_empty
         )
+        # Reset when it is built and not when it arrives: both are hints, and a 429 that follows repeats them.
         self._rate_is_news = self._is_empty = False
         return update
 
@@ -120,13 +129,19 @@ class RedisPlan(PlanLimiter):
         if self.is_degraded():
             return
         bucket, now = self.bucket, self._now()
+        # `updated` in the future: the tokens hold once the reservations before it have been granted. `Bucket.refill`
+        # adds nothing until then.
         bucket.tokens, bucket.updated = min(state.tokens, bucket.burst), now + state.reserved_ahead
+        # A hundredth of tolerance: Redis keeps the rate with 9 digits, so an equal one may come back a little smaller.
         if state.rate < self.estimate.min_rate * 0.99:
             self._rate_is_news = True  # no plan is that slow: overwrite the rate in Redis with the next update
+        # A relative difference of 1e-6 is above the rounding of 9 digits. An own rate that is not sent yet takes
+        # precedence.
         elif not self._rate_is_news and abs(state.rate / bucket.rate - 1) > 1e-6:
             if state.rate < bucket.rate:
                 self.estimate.changed = now  # another process has already lowered the rate after this 429
             bucket.rate = self.estimate.rate = state.rate
+            # The rate is another process's, so a 429 must not restore the one before this process's own probe.
             self.estimate.rate_before_probe, self.estimate.successes = None, 0
 
     def estimated_wait(self, admission: AdmissionRequest) -> float:
@@ -139,10 +154,12 @@ class RedisPlan(PlanLimiter):
             first = max(0.0, self._next_grant_at - now)
         else:
             first = max(0.0, self.bucket.updated - now) + self.bucket.wait(now)
+        # `spacing` includes the tokens that other processes take; 1 / rate alone would promise theirs to this one.
         return first + ahead * max(self.spacing, 1 / self.bucket.rate) if ahead else first
 
     def has_capacity(self, admission: AdmissionRequest) -> bool:
         """Return whether a call may be sent without asking Redis."""
+        # While Redis is up, only Redis knows: the copy may be older than another process's calls.
         return self.is_degraded() and super().has_capacity(admission)
 
     def refund(self) -> None:
@@ -172,6 +189,7 @@ class RedisPlan(PlanLimiter):
 
     def _dispatch_due(self) -> None:
         """Reserve the next token in Redis if a call waits; while Redis is unavailable, use the own bucket."""
+        # One reservation at a time: each takes a token from all processes, and the first in the queue may leave.
         if self._reserving is not None or self._granted is not None:
             return
         if self.is_degraded():
@@ -182,6 +200,7 @@ class RedisPlan(PlanLimiter):
             self._timer.cancel()
             self._timer = None
         if len(self.queue):
+            # The attribute keeps the task alive: the event loop has only weak references (bpo-44665).
             self._reserving = asyncio.create_task(self._reserve(), name="usage plan")
 
     async def _reserve(self) -> None:
@@ -214,6 +233,7 @@ class RedisPlan(PlanLimiter):
             waiter.is_queued = False
             if not waiter.future.done():
                 waiter.future.set_result(None)
+                # Nobody waits: the time until the next call comes says nothing about the pace of the other processes.
                 if not len(self.queue):
                     self._next_grant_at = self.spacing = 0.0
                 self._dispatch_due()
@@ -264,6 +284,7 @@ class RedisRateLimiter(RateLimiter):
         if not plans:
             return True
         try:
+            # All plans in one script: it takes a token of each or of none, so nothing has to be returned.
             reservation = await self._shared.execute("try", [plan.to_request() for plan in plans])
         except StoreUnavailable:
             return False

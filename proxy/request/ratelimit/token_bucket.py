@@ -17,11 +17,17 @@ Waiter = TypeVar("Waiter")
 MARGIN, MARGIN_SHARE = 0.05, 0.02
 _ROUNDING = 1e-9  # tokens: refilling by floating-point steps may end just below a whole token
 
+# A penalty and not a lower priority: a background call passes after a bounded number of others and never starves.
 BACKGROUND_PENALTY = 20  # units of virtual time: how many calls of each ordinary caller pass a background call
 
+# Lowered in larger steps than it is raised: a rate that is too high costs rejected calls, one that is
+# too low only time.
 LOWER, RAISE = 0.8, 1.1  # factors for an estimated rate: after a 429, and after enough calls without one
 RAISE_AFTER = 20  # calls accepted without a 429 until a lowered rate is raised
+# Accounts may have larger plans than the published ones (dynamic usage plans), and no response announces it where the
+# rate header is missing.
 PROBE_AFTER = 100  # calls accepted until a rate above the published one is tried, which may cost a 429
+# Bounded, because Amazon may raise a rate at any time without notice (DOC "Usage Plans and Rate Limits").
 MAX_PROBE_AFTER = 10_000
 
 
@@ -53,6 +59,7 @@ class Bucket:
     @property
     def margin(self) -> float:
         """The seconds added to the wait for a token (see MARGIN)."""
+        # (burst - 1) / 2 tokens: with a burst of 1 there is no surplus to pay from, and the fraction applies.
         return min(MARGIN, max(MARGIN_SHARE, (self.burst - 1) / 2) / self.rate)
 
     def consume(self) -> None:
@@ -61,11 +68,13 @@ class Bucket:
 
     def refund(self) -> None:
         """Return a token that was taken and not used."""
+        # Amazon's bucket would not exceed its burst either, so a token that is returned to a full bucket is lost.
         self.tokens = min(self.burst, self.tokens + 1)
 
     def empty(self, now: float) -> None:
         """Drop all tokens: a 429 showed that Amazon's bucket is empty."""
         self.refill(now)
+        # Not set to 0: a negative count is owed to calls that were admitted already.
         self.tokens = min(self.tokens, 0.0)
 
     def refill(self, now: float) -> None:
@@ -101,13 +110,17 @@ class RateEstimator:
 
     def announce(self, rate: float) -> None:
         """Adopt the rate of `x-amzn-RateLimit-Limit`, but not less than `min_rate`."""
+        # The header is best effort and holds the rate, not the burst (DOC "Tokens API Rate Limits"), so the burst stays
+        # as published.
         self.known = self.rate = max(rate, self.min_rate)
         self.announced = True
 
     def on_429(self, now: float) -> None:
         """Lower the rate after a 429; several within one interval count as one."""
+        # Calls in flight at the time of the first 429 get theirs at the same moment; each would lower the rate again.
         if self.announced or now - self.changed < 1 / self.rate:
             return  # with an announced rate, another client has spent the burst
+        # The 429 came after a raise: the earlier rate was right, so it is restored and not lowered.
         if self.rate_before_probe is not None:
             self.rate, self.rate_before_probe = self.rate_before_probe, None
             self.probe_after = min(MAX_PROBE_AFTER, self.probe_after * 2)
@@ -124,6 +137,7 @@ class RateEstimator:
         if self.successes < (self.probe_after if self.rate_before_probe is None else RAISE_AFTER):
             return
         self.successes = 0
+        # A raise stops at the known rate, so that going beyond it always counts as a probe.
         if self.known is not None and self.rate < self.known <= self.rate * RAISE:
             self.rate, self.rate_before_probe = self.known, None
             self.probe_after = max(self.probe_after, PROBE_AFTER)
@@ -151,16 +165,20 @@ class FairQueue(Generic[Waiter]):
     def next_virtual_time(self, caller: Hashable, *, background: bool = False, first: bool = False) -> float:
         """Return the virtual time of the caller's next call; with `first`, one before all others."""
         if first:
+            # A call with a 429 has had its turn; behind the others it would wait twice.
             return self._virtual_time - 1
+        # A caller without entries starts at the current time: credit for idle time would let it overtake all others.
         last, _ = self._last.get(caller, (self._virtual_time, 0))
         return max(last, self._virtual_time) + (BACKGROUND_PENALTY if background else 1)
 
     def position(self, virtual_time: float) -> int:
         """Return how many entries precede a call with that virtual time that arrives now."""
+        # The next count is larger than that of any entry: with equal virtual times the newcomer is last.
         return bisect_left(self._order, (virtual_time, self._count))
 
     def add(self, caller: Hashable, virtual_time: float, waiter: Waiter) -> tuple[float, int, Waiter]:
         """Enqueue a call; return its entry, for `remove`."""
+        # The count is unique, so that tuples never compare waiters, which have no order.
         entry = (virtual_time, self._count, waiter)
         self._count += 1
         insort(self._order, entry)
@@ -170,6 +188,7 @@ class FairQueue(Generic[Waiter]):
 
     def remove(self, caller: Hashable, entry: tuple[float, int, Waiter]) -> None:
         """Remove an entry at any position."""
+        # A shorter tuple sorts before a longer one with the same start, so this is the index of the entry itself.
         index = bisect_left(self._order, entry[:2])
         del self._order[index]
         self._decrement(caller)
@@ -184,6 +203,7 @@ class FairQueue(Generic[Waiter]):
 
     def pop(self, caller: Hashable) -> None:
         """Dequeue the first entry, which is `caller`'s."""
+        # Never backwards: an entry with `first` has a virtual time before the current one.
         self._virtual_time = max(self._virtual_time, self._order.pop(0)[0])
         self._decrement(caller)
 
@@ -192,4 +212,5 @@ class FairQueue(Generic[Waiter]):
         if waiting > 1:
             self._last[caller] = last, waiting - 1
         else:
+            # Callers are forgotten with their last entry, so the dict is never larger than the queue.
             del self._last[caller]

@@ -32,12 +32,14 @@ TRIES = 3  # of one token request, within timeouts.token
 FIRST_PAUSE = 0.2  # seconds between the first two tries, doubled for the next
 
 _REMEDIES = {
+    # Error codes of RFC 6749 section 5.2. `access_denied` is not among them; Amazon's Python SDK maps a 403 to it.
     "invalid_grant": "The refresh token is wrong, revoked or expired: authorise the application again and replace it.",
     "invalid_client": "The client id or secret is wrong, or the secret is past its rotation: replace it.",
     "unauthorized_client": "The refresh token belongs to another application: check which one the account names.",
     "invalid_scope": "The application is not entitled to this grantless scope: ask Amazon for its role.",
     "access_denied": "Login with Amazon denies the application: look at its state in Amazon's developer console.",
 }
+# These two concern the refresh token. `invalid_client` concerns the application, so every account that uses it.
 _ACCOUNT_ERRORS = frozenset({"invalid_grant", "unauthorized_client"})
 
 
@@ -66,6 +68,8 @@ class FetchedToken:
     """A token response, with the times of its request and arrival in seconds of the monotonic clock."""
 
     response: lwa.TokenResponse
+    # The lifetime counts from here: `expires_in` is relative to the response (RFC 6749 section 5.1), whose time at
+    # Amazon is unknown.
     requested_at: float
     received_at: float
 
@@ -97,6 +101,7 @@ def token_source(config: Config, token_key: TokenKey) -> tuple[object, ...] | No
     if token_key.kind == "grantless":
         return (application.client_id,)
     account = config.accounts.get(token_key.account)
+    # A refresh token is issued to one client (RFC 6749 section 6): with another application it is another grantee.
     if account is None or config.application_of(account)[0] != token_key.application:
         return None
     refresh_token = account.refresh_tokens.get(token_key.region)
@@ -118,7 +123,10 @@ def _digest(config: Config | None, token_key: TokenKey, refresh_token: Secret | 
         source = config.applications[token_key.application].client_id
         if refresh_token is not None:
             account = config.accounts[token_key.account]
+            # A control character as separator, so that two different pairs cannot give the same text. A token that was
+            # created for a target application can be used only by that one (Amazon's Tokens guide).
             source += f"\x1f{refresh_token.reveal()}\x1f{account.target_application or ''}"
+    # A digest, because the fingerprint is held with each cached token and goes into the key of the store.
     return sha256(source.encode()).hexdigest()
 
 
@@ -148,6 +156,7 @@ class TokenClient:
 
     def activate(self, config: Config, lwa_session: ConnectionPool, amazon_session: ConnectionPool) -> None:
         """Use another configuration from now on, except for keys that only an earlier one has."""
+        # Dropped here, so that the list does not grow with the number of reloads.
         self._earlier = [earlier for earlier in self._earlier if earlier() is not None]
         self._earlier.insert(0, weakref.ref(self.settings.config))
         self.settings = ClientSettings(config, lwa_session, amazon_session)
@@ -162,6 +171,7 @@ class TokenClient:
     def secrets(self, token_key: TokenKey) -> tuple[Secret, ...]:
         """Return the secrets that a token request would send now, read again from their files and variables."""
         config = self._config_of(token_key)
+        # createRestrictedDataToken takes no credentials of the application, only an access token.
         if token_key.kind == "rdt" or config is None:
             return ()
         secret = config.applications[token_key.application].client_secret.refreshed()
@@ -194,6 +204,7 @@ class TokenClient:
         if config is None:
             raise not_configured(token_key)
         client = (config.applications[token_key.application].client_id, secrets[0])
+        # One token host for all regions: SP-API uses only api.amazon.com.
         url, session = config.endpoints.lwa, self.settings.lwa_session
 
         def call() -> Awaitable[lwa.TokenResponse]:
@@ -218,6 +229,7 @@ class TokenClient:
         account = config.accounts[token_key.account]
 
         async def call() -> lwa.TokenResponse:
+            # Inside `call`, because a retry needs its own x-amz-date.
             headers = credential_headers(access_token, agent, time.time())
             try:
                 return await rdt.create_restricted_data_token(
@@ -230,10 +242,13 @@ class TokenClient:
                     account.target_application,
                 )
             except lwa.TokenRequestFailed as exc:
+                # A 429 never carries x-amzn-RateLimit-Limit (Amazon's guide "Usage Plans"), hence no rate here.
                 if exc.reason == "http_429":
                     self._limits.observe_response(route, 429, None)
                 raise
 
+        # Outside `with_retries`: a wait for the usage plan must not consume timeouts.token. The plan is 1 call per
+        # second with a burst of 10 (DOC "Tokens API Rate Limits").
         await self._limits.acquire(route, AdmissionRequest(config.limits.max_wait))
         return await self.with_retries(token_key, endpoint, call)
 
@@ -264,9 +279,12 @@ class TokenClient:
         started = self._now()
         reason = "timeout"
         try:
+            # One timeout over all tries and pauses: callers wait for the sum.
             async with asyncio.timeout(self.settings.config.timeouts.token):
                 for attempt in range(TRIES):
                     if attempt:
+                        # Jitter, because replicas that lost the token host together would otherwise return to it
+                        # together.
                         pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                         await self._sleep(pause)
                     started, reason = self._now(), "timeout"
@@ -275,11 +293,14 @@ class TokenClient:
                     except lwa.TokenRequestFailed as exc:
                         reason = exc.reason
                     except (RemoteProtocolError, OSError) as exc:
+                        # TimeoutError is an OSError: ETIMEDOUT of the kernel raises it too (PEP 3151).
                         reason = "timeout" if isinstance(exc, TimeoutError) else "connection"
                     else:
                         self._count(token_key, "ok", "", started)
                         return FetchedToken(token_response, started, self._now())
                     self._count(token_key, "failed", reason, started)
+        # Outside the loop: the same credentials would be refused again (RFC 6749 section 5.2), so a refusal is not
+        # retried.
         except lwa.OAuthError as exc:
             config = self._config_of(token_key)
             keys, source = ("", "") if config is None else config_keys(config, token_key, exc.reason)
@@ -296,10 +317,14 @@ class TokenClient:
         """Return the exception for a refusal of createRestrictedDataToken."""
         reason, refused = f"http_{exc.status}", _rdt_error(token_key, exc)
         error: Exception = refused
+        # First: for a document, Amazon's 400 means that its report type needs no RDT (jlevers/selling-partner-api#897).
         if exc.means_unrestricted and not token_key.is_shared:
             reason, error = "not_restricted", ReportUnrestricted()
+        # Only elements that were requested. Amazon refuses all where the role for one is missing and names that one in
+        # the message (selling-partner-api-models issue 1723).
         elif exc.refused_elements & set(token_key.data_elements):
             reason, error = "elements", DataElementsDenied(exc.refused_elements)
+        # A 403 is also the response to a missing role. Only the text tells an expired or revoked token from it.
         elif exc.refusal.is_token_error:
             reason, error = "token", AccessTokenRejected(refused)
         self._count(token_key, "refused", reason, started)
@@ -346,6 +371,7 @@ _UNREACHABLE = {"connection": "could not be reached", "timeout": "did not respon
 
 
 def _unavailable(token_key: TokenKey, url: str, reason: str) -> TokenUnavailable:
+    # An RDT is created by the regional API, all other tokens by Login with Amazon.
     host, state = "Amazon" if token_key.kind == "rdt" else "Login with Amazon", "did not issue one"
     hint = "Nothing was sent to Amazon's API; try again after Retry-After."
     if reason in _UNREACHABLE:

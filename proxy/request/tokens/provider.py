@@ -40,6 +40,7 @@ from proxy.store import Store, StoredToken
 
 PROBE_TIMEOUT = 1.0  # seconds that a caller waits for a refresh when the last one failed
 SETTLED_AFTER = 3.0  # seconds until a changed secret file is verified: it may have been changed back
+# Amazon accepts no generic path in an RDT for getReportDocument (DOC "Retrieve a report"), hence a key per document.
 MAX_CACHED = 50_000  # tokens; a report document's token has a key of its own
 MAX_WARM_UPS = 20  # refreshes at a time
 MAX_REPLACEMENTS = 20  # refreshes of rejected tokens at a time
@@ -82,6 +83,7 @@ class TokenProvider:
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._tokens: dict[TokenKey, Token] = {}
         self._pending: dict[TokenKey, asyncio.Task[Token]] = {}
+        # A set, because the event loop keeps only weak references to tasks (bpo-44665).
         self.superseded: set[asyncio.Task[Token]] = set()  # refreshes whose token is for their present waiters alone
         self._failed: dict[TokenKey, Failure] = {}
         self._denied_elements = DeniedElements(metrics, now)
@@ -104,6 +106,8 @@ class TokenProvider:
             token_key = self.effective_key(token_key)
         held, clock = self._tokens.get(token_key), self._now
         now = clock()
+        # By identity: a caller that was refused with an earlier token must get its successor, not cause another
+        # refresh.
         if held is None or held is rejected or now >= held.expires_at:
             return None
         held.used_at = now
@@ -125,8 +129,12 @@ class TokenProvider:
             timeout = PROBE_TIMEOUT if failure is not None and failure.is_recent(self._now()) else None
             try:
                 async with asyncio.timeout(timeout) as waited:
+                    # Without `shield`, the cancellation of one caller would cancel the refresh for all that wait for
+                    # it.
                     return await asyncio.shield(task)
             except TimeoutError:
+                # Since Python 3.11 asyncio.TimeoutError is the built-in one, which is an OSError too: the task may have
+                # raised it.
                 if not waited.expired() or failure is None:
                     raise
                 return self.stale_token(token_key, rejected, _recur(failure.error, FIRST_PAUSE))
@@ -134,6 +142,7 @@ class TokenProvider:
                 return self.stale_token(token_key, rejected, error)
             except (ReportUnrestricted, DataElementsDenied):
                 less = self.effective_key(token_key)
+                # Nothing less can be requested. Without this check the loop would repeat the same refused request.
                 if less == token_key:
                     raise
                 token_key, rejected = less, None
@@ -144,6 +153,7 @@ class TokenProvider:
     def stale_token(self, token_key: TokenKey, rejected: Token | None, error: ProxyError) -> Token:
         """Return the cached token in its last seconds, where no other is available; raise `error` without one."""
         held = self._tokens.get(token_key)
+        # `expires_hard` is without the safety margin: a token that Amazon may still accept is better than an error.
         if held is None or held is rejected or self._now() >= held.expires_hard:
             raise error
         return held
@@ -158,6 +168,7 @@ class TokenProvider:
 
     async def _refresh_rejected(self, token_key: TokenKey, rejected: Token) -> Token | None:
         held = self._tokens.get(token_key)
+        # Another caller has replaced the token already. None is fetched, so `allows` is not asked.
         if held is not None and held is not rejected and self._now() < held.expires_at:
             return None if self._backoff.was_rejected(token_key, held) else held
         if not self._backoff.allows(token_key):
@@ -186,6 +197,7 @@ class TokenProvider:
 
     def invalidate(self, is_outdated: Callable[[TokenKey], bool]) -> None:
         """Stop using the tokens of outdated keys, cached or being fetched; the next request fetches a new one."""
+        # A copy: the loop removes entries from these dicts.
         known = {*self._tokens, *self._pending, *self._failed}
         for token_key in filter(is_outdated, known):
             self._tokens.pop(token_key, None)
@@ -198,6 +210,7 @@ class TokenProvider:
 
     def statuses(self) -> Iterator[TokenStatus]:
         """Yield the state of each token that was requested; changes nothing, and may be called from any thread."""
+        # Copied: a loop over the dicts would raise RuntimeError when the event loop's thread adds a key meanwhile.
         held, failed, pending = self._tokens.copy(), self._failed.copy(), self._pending.copy()
         now = self._now()
         for token_key in dict.fromkeys((*held, *failed, *pending)):
@@ -218,6 +231,7 @@ class TokenProvider:
         tasks = [*self._pending.values(), *self.superseded]
         for task in tasks:
             task.cancel()
+        # Waits until each has released its lock in the store; otherwise replicas would wait for the lock to expire.
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def effective_key(self, token_key: TokenKey) -> TokenKey:
@@ -248,12 +262,15 @@ class TokenProvider:
         task = self._pending.get(token_key)
         if task is None:
             task = asyncio.create_task(self.refresh(token_key, rejected), name=f"token {token_key.kind}")
+            # The task's first step runs later, so `_is_current_refresh` finds it here. An eager task factory (Python
+            # 3.12) would break that.
             self._pending[token_key] = task
             task.add_done_callback(lambda done: self._on_refreshed(token_key, done))
         return task
 
     def _on_refreshed(self, token_key: TokenKey, task: asyncio.Task[Token]) -> None:
         self.superseded.discard(task)
+        # After `invalidate`, a later refresh of the same key may be registered.
         if self._pending.get(token_key) is task:
             del self._pending[token_key]
         if not task.cancelled():
@@ -261,6 +278,8 @@ class TokenProvider:
 
     async def refresh(self, token_key: TokenKey, rejected: Token | None) -> Token:
         """Return a new token, from the store where it has one, and cache it. Runs as the task of `ensure_refresh`."""
+        # Read once, before the lock: the key in the store and the check after the fetch must be of the same
+        # credentials.
         source = self._client.fingerprint(token_key)
         if not token_key.is_shared:
             token = await self.fetch(token_key, source)
@@ -283,7 +302,9 @@ class TokenProvider:
 
     async def fetch(self, token_key: TokenKey, source: str) -> Token:
         """Fetch a token; put it into the store where it was certainly fetched with the credentials of `source`."""
+        # createRestrictedDataToken is itself called with the seller's access token (DOC "Tokens API").
         access_token = await self.get(access_token_key(token_key)) if token_key.kind == "rdt" else None
+        # Read before the request and recorded with a failure: another secret in the file ends the pause (`_pause`).
         secrets = self._client.secrets(token_key)
         try:
             fetched = await self._request_token(token_key, access_token, secrets)
@@ -309,6 +330,8 @@ class TokenProvider:
         if token_key.is_shared and is_certain and self._is_current_refresh(token_key):
             lifetime = token.expires_at - self._now()
             if lifetime > 0:
+                # By wall clock: values of monotonic clocks of two processes cannot be compared (Python's
+                # time.monotonic).
                 stored = StoredToken(token.value, self._wall() + lifetime)
                 await self._store.put(_store_key(token_key, source), stored, lifetime)
         return token
@@ -326,6 +349,8 @@ class TokenProvider:
         try:
             return await self._client.create_rdt(token_key, access_token.value)
         except AccessTokenRejected as exc:
+            # Once, and within the backoff: on 2023-05-27 every call was rejected for 25 minutes with valid tokens
+            # (selling-partner-api-docs issue 3153).
             another = await self._refresh_rejected(access_token_key(token_key), access_token)
             if another is None:
                 raise exc.error from exc
@@ -338,7 +363,9 @@ class TokenProvider:
         return fetched
 
     def _record_failure(self, token_key: TokenKey, error: ProxyError, secrets: tuple[Secret, ...]) -> None:
+        # Removed and added again, so that the first entry of the dict is the oldest failure.
         before = self._failed.pop(token_key, None)
+        # With other secrets it is another fault, whose pauses begin again with the shortest.
         count = before.count + 1 if before is not None and before.secrets == secrets else 1
         pause = pause_after(error, count)
         error.retry_after = pause if error.retryable else None
@@ -355,6 +382,7 @@ class TokenProvider:
 
     def _from_store(self, token_key: TokenKey, stored: StoredToken) -> Token:
         now = self._now()
+        # From wall clock to monotonic clock once: a later jump of the wall clock does not change the token's lifetime.
         lifetime = stored.expires_at - self._wall()
         return new_token(token_key, stored.value, issued_at=now, lifetime=lifetime, fetch_time=0.0, now=now)
 
@@ -370,6 +398,7 @@ class TokenProvider:
         )
 
     def _cache(self, token_key: TokenKey, token: Token) -> None:
+        # Removed first: assigning to an existing key would leave it at its old place in the dict.
         self._tokens.pop(token_key, None)
         if len(self._tokens) >= MAX_CACHED:
             del self._tokens[next(iter(self._tokens))]  # dicts keep their order: the one fetched longest ago
