@@ -50,7 +50,8 @@ async def create_restricted_data_token(
     """Create an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's access token.
 
     `path` has no query string and no trailing slash: Amazon compares it exactly, and has rejected a slash since
-    2022-09-10 (docs#2553). With `target_application`, only that application can use the token (delegation). Raises RdtRefused, TokenRequestFailed, and what `post` raises.
+    2022-09-10 (docs#2553). With `target_application`, only that application can use the token (delegation). Raises
+    RdtRefused, TokenRequestFailed, and what `post` raises.
     """
     resource: dict[str, object] = {"method": method, "path": path}
     # Only getOrders, getOrder and getOrderItems take dataElements (model tokens_2021-03-01).
