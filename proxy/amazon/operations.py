@@ -149,9 +149,9 @@ class OperationTable:
         """Return the operation of a request, None where the table has none.
 
         `raw_path` is the path as in the request line, without its query. It is split before it is decoded, so that
-        `%2F`, as in a SKU with a slash (DOC "URL Encoding"), stays inside its segment. Literals win over parameters. A parameter matches one segment, the greedy one
-        all remaining segments; no segment may be empty. Method and literals are compared with their case (RFC 9110
-        section 9.1, RFC 3986 section 6.2.2.1).
+        `%2F`, as in a SKU with a slash (DOC "URL Encoding"), stays inside its segment. Literals win over
+        parameters. A parameter matches one segment, the greedy one all remaining segments; no segment may be empty.
+        Method and literals are compared with their case (RFC 9110 section 9.1, RFC 3986 section 6.2.2.1).
         """
         literal = self._literal.get(raw_path)
         # Without this method, a template with a parameter may still match: the tree decides.
