@@ -19,8 +19,8 @@ LWA_HOST = "api.amazon.com"
 LWA_PATH = "/auth/o2/token"
 LIFETIME = 3600  # seconds, as for Amazon's tokens; placeholders do not expire
 
-# Amazon's prefixes: Atza| and Atzr| (LWA "Access Tokens", "Refresh Tokens"), Atc| of grantless tokens (seen in docs#432),
-# Atz.sprdt| of Restricted Data Tokens (model tokens_2021-03-01).
+# Amazon's prefixes: Atza| and Atzr| (LWA "Access Tokens", "Refresh Tokens"), Atc| of grantless tokens (seen in
+# docs#432), Atz.sprdt| of Restricted Data Tokens (model tokens_2021-03-01).
 ACCESS_TOKEN = "Atza|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 GRANTLESS_TOKEN = "Atc|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 REFRESH_TOKEN = "Atzr|placeholder-of-sp-api-proxy-which-keeps-the-real-token"  # noqa: S105 - no secret
@@ -77,7 +77,7 @@ def _grant_type(content_type: str, body: bytes) -> str | None:
         else:
             # max_num_fields bounds the work for a body of separators (bpo-34866).
             fields = dict(parse_qsl(text, max_num_fields=100))
-    # RecursionError: json.loads raises it for a body of some thousand brackets.
+    # RecursionError: json.loads raises it for about a thousand nested brackets (Python's recursion limit).
     except (ValueError, RecursionError):
         return None
     grant = fields.get("grant_type") if isinstance(fields, dict) else None
