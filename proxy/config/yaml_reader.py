@@ -153,12 +153,12 @@ class _Builder:
         return f"{self.document.name}:{event.start_mark.line + 1}"
 
     def value(self, path: KeyPath, event: Any) -> Any:
-        # Aliases multiply: nine levels of nine make 10^9 values ("billion laughs"). PyYAML's SafeLoader limits tags only.
+        # Aliases multiply: nine levels of ten make 10^9 values ("billion laughs"). SafeLoader limits tags, not aliases.
         if isinstance(event, yaml.AliasEvent):
             raise _Rejected("aliases (*name) are not accepted; write the value out", event.start_mark)
         if len(path) > MAX_DEPTH:
             raise _Rejected(f"more than {MAX_DEPTH} levels deep", event.start_mark)
-        # `!` alone is YAML's non-specific tag: it says "a string", which every scalar is here (YAML 1.2.2 section 6.9.1).
+        # `!` alone is the non-specific tag (YAML 1.2.2 section 6.9.1): it says "a string", which every scalar is here.
         if event.tag is not None and event.tag != "!":
             raise _Rejected("tags (!name) are not accepted", event.start_mark)
         self.document.origins[path] = self.location(event)
