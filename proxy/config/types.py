@@ -21,7 +21,7 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MIN_STORE_KEY = 32  # characters: the key is derived without stretching, so a short password could be guessed
-# Also rejects infinity, which a YAML number or a float can be.
+# Also rejects float("inf").
 MAX_DURATION = 366 * 86400.0
 # At most 253 characters, which are the 255 octets of RFC 1035 section 2.3.4; a final dot is the root.
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
@@ -150,7 +150,7 @@ def _url_in(value: str) -> SplitResult | None:
         is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
         return None
-    # The text is checked, and not the parts: urlsplit silently removes tabs and line breaks (bpo-43882) and strips spaces.
+    # The text and not the parts: urlsplit silently removes tabs and line breaks (bpo-43882) and strips spaces.
     return parts if is_url and URL_TEXT.fullmatch(value) else None
 
 
