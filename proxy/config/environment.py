@@ -26,7 +26,7 @@ _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\
 _CLIENT_ID = ("LWA_APP_ID", "LWA_CLIENT_ID", "SELLING_PARTNER_APP_CLIENT_ID", "SP_API_CLIENT_ID")
 _CLIENT_SECRET = ("LWA_CLIENT_SECRET", "SELLING_PARTNER_APP_CLIENT_SECRET", "SP_API_CLIENT_SECRET")
 _REFRESH_TOKEN = "SP_API_REFRESH_TOKEN"  # noqa: S105 - a variable's name
-# AWS regions too: libraries that once signed requests name them (DOC "SP-API Endpoints").
+# AWS regions too: they were part of each request's signature, which Amazon required until 2023-10-02.
 _REGION_NAMES: dict[str, str] = {
     **{str(region): str(region) for region in REGIONS},
     "us-east-1": "na",
