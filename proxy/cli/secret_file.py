@@ -20,6 +20,7 @@ def ensure_writable(path: Path, *, replace: bool) -> None:
         raise CannotStore(f"{path}: is a folder; name a file in it")
     if os.path.lexists(path) and not replace:
         raise CannotStore(f"{path}: is there already; --force replaces it")
+    # Only for an early message: the write itself decides, as this may change until then (CWE-367).
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise CannotStore(f"{path.parent}: you may not write there")
 
@@ -32,10 +33,12 @@ def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
     temporary = ""
     try:
         # mkstemp creates the file with mode 0600 and a name that does not exist yet (O_EXCL).
+        # In the same folder: a rename and a link work within one file system only.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{text.reveal()}\n")
             file.flush()
+            # Before the rename: after a crash, a file system may otherwise show the new name with empty content.
             os.fsync(file.fileno())
         _write_atomically(temporary, path, replace=replace)
     except FileExistsError as exc:
@@ -44,6 +47,7 @@ def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
         raise CannotStore(f"{path}: {os.strerror(exc.errno or 0)}") from exc
     finally:
         with contextlib.suppress(OSError):
+            # Gone already after a rename. If mkstemp failed it is "", which is the current folder, and unlink raises as well.
             Path(temporary).unlink()
 
 
