@@ -236,7 +236,7 @@ class LiveCheck:
         except ProxyError as error:
             reason = reason_of(error)
             # A vendor's application does not get one, and does not need one.
-            # A vendor was refused createDestination (docs#2979): Amazon describes grantless operations for seller applications.
+            # Amazon describes grantless operations for seller applications; a vendor was refused (docs#2979).
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
             advice = NO_SCOPE if result == "warning" else _advice_on(error)
             return about._replace(result=result, code=reason, detail=error.message, advice=advice)
@@ -249,7 +249,7 @@ class LiveCheck:
         waiting = iter(self._report.targets)
 
         async def work() -> None:
-            # Shared by all tasks: between two steps of the iterator there is no await, so that no target is taken twice.
+            # One iterator for all tasks: taking the next target has no await, so that none is taken twice.
             for target in waiting:
                 found = await self._check_account(target)
                 self._report.results += found
@@ -330,7 +330,7 @@ class LiveCheck:
                 return about._replace(
                     result="failed", code="no_marketplaces", detail=NO_MARKETPLACE_DETAIL, advice=NO_MARKETPLACES
                 )
-            # Other calls of this account and application that work make a later 403 less ambiguous.
+            # A call that worked excludes some causes of a later 403 of this account and region.
             self._experience.record(route)
             return about._replace(result="ok", countries=countries)
         amazon_error = parse_error(body)
@@ -374,10 +374,10 @@ class LiveCheck:
                     raise UsagePlanExhausted(f"Amazon answered 429 {attempt} times")
                 return response.status, body
             if response.status == 429:
-                # No pause of its own: the limiter has seen the 429 and makes the retry wait. Amazon did not execute the call.
+                # No pause of its own: the limiter has seen the 429 and makes the retry wait.
                 admission = replace(admission, max_wait=admission.max_wait - waited, is_retry=True)
             else:
-                # Exponential backoff with jitter (DOC "Optimize Rate Limits for Application Workloads"). The call only reads.
+                # DOC "Optimize Rate Limits for Application Workloads": exponential backoff with jitter.
                 await self._sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
     async def _check_rdt(self, about: CheckResult, route: Route) -> CheckResult:
