@@ -42,7 +42,7 @@ from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import lwa_pool
 from proxy.server import hardening
 
-# A code is valid once (RFC 6749 section 4.1.2): if the response of the first try was lost, the second gets invalid_grant.
+# A code is valid once (RFC 6749 section 4.1.2): where only the response was lost, the next try gets invalid_grant.
 TRIES = 3  # of an exchange, within timeouts.token
 RETRY_PAUSE = 0.5  # seconds between two of them
 
@@ -65,7 +65,7 @@ class RunAsync(Protocol):
     """Runs a coroutine and returns its result."""
 
     def __call__(self, work: Coroutine[Any, Any, T], /) -> T:
-        """Run it."""
+        """Return the result of `work`."""
 
 
 class AuthorizationFailed(Exception):
@@ -265,6 +265,7 @@ def _consent(
 
     try:
         return run(_with_timeout(timeout, wait_for_redirect(state, options.port, listening)))
+    # TimeoutError is a subclass of OSError (PEP 3151): without this clause it would be reported as a port in use.
     except TimeoutError:
         raise
     except OSError as exc:
@@ -291,7 +292,7 @@ async def refresh_token_of(
     async with lwa_pool(config) as session:
 
         def call() -> Awaitable[Secret]:
-            # Its file is read again for each try: it may have been rotated since the start.
+            # Read again for each try: it may have been rotated since the start.
             secret = application.client_secret.refreshed()
             client = (application.client_id, secret)
             return lwa.authorization_code_grant(session.post, config.endpoints.lwa, *client, consent.code, redirect_uri)
@@ -323,6 +324,7 @@ async def with_retries(
 ) -> T:
     reason = "timeout"
     try:
+        # Outside the loop's own except OSError: asyncio.timeout raises TimeoutError, an OSError, when its block ends.
         async with asyncio.timeout(seconds):
             for attempt in range(TRIES):
                 if attempt:
