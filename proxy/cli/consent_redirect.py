@@ -16,7 +16,7 @@ from proxy.config import is_loopback
 MAX_PASTES = 3  # pasted addresses, after which the user has to start again
 # A wrong request does not end the wait, or any page in the browser could end it; the number still has to be bounded.
 MAX_VISITS = 100  # requests that are served, after which the listener stops
-# A refresh token has at most 2048 bytes (LWA "Refresh Tokens"), an address with a code is of that order.
+# A refresh token has at most 2048 bytes (LWA "Refresh Tokens"); the rest is room for addresses.
 _MAX_LINE = 16 * 1024  # bytes
 
 
