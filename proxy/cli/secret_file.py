@@ -18,6 +18,7 @@ def ensure_writable(path: Path, *, replace: bool) -> None:
         raise CannotStore(f"{path.parent}: there is no such folder; make it first, for yourself alone (mode 700)")
     if path.is_dir():
         raise CannotStore(f"{path}: is a folder; name a file in it")
+    # lexists: a link to a file that does not exist is something that would be replaced, too.
     if os.path.lexists(path) and not replace:
         raise CannotStore(f"{path}: is there already; --force replaces it")
     # Only for an early message: the write itself decides, as this may change until then (CWE-367).
@@ -47,7 +48,7 @@ def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
         raise CannotStore(f"{path}: {os.strerror(exc.errno or 0)}") from exc
     finally:
         with contextlib.suppress(OSError):
-            # Gone already after a rename. If mkstemp failed it is "", which is the current folder, and unlink raises as well.
+            # Gone already after a rename. If mkstemp failed, Path("") is the current folder: unlink raises IsADirectoryError.
             Path(temporary).unlink()
 
 
