@@ -48,7 +48,7 @@ def write_secret(path: Path, text: Secret, *, replace: bool) -> None:
         raise CannotStore(f"{path}: {os.strerror(exc.errno or 0)}") from exc
     finally:
         with contextlib.suppress(OSError):
-            # Gone already after a rename. If mkstemp failed, Path("") is the current folder: unlink raises IsADirectoryError.
+            # Gone already after a rename. If mkstemp failed, Path("") is the current folder, and unlink raises OSError.
             Path(temporary).unlink()
 
 
