@@ -105,8 +105,8 @@ class Metrics:
             "requests_total",
             "Requests served, by kind and by source of the response (amazon, proxy; client: it left before).",
             ("account", "region", "operation", "method", "code", "token", "source"),
-            # copy(): the scrape is on another thread, and a dict that grows while it is iterated raises RuntimeError. dict.copy
-            # itself is one step under the GIL.
+            # copy(), here and below: the scrape is on another thread, and a dict that grows while it is iterated raises
+            # RuntimeError. dict.copy itself is one step under the GIL.
             lambda: ((labels, series.requests) for labels, series in self.series_cache.copy().items()),
         )
         self._callback_collector(
@@ -174,7 +174,6 @@ class Metrics:
             lambda: ((labels, traffic.received) for labels, traffic in self._traffic.copy().items()),
         )
         self.errors = self._counter("errors_total", "Errors of the proxy's own, by code and fault.", "code", "fault")
-        # Bounded, because type and place come from the code that failed, which a client may be able to choose.
         self.internal_errors = self._counter(
             "internal_errors_total",
             "Unhandled exceptions in the proxy, by type and place (module:line; `other` after 64 of them).",
@@ -308,7 +307,7 @@ class Metrics:
             "result",
         )
         for result in ("ok", "unchanged", "failed"):
-            # Each series exists from the start, with 0: increase() does not see the first value of a series that appears with it.
+            # From the start, with 0: increase() does not see the first value of a series that appears with it.
             self.reloads.labels(result)
         self.last_reload_success = self._gauge(
             "config_last_reload_success_timestamp_seconds", "Time of the last successful reload, as Unix time."
