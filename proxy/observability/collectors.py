@@ -86,7 +86,7 @@ class CallbackCollector(Collector):
     def describe(self) -> Iterable[Metric]:
         """Return the metric without samples; the registry checks the names of its series by it.
 
-        Without this method, a registry with auto_describe would call `collect` at registration (prometheus_client 0.26).
+        Without this method, a registry with auto_describe calls `collect` at registration (prometheus_client 0.26).
         """
         return (self._family(),)
 
