@@ -38,7 +38,7 @@ def headers_in_order(state: State, headers: Mapping[str, str]) -> Response | Non
     # fails its tests here.
     if not _DATE.fullmatch(date) or abs(_epoch(date) - state.wall()) > _DATE_SKEW:
         return invalid_input("x-amz-date must be the current time in UTC as YYYYMMDDTHHMMSSZ")
-    # The limit is Amazon's (DOC "Include a User-Agent Header in All Requests"); the form it documents but does not enforce.
+    # DOC "Include a User-Agent Header in All Requests"; Amazon enforces the length, not the form.
     if len(agent) > 500 or not _USER_AGENT.fullmatch(agent):
         return invalid_input("user-agent must be AppId/AppVersionId (Language=...) with at most 500 characters")
     return None
