@@ -97,7 +97,7 @@ class Simulator:
             for service, port in zip(("lwa", *REGIONS), self.settings.ports, strict=True):
                 address = await self._listen(service, port, None if service == "lwa" else tls)
                 self.endpoints[service] = address
-        # BaseException: also after a cancellation, no listener may stay open. __aexit__ is not called if __aenter__ raises.
+        # Python does not call __aexit__ if __aenter__ raises, also not for a cancellation (a BaseException).
         except BaseException:
             await self._stack.aclose()
             raise
@@ -116,7 +116,7 @@ class Simulator:
         server = web.Server(
             handle,
             access_log=None,
-            # aiohttp's server unpacks request bodies by default; size and hash must be those of the bytes that were sent.
+            # aiohttp's server unpacks bodies by default; size and hash must be of the bytes that were sent.
             auto_decompress=False,
             # Not aiohttp's default: without it, the handler of a client that left would sit out a simulated hang.
             handler_cancellation=True,
@@ -137,7 +137,7 @@ class Simulator:
         plans = Plans(self.settings.default_plan, self.settings.enforce_plans)
         for method, template, rate, burst in WELL_KNOWN:
             plans.add(method, template, rate, burst)
-        # The newest plan is matched first (Plans.add): templates with fewest parameters come last here, so that they win.
+        # The newest plan is matched first (Plans.add): templates with fewest parameters come last, so that they win.
         for operation in sorted(
             self.models.operations if self.models else (), key=lambda one: one.template.count("{"), reverse=True
         ):
