@@ -58,7 +58,7 @@ async def create_restricted_data_token(
     if data_elements:
         resource["dataElements"] = list(data_elements)
     request: dict[str, object] = {"restrictedResources": [resource]}
-    # Not sent for the application itself: users report that it breaks the token (docs#1201).
+    # For delegation only: a user reports that naming the application itself breaks the token (docs#1201).
     if target_application:
         request["targetApplication"] = target_application
     body = json.dumps(request).encode()
