@@ -265,7 +265,7 @@ def _consent(
 
     try:
         return run(_with_timeout(timeout, wait_for_redirect(state, options.port, listening)))
-    # TimeoutError is a subclass of OSError (PEP 3151): without this clause it would be reported as a port in use.
+    # TimeoutError is a subclass of OSError (PEP 3151): without this clause it would be reported as "cannot listen".
     except TimeoutError:
         raise
     except OSError as exc:
