@@ -27,7 +27,7 @@ def read_secret_file(path: Path, key_path: KeyPath, merged: MergedSettings) -> s
     try:
         text = _text_of(path)
     except OSError as exc:
-        # strerror and not str(exc), which quotes the path.
+        # strerror and not str(exc), which quotes the path unredacted.
         merged.problems.append(Problem(format_path(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
         return PLACEHOLDER
     except ValueError:  # undecodable text, or a NUL byte in the file's name
