@@ -34,11 +34,11 @@ def well_formed(method: str, names: Sequence[str]) -> Response | None:
 def headers_in_order(state: State, headers: Mapping[str, str]) -> Response | None:
     """Return the refusal for a date or a user agent that is missing or malformed."""
     date, agent = headers.get("x-amz-date", ""), headers.get("user-agent", "")
-    # Stricter than Amazon, which does not enforce it (its own SDKs send no x-amz-date): a proxy that sends a wrong date
-    # fails its tests here.
+    # Stricter than Amazon, which probably does not enforce it (its own SDKs send no x-amz-date): so that a proxy that
+    # sends a wrong date fails its tests here.
     if not _DATE.fullmatch(date) or abs(_epoch(date) - state.wall()) > _DATE_SKEW:
         return invalid_input("x-amz-date must be the current time in UTC as YYYYMMDDTHHMMSSZ")
-    # DOC "Include a User-Agent Header in All Requests"; Amazon enforces the length, not the form.
+    # DOC "Include a User-Agent Header in All Requests"; Amazon enforces the length and probably not the form.
     if len(agent) > 500 or not _USER_AGENT.fullmatch(agent):
         return invalid_input("user-agent must be AppId/AppVersionId (Language=...) with at most 500 characters")
     return None
