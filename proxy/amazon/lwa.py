@@ -12,9 +12,13 @@ from proxy.config import Secret
 
 # A larger response is not a token response (an access token has at most 2048 bytes, LWA "Access Tokens").
 MAX_RESPONSE = 64 * 1024
+# Eight times the documented 2048 bytes of access and refresh tokens: Restricted Data Tokens are parsed here too, and
+# Amazon publishes no size for them.
 MAX_TOKEN = 16 * 1024
 
 # Permanent errors: no retry succeeds until a person acts (LWA "Access Tokens", RFC 6749 section 5.2).
+# access_denied is not in section 5.2: Amazon's Python SDK maps 403 to it. server_error and temporarily_unavailable are
+# left out on purpose: they are outages (models#4997, 2025-10-20).
 OAUTH_ERRORS = frozenset(
     {"invalid_grant", "invalid_client", "unauthorized_client", "invalid_scope", "invalid_request",
      "unsupported_grant_type", "access_denied"}
@@ -77,10 +81,12 @@ async def authorization_code_grant(
 
     A code is valid once, within five minutes of the consent. Raises as `refresh_token_grant`.
     """
+    # RFC 6749 section 4.1.3: redirect_uri must be sent, unchanged, if the authorization request had one.
     form = {"grant_type": "authorization_code", "code": code.reveal()}
     if redirect_uri is not None:
         form["redirect_uri"] = redirect_uri
     status, body = await _post_form(post, url, client_id, client_secret, form)
+    # Called for its errors: an OAuth error must not be reported as a missing refresh token.
     parse_response(status, body)
     return parse_token(parse_object(body).get("refresh_token"))
 
@@ -94,8 +100,10 @@ async def _request_token(
 async def _post_form(
     post: Post, url: str, client_id: str, client_secret: Secret, grant: Mapping[str, str]
 ) -> tuple[int, bytes]:
+    # RFC 6749 section 2.3.1 prefers HTTP Basic; Amazon documents client id and secret in the form (SEED).
     form = {**grant, "client_id": client_id, "client_secret": client_secret.reveal()}
     headers = {"Content-Type": "application/x-www-form-urlencoded;charset=UTF-8", "Accept": "application/json"}
+    # urlencode, because tokens contain `|` (`Atzr|…`), which has to be escaped in a form.
     return await limited_post(post, url, headers, urlencode(form).encode())
 
 
@@ -113,6 +121,7 @@ def parse_response(status: int, body: bytes) -> TokenResponse:
     if status == 200:
         return parse_token_response(response.get("access_token"), response.get("expires_in"))
     reason = response.get("error")
+    # No rate limit of the token host is published: a 429 is treated like a 503, never as a rejected credential.
     if 400 <= status < 500 and status != 429 and isinstance(reason, str) and reason in OAUTH_ERRORS:
         request_id = response.get("request_id")
         raise OAuthError(reason, request_id if isinstance(request_id, str) else "")
@@ -135,8 +144,11 @@ def parse_token(value: object) -> Secret:
 
 def parse_lifetime(expires_in: object) -> float:
     """Return a lifetime in seconds, at most an hour (LWA "Access Tokens"); 0 (use once) for an invalid value."""
+    # isascii: int() rejects some characters that isdigit accepts, such as `²`. The length bounds the cost of int()
+    # (CVE-2020-10735).
     if isinstance(expires_in, str) and expires_in.isascii() and expires_in.isdigit() and len(expires_in) < 10:
         expires_in = int(expires_in)
+    # bool is a subclass of int. `not … > 0` instead of `<= 0`: json.loads accepts NaN, which compares false.
     if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in > 0:
         return 0.0
     return float(min(expires_in, 3600))

@@ -89,6 +89,7 @@ def operation_of(row: Mapping[str, str]) -> Operation:
         operation_id=row["operationId"],
         method=row["method"],
         template=row["path"],
+        # 65 operations have no plan in their model; Amazon's SDK has values for most of those.
         rate=_rate(row["rate"] or row["fallback_rate"]),
         burst=_count(row["burst"] or row["fallback_burst"]),
         rate_source="model" if row["rate"] else "sdk" if row["fallback_rate"] else "",
@@ -148,16 +149,21 @@ class OperationTable:
         """Return the operation of a request, None where the table has none.
 
         `raw_path` is the path as in the request line, without its query. It is split before it is decoded, so that
-        `%2F` stays inside its segment. Literals win over parameters. A parameter matches one segment, the greedy one
-        all remaining segments; no segment may be empty. Method and literals are compared with their case.
+        `%2F`, as in a SKU with a slash (DOC "URL Encoding"), stays inside its segment. Literals win over
+        parameters. A parameter matches one segment, the greedy one all remaining segments; no segment may be empty.
+        Method and literals are compared with their case (RFC 9110 section 9.1, RFC 3986 section 6.2.2.1).
         """
         literal = self._literal.get(raw_path)
+        # Without this method, a template with a parameter may still match: the tree decides.
         if literal is not None and method in literal:
             return literal[method]
         # Split no deeper than the table: a path of ten thousand slashes gets one segment more and matches nothing.
+        # The limit also bounds the recursion of _find.
         segments = raw_path.split("/", self._max_depth + 1)
+        # Anything before the first slash: an absolute form or a relative path, which is no operation.
         if segments[0]:
             return None
+        # The loop below compares raw segments and never backtracks: escapes and empty segments need _find.
         if "%" in raw_path or "" in segments[1:]:
             return _find(self._root, method, segments, 1)
         node = self._root
@@ -200,10 +206,13 @@ def _find(node: _Node, method: str, segments: list[str], index: int) -> Operatio
     segment = segments[index]
     if not segment:
         return None
+    # RFC 3986 section 6.2.2.2: an escaped unreserved character is equivalent to the character itself. A literal that is
+    # matched by its raw text only would let `/%6frders` pass as an unknown operation.
     literal = node.literals.get(_decoded(segment) if "%" in segment and node.literals else segment)
     found = _find(literal, method, segments, index + 1) if literal is not None else None
     if found is None and node.parameter is not None:
         found = _find(node.parameter, method, segments, index + 1)
+    # Last: a greedy parameter would otherwise take paths that a longer template describes exactly.
     if found is None and node.greedy is not None and _has_no_empty_segment("/".join(segments[index:])):
         found = node.greedy.operations.get(method)
     return found

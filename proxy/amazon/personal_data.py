@@ -12,6 +12,7 @@ from proxy.amazon.operations import Operation
 ALL_ELEMENTS = ("buyerInfo", "shippingAddress", "buyerTaxInformation")
 
 # Restricted operations that return one kind of data.
+# With an access token they returned partial addresses and relay e-mail addresses (models#1454, docs#1529).
 _ONE_KIND = {
     "orders.v0.getOrderAddress": ("shippingAddress",),
     "orders.v0.getOrderBuyerInfo": ("buyerInfo",),
@@ -20,6 +21,7 @@ _ONE_KIND = {
 
 # Restricted operations that accept an access token too, and then return no personal data: getReportDocument rejects the
 # documents that have any.
+# The first three: Amazon staff in models#210. getReportDocument: 403 (docs#2087).
 HARMLESS_WITHOUT_RDT = frozenset(
     {
         "orders.v0.getOrders",
@@ -30,6 +32,7 @@ HARMLESS_WITHOUT_RDT = frozenset(
 )
 
 # APIs whose responses have addresses, names or invoices of buyers without a Restricted Data Token; `tokens` issues one.
+# Chosen from the fields of the models; Amazon publishes no such list.
 _PERSONAL_APIS = frozenset(
     {
         "deliveryShipmentInvoice",
@@ -48,6 +51,7 @@ _PERSONAL_APIS = frozenset(
 )
 
 # Values of includedData in Orders 2026-01-01.
+# Here the role and includedData decide and not the token (DOC "Access Orders PII"). PAYMENT and others have none.
 _INCLUDED = {"BUYER": "buyerInfo", "RECIPIENT": "shippingAddress"}
 
 
@@ -60,6 +64,7 @@ def implied_elements(operation: Operation | None, query: str) -> tuple[str, ...]
         return ALL_ELEMENTS
     if operation.name in HARMLESS_WITHOUT_RDT:
         return ()
+    # What is left of v0 are writes (confirmShipment, updateShipmentStatus, updateVerificationStatus).
     if operation.api == "orders" and not operation.restricted:
         return _included(query) if operation.version != "v0" else ()
     if operation.restricted:
@@ -69,5 +74,7 @@ def implied_elements(operation: Operation | None, query: str) -> tuple[str, ...]
 
 def _included(query: str) -> tuple[str, ...]:
     """Return the elements that `includedData` requests, whatever its case, escaping and separators."""
+    # The whole query, not one parameter: a false match rejects a request, a missed one would return personal data.
+    # It applies to each page: with a nextToken, includedData may differ from that of the first page.
     words = set(re.split(r"[^A-Z]+", unquote_plus(query).upper()))
     return tuple(element for word, element in _INCLUDED.items() if word in words)

@@ -19,6 +19,8 @@ LWA_HOST = "api.amazon.com"
 LWA_PATH = "/auth/o2/token"
 LIFETIME = 3600  # seconds, as for Amazon's tokens; placeholders do not expire
 
+# Amazon's prefixes: Atza| and Atzr| (LWA "Access Tokens", "Refresh Tokens"), Atc| of grantless tokens (seen in
+# docs#432), Atz.sprdt| of Restricted Data Tokens (model tokens_2021-03-01).
 ACCESS_TOKEN = "Atza|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 GRANTLESS_TOKEN = "Atc|placeholder-of-sp-api-proxy-which-puts-the-real-token-in-its-place"  # noqa: S105 - no secret
 REFRESH_TOKEN = "Atzr|placeholder-of-sp-api-proxy-which-keeps-the-real-token"  # noqa: S105 - no secret
@@ -62,16 +64,20 @@ def access_token_response(content_type: str, body: bytes) -> dict[str, object]:
         "token_type": "bearer",
         "expires_in": LIFETIME,
     }
+    # Amazon returns the refresh token of the request, unchanged (SEED); the proxy must not repeat a real one.
     return response | ({"refresh_token": REFRESH_TOKEN} if grant == "refresh_token" else {})
 
 
 def _grant_type(content_type: str, body: bytes) -> str | None:
     try:
         text = body.decode()
+        # Amazon's Java SDK and the Node and PHP clients send JSON instead of the form of RFC 6749.
         if content_type.partition(";")[0].strip().lower() == "application/json":
             fields: Any = json.loads(text)
         else:
+            # max_num_fields bounds the work for a body of separators (bpo-34866).
             fields = dict(parse_qsl(text, max_num_fields=100))
+    # RecursionError: json.loads raises it for about a thousand nested brackets (Python's recursion limit).
     except (ValueError, RecursionError):
         return None
     grant = fields.get("grant_type") if isinstance(fields, dict) else None
@@ -101,12 +107,14 @@ def _resource(where: str, item: object) -> Resource:
         raise ValueError(f"{where}.path must be a path without a query")
     if not isinstance(elements, list) or not all(element in ALL_ELEMENTS for element in elements):
         raise ValueError(f"{where}.dataElements must be a list of {', '.join(ALL_ELEMENTS)}")
+    # In the order of ALL_ELEMENTS, so that equal requests give equal placeholders.
     return Resource(method, path, tuple(element for element in ALL_ELEMENTS if element in elements))
 
 
 def placeholder_for(resources: Iterable[Resource]) -> str:
     """Return the placeholder Restricted Data Token for resources; raise ValueError where it would be too long."""
     content = json.dumps(list(dict.fromkeys(resources)), separators=(",", ":")).encode()
+    # RFC 4648 section 5: URL-safe, and the padding can be left out, because the length implies it.
     text = RDT_PREFIX + base64.urlsafe_b64encode(content).decode().rstrip("=")
     if len(text) > MAX_TOKEN:
         raise ValueError(
@@ -115,6 +123,7 @@ def placeholder_for(resources: Iterable[Resource]) -> str:
     return text
 
 
+# At most 1 MiB of placeholders (128 of MAX_TOKEN); lru_cache does not keep exceptions, so malformed ones take no room.
 @lru_cache(maxsize=128)
 def resources_in(placeholder: str) -> Sequence[Resource]:
     """Return the resources of a placeholder Restricted Data Token; raise ValueError for a malformed one."""
@@ -122,6 +131,7 @@ def resources_in(placeholder: str) -> Sequence[Resource]:
         raise ValueError("too long")
     text = placeholder.removeprefix(RDT_PREFIX)
     try:
+        # validate: without it, b64decode ignores foreign characters, and many texts would be one placeholder.
         content: Any = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
         return tuple(_complete_resources(method, path, elements) for method, path, elements in content)
     except (binascii.Error, ValueError, TypeError, RecursionError) as exc:

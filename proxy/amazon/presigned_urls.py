@@ -46,6 +46,7 @@ URL_LOCATIONS: dict[str, UrlLocation] = {
 # tortuga-prod-na.s3.amazonaws.com, tortuga-prod-na.s3-external-1.amazonaws.com,
 # tortuga-prod-eu.s3-eu-west-1.amazonaws.com, s3.amazonaws.com (S3 user guide, "Virtual hosting of buckets").
 _REGION = r"[a-z]{2}(?:-[a-z]{2,12}){1,3}-\d{1,2}"
+# An exact list, because the proxy connects to these hosts: a URL in a response must not lead it anywhere else.
 _S3 = re.compile(
     r"(?:[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?\.)?"
     rf"(?:s3|s3-external-1|s3[.-]{_REGION}|s3\.dualstack\.{_REGION}|s3-accelerate(?:\.dualstack)?)\.amazonaws\.com"
@@ -54,6 +55,7 @@ _S3 = re.compile(
 _SANDBOX = frozenset({"d34o8swod1owfl.cloudfront.net"})
 
 DEFAULT_LIFETIME = 300.0  # seconds, for a URL without a lifetime (models feeds_2021-06-30, reports_2021-06-30)
+# Checked before urlsplit, which silently removes tabs and line breaks (bpo-43882).
 _URL = re.compile(r"https?://[!-~]+")  # no space, control or non-ASCII character
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
@@ -65,10 +67,13 @@ def is_storage(host: str) -> bool:
 
 def parse(url: str) -> SplitResult | None:
     """Return the parts of a URL that can be forwarded unchanged, None for every other one."""
+    # A fragment is never sent (RFC 9110 section 7.1). Browsers read `\` as `/` (WHATWG URL), urlsplit does not: the two
+    # would see different hosts.
     if not _URL.fullmatch(url) or "#" in url or "\\" in url:
         return None
     try:
         parts = urlsplit(url)
+        # `.port` raises ValueError for a port that is no number or above 65535; 0 it accepts.
         is_plain = bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
     except ValueError:
         return None
@@ -80,9 +85,11 @@ def lifetime(query: str, now: float) -> float:
 
     `X-Amz-Expires` is a number of seconds (signature version 4), `Expires` Unix time (version 2, CloudFront).
     """
+    # Invoice documents live only 30 seconds (model InvoicesApiModel_2024-06-19): the default would be far too long.
     given = {name.lower(): value for name, value in parse_qsl(query)}
     for name, since in (("x-amz-expires", 0.0), ("expires", now)):
         text = given.get(name, "")
+        # isascii: isdigit also accepts characters that float() rejects, such as `²`.
         if text.isascii() and text.isdigit() and len(text) <= 12:
             return max(0.0, float(text) - since)
     return DEFAULT_LIFETIME
@@ -109,5 +116,6 @@ def urls_in(content: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 def literals_in(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield start and end of each string in a JSON text, quotes included."""
+    # Only for text that json.loads accepts: on a string that never ends this is quadratic (16,000 escaped quotes: 3 s).
     for match in _STRING.finditer(body):
         yield match.span()

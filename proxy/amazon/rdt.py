@@ -12,6 +12,8 @@ PATH = "/tokens/2021-03-01/restrictedDataToken"
 # The methods that createRestrictedDataToken accepts; PATCH is not one of them.
 METHODS = frozenset({"GET", "PUT", "POST", "DELETE"})
 
+# Amazon's texts, because all these 400s have the same code, InvalidInput (jlevers/selling-partner-api#897 and #662;
+# models#1723 for the elements).
 _NOT_A_RESTRICTED_DOCUMENT = "Invalid or unsupported document ID found"
 _ELEMENTS = re.compile(r"requested data elements: \[([^\]]*)\]")
 
@@ -47,13 +49,16 @@ async def create_restricted_data_token(
 ) -> TokenResponse:
     """Create an RDT for one method and path at the region's `endpoint`; `headers` carry the seller's access token.
 
-    `path` has no query string and no trailing slash. With `target_application`, only that application can use the
-    token (delegation). Raises RdtRefused, TokenRequestFailed, and what `post` raises.
+    `path` has no query string and no trailing slash: Amazon compares it exactly, and has rejected a slash since
+    2022-09-10 (docs#2553). With `target_application`, only that application can use the token (delegation). Raises
+    RdtRefused, TokenRequestFailed, and what `post` raises.
     """
     resource: dict[str, object] = {"method": method, "path": path}
+    # Only getOrders, getOrder and getOrderItems take dataElements (model tokens_2021-03-01).
     if data_elements:
         resource["dataElements"] = list(data_elements)
     request: dict[str, object] = {"restrictedResources": [resource]}
+    # For delegation only: a user reports that naming the application itself breaks the token (docs#1201).
     if target_application:
         request["targetApplication"] = target_application
     body = json.dumps(request).encode()
@@ -66,8 +71,9 @@ def parse_response(status: int, body: bytes) -> TokenResponse:
     response = parse_object(body)
     if status == 200:
         payload = response.get("payload")
-        fields = payload if isinstance(payload, dict) else response  # old guide pages nest them in `payload`
+        fields = payload if isinstance(payload, dict) else response  # old guides nest them in `payload` (models#1316)
         return parse_token_response(fields.get("restrictedDataToken"), fields.get("expiresIn"))
+    # 429 and 5xx are left to TokenRequestFailed, because they say nothing about the permission.
     if status in {400, 401, 403, 404}:
         raise RdtRefused(status, parse_error(body))
     raise TokenRequestFailed(f"http_{status}")

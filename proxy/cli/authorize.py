@@ -42,6 +42,7 @@ from proxy.request.upstream.http1 import RemoteProtocolError
 from proxy.request.upstream.pool import lwa_pool
 from proxy.server import hardening
 
+# A code is valid once (RFC 6749 section 4.1.2): where only the response was lost, the next try gets invalid_grant.
 TRIES = 3  # of an exchange, within timeouts.token
 RETRY_PAUSE = 0.5  # seconds between two of them
 
@@ -64,7 +65,7 @@ class RunAsync(Protocol):
     """Runs a coroutine and returns its result."""
 
     def __call__(self, work: Coroutine[Any, Any, T], /) -> T:
-        """Run it."""
+        """Return the result of `work`."""
 
 
 class AuthorizationFailed(Exception):
@@ -139,6 +140,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
     """Guide the user through the consent and return the exit code. `has_screen`: a browser can be opened."""
     try:
         name, central, timeout = _checked(options, config)
+        # Before the consent: a code lives five minutes, so that an unwritable file must not be found out afterwards.
         ensure_writable(options.output, replace=options.force)
     except (UsageError, CannotStore) as exc:
         _print_err(str(exc))
@@ -146,6 +148,7 @@ def authorize(options: argparse.Namespace, config: Config, *, has_screen: bool, 
     try:
         if options.self_authorized:
             refresh_token = prompt_for_token(timeout)
+            # Tested before it is stored: it was copied by hand and may be incomplete.
             run(check_refresh_token(config, config.applications[name], refresh_token))
         else:
             consent = _consent(options, central, timeout, has_screen=has_screen, run=run)
@@ -180,6 +183,7 @@ def _checked(options: argparse.Namespace, config: Config) -> tuple[str, SellerCe
         raise UsageError(
             "--application-id is needed, the id of the application at Amazon (such as amzn1.sp.solution.x)"
         )
+    # The two ids are easily confused, and Amazon's consent page gets only this one.
     if (options.application_id or "").startswith("amzn1.application-oa2-client."):
         raise UsageError("--application-id is the client id: give the application's own, which is shown beside it")
     for flag, url in (("--redirect-uri", options.redirect_uri), ("--central", options.central)):
@@ -232,6 +236,7 @@ def _consent(
 
     Raises NotAuthorised, AuthorizationFailed and TimeoutError.
     """
+    # Against CSRF (RFC 6749 section 10.12); 256 bits, where section 10.10 asks for at least 128.
     state = secrets.token_urlsafe(32)
     base = (options.central or f"https://{central.vendor if options.vendor else central.seller}").rstrip("/")
     url = consent_url(base, options.application_id, state, options.redirect_uri, is_draft=options.draft)
@@ -247,6 +252,7 @@ def _consent(
         send()
         _print_out("The browser is led to an address of the application's, whatever that shows. Paste it here, whole,")
         _print_out("within five minutes of the consent.")
+        # Piped input cannot be corrected: the first wrong line is an error.
         again = sys.stdin.isatty()
         return read_pasted_redirect(state, lambda prompt: read_line(prompt, timeout), again=again)
 
@@ -259,6 +265,7 @@ def _consent(
 
     try:
         return run(_with_timeout(timeout, wait_for_redirect(state, options.port, listening)))
+    # TimeoutError is a subclass of OSError (PEP 3151): without this clause it would be reported as "cannot listen".
     except TimeoutError:
         raise
     except OSError as exc:
@@ -285,6 +292,7 @@ async def refresh_token_of(
     async with lwa_pool(config) as session:
 
         def call() -> Awaitable[Secret]:
+            # Read again for each try: it may have been rotated since the start.
             secret = application.client_secret.refreshed()
             client = (application.client_id, secret)
             return lwa.authorization_code_grant(session.post, config.endpoints.lwa, *client, consent.code, redirect_uri)
@@ -316,6 +324,7 @@ async def with_retries(
 ) -> T:
     reason = "timeout"
     try:
+        # Outside the loop's own except OSError: asyncio.timeout raises TimeoutError, an OSError, when its block ends.
         async with asyncio.timeout(seconds):
             for attempt in range(TRIES):
                 if attempt:
@@ -369,6 +378,7 @@ def _authorize(options: argparse.Namespace) -> int:
         missing = "is missing: give a client_id and client_secret, or set LWA_APP_ID and LWA_CLIENT_SECRET"
         raise ConfigError([Problem("applications", missing)])
     hardening.harden()
+    # webbrowser starts a child process with this process's environment.
     hardening.scrub_environment(os.environ, config)  # so that a browser does not inherit them
     # Without a screen, webbrowser may start a text browser that takes over the terminal.
     is_desktop = sys.platform in {"darwin", "win32"} or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))

@@ -14,7 +14,9 @@ from proxy.amazon.consent import Consent, NotAuthorised, WrongState, parse_redir
 from proxy.config import is_loopback
 
 MAX_PASTES = 3  # pasted addresses, after which the user has to start again
+# A wrong request does not end the wait, or any page in the browser could end it; the number still has to be bounded.
 MAX_VISITS = 100  # requests that are served, after which the listener stops
+# A refresh token has at most 2048 bytes (LWA "Refresh Tokens"); the rest is room for addresses.
 _MAX_LINE = 16 * 1024  # bytes
 
 
@@ -54,6 +56,7 @@ def read_line(prompt: str, timeout: float) -> str:
 
 
 def _line(descriptor: int, end: float) -> bytes:
+    # os.read and not sys.stdin.readline: select does not see what a buffered stream has already read.
     read = b""
     while b"\n" not in read and len(read) <= _MAX_LINE:
         if os.name == "posix" and not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -77,6 +80,7 @@ def _without_echo() -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
     silent = [*before]
     silent[3] &= ~termios.ECHO
+    # TCSADRAIN: the prompt is written out first, and input that was typed ahead is kept.
     termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
     try:
         yield
@@ -96,6 +100,7 @@ async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         nonlocal visits
         visits += 1
+        # done(): a second set_exception would raise InvalidStateError.
         if visits > MAX_VISITS and not come.done():
             come.set_exception(NotAuthorised(f"{MAX_VISITS} requests came, and none was an answer to this one"))
         return _received(request, state, come)
@@ -103,6 +108,7 @@ async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -
     runner = web.ServerRunner(web.Server(handle, access_log=None, keepalive_timeout=1.0), shutdown_timeout=1.0)
     await runner.setup()
     try:
+        # The address and not the name localhost, which may resolve to another interface (RFC 8252 section 8.3).
         await web.TCPSite(runner, "127.0.0.1", port).start()
         say(runner.addresses[0][1])
         return await come
@@ -112,6 +118,7 @@ async def wait_for_redirect(state: str, port: int, say: Callable[[int], None]) -
 
 def _received(request: web.BaseRequest, state: str, come: "asyncio.Future[Consent]") -> web.Response:
     """Serve one request of the browser and keep the consent in it."""
+    # First: a page whose name was rebound to 127.0.0.1 must not learn whether a consent came.
     if not is_loopback(request.url.host or ""):
         return _page(421, "This is not the host you are looking for.")  # DNS rebinding
     if request.method != "GET":

@@ -59,12 +59,14 @@ from proxy.store import MemoryStore
 
 PARALLEL = 10  # accounts checked at the same time
 TRIES = 3  # of one call that fails with a status of Amazon's servers
+# 0.016 calls a second (model sellers) are one in 62.5 s.
 MAX_WAIT = 90.0  # seconds to wait for a usage plan: getMarketplaceParticipations has one call a minute
 CALL_TIMEOUT = 30.0  # seconds for one response, or timeouts.upstream_idle if that is shorter
 HOST_FAILURE_LIMIT = 20  # accounts in a row for which a host failed, after which the rest is not tried
 MAX_RESPONSE = 256 * 1024
 SKEW = 60.0  # seconds by which this machine's clock may be wrong
 CALL = "/sellers/v1/marketplaceParticipations"
+# A Restricted Data Token's path has no query and no id here, so that no order has to exist.
 RESTRICTED = "/orders/v0/orders"  # asked for personal data, never called
 SCOPE = "sellingpartnerapi::notifications"
 
@@ -194,6 +196,7 @@ class LiveCheck:
             by_proxy = self._config.pool.proxy is not None
             code, said, advice = diagnose_connection_error(exc, by_proxy=by_proxy)
             return CheckResult("connection", "failed", host=origin.authority, code=code, detail=said, advice=advice)
+        # Only that a connection can be made is tested; nothing was sent on it.
         connection.abort()
         return CheckResult("connection", "ok", host=origin.authority)
 
@@ -233,6 +236,7 @@ class LiveCheck:
         except ProxyError as error:
             reason = reason_of(error)
             # A vendor's application does not get one, and does not need one.
+            # Amazon describes grantless operations for seller applications; a vendor was refused (docs#2979).
             result: Result = "warning" if reason in {"invalid_scope", "unauthorized_client"} else "failed"
             advice = NO_SCOPE if result == "warning" else _advice_on(error)
             return about._replace(result=result, code=reason, detail=error.message, advice=advice)
@@ -245,6 +249,7 @@ class LiveCheck:
         waiting = iter(self._report.targets)
 
         async def work() -> None:
+            # One iterator for all tasks: taking the next target has no await, so that none is taken twice.
             for target in waiting:
                 found = await self._check_account(target)
                 self._report.results += found
@@ -305,6 +310,7 @@ class LiveCheck:
             status, body = await self._send_call(route, token)
             if status in FORBIDDEN_STATUSES and parse_error(body).is_token_error:
                 # As for an app: one other token, once.
+                # Not more than once: on 2023-05-27 Amazon rejected good tokens for 25 minutes (docs#3153).
                 another = await self._parts.tokens.refresh_rejected(route.token_key, token)
                 if another is not None:
                     token = another
@@ -324,6 +330,7 @@ class LiveCheck:
                 return about._replace(
                     result="failed", code="no_marketplaces", detail=NO_MARKETPLACE_DETAIL, advice=NO_MARKETPLACES
                 )
+            # A call that worked excludes some causes of a later 403 of this account and region.
             self._experience.record(route)
             return about._replace(result="ok", countries=countries)
         amazon_error = parse_error(body)
@@ -358,6 +365,7 @@ class LiveCheck:
             headers = {**credential_headers(token.value, agent, wall()), "Accept": "application/json"}
             async with asyncio.timeout(min(CALL_TIMEOUT, self._config.timeouts.upstream_idle)):
                 response, body = await self._parts.amazon.request("GET", url, headers, b"", MAX_RESPONSE)
+            # Before anything is read from it: Amazon's message is printed in the report.
             body = TokenRedactor(secret_suffix(token.value.reveal())).redact(body)
             self._note_date(response.first(b"date"))
             self._parts.limits.observe_response(route, response.status, response.first(RATE_HEADER), waited=waited > 0)
@@ -366,8 +374,10 @@ class LiveCheck:
                     raise UsagePlanExhausted(f"Amazon answered 429 {attempt} times")
                 return response.status, body
             if response.status == 429:
+                # No pause of its own: the limiter has seen the 429 and makes the retry wait.
                 admission = replace(admission, max_wait=admission.max_wait - waited, is_retry=True)
             else:
+                # DOC "Optimize Rate Limits for Application Workloads": exponential backoff with jitter.
                 await self._sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
     async def _check_rdt(self, about: CheckResult, route: Route) -> CheckResult:
@@ -398,6 +408,7 @@ class LiveCheck:
 
     def _note_date(self, date: str | None) -> None:
         try:
+            # Since Python 3.10 it raises ValueError for an invalid date, also for an empty one.
             theirs = parsedate_to_datetime(date or "").timestamp()
         except (ValueError, OverflowError):
             return
@@ -407,6 +418,7 @@ class LiveCheck:
         """Compare this machine's clock with the dates of Amazon's responses."""
         if not self._skews:
             return
+        # The median: one wrong or late Date field must not report a wrong clock.
         skew = sorted(self._skews)[len(self._skews) // 2]
         if abs(skew) <= SKEW:
             self._report.results.append(CheckResult("clock", "ok"))

@@ -19,12 +19,14 @@ PREFIX = "SP_API_PROXY_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 MAX_TRIED = 100  # names of accounts and the like that are compared with a misspelt one
 
-# Kubernetes sets these in every pod of a namespace with a Service named sp-api-proxy; they are not settings.
+# Kubernetes sets these in every pod of a namespace with a Service named sp-api-proxy ("Environment variables" of its
+# Service documentation; the PORT_… forms are those of Docker links); they are not settings.
 _KUBERNETES = re.compile(r"SP_API_PROXY_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
 
 _CLIENT_ID = ("LWA_APP_ID", "LWA_CLIENT_ID", "SELLING_PARTNER_APP_CLIENT_ID", "SP_API_CLIENT_ID")
 _CLIENT_SECRET = ("LWA_CLIENT_SECRET", "SELLING_PARTNER_APP_CLIENT_SECRET", "SP_API_CLIENT_SECRET")
 _REFRESH_TOKEN = "SP_API_REFRESH_TOKEN"  # noqa: S105 - a variable's name
+# AWS regions too: they were part of each request's signature, which Amazon required until 2023-10-02.
 _REGION_NAMES: dict[str, str] = {
     **{str(region): str(region) for region in REGIONS},
     "us-east-1": "na",
@@ -37,6 +39,7 @@ Found = tuple[KeyPath, Any, str]  # the key path, the value, the variable
 
 def lookup(environ: Mapping[str, str], name: str) -> tuple[Any, str] | None:
     """Return the value and the variable of NAME or NAME_FILE (a `{file: …}`), or None where neither is set."""
+    # Empty counts as unset: Docker Compose passes an unset ${NAME} on as an empty string.
     if environ.get(name):
         return environ[name], name
     if environ.get(f"{name}_FILE"):
@@ -168,6 +171,7 @@ def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
         return [(("tracing", "endpoint"), None, off)], []
     found: list[Found] = []
     problems: list[Problem] = []
+    # OpenTelemetry's exporter specification: the endpoint for traces is complete, the general one is a base URL.
     for prefix, path in zip(_OTLP, ("", "/v1/traces"), strict=True):
         if not found and (endpoint := environ.get(f"{prefix}ENDPOINT")):
             found.append((("tracing", "endpoint"), endpoint.rstrip("/") + path, f"{prefix}ENDPOINT"))
@@ -180,8 +184,10 @@ def _tracing(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
         found.append((("tracing", "headers"), *hit))
     if name := environ.get("OTEL_SERVICE_NAME"):
         found.append((("tracing", "service_name"), name, "OTEL_SERVICE_NAME"))
+    # An incoming traceparent decides in any case, so that parentbased_ changes nothing here.
     sampler = environ.get("OTEL_TRACES_SAMPLER", "").removeprefix("parentbased_")
     if sampler in _SAMPLERS:
+        # 1 is the default of OTEL_TRACES_SAMPLER_ARG in OpenTelemetry's specification.
         share = _SAMPLERS[sampler] or environ.get("OTEL_TRACES_SAMPLER_ARG") or "1"
         found.append((("tracing", "sample"), share, "OTEL_TRACES_SAMPLER"))
     elif sampler:
@@ -203,6 +209,7 @@ def _forward_proxy(environ: Mapping[str, str], tree: Tree) -> list[Found]:
     pool = {} if pool is None else pool
     if not isinstance(pool, dict) or "proxy" in pool:
         return []
+    # Lower case first, as curl and Python's urllib.request.getproxies_environment do.
     hit = next((name for name in ("https_proxy", "HTTPS_PROXY") if environ.get(name)), None)
     if hit is None:
         return []
@@ -237,6 +244,7 @@ def _accounts(environ: Mapping[str, str]) -> tuple[list[Found], list[Problem]]:
         if (hit := lookup(environ, f"{_REFRESH_TOKEN}_{region.upper()}"))
     ]
     if hit := lookup(environ, _REFRESH_TOKEN):
+        # Never guessed: at another region's host a token gets a 403 that names no reason (models#4825).
         region_name = _region(environ, problems, needed_by=_REFRESH_TOKEN)
         if region_name:
             found.append((("accounts", "default", "refresh_tokens", region_name), *hit))

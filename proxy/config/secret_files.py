@@ -15,16 +15,19 @@ PLACEHOLDER = "unset"  # stands in for a value that could not be read, so that i
 _MAX_BYTES = 64 * 1024
 
 # Group read is allowed: Kubernetes mounts secrets group-readable when `fsGroup` is set.
+# OpenSSH rejects such private keys too.
 _OTHER_READERS = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP
 
 
 def read_secret_file(path: Path, key_path: KeyPath, merged: MergedSettings) -> str:
     """Return the text of a file without surrounding white space; record a problem where it cannot be used."""
+    # The name can itself be a secret: a token that was written where a path belongs.
     where, name = merged.origins.get(key_path, ""), without_secret(str(path))
     merged.files.append(path)
     try:
         text = _text_of(path)
     except OSError as exc:
+        # strerror and not str(exc), which quotes the path unredacted.
         merged.problems.append(Problem(format_path(key_path), f"file {name}: {os.strerror(exc.errno or 0)}", where))
         return PLACEHOLDER
     except ValueError:  # undecodable text, or a NUL byte in the file's name
@@ -53,6 +56,7 @@ def read_nested_files(value: Any, path: KeyPath, merged: MergedSettings) -> Any:
 def _text_of(path: Path) -> str:
     # utf-8-sig: editors on Windows write a byte order mark, which would become part of the secret.
     with path.open(encoding="utf-8-sig") as file:
+        # Bounded, because the path may be a device such as /dev/zero; one more, so that the caller sees a longer file.
         return file.read(_MAX_BYTES + 1)
 
 
@@ -82,6 +86,7 @@ def record_insecure_files(merged: MergedSettings, path: str | None) -> None:
 
 def _permission_problems(path: Path, key_path: KeyPath, where: str) -> list[Problem]:
     """Return a problem where other users can read or change a file that holds a secret; none on Windows."""
+    # stat() follows links: the mode of a link itself is always 0777 on Linux (symlink(7)), and Kubernetes mounts links.
     if os.name != "posix" or not path.stat().st_mode & _OTHER_READERS:
         return []
     return [

@@ -16,18 +16,23 @@ Region = Literal["na", "eu", "fe"]
 Environment = Literal["production", "sandbox"]
 REGIONS: tuple[Region, ...] = ("na", "eu", "fe")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+# re.ASCII, here and below: without it, \d and \w match digits and letters of every script (aiohttp CVE-2025-69224).
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 URL_TEXT = re.compile(r"[\x21-\x7e]+")
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MIN_STORE_KEY = 32  # characters: the key is derived without stretching, so a short password could be guessed
+# Also rejects float("inf").
 MAX_DURATION = 366 * 86400.0
+# At most 253 characters, which are the 255 octets of RFC 1035 section 2.3.4; a final dot is the root.
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\.?", re.ASCII)
 OPERATIONS_PATTERN = re.compile(r"(?:(GET|HEAD|POST|PUT|PATCH|DELETE|READ) +)?([A-Za-z0-9._*?-]+)", re.ASCII)
+# The format of OTEL_EXPORTER_OTLP_HEADERS. Names are tokens (RFC 9110 section 5.6.2); a value ends at a comma (\x2c).
 HEADER_LIST = re.compile(
     r"[\w!#$%&'*+.^`|~-]+=[\x21-\x2b\x2d-\x7e]*(?:, *[\w!#$%&'*+.^`|~-]+=[\x21-\x2b\x2d-\x7e]*)*", re.ASCII
 )
 SOCKET_MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# Such as amzn1.sellerapps.app.… or amzn1.sp.solution.… (model tokens_2021-03-01).
 TARGET_APPLICATION = r"^amzn1\.[A-Za-z0-9._-]{1,200}$"
 
 
@@ -38,6 +43,7 @@ def setting_error(message: str) -> PydanticCustomError:
 
 def parse_duration(value: object) -> float:
     """Return seconds for `10s`, `500ms`, `2m`, `1h`, `1d` or a plain number of seconds; raise a validation error."""
+    # bool is a subclass of int; NaN fails the comparison.
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
         seconds = float(value)
     elif isinstance(value, str) and (match := DURATION.fullmatch(value.strip(" \t"))):
@@ -94,6 +100,7 @@ class Address:
 
 def is_loopback(host: str) -> bool:
     """Return whether `host` is `localhost` or a loopback address (127.0.0.0/8, ::1)."""
+    # By name and without a look-up: RFC 6761 section 6.3 reserves it for loopback addresses.
     if host == "localhost":
         return True
     try:
@@ -139,10 +146,11 @@ def _url_in(value: str) -> SplitResult | None:
     """Return the parts of an http or https URL with a host; None for anything else."""
     try:
         parts = urlsplit(value)
+        # `.port` raises ValueError for a port that is no number or above 65535; 0 it accepts.
         is_url = parts.scheme in {"https", "http"} and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
         return None
-    # urlsplit silently removes tabs and line breaks (bpo-43882) and strips spaces.
+    # The text and not the parts: urlsplit silently removes tabs and line breaks (bpo-43882) and strips spaces.
     return parts if is_url and URL_TEXT.fullmatch(value) else None
 
 

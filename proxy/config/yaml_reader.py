@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 4 * 1024 * 1024
+# Far below Python's recursion limit (1000): _Builder recurses once for each level.
 MAX_DEPTH = 12
 
 # libyaml's parser is about ten times faster, which matters with thousands of accounts.
@@ -69,6 +70,7 @@ class Document:
 def read_yaml(text: str, name: str) -> Document:
     """Return the Document of `text`; errors are in its `problems`, none is raised."""
     document = Document(name)
+    # Before the parser sees it: its work and its memory grow with the text.
     if len(text) > MAX_BYTES:
         document.problems.append(Problem("", f"is larger than {MAX_BYTES // 1024 // 1024} MiB", name))
         return document
@@ -151,10 +153,12 @@ class _Builder:
         return f"{self.document.name}:{event.start_mark.line + 1}"
 
     def value(self, path: KeyPath, event: Any) -> Any:
+        # Aliases multiply: nine levels of ten make 10^9 values ("billion laughs"). SafeLoader limits tags, not aliases.
         if isinstance(event, yaml.AliasEvent):
             raise _Rejected("aliases (*name) are not accepted; write the value out", event.start_mark)
         if len(path) > MAX_DEPTH:
             raise _Rejected(f"more than {MAX_DEPTH} levels deep", event.start_mark)
+        # `!` alone is the non-specific tag (YAML 1.2.2 section 6.9.1): it says "a string", which every scalar is here.
         if event.tag is not None and event.tag != "!":
             raise _Rejected("tags (!name) are not accepted", event.start_mark)
         self.document.origins[path] = self.location(event)
@@ -173,15 +177,18 @@ class _Builder:
             if not isinstance(event, yaml.ScalarEvent):
                 raise _Rejected("a key must be a plain string", event.start_mark)
             key, here = event.value, (*path, event.value)
+            # YAML 1.2.2 section 3.2.1.1 requires unique keys; PyYAML 6.0.3 silently keeps the last one.
             if key in found:
                 where = self.location(event)
                 first = self.document.origins[here].rpartition(":")[2]
                 self.document.problems.append(
                     Problem(format_path(here), f"is given twice (first on line {first})", where)
                 )
+                # Its events have to be consumed; another path keeps the first value's location.
                 self.value((*path, f"{key} (again)"), next(self.events))
                 continue
             found[key] = self.value(here, next(self.events))
+            # After value(), which recorded the line of the value: a nested one begins a line later than its key.
             self.document.origins[here] = self.location(event)
         return found
 

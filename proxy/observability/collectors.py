@@ -32,6 +32,7 @@ class HotHistogram:
     __slots__ = ("counts", "sum", "zero_count")
 
     def __init__(self) -> None:
+        # The last one is the bucket +Inf.
         self.counts = [0] * (len(DURATION_BUCKETS) + 1)
         # Zero durations. Most waits are zero, so their callers add them here, which is cheaper than `observe`.
         self.zero_count = 0
@@ -39,11 +40,13 @@ class HotHistogram:
 
     def observe(self, seconds: float) -> None:
         """Count a duration in seconds."""
+        # bisect_left: a bound is inclusive (`le`), so that a value equal to it belongs to its bucket.
         self.counts[bisect_left(DURATION_BUCKETS, seconds)] += 1
         self.sum += seconds
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return the upper bound and the cumulative count of each bucket, as Prometheus defines them."""
+        # A zero is below every bound: it counts in all buckets, of which the first is the smallest.
         total, buckets = self.zero_count, []
         for bound, count in zip((*DURATION_BUCKETS, float("inf")), self.counts, strict=True):
             total += count
@@ -81,7 +84,10 @@ class CallbackCollector(Collector):
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        """Return the metric without samples; the registry checks the names of its series by it."""
+        """Return the metric without samples; the registry checks the names of its series by it.
+
+        Without this method, a registry with auto_describe calls `collect` at registration (prometheus_client 0.26).
+        """
         return (self._family(),)
 
     def collect(self) -> Iterable[Metric]:
@@ -89,6 +95,7 @@ class CallbackCollector(Collector):
         family = self._family()
         for labels, value in self._read():
             if isinstance(family, HistogramMetricFamily) and isinstance(value, HotHistogram):
+                # The count comes from the bucket +Inf; prometheus_client 0.26 writes `_count` from it.
                 family.add_metric(labels, value.buckets(), value.sum)
             elif not isinstance(family, HistogramMetricFamily) and not isinstance(value, HotHistogram):
                 family.add_metric(labels, value)

@@ -19,10 +19,12 @@ FIELDS = "fields"  # the attribute of a LogRecord that holds the event's own fie
 LOGGER = logging.getLogger("sp-api-proxy")
 AUDIT = logging.getLogger("sp-api-proxy.audit")
 AUDIT.propagate = False  # audit lines go to their own target only
+# Without a level of its own it would take that of LOGGER, and audit lines would be made for nobody.
 AUDIT.setLevel(logging.CRITICAL)  # off until `set_up_audit`
 
 dropped_lines: Counter[str] = Counter()  # lines that were not written, by the name of the log
 
+# A bound on memory while the target stalls; lines beyond it are counted as dropped.
 MAX_QUEUED_LINES = 10_000
 FLUSH_TIMEOUT = 2.0  # seconds to write the queued lines when the process ends
 
@@ -53,6 +55,7 @@ class AuditLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
+        # default=str: a field of an unexpected type must not cost the audit line.
         return json.dumps({"time": _time_of(record), **getattr(record, FIELDS, {})}, default=str)
 
 
@@ -74,6 +77,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 def _one_line(text: str) -> str:
     """Escape line breaks and other control characters, so that no text can forge a line (CWE-117)."""
+    # repr of a character is its escape in quotes, such as '\n'; [1:-1] removes the quotes.
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -93,9 +97,11 @@ def set_up(level: str, style: Literal["auto", "text", "json"], stream: TextIO | 
     target = stream or sys.stderr
     handler = logging.StreamHandler(target)
     is_text = style == "text" or (style == "auto" and target.isatty())
+    # Text has local time without a date, for a person who watches; JSON has UTC, for machines.
     handler.setFormatter(TextLines() if is_text else JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    # The root too: libraries log to their own loggers, whose lines propagate to it.
     root.setLevel(logging.WARNING)  # lines of other libraries below WARNING may quote headers
     LOGGER.setLevel(level.upper())
     # Otherwise logging prints a traceback to standard error for each line that a closed or full target rejects.
@@ -121,6 +127,7 @@ class BackgroundHandler(logging.Handler):
         self._label = name
         self._target = target
         target.handleError = self._drop  # type: ignore[method-assign, assignment]  # called with the line that failed
+        # None is the sentinel that ends the thread.
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(max_queued)
         # A daemon: the interpreter does not wait for it at exit, even if the target has stalled.
         self._thread = threading.Thread(target=self._write, name=f"log {name}", daemon=True)
@@ -136,6 +143,7 @@ class BackgroundHandler(logging.Handler):
     def flush(self) -> None:
         """Write the queued lines and end the thread, within 2 * FLUSH_TIMEOUT; later lines are not written."""
         try:
+            # Waits for room, unlike QueueListener.enqueue_sentinel of Python 3.11 (put_nowait), but not for ever.
             self._lines.put(None, timeout=FLUSH_TIMEOUT)
         except queue.Full:
             return
@@ -154,6 +162,7 @@ class _PrivateFile(logging.handlers.WatchedFileHandler):
 
     def _open(self) -> Any:
         # The method of FileHandler that opens the file, overridden only for the mode 0600.
+        # 0600 applies to a new file only: an existing one keeps its mode (open(2)).
         return open(
             self.baseFilename,
             self.mode,
@@ -173,6 +182,7 @@ def start_background() -> list[BackgroundHandler]:
 
 def flush() -> None:
     """Write the queued lines of both logs, before the process ends without unwinding (`os._exit`)."""
+    # os._exit runs no atexit handlers, so that logging.shutdown does not flush.
     for handler in (*logging.getLogger().handlers, *AUDIT.handlers):
         if isinstance(handler, BackgroundHandler):
             handler.flush()
@@ -181,6 +191,7 @@ def flush() -> None:
 def set_up_audit(where: str) -> BackgroundHandler:
     """Send the audit log to `stdout`, `stderr` or a file; return the handler to flush at the end. Raises OSError."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    # Opened here and not by the thread, so that a file that cannot be opened stops the start.
     target = logging.StreamHandler(streams[where]) if where in streams else _PrivateFile(where, encoding="utf-8")
     target.setFormatter(AuditLines())
     handler = BackgroundHandler(target, "audit")

@@ -79,8 +79,10 @@ class Metrics:
 
     def __init__(self, *, account_on_histograms: bool = False) -> None:
         self.registry = CollectorRegistry()
+        # Needs no running loop: since Python 3.10 a lock binds to its loop at first use.
         self._scrape_lock = asyncio.Lock()
         self.pre_scrape_hooks: list[Callable[[], None]] = []
+        # First: see PreScrape.
         self.registry.register(PreScrape(self.pre_scrape_hooks))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -103,6 +105,8 @@ class Metrics:
             "requests_total",
             "Requests served, by kind and by source of the response (amazon, proxy; client: it left before).",
             ("account", "region", "operation", "method", "code", "token", "source"),
+            # copy(), here and below: the scrape is on another thread, and a dict that grows while it is iterated raises
+            # RuntimeError. dict.copy itself is one step under the GIL.
             lambda: ((labels, series.requests) for labels, series in self.series_cache.copy().items()),
         )
         self._callback_collector(
@@ -215,6 +219,7 @@ class Metrics:
 
     def _add_limit_series(self) -> None:
         self.limit_wait = self._durations_of("limit_wait_seconds", "Time that a call waited for its usage plan.")
+        # Replaced by the rate limiter; `dict` is an empty mapping until then.
         self.read_plans: Callable[[], Mapping[tuple[str, str, str], PlanGauges]] = dict
         plan_labels = ("account", "region", "operation")
         self._callback_collector(
@@ -281,6 +286,7 @@ class Metrics:
         self.store_up = self._gauge(
             "store_up", "1 while the store that replicas share is available, 0 while each replica works alone."
         )
+        # Before the first command, nothing is known to be wrong: no alert at each start.
         self.store_up.set(1)
         self.store_failures = self._counter(
             "store_failures_total",
@@ -301,6 +307,7 @@ class Metrics:
             "result",
         )
         for result in ("ok", "unchanged", "failed"):
+            # From the start, with 0: increase() does not see the first value of a series that appears with it.
             self.reloads.labels(result)
         self.last_reload_success = self._gauge(
             "config_last_reload_success_timestamp_seconds", "Time of the last successful reload, as Unix time."
@@ -309,6 +316,7 @@ class Metrics:
             "config_last_reload_successful",
             "1 if the last reload succeeded; 0 if it was rejected and the previous configuration stays in force.",
         )
+        # The start itself was a successful load.
         self.last_reload_successful.set(1)
 
     def _callback_collector(

@@ -22,6 +22,7 @@ from proxy.simulator.swagger_examples import Models, read_models
 from proxy.simulator.usage_plans import WELL_KNOWN, Plans, announced
 
 MAX_KEPT = 64 * 1024  # bytes of a body that are kept; of longer ones, only size and hash
+# aiohttp's default is 8190 bytes (3.14.5): Amazon publishes no size for Restricted Data Tokens, which are long.
 MAX_HEADER = 64 * 1024
 _CHUNK = bytes(64 * 1024)
 
@@ -92,9 +93,11 @@ class Simulator:
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             tls.load_cert_chain(*self.settings.tls)
         try:
+            # strict: a missing port must not leave a region without a listener.
             for service, port in zip(("lwa", *REGIONS), self.settings.ports, strict=True):
                 address = await self._listen(service, port, None if service == "lwa" else tls)
                 self.endpoints[service] = address
+        # Python does not call __aexit__ if __aenter__ raises, also not for a cancellation (a BaseException).
         except BaseException:
             await self._stack.aclose()
             raise
@@ -113,7 +116,9 @@ class Simulator:
         server = web.Server(
             handle,
             access_log=None,
+            # aiohttp's server unpacks bodies by default; size and hash must be of the bytes that were sent.
             auto_decompress=False,
+            # Not aiohttp's default: without it, the handler of a client that left would sit out a simulated hang.
             handler_cancellation=True,
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
@@ -122,7 +127,9 @@ class Simulator:
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, self.settings.host, port, ssl_context=tls).start()
+        # The port that the system chose, for port 0.
         name = runner.addresses[0]
+        # A certificate is checked against the name in the URL.
         host = "localhost" if tls else self.settings.host
         return f"{'https' if tls else 'http'}://{host}:{name[1]}"
 
@@ -130,6 +137,7 @@ class Simulator:
         plans = Plans(self.settings.default_plan, self.settings.enforce_plans)
         for method, template, rate, burst in WELL_KNOWN:
             plans.add(method, template, rate, burst)
+        # The newest plan is matched first (Plans.add): templates with fewest parameters come last, so that they win.
         for operation in sorted(
             self.models.operations if self.models else (), key=lambda one: one.template.count("{"), reverse=True
         ):
@@ -141,13 +149,16 @@ class Simulator:
         if service == "lwa" and request.raw_path.startswith(documents.PATH):
             service = "documents"
         incoming = await _read(service, request)
+        # Before faults and journal: a test must be able to remove a fault, and its commands are no traffic.
         if service == "lwa" and incoming.path.startswith(control_api.PATH):
             command = (incoming.method, incoming.path, incoming.body)
             return await _send(request, control_api.respond(self.state, self.plans, *command))
         fault = self.state.fault(service, incoming.method, incoming.path)
+        # Before the response is made, so that a token may expire and a plan may refill meanwhile.
         if fault is not None and fault.kind in {"latency", "hang"}:
             await asyncio.sleep(fault.seconds)
         outcome = Outcome(_made_up(fault)) if fault and fault.kind in {"status", "answer"} else self._respond(incoming)
+        # Before it is sent: also requests whose response breaks off were executed.
         self._record(incoming, outcome)
         if fault is not None and fault.kind in _BREAKS:
             return await _BREAKS[fault.kind](request, fault, outcome.response)
@@ -178,6 +189,7 @@ class Simulator:
     def _call(self, incoming: Incoming, token: Issued) -> Outcome:
         """Respond to a request with a valid token: check headers, permission and plan, then make the response."""
         method, path = incoming.method, incoming.path
+        # Only then the plan: a request that is refused takes nothing from it.
         refused = request_checks.headers_in_order(self.state, incoming.named) or request_checks.permitted(
             token, method, path
         )
@@ -189,6 +201,7 @@ class Simulator:
         if throttled is not None:
             return Outcome(throttled, token)
         outcome = self._content(incoming, token)
+        # Not on 403 and 429: Amazon sends the rate with 20x, 400 and 404 only (OLD "Usage Plans").
         outcome.response.headers.update(announced(plan, outcome.response.status))
         return outcome
 
@@ -200,6 +213,7 @@ class Simulator:
             return Outcome(self._plain(incoming, token), token)
         operation = self.models.find(method, path)
         if operation is None:
+            # Amazon returns 403 and not 404 for an unknown route (docs#467).
             return Outcome(forbidden(), token)
         if not operation.statics:
             return Outcome(self._plain(incoming, token), token, operation.name)
@@ -209,7 +223,7 @@ class Simulator:
         return Outcome(_as_response(static.status, static.content), token, operation.name)
 
     def _plain(self, incoming: Incoming, token: Issued) -> Response:
-        """Answer without a model."""
+        """Return the response to an operation without a model or without examples in it."""
         method, path = incoming.method, incoming.path
         named = self.documents.call(method, path, incoming.body, self.state.wall())
         status, content = named or canned_responses.respond(token, method, path, incoming.query)
@@ -251,6 +265,7 @@ def _made_up(fault: Fault) -> Response:
 async def _read(service: str, request: web.BaseRequest) -> Incoming:
     """Read a request to its end, at constant memory."""
     digest, size, kept = hashlib.sha256(), 0, b""
+    # Read in full even if it is refused, so that the journal has the size and hash of every upload.
     async for chunk in request.content.iter_any():
         digest.update(chunk)
         size += len(chunk)
@@ -268,7 +283,7 @@ async def _send(request: web.BaseRequest, response: Response) -> web.StreamRespo
     return stream
 
 
-# Faults that break off, and large answers.
+# Faults that break the connection, and large responses.
 
 
 async def _reset(request: web.BaseRequest, _: Fault, __: Response) -> web.StreamResponse:
@@ -285,6 +300,7 @@ async def _close(request: web.BaseRequest, _: Fault, __: Response) -> web.Stream
 
 async def _truncate(request: web.BaseRequest, _: Fault, response: Response) -> web.StreamResponse:
     stream = web.StreamResponse(status=response.status, headers=response.headers)
+    # One byte more than is sent: the message is incomplete (RFC 9112 section 8).
     stream.content_length = len(response.body) + 1
     await stream.prepare(request)
     await stream.write(response.body)
