@@ -42,9 +42,10 @@ async def check_listener(server: HttpServer, timeout: float = TIMEOUT) -> None: 
     transport: asyncio.BaseTransport | None = None
     try:
         async with asyncio.timeout(timeout):
+            # Before the protocol is connected: it finds its request there, and a write cannot meet a closed peer.
+            ours.send(_REQUEST)
             transport, _ = await loop.connect_accepted_socket(partial(server.self_check_connection, _refuse), theirs)
             reader, writer = await asyncio.open_connection(sock=ours)
-            writer.write(_REQUEST)
             response = await reader.read()  # the response closes the connection
     except TimeoutError as exc:
         raise SelfCheckFailed(f"no response within {timeout:g} s") from exc
